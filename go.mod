@@ -1,0 +1,3 @@
+module github.com/smtprelay/smtprelay
+
+go 1.26.0
