@@ -1,0 +1,40 @@
+# Each target is one line that can as well be typed; .ci/run needs no make.
+.PHONY: all help test race fuzz bench relays cover lint quickstart ci
+
+MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
+FUZZTIME ?= 30s
+in_each   = @for m in $(MODULES); do echo "$$m: $(1)"; (cd $$m && $(1)) || exit 1; done
+
+all: lint test ## lint and test: the default
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+test: ## tests of every module
+	$(call in_each,go test ./...)
+
+race: ## the same under the race detector, as CI does
+	$(call in_each,go test -race ./...)
+
+fuzz: ## FUZZTIME (30s) of each fuzz target of the root module
+	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {n[++k]=$$1} $$1=="ok" {for (i=1;i<=k;i++) print $$2, n[i]; k=0}' | while read p f; do echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p </dev/null || exit 1; done
+
+bench: ## benchmarks; rtt/msg first, then ns and allocations
+	go test -run '^$$' -bench . -benchmem ./...
+
+relays: ## the client against real relays that this machine can install
+	cd relays && go run .
+
+cover: ## coverage of the root module, as a page in the browser
+	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof
+
+lint: ## gofmt, go vet and staticcheck of every module
+	@test -z "$$(find . -name '*.go' -not -path './.*' -exec gofmt -l {} + | tee /dev/stderr)"
+	$(call in_each,go vet ./...)
+	$(call in_each,go tool staticcheck ./...)
+
+quickstart: ## 1,000 messages to a fake relay, measured
+	go run ./examples/quickstart
+
+ci: ## everything that must hold before a change lands
+	bash .ci/run
