@@ -1,0 +1,115 @@
+package wire
+
+import (
+	"bytes"
+	"io"
+)
+
+// BodyWriter turns what is written to it into the canonical form of a message: bare CR and bare LF become CRLF, and a
+// last line without an end gets one. With dots it then doubles the dot of every line that begins with one
+// (RFC 5321, 4.5.2), as DATA wants it and BDAT does not. The order matters: a dot behind a bare CR must be doubled too,
+// else a message can be smuggled in another.
+type BodyWriter struct {
+	w    io.Writer
+	dots bool
+	size int64 // octets of the canonical form that were written, without doubled dots
+	took int64 // octets taken by Write
+	cr   bool  // a CR was taken and its line is not ended yet: an LF may follow
+	text bool  // the current line is not empty
+}
+
+// NewBodyWriter returns a BodyWriter that writes to w.
+func NewBodyWriter(w io.Writer, dots bool) *BodyWriter { return &BodyWriter{w: w, dots: dots} }
+
+// Reset makes b as new.
+func (b *BodyWriter) Reset(w io.Writer, dots bool) { *b = BodyWriter{w: w, dots: dots} }
+
+// Size is the number of octets of the canonical form so far: what SIZE= counts (RFC 1870, 5).
+func (b *BodyWriter) Size() int64 { return b.size }
+
+// Taken is the number of octets that Write has taken, as they came.
+func (b *BodyWriter) Taken() int64 { return b.took }
+
+var (
+	crlf = []byte("\r\n")
+	dot  = []byte(".")
+)
+
+// Write implements io.Writer.
+func (b *BodyWriter) Write(p []byte) (int, error) {
+	rest := p
+	for len(rest) > 0 {
+		n, err := b.step(rest)
+		rest = rest[n:]
+		b.took += int64(n)
+		if err != nil {
+			return len(p) - len(rest), err
+		}
+	}
+	return len(p), nil
+}
+
+// step writes some of p, to the end of a line at most, and tells how much.
+func (b *BodyWriter) step(p []byte) (int, error) {
+	if b.cr {
+		b.cr = false
+		skip := 0
+		if p[0] == '\n' {
+			skip = 1
+		}
+		return skip, b.endLine()
+	}
+	if !b.text && b.dots && p[0] == '.' {
+		if _, err := b.w.Write(dot); err != nil {
+			return 0, err
+		}
+	}
+	line, end := p, bytes.IndexByte(p, '\n')
+	if end >= 0 {
+		line = p[:end]
+	}
+	switch cr := bytes.IndexByte(line, '\r'); {
+	case cr >= 0 && cr == end-1: // CRLF already: the common case, written as it stands
+		b.text = false
+		return end + 1, b.put(p[:end+1])
+	case cr >= 0:
+		b.cr = true
+		b.text = true
+		return cr + 1, b.put(line[:cr])
+	case end >= 0:
+		if err := b.put(line); err != nil {
+			return len(line), err
+		}
+		return end + 1, b.endLine()
+	}
+	b.text = true
+	return len(p), b.put(p)
+}
+
+func (b *BodyWriter) put(p []byte) error {
+	n, err := b.w.Write(p)
+	b.size += int64(n)
+	return err
+}
+
+func (b *BodyWriter) endLine() error {
+	b.text = false
+	return b.put(crlf)
+}
+
+// Close ends the last line if that is not ended. It does not close the writer below, nor write the final dot.
+func (b *BodyWriter) Close() error {
+	if b.cr || b.text {
+		b.cr = false
+		return b.endLine()
+	}
+	return nil
+}
+
+// CanonicalSize is the size that p has once a BodyWriter has written it.
+func CanonicalSize(p []byte) int64 {
+	b := BodyWriter{w: io.Discard}
+	b.Write(p)
+	b.Close()
+	return b.size
+}

@@ -1,0 +1,91 @@
+package wire
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Extensions is what an EHLO reply offers (RFC 5321, 4.1.1.1).
+type Extensions struct {
+	Keywords []string // all of them, in upper case, in the relay's order
+
+	Size      int64    // SIZE: the largest message; 0 means no known limit (RFC 1870)
+	Auth      []string // AUTH: mechanisms in upper case, the relay's order, those of the old form AUTH= included
+	Limits    Limits
+	DeliverBy int64 // DELIVERBY: the shortest time in seconds; 0 means none
+}
+
+// Limits is the LIMITS extension (RFC 9422). 0 means not announced.
+type Limits struct {
+	MailMax       int // MAIL commands in a session
+	RcptMax       int // RCPT commands in a transaction
+	RcptDomainMax int // different recipient domains in a session
+}
+
+// Has reports whether the relay offers keyword, which is in upper case.
+func (e *Extensions) Has(keyword string) bool { return slices.Contains(e.Keywords, keyword) }
+
+// ParseEHLO reads the text of a positive reply to EHLO. The first line is a greeting, each other one a keyword and its
+// parameters. What it does not understand it leaves out.
+func ParseEHLO(text string) Extensions {
+	var e Extensions
+	_, rest, _ := strings.Cut(text, "\n")
+	for line := range strings.SplitSeq(rest, "\n") {
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		keyword, params := strings.ToUpper(fields[0]), fields[1:]
+		// "AUTH=PLAIN LOGIN" is how it was written before RFC 2554.
+		if mechanism, ok := strings.CutPrefix(keyword, "AUTH="); ok {
+			keyword, params = "AUTH", append([]string{mechanism}, params...)
+		}
+		if !e.Has(keyword) {
+			e.Keywords = append(e.Keywords, keyword)
+		}
+		switch keyword {
+		case "SIZE":
+			if len(params) > 0 {
+				if n, err := strconv.ParseInt(params[0], 10, 64); err == nil && n > 0 {
+					e.Size = n
+				}
+			}
+		case "AUTH":
+			for _, m := range params {
+				if m = strings.ToUpper(m); m != "" && !slices.Contains(e.Auth, m) {
+					e.Auth = append(e.Auth, m)
+				}
+			}
+		case "LIMITS":
+			e.Limits = parseLimits(params)
+		case "DELIVERBY":
+			if len(params) > 0 {
+				if n, err := strconv.ParseInt(params[0], 10, 64); err == nil && n > 0 {
+					e.DeliverBy = n
+				}
+			}
+		}
+	}
+	return e
+}
+
+// parseLimits reads "MAILMAX=100 RCPTMAX=50". A value that is broken or a name that is unknown is ignored (RFC 9422, 3.7).
+func parseLimits(params []string) (l Limits) {
+	for _, p := range params {
+		name, value, _ := strings.Cut(p, "=")
+		n, err := strconv.Atoi(value)
+		if err != nil || n < 1 || n > 999999 {
+			continue
+		}
+		switch strings.ToUpper(name) {
+		case "MAILMAX":
+			l.MailMax = n
+		case "RCPTMAX":
+			l.RcptMax = n
+		case "RCPTDOMAINMAX":
+			l.RcptDomainMax = n
+		}
+	}
+	return l
+}

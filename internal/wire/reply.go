@@ -1,0 +1,153 @@
+// Package wire is the syntax of SMTP and nothing else: replies, commands, line ends. It knows no time, no policy and no
+// connection beyond an io.Reader or io.Writer.
+package wire
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it.
+const (
+	MaxReplyLine = 4 << 10
+	MaxReply     = 64 << 10
+)
+
+// Errors of ReadReply, beside those of the io.Reader.
+var (
+	ErrMalformed = errors.New("malformed reply")
+	ErrTooLong   = errors.New("reply too long")
+)
+
+// Reply is a whole reply, multiline or not.
+type Reply struct {
+	Code     int    // 200 to 599
+	Enhanced [3]int // zero if there is none
+	Text     string // without code and enhanced code, lines joined by "\n"
+}
+
+// Class is the first digit of the code.
+func (r Reply) Class() int { return r.Code / 100 }
+
+// ReplyReader reads replies.
+type ReplyReader struct {
+	br     *bufio.Reader
+	text   []byte    // of the reply being read
+	recent [4]string // texts that were read before: relays say the same thing over and over
+	next   int
+}
+
+// NewReplyReader returns a ReplyReader on r.
+func NewReplyReader(r io.Reader) *ReplyReader {
+	return &ReplyReader{br: bufio.NewReaderSize(r, MaxReplyLine)}
+}
+
+// Buffered tells how many bytes were received and not yet read as replies.
+func (r *ReplyReader) Buffered() int { return r.br.Buffered() }
+
+// ReadReply reads one reply. At a clean end of input the error is io.EOF, within a reply io.ErrUnexpectedEOF.
+func (r *ReplyReader) ReadReply() (Reply, error) {
+	var reply Reply
+	r.text = r.text[:0]
+	total := 0
+	for first := true; ; first = false {
+		line, err := r.br.ReadSlice('\n')
+		if err != nil {
+			switch {
+			case errors.Is(err, bufio.ErrBufferFull):
+				err = fmt.Errorf("%w: a line of more than %d octets", ErrTooLong, MaxReplyLine)
+			case err == io.EOF && (len(line) > 0 || !first):
+				err = io.ErrUnexpectedEOF
+			}
+			return Reply{}, err
+		}
+		if total += len(line); total > MaxReply {
+			return Reply{}, fmt.Errorf("%w: more than %d octets", ErrTooLong, MaxReply)
+		}
+		line = bytes.TrimSuffix(line[:len(line)-1], []byte{'\r'})
+		code, last, text, ok := splitLine(line)
+		if !ok || (!first && code != reply.Code) {
+			return Reply{}, fmt.Errorf("%w: %.80q", ErrMalformed, line)
+		}
+		reply.Code = code
+		if enhanced, rest, ok := cutEnhanced(code, text); ok {
+			text = rest
+			if reply.Enhanced == [3]int{} {
+				reply.Enhanced = enhanced
+			}
+		}
+		if !first {
+			r.text = append(r.text, '\n')
+		}
+		r.text = append(r.text, text...)
+		if last {
+			reply.Text = r.intern(r.text)
+			return reply, nil
+		}
+	}
+}
+
+// intern returns b as a string, without allocating where the same text came a moment ago.
+func (r *ReplyReader) intern(b []byte) string {
+	for _, s := range r.recent {
+		if s == string(b) {
+			return s
+		}
+	}
+	s := strings.ToValidUTF8(string(b), "\uFFFD")
+	r.recent[r.next] = s
+	r.next = (r.next + 1) % len(r.recent)
+	return s
+}
+
+// splitLine takes a reply line apart: three digits, then SP for the last line, "-" for one of several, or nothing
+// (RFC 5321, 4.2 and 4.2.1).
+func splitLine(line []byte) (code int, last bool, text []byte, ok bool) {
+	if len(line) < 3 || line[0] < '2' || line[0] > '5' || !isDigit(line[1]) || !isDigit(line[2]) {
+		return 0, false, nil, false
+	}
+	code = int(line[0]-'0')*100 + int(line[1]-'0')*10 + int(line[2]-'0')
+	switch {
+	case len(line) == 3:
+		return code, true, nil, true
+	case line[3] == ' ':
+		return code, true, line[4:], true
+	case line[3] == '-':
+		return code, false, line[4:], true
+	}
+	return 0, false, nil, false
+}
+
+// cutEnhanced cuts an enhanced status code (RFC 3463) whose class agrees with code off the front of text.
+func cutEnhanced(code int, text []byte) (enhanced [3]int, rest []byte, ok bool) {
+	if c := code / 100; c == 3 || len(text) < 5 || int(text[0]-'0') != c || text[1] != '.' {
+		return enhanced, text, false
+	}
+	rest = text
+	for i := range enhanced {
+		n, digits := 0, 0
+		for len(rest) > 0 && isDigit(rest[0]) && digits < 3 {
+			n, rest, digits = n*10+int(rest[0]-'0'), rest[1:], digits+1
+		}
+		if digits == 0 {
+			return [3]int{}, text, false
+		}
+		enhanced[i] = n
+		if i < 2 {
+			if len(rest) == 0 || rest[0] != '.' {
+				return [3]int{}, text, false
+			}
+			rest = rest[1:]
+		}
+	}
+	if len(rest) > 0 && rest[0] != ' ' {
+		return [3]int{}, text, false
+	}
+	return enhanced, bytes.TrimPrefix(rest, []byte{' '}), true
+}
+
+func isDigit(c byte) bool { return '0' <= c && c <= '9' }
