@@ -1,0 +1,182 @@
+package smtprelay
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// maxAuthLine is the longest AUTH command, CRLF included (RFC 4954, 4). An initial response that does not fit is sent
+// after a 334.
+const maxAuthLine = 512
+
+// mechanism chooses how to authenticate; nil means not at all.
+func (c *settings) mechanism(ctx context.Context, s *session) (sasl.Client, *Error) {
+	if c.Auth != nil {
+		mech, err := c.Auth(ctx, ServerInfo{Name: c.host, Mechanisms: slices.Clone(s.ext.Auth), TLS: s.tls})
+		if err != nil {
+			return nil, &Error{Op: OpAuth, Outcome: NotAccepted, Err: fmt.Errorf("Config.Auth: %w", err)}
+		}
+		return mech, nil
+	}
+	if c.Username == "" && c.password.reveal() == "" {
+		return nil, nil
+	}
+	switch {
+	case slices.Contains(s.ext.Auth, sasl.Plain):
+		return sasl.NewPlainClient("", c.Username, c.password.reveal()), nil
+	case slices.Contains(s.ext.Auth, sasl.Login):
+		return &loginClient{username: c.Username, password: c.password}, nil
+	}
+	err := &Error{Op: OpAuth, Outcome: NotAccepted, permanent: true}
+	if len(s.ext.Auth) == 0 {
+		err.Err = fmt.Errorf("the relay does not offer AUTH (it offers %s); is this the port for submission?", offered(s.ext.Keywords))
+	} else {
+		err.Err = fmt.Errorf("no mechanism in common: the relay offers %s, and a password can be given by PLAIN or LOGIN; set Config.Auth for another", offered(s.ext.Auth))
+	}
+	return nil, err
+}
+
+func offered(words []string) string {
+	if len(words) == 0 {
+		return "nothing"
+	}
+	return strings.Join(words, " ")
+}
+
+// loginClient is the LOGIN mechanism, which has no standard: the first challenge asks for the user name and the second
+// for the password, in whatever words. Only where the first one clearly asks for the password is it given at once.
+type loginClient struct {
+	username string
+	password secret
+	asked    int
+}
+
+// Start implements sasl.Client.
+func (l *loginClient) Start() (mech string, ir []byte, err error) { return sasl.Login, nil, nil }
+
+// Next implements sasl.Client.
+func (l *loginClient) Next(challenge []byte) ([]byte, error) {
+	l.asked++
+	switch {
+	case l.asked == 1 && !strings.HasPrefix(strings.ToLower(string(challenge)), "pass"):
+		return []byte(l.username), nil
+	case l.asked <= 2:
+		return []byte(l.password.reveal()), nil
+	}
+	return nil, sasl.ErrUnexpectedServerChallenge
+}
+
+// startAuth authenticates s, whose read loop does not run yet. PLAIN is left to lead the first transaction where commands
+// may follow it in one group (RFC 4954, 4), which saves a round trip.
+func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
+	mech, e := s.cfg.mechanism(ctx, s)
+	if e != nil || mech == nil {
+		return e
+	}
+	fail := func(err error) *Error {
+		return &Error{Op: OpAuth, Outcome: NotAccepted, Err: err}
+	}
+	name, ir, err := mech.Start()
+	if err != nil {
+		return fail(err)
+	}
+	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
+	if ir != nil {
+		if e := s.cfg.learnt.refused(mark); e != nil {
+			return e
+		}
+	}
+	line := "AUTH " + name
+	if ir != nil {
+		encoded := base64.StdEncoding.EncodeToString(ir)
+		if encoded == "" {
+			encoded = "="
+		}
+		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
+			if name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
+				s.lead, s.leadMark = []byte(full), mark
+				return nil
+			}
+			line, ir = line+" "+encoded, nil
+		}
+	}
+	reply, e := d.command(OpAuth, "AUTH "+name+" "+redacted, line, s.cfg.Timeouts.Command)
+	for e == nil && reply.Code == 334 {
+		answer := ir
+		if ir = nil; answer == nil {
+			challenge, err := base64.StdEncoding.DecodeString(reply.Text)
+			if err == nil {
+				answer, err = mech.Next(challenge)
+			}
+			if err != nil {
+				d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command)
+				return fail(err)
+			}
+		}
+		reply, e = d.command(OpAuth, redacted, base64.StdEncoding.EncodeToString(answer), s.cfg.Timeouts.Command)
+	}
+	if e != nil {
+		return e
+	}
+	s.cfg.countAuth(reply.Class() == 2)
+	if reply.Class() != 2 {
+		return s.cfg.authError(reply, mark)
+	}
+	return nil
+}
+
+// authError is the relay's refusal of credentials, of which mark is the mark.
+func (c *settings) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
+	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
+	e.Message = c.scrub(e.Message)
+	if e.Code/100 == 5 && !tooManyConns(e) {
+		e.Err = fmt.Errorf("check Username and Password: at SendGrid the user name is the word apikey and the password an API key that may send mail")
+		c.learnt.refuse(mark, e)
+	}
+	return e
+}
+
+// authenticate sends the AUTH that was to lead the first transaction alone.
+func (s *session) authenticate(ctx context.Context) *Error {
+	if s.lead == nil {
+		return nil
+	}
+	t := newTransaction(ctx, s, &Message{}, smtp.MailOptions{}, nil)
+	if t.lead() && s.flush() == nil && t.awaitEnvelope() {
+		return nil
+	}
+	e := t.verdict()
+	if e == nil || e.Code == 0 {
+		return &Error{Op: OpAuth, Outcome: NotAccepted, Err: e}
+	}
+	return e
+}
+
+// refused credentials are not tried again for a while.
+
+// refuse notes credentials that the relay has refused.
+func (l *learnt) refuse(mark [sha256.Size]byte, e *Error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.badAuth, l.badAuthError, l.badAuthUntil = mark, e.clone(), time.Now().Add(authPause)
+}
+
+// refused returns the relay's refusal of just these credentials if that is not long ago.
+func (l *learnt) refused(mark [sha256.Size]byte) *Error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.badAuthError == nil || l.badAuth != mark || !time.Now().Before(l.badAuthUntil) {
+		return nil
+	}
+	return l.badAuthError.clone()
+}

@@ -1,0 +1,236 @@
+package smtprelay
+
+import (
+	"context"
+	"crypto/tls"
+	"iter"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"golang.org/x/sync/semaphore"
+)
+
+// Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
+// Printing it, with any verb, as JSON or through log/slog, shows no secret.
+type Config struct {
+	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
+	Addr string
+
+	// Username is the user name for AUTH. Empty means "apikey", SendGrid's, if there is a Password.
+	Username string
+
+	// Password is the password or API key. Without Username, Password and Auth nothing is authenticated, which relays on
+	// a local network may allow.
+	Password string
+
+	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
+	// mechanism to use: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may return nil to go on
+	// without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
+	Auth func(ctx context.Context, s ServerInfo) (sasl.Client, error)
+
+	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
+	TLS TLSMode
+
+	// TLSConfig is cloned. Where they are not set, ServerName becomes the host of Addr, MinVersion TLS 1.2, and
+	// ClientSessionCache a cache of the Client's own.
+	TLSConfig *tls.Config
+
+	// LocalName is the argument of EHLO. Empty means the full name of this host if it has one, else the address literal
+	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine.
+	LocalName string
+
+	Limits   Limits
+	Retry    Retry
+	Timeouts Timeouts
+
+	// Pipelining says how far commands run ahead of replies where the relay offers PIPELINING (RFC 2920).
+	Pipelining Pipelining
+
+	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	// Trace, if not nil, is told what happens; see [LogTrace].
+	Trace *Trace
+}
+
+// ServerInfo is what [Config.Auth] is told about the relay.
+type ServerInfo struct {
+	Name       string               // the host of Config.Addr
+	Mechanisms []string             // what the relay offers, in its order, in upper case
+	TLS        *tls.ConnectionState // nil in the clear
+}
+
+// Pipelining says how far commands run ahead of replies.
+type Pipelining int
+
+const (
+	// PipelineAcross: the envelope goes in one write, and may follow the final dot of the message before it without
+	// waiting: one round trip per message. A relay that turns out not to support that is noticed and spared.
+	PipelineAcross Pipelining = iota
+	// PipelineWithin: the envelope goes in one write, after the final reply to the message before it.
+	PipelineWithin
+	// PipelineOff: each command waits for the reply to the one before it.
+	PipelineOff
+)
+
+// Timeouts bound the steps of a dialogue. 0 means the default given, negative means no limit. The defaults that RFC 5321,
+// 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
+// accepted. The context of a Send bounds it as a whole.
+type Timeouts struct {
+	Dial       time.Duration // TCP connect: 30 s
+	Greeting   time.Duration // 5 min
+	TLS        time.Duration // the TLS handshake: 30 s
+	Command    time.Duration // the reply to EHLO, AUTH, MAIL, RCPT, RSET: 5 min
+	Data       time.Duration // the reply to DATA: 2 min
+	Write      time.Duration // without any progress in writing: 3 min
+	FinalReply time.Duration // the reply to the final dot: 10 min
+	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
+	Quit       time.Duration // the relay's close after QUIT: 5 s
+}
+
+// Result is the outcome of one message of [Client.SendAll].
+type Result struct {
+	Message Message
+	Receipt Receipt
+	Err     error // nil or an *Error, as from Send
+}
+
+// Client is a pool of connections to one relay. Make one with [New] and share it: it is safe for concurrent use.
+type Client struct {
+	cfg  *settings
+	pool *pool
+}
+
+// String says which relay the Client is for.
+func (c *Client) String() string { return "smtprelay.Client(" + c.cfg.Addr + ")" }
+
+// New returns a Client for the relay that cfg describes. It checks everything and reports all mistakes in one *[Error]; it
+// dials nothing (see [Client.Ping]) and starts no goroutine.
+func New(cfg Config) (*Client, error) {
+	checked, err := cfg.check()
+	if err != nil {
+		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Err: err, permanent: true}
+	}
+	return &Client{cfg: checked, pool: newPool(checked, checked.dial)}, nil
+}
+
+// Send delivers m to the relay and returns its receipt. It waits, first come first served, for a connection; ctx bounds the
+// whole call.
+//
+// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and its Outcome
+// tells whether m may be sent again. Where the message was accepted for some recipients, the Receipt and the error both
+// tell for whom.
+func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
+	began := time.Now()
+	d := delivery{c: c, ctx: ctx, m: &m}
+	receipt, err := Receipt{}, d.begin()
+	if err == nil {
+		receipt, err = d.run()
+	}
+	c.cfg.stats.count(err)
+	if t := c.cfg.Trace; t != nil && t.SendDone != nil {
+		t.SendDone(ctx, Result{Message: m, Receipt: receipt, Err: err}, time.Since(began))
+	}
+	return receipt, err
+}
+
+// SendAll sends the messages of ms, as many at a time as the connections can carry, and yields a Result for each in the
+// order of completion. It takes no more messages from ms than it can send. When ctx ends it takes no further message and
+// yields what became of those under way; when the loop over the results ends early, those under way are finished first.
+// ms runs in a goroutine of its own.
+func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Result] {
+	return func(yield func(Result) bool) {
+		// Two for each connection keep it busy, one in its envelope and one awaiting its final reply; two more cover the
+		// time it takes to start the next.
+		senders := semaphore.NewWeighted(int64(4 * c.cfg.Limits.MaxConns))
+		results := make(chan Result)
+		enough := make(chan struct{})
+		var sending sync.WaitGroup
+		sending.Go(func() {
+			for m := range ms {
+				if senders.Acquire(ctx, 1) != nil {
+					// m was taken, so it has a result, which Send will tell at once.
+					sending.Go(func() { results <- c.result(ctx, m) })
+					return
+				}
+				select {
+				case <-enough:
+					return
+				default:
+				}
+				sending.Go(func() {
+					r := c.result(ctx, m)
+					senders.Release(1)
+					results <- r
+				})
+				if ctx.Err() != nil {
+					return
+				}
+			}
+		})
+		go func() { // ends with the last of those above
+			sending.Wait()
+			close(results)
+		}()
+		more := true
+		for r := range results {
+			if more && !yield(r) {
+				more = false
+				close(enough)
+			}
+		}
+	}
+}
+
+func (c *Client) result(ctx context.Context, m Message) Result {
+	receipt, err := c.Send(ctx, m)
+	return Result{Message: m, Receipt: receipt, Err: err}
+}
+
+// SendMail has the shape of net/smtp's function: it sends msg to all of to or, if the relay refuses one of them, to
+// nobody.
+func (c *Client) SendMail(from string, to []string, msg []byte) error {
+	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
+	return err
+}
+
+// Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right.
+func (c *Client) Ping(ctx context.Context) error {
+	attempts := 0
+	for {
+		s, err := c.pool.take(ctx, &attempts)
+		if err == nil {
+			if err = s.authenticate(ctx); err == nil {
+				c.pool.worked()
+			} else {
+				c.pool.learn(s, err)
+			}
+			c.pool.giveBack(s)
+		}
+		if err == nil {
+			return nil
+		}
+		attempts++
+		if s == nil || !err.Temporary() || ctx.Err() != nil || c.cfg.Retry.exhausted(attempts) {
+			err.Attempts = max(attempts, 1)
+			return err
+		}
+	}
+}
+
+// Stats returns a snapshot of the Client's counters.
+func (c *Client) Stats() Stats { return c.pool.stats() }
+
+// Shutdown ends the Client gracefully: Sends that have not got a connection and later ones fail with ErrClosed, those
+// under way are finished, connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
+// context's error is returned.
+func (c *Client) Shutdown(ctx context.Context) error { return c.pool.shutdown(ctx) }
+
+// Close ends the Client at once: Sends under way fail, connections are closed, the idle ones with QUIT. It returns when no
+// goroutine of the Client is left. Calling it again, or after Shutdown, does nothing.
+func (c *Client) Close() error {
+	c.pool.shut()
+	return nil
+}

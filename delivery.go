@@ -1,0 +1,428 @@
+package smtprelay
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/emersion/go-smtp"
+)
+
+// delivery is one Send: the transactions that it takes until each recipient's fate is known.
+type delivery struct {
+	c       *Client
+	ctx     context.Context
+	m       *Message
+	mail    smtp.MailOptions // what the caller asks for
+	utf8    string           // the first address that is not ASCII
+	size    int64            // of the message in its canonical form; 0 if not known
+	todo    []int            // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	receipt Receipt
+
+	attempts int    // tries that failed and counted
+	tries    int    // all of them
+	unknown  *Error // of a transaction whose fate is unknown
+	refusal  *Error // what the first recipient that was refused for itself was told
+}
+
+// run makes transactions until nothing is left to do.
+func (d *delivery) run() (Receipt, error) {
+	for len(d.todo) > 0 {
+		s, err := d.c.pool.take(d.ctx, &d.attempts)
+		if err != nil {
+			return d.end(err)
+		}
+		mail, rcpts, err := d.fit(s)
+		if err != nil {
+			d.c.pool.giveBack(s)
+			return d.end(err)
+		}
+		if len(rcpts) == 0 { // no more domains on this session
+			s.retire(closeFull)
+			d.c.pool.giveBack(s)
+			continue
+		}
+		if d.tries++; d.tries > 1 {
+			d.c.cfg.stats.retries.Add(1)
+		}
+		t := newTransaction(d.ctx, s, d.m, mail, rcpts)
+		t.run(d.c.pool)
+		e := t.verdict()
+		if e != nil {
+			d.c.pool.learn(s, e)
+		}
+		if t.authed() {
+			d.c.pool.worked()
+		}
+		wait := d.note(t, e)
+		if e == nil && wait != nil {
+			err = d.pause(again, wait)
+		} else if e != nil && len(d.todo) > 0 {
+			err = d.pause(d.c.mayRetry(t, e), e)
+		}
+		t.recycle()
+		if err != nil {
+			return d.end(err)
+		}
+	}
+	return d.end(nil)
+}
+
+// note writes down what a transaction that ended in e, nil if it was accepted, means for its recipients. Those of them
+// that wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
+func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
+	outcome, final := Accepted, Reply{}
+	if e != nil {
+		outcome = e.Outcome
+	}
+	t.s.mu.Lock()
+	replies := slices.Clone(t.rcpt)
+	if outcome == Accepted {
+		final = publicReply(t.final)
+	}
+	mailed := t.mailed.Class() == 2 && t.authErr == nil
+	t.s.mu.Unlock()
+
+	queueID := ""
+	if outcome == Accepted {
+		queueID = findQueueID(final.Message)
+		d.receipt.Reply, d.receipt.QueueID = final, queueID
+	}
+	accepted := 0
+	for _, r := range replies {
+		if r.Class() == 2 {
+			accepted++
+		}
+	}
+	var open []int
+	for i, to := range t.rcpts {
+		r := &d.receipt.Recipients[to]
+		r.Reply = publicReply(replies[i])
+		if replies[i].Code == 0 || !mailed {
+			open = append(open, to)
+			continue
+		}
+		switch code := r.Code; {
+		case code/100 == 2 && outcome == NotAccepted:
+			open = append(open, to)
+		case code/100 == 2:
+			r.Outcome, r.QueueID = outcome, queueID
+			if outcome == Unknown {
+				d.unknown = e
+			}
+		case d.m.AllOrNothing || code == 421 || code/100 == 3:
+			open = append(open, to)
+		case tooManyRcpts(r.Reply) && accepted > 0:
+			open = append(open, to) // another transaction, at once
+		default:
+			refusal := &Error{Op: OpRcpt, subject: "<" + r.To + ">", Reply: r.Reply, Outcome: NotAccepted}
+			if d.c.cfg.Retry.Temporary && code/100 == 4 {
+				open = append(open, to)
+				wait = refusal
+				continue
+			}
+			if d.refusal == nil {
+				d.refusal = refusal
+			}
+		}
+	}
+	d.todo = append(open, d.todo[len(t.rcpts):]...)
+	return wait
+}
+
+// pause waits before the next try if there is one, as what says. Else it returns e, the reason.
+func (d *delivery) pause(what next, e *Error) *Error {
+	if what == crowded {
+		what = again
+		if d.c.pool.open() > 1 {
+			what = elsewhere // the others work, and whoever waits is served in turn
+		}
+	}
+	if what == elsewhere {
+		d.traceRetry(0, e)
+		return nil
+	}
+	d.attempts++
+	if what == stop || d.c.cfg.Retry.exhausted(d.attempts) {
+		return e
+	}
+	wait := d.c.cfg.Retry.backoff(d.attempts)
+	d.traceRetry(wait, e)
+	if err := sleep(d.ctx, wait); err != nil {
+		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Err: err}
+	}
+	return nil
+}
+
+func (d *delivery) traceRetry(wait time.Duration, e *Error) {
+	if t := d.c.cfg.Trace; t != nil && t.Retry != nil {
+		t.Retry(d.ctx, d.attempts, wait, e)
+	}
+}
+
+// end makes the receipt and the error of the whole. Recipients still in d.todo share the fate that e tells.
+func (d *delivery) end(e *Error) (Receipt, error) {
+	if e != nil {
+		for _, to := range d.todo {
+			if r := &d.receipt.Recipients[to]; r.Code/100 < 4 || e.Code/100 == 4 || e.Code/100 == 5 {
+				r.Reply = e.Reply
+			}
+		}
+	}
+	some, whole := false, d.refusal == nil && d.unknown == nil
+	var refused []RecipientError
+	for _, r := range d.receipt.Recipients {
+		if r.Outcome == Accepted {
+			some = true
+		} else {
+			refused = append(refused, RecipientError{To: r.To, Reply: r.Reply, Outcome: r.Outcome})
+		}
+	}
+	if len(refused) == 0 {
+		return d.receipt, nil
+	}
+	switch {
+	case d.unknown != nil:
+		e = d.unknown
+	case e == nil:
+		e = d.refusal
+	}
+	if some || !whole || (d.m.AllOrNothing && e.Op == OpRcpt) {
+		e.Refused = refused
+	}
+	switch {
+	case d.unknown != nil:
+		e.Outcome = Unknown
+	case some:
+		e.Outcome = Accepted
+	default:
+		e.Outcome = NotAccepted
+	}
+	e.Attempts = max(d.attempts, 1)
+	return d.receipt, e
+}
+
+// verdict tells what became of the transaction; nil means that the message was accepted for the recipients that were.
+func (t *transaction) verdict() *Error {
+	s := t.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case t.finalIn:
+		e := &Error{Op: OpFinalDot, Reply: publicReply(t.final), Outcome: NotAccepted}
+		switch t.final.Class() {
+		case 2:
+			return nil
+		case 3:
+			e.Outcome = Unknown // whatever it may mean
+		}
+		return e
+	case t.dotAt > 0 && (s.attempted >= t.dotAt || s.cause == nil):
+		// With no cause the dot may still be in the buffer, but it will leave.
+		err := context.Cause(t.ctx)
+		if err == nil {
+			err = lost(s.cause)
+		}
+		return &Error{Op: OpFinalDot, Outcome: Unknown, Err: err}
+	}
+	if e := t.refusalLocked(); e != nil {
+		e.Outcome = NotAccepted
+		return e
+	}
+	e := &Error{Op: OpFinalDot, Outcome: NotAccepted}
+	switch {
+	case t.asked == 0:
+		e.Op = OpWait
+	case t.answered < t.asked:
+		e.Op, e.subject = t.stepLocked()
+	case t.dotAt == 0:
+		e.Op = OpBody
+	}
+	switch cause := s.cause.(type) {
+	case *unexpectedReply: // the relay says why it does not take the body
+		e.Reply = publicReply(cause.reply)
+	case *replyError:
+		e.Op, e.Reply = cause.op, publicReply(cause.reply)
+	default:
+		e.Err = lost(cause)
+	}
+	if t.bodyErr != nil {
+		e.Op, e.Err = OpBody, t.bodyErr
+		_, e.permanent = t.bodyErr.(*sizeError)
+	}
+	if err := context.Cause(t.ctx); err != nil && t.bodyErr == nil && e.Code == 0 {
+		e.Err = err
+	}
+	return e
+}
+
+// lost says of err, a fault of the connection, what it means.
+func lost(err error) error {
+	if err == nil {
+		return nil
+	}
+	if closedByPeer(err) {
+		return fmt.Errorf("connection lost: %w", err)
+	}
+	return err
+}
+
+// refusalLocked is the relay's first refusal in the envelope: what it says later is a consequence, as is its hanging up.
+func (t *transaction) refusalLocked() *Error {
+	if t.authErr != nil {
+		return t.authErr.clone()
+	}
+	if t.rset.Code != 0 && t.rset.Class() != 2 {
+		return &Error{Op: OpRset, Reply: publicReply(t.rset)}
+	}
+	if t.mailRefused() {
+		return &Error{Op: OpMail, subject: "<" + t.m.From + ">", Reply: publicReply(t.mailed)}
+	}
+	first, accepted, refused := -1, 0, 0
+	for i, r := range t.rcpt {
+		switch {
+		case r.Class() == 2:
+			accepted++
+		case r.Code != 0:
+			refused++
+			if first < 0 || r.Code == 421 {
+				first = i
+			}
+		}
+	}
+	if first >= 0 && (refused == len(t.rcpts) || t.m.AllOrNothing || t.rcpt[first].Code == 421) {
+		return &Error{Op: OpRcpt, subject: "<" + t.m.To[t.rcpts[first]] + ">", Reply: publicReply(t.rcpt[first])}
+	}
+	if t.data.Code != 0 && t.data.Class() != 3 {
+		return &Error{Op: OpData, Reply: publicReply(t.data)}
+	}
+	return nil
+}
+
+// stepLocked is the oldest command of the envelope that has no reply.
+func (t *transaction) stepLocked() (Op, string) {
+	s := t.s
+	for _, x := range s.waiting[s.head:] {
+		if x.tx == t {
+			if x.op == OpRcpt {
+				return x.op, "<" + t.m.To[t.rcpts[x.rcpt]] + ">"
+			}
+			if x.op == OpMail {
+				return x.op, "<" + t.m.From + ">"
+			}
+			return x.op, ""
+		}
+	}
+	return OpMail, ""
+}
+
+// fit makes the message fit for what the relay offers on s: the parameters of MAIL, and how many of d.todo go into one
+// transaction. It fails where the relay lacks what the message needs; nothing has been written then.
+func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Error) {
+	ext := &s.ext
+	mail = d.mail
+	lacks := func(keyword, what string) *Error {
+		return &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+			Err: fmt.Errorf("%s: the relay does not offer %s", what, keyword)}
+	}
+	switch {
+	case mail.Body == "" && ext.Has("8BITMIME"):
+		mail.Body = smtp.Body8BitMIME
+	case mail.Body == smtp.Body7Bit && !ext.Has("8BITMIME"):
+		mail.Body = ""
+	case mail.Body != "" && !ext.Has("8BITMIME"):
+		return mail, nil, lacks("8BITMIME", "MailOptions.Body "+string(mail.Body))
+	}
+	if mail.Size == 0 {
+		mail.Size = d.size
+	}
+	if ext.Size > 0 && mail.Size > ext.Size {
+		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true, Err: &sizeError{ext.Size}}
+	}
+	if !ext.Has("SIZE") {
+		mail.Size = 0
+	}
+	if d.utf8 != "" {
+		mail.UTF8 = true
+	}
+	switch {
+	case d.utf8 != "" && !ext.Has("SMTPUTF8"):
+		return mail, nil, lacks("SMTPUTF8", fmt.Sprintf("address %q is not ASCII", d.utf8))
+	case mail.UTF8 && !ext.Has("SMTPUTF8"):
+		return mail, nil, lacks("SMTPUTF8", "MailOptions.UTF8")
+	case mail.Return != "" && !ext.Has("DSN"):
+		return mail, nil, lacks("DSN", "MailOptions.Return")
+	case mail.EnvelopeID != "" && !ext.Has("DSN"):
+		return mail, nil, lacks("DSN", "MailOptions.EnvelopeID")
+	case mail.RequireTLS && s.tls == nil:
+		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+			Err: fmt.Errorf("MailOptions.RequireTLS: the connection is in the clear")}
+	case mail.RequireTLS && !ext.Has("REQUIRETLS"):
+		return mail, nil, lacks("REQUIRETLS", "MailOptions.RequireTLS")
+	}
+	if !ext.Has("AUTH") {
+		mail.Auth = nil // may be left out (RFC 4954, 5)
+	}
+	for to, o := range d.m.RcptOptions {
+		what := fmt.Sprintf("RcptOptions of <%s>: ", to)
+		switch {
+		case o == nil:
+		case (len(o.Notify) > 0 || o.OriginalRecipient != "") && !ext.Has("DSN"):
+			return mail, nil, lacks("DSN", what+"Notify, OriginalRecipient")
+		case !o.RequireRecipientValidSince.IsZero() && !ext.Has("RRVS"):
+			return mail, nil, lacks("RRVS", what+"RequireRecipientValidSince")
+		case o.DeliverBy != nil && !ext.Has("DELIVERBY"):
+			return mail, nil, lacks("DELIVERBY", what+"DeliverBy")
+		case o.MTPriority != nil && !ext.Has("MT-PRIORITY"):
+			return mail, nil, lacks("MT-PRIORITY", what+"MTPriority")
+		}
+	}
+	most := len(d.todo)
+	for _, limit := range []int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax} {
+		if limit > 0 {
+			most = min(most, limit)
+		}
+	}
+	if ext.Limits.RcptDomainMax > 0 {
+		most = s.admitDomains(d.m.To, d.todo[:most], ext.Limits.RcptDomainMax)
+	}
+	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
+		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+			Err: fmt.Errorf("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)}
+	}
+	return mail, d.todo[:most], nil
+}
+
+// admitDomains tells how many of rcpts may be named before the session has seen more than limit different domains
+// (RFC 9422, 4.3), and notes theirs.
+func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
+	if s.domains == nil {
+		s.domains = make(map[string]struct{})
+	}
+	for _, i := range rcpts {
+		domain := strings.ToLower(to[i][strings.LastIndexByte(to[i], '@')+1:])
+		if _, known := s.domains[domain]; !known {
+			if len(s.domains) >= limit {
+				return n
+			}
+			s.domains[domain] = struct{}{}
+		}
+		n++
+	}
+	return n
+}
+
+// queueID finds an identifier in a final reply: behind "queued as" (Postfix, SendGrid), "id=" (Exim), "Message queued as",
+// or a lone word behind "Ok" (Amazon SES).
+var queueID = regexp.MustCompile(`(?i)(?:queued as|queued with id|message accepted for delivery|\bid)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)|^ok:?[ ]+<?([\w.+/=-]{12,})>?$`)
+
+func findQueueID(text string) string {
+	m := queueID.FindStringSubmatch(text)
+	if m == nil {
+		return ""
+	}
+	return strings.TrimRight(m[1]+m[2], ".")
+}

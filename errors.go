@@ -1,0 +1,212 @@
+package smtprelay
+
+import (
+	"errors"
+	"fmt"
+	"net/textproto"
+	"strings"
+
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// ErrClosed is found by errors.Is in the error of a call to a Client that was shut down or closed.
+var ErrClosed = errors.New("client closed")
+
+// Outcome is what became of a message.
+type Outcome int
+
+const (
+	// Unknown: the connection was lost, or the context ended, between the final dot and its reply. The relay may have
+	// accepted the message; sending it again may deliver it twice (RFC 1047).
+	Unknown Outcome = iota
+	// Accepted: the relay has taken responsibility for the message, for one recipient at least.
+	Accepted
+	// NotAccepted: the relay has accepted nothing; sending again delivers nothing twice.
+	NotAccepted
+)
+
+// String returns "unknown", "accepted" or "not accepted".
+func (o Outcome) String() string {
+	switch o {
+	case Accepted:
+		return "accepted"
+	case NotAccepted:
+		return "not accepted"
+	}
+	return "unknown"
+}
+
+// Op is the step that an [Error] happened in. Its text is made for an operator to read.
+type Op string
+
+const (
+	OpConfig   Op = "configuration"
+	OpCheck    Op = "checking the message"
+	OpWait     Op = "waiting for a connection"
+	OpDial     Op = "dial"
+	OpGreeting Op = "greeting"
+	OpEHLO     Op = "EHLO"
+	OpSTARTTLS Op = "STARTTLS"
+	OpTLS      Op = "TLS handshake"
+	OpAuth     Op = "AUTH"
+	OpRset     Op = "RSET"
+	OpMail     Op = "MAIL FROM"
+	OpRcpt     Op = "RCPT TO"
+	OpData     Op = "DATA"
+	OpBody     Op = "sending the body"
+	OpFinalDot Op = "final dot"
+	OpQuit     Op = "QUIT"
+)
+
+// Reply is an answer of the relay (RFC 5321, 4.2).
+type Reply struct {
+	Code         int               // three digits, as they came
+	EnhancedCode smtp.EnhancedCode // of RFC 3463; zero where the relay gave none
+	Message      string            // the text, without the enhanced code; the lines of a multiline reply are joined by "\n"
+}
+
+// String returns the reply on one line, as in "550 5.1.1 no such user".
+func (r Reply) String() string {
+	text := strings.ReplaceAll(r.Message, "\n", " / ")
+	if r.EnhancedCode != (smtp.EnhancedCode{}) {
+		text = fmt.Sprintf("%d.%d.%d %s", r.EnhancedCode[0], r.EnhancedCode[1], r.EnhancedCode[2], text)
+	}
+	return strings.TrimSpace(fmt.Sprintf("%d %s", r.Code, text))
+}
+
+func publicReply(r wire.Reply) Reply {
+	return Reply{Code: r.Code, EnhancedCode: smtp.EnhancedCode(r.Enhanced), Message: r.Text}
+}
+
+// Error is the error of every call that fails, whatever the cause. It is a net.Error. errors.As also finds in it an
+// *smtp.SMTPError of go-smtp and a *textproto.Error, as net/smtp returns, if the relay has given a reply; errors.Is finds
+// ErrClosed and the context's error.
+type Error struct {
+	// Op is the step that failed, and Reply the relay's answer to it; its Code is 0 where there was none.
+	Op Op
+	Reply
+
+	// Outcome tells whether the message may be sent again. It is Accepted where the relay took the message for some
+	// recipients: those who did not get it are in Refused.
+	Outcome Outcome
+
+	// Refused are the recipients for whom the message was not accepted, in the envelope's order, where the relay's
+	// answers differ by recipient.
+	Refused []RecipientError
+
+	// Attempts counts the tries that were made, connections that could not be opened included.
+	Attempts int
+
+	// Err is the cause where it is not a reply: a network error, the context's, that of Body.WriteTo.
+	Err error
+
+	subject   string // what Op was about: an address
+	permanent bool   // another try cannot help although no 5yz reply says so
+}
+
+// RecipientError is the relay's refusal of one recipient.
+type RecipientError struct {
+	To string
+	Reply
+	Outcome Outcome // NotAccepted, or Unknown
+}
+
+// Error returns a text such as "smtprelay: RCPT TO <b@y.example>: 550 5.1.1 no such user".
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString("smtprelay: ")
+	if e.Outcome == Accepted {
+		fmt.Fprintf(&b, "accepted, but not for %s: ", addresses(e.Refused))
+	}
+	b.WriteString(string(e.Op))
+	if e.subject != "" {
+		b.WriteString(" " + e.subject)
+	}
+	if e.Code != 0 {
+		b.WriteString(": " + e.Reply.String())
+	}
+	if e.Err != nil {
+		b.WriteString(": " + e.Err.Error())
+	}
+	if e.Outcome == Unknown {
+		b.WriteString(" (the relay may have accepted the message: sending it again may deliver it twice)")
+	}
+	if e.Attempts > 1 {
+		fmt.Fprintf(&b, " (%d attempts)", e.Attempts)
+	}
+	return b.String()
+}
+
+// addresses lists who was refused, not at great length.
+func addresses(refused []RecipientError) string {
+	const most = 3
+	var list []string
+	for i, r := range refused {
+		if i == most {
+			list = append(list, fmt.Sprintf("and %d more", len(refused)-most))
+			break
+		}
+		list = append(list, "<"+r.To+">")
+	}
+	return strings.Join(list, ", ")
+}
+
+// Unwrap makes errors.Is and errors.As find the cause, and the reply in the types of other libraries.
+func (e *Error) Unwrap() []error {
+	var errs []error
+	if e.Err != nil {
+		errs = append(errs, e.Err)
+	}
+	if e.Code != 0 {
+		errs = append(errs,
+			&smtp.SMTPError{Code: e.Code, EnhancedCode: e.EnhancedCode, Message: e.Message},
+			&textproto.Error{Code: e.Code, Msg: e.Message})
+	}
+	return errs
+}
+
+// Temporary reports whether sending the message again later, as it is, can help. Where recipients were refused it is true
+// if it can help one of them.
+func (e *Error) Temporary() bool {
+	if e.permanent {
+		return false
+	}
+	if len(e.Refused) > 0 {
+		for _, r := range e.Refused {
+			if r.Temporary() {
+				return true
+			}
+		}
+		return false
+	}
+	return e.Code/100 != 5 || tooManyConns(e)
+}
+
+// clone returns a copy, since the one who is told completes it.
+func (e *Error) clone() *Error {
+	c := *e
+	return &c
+}
+
+// Temporary reports whether the relay refused the recipient only for now.
+func (r RecipientError) Temporary() bool {
+	return r.Code/100 == 4 || r.Code == 0 || tooManyRcpts(r.Reply)
+}
+
+// Timeout reports whether the cause was that a step, or the whole call, took too long.
+func (e *Error) Timeout() bool { return e.Err != nil && isTimeout(e.Err) }
+
+// SafeToRetry reports whether err is the error of a Send whose message was accepted for nobody, so that sending it again
+// can deliver nothing twice. Whether it can help is another question: see [Error.Temporary].
+func SafeToRetry(err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Outcome == NotAccepted
+}
+
+// tooManyRcpts reports whether r, to RCPT, says that the recipient may have another transaction: 452, and 552 which old
+// servers say in its place (RFC 5321, 4.5.3.1.10), or any code with the detail "too many recipients" of RFC 3463, 3.6.
+func tooManyRcpts(r Reply) bool {
+	return r.Code == 452 || r.Code == 552 || r.Code/100 >= 4 && r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3
+}

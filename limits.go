@@ -1,0 +1,156 @@
+package smtprelay
+
+import (
+	"crypto/sha256"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// Limits are what the relay allows one client. They hold for one Client in one process: where several share the
+// allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
+type Limits struct {
+	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
+	// 0 means 10, SendGrid's classic allowance; at most 10,000.
+	MaxConns int
+
+	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
+	// 0 means 100, SendGrid's classic allowance; negative means no limit.
+	MaxMessagesPerConn int
+
+	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several.
+	// 0 or negative means as many as the relay takes.
+	MaxRecipients int
+
+	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
+	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
+	MaxConnAge time.Duration
+
+	// MaxIdleTime is how long a connection stays open without use. 0 means 30 seconds, since some relays close after a
+	// minute; negative means until the relay closes it.
+	MaxIdleTime time.Duration
+}
+
+// withDefaults replaces zero by the default, and negative by 0, which means no limit from here on.
+func (l Limits) withDefaults() Limits {
+	l.MaxConns = orDefault(l.MaxConns, 10)
+	l.MaxMessagesPerConn = orDefault(l.MaxMessagesPerConn, 100)
+	l.MaxRecipients = orDefault(l.MaxRecipients, 0)
+	l.MaxConnAge = orDefault(l.MaxConnAge, 5*time.Minute)
+	l.MaxIdleTime = orDefault(l.MaxIdleTime, 30*time.Second)
+	return l
+}
+
+func orDefault[T int | time.Duration](v, def T) T {
+	switch {
+	case v == 0:
+		return def
+	case v < 0:
+		return 0
+	}
+	return v
+}
+
+// slots counts open connections against the cap. Some may be held back while the relay says that there are too many. It
+// is guarded by the pool's lock.
+type slots struct {
+	sem  *semaphore.Weighted
+	max  int
+	open int // taken for connections
+	held int // taken by nobody, so that the cap is lower
+	owed int // to be held back once they are freed
+}
+
+func newSlots(max int) *slots {
+	return &slots{sem: semaphore.NewWeighted(int64(max)), max: max}
+}
+
+// limit is the cap in force.
+func (s *slots) limit() int { return s.max - s.held - s.owed }
+
+// take takes a slot for a connection that is about to be dialled.
+func (s *slots) take() bool {
+	if !s.sem.TryAcquire(1) {
+		return false
+	}
+	s.open++
+	return true
+}
+
+// free gives back the slot of a connection that the relay has closed, or that was never opened.
+func (s *slots) free() {
+	if s.open--; s.open < 0 {
+		panic("smtprelay: bug: slot freed twice")
+	}
+	if s.owed > 0 {
+		s.owed--
+		s.held++
+		return
+	}
+	s.sem.Release(1)
+}
+
+// lower brings the cap down to limit, at least 1, where it is above.
+func (s *slots) lower(limit int) {
+	for limit = max(limit, 1); s.limit() > limit; {
+		if s.sem.TryAcquire(1) {
+			s.held++
+		} else {
+			s.owed++
+		}
+	}
+}
+
+// raise brings the cap up by one and reports whether it is still below the configured one.
+func (s *slots) raise() (lowered bool) {
+	switch {
+	case s.owed > 0:
+		s.owed--
+	case s.held > 0:
+		s.held--
+		s.sem.Release(1)
+	}
+	return s.held+s.owed > 0
+}
+
+// learnt is what a Client has found out about its relay. It is safe for concurrent use.
+type learnt struct {
+	noOverlap atomic.Bool // the relay does not take what stands behind a final dot
+	authAlone atomic.Bool // it does not take commands behind AUTH
+
+	mu       sync.Mutex // guards the fields below
+	messages int        // after so many transactions the relay ended a session with 421; 0 means it never did
+	times    int        // in a row, with the same number
+	until    time.Time  // when that is forgotten
+
+	badAuth      [sha256.Size]byte // of the credentials that the relay has refused
+	badAuthError *Error            // what it said; nil if it has refused none
+	badAuthUntil time.Time         // when they may be tried again
+}
+
+// sessionFull notes that the relay said 421 to a session that had had n transactions. The same number twice in a row is
+// taken for its limit: once may be a coincidence, such as a relay that is shut down.
+func (l *learnt) sessionFull(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n != l.messages {
+		l.messages, l.times = n, 0
+	}
+	l.times++
+	l.until = time.Now().Add(learntFor)
+}
+
+// maxMessages is the number of transactions after which the relay ends a session; 0 means that it is not known.
+func (l *learnt) maxMessages() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.times < 2 || time.Now().After(l.until) {
+		return 0
+	}
+	return l.messages
+}
+
+// learntFor is how long a limit that was learnt is believed without being met again.
+const learntFor = 10 * time.Minute

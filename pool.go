@@ -1,0 +1,592 @@
+package smtprelay
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// pool keeps the sessions of a Client and hands them out, first come first served.
+//
+// One count, one lock, one function that frees: each open connection holds a slot from before it is dialled until the
+// relay has closed it. Whatever a waiter may be served with (a session given back, one that may be overlapped, a finished
+// dial) goes to the oldest one.
+type pool struct {
+	cfg     *settings
+	dial    func(ctx context.Context, id int64) (*session, *Error)
+	waiting atomic.Int32    // len(waiters), for those who only want a hint
+	closing context.Context // ends with Close: dials in progress are given up
+	cancel  context.CancelFunc
+	running sync.WaitGroup // of all goroutines of the Client
+
+	mu       sync.Mutex // guards the fields below; never held across I/O or a callback
+	slots    *slots
+	gate     gate
+	sessions map[*session]*place
+	idle     []*session // free; the one used last is at the end
+	ready    []*session // may be overlapped; the one that has waited longest is at the front
+	waiters  []*waiter  // oldest first
+	dialling int
+	lastID   int64
+	draining bool          // nothing is handed out any more
+	empty    chan struct{} // closed when draining and no slot is in use
+	idleTime *time.Timer   // runs while there are idle sessions
+}
+
+// place is what the pool knows of a session.
+type place struct {
+	owned     bool // somebody holds the write side
+	listed    bool // in idle or ready
+	idleSince time.Time
+}
+
+// waiter is a Send that waits for a session.
+type waiter struct {
+	ctx      context.Context
+	served   chan struct{} // has room for one; told when one of the next two is set
+	session  *session
+	err      *Error
+	attempts int // that its Send has made, and dials that failed while it waited
+}
+
+var waiterPool = sync.Pool{New: func() any { return &waiter{served: make(chan struct{}, 1)} }}
+
+func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, *Error)) *pool {
+	p := &pool{
+		cfg:      cfg,
+		dial:     dial,
+		slots:    newSlots(cfg.Limits.MaxConns),
+		sessions: make(map[*session]*place),
+		empty:    make(chan struct{}),
+	}
+	p.closing, p.cancel = context.WithCancel(context.Background())
+	return p
+}
+
+func errClosed() *Error {
+	return &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrClosed, permanent: true}
+}
+
+// take waits for a session and hands out its write side. attempts is how many tries the caller has made; dials that fail
+// while it waits are added.
+func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
+	began := time.Now()
+	p.mu.Lock()
+	if p.draining {
+		p.mu.Unlock()
+		return nil, errClosed()
+	}
+	if err := context.Cause(ctx); err != nil {
+		p.mu.Unlock()
+		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
+	}
+	if s := p.takeLocked(began); s != nil {
+		p.mu.Unlock()
+		p.traceGot(ctx, s, 0)
+		return s, nil
+	}
+	if err := p.gate.refusal(began); err != nil && !p.workingLocked() {
+		p.mu.Unlock()
+		return nil, err
+	}
+	w := waiterPool.Get().(*waiter)
+	*w = waiter{ctx: ctx, served: w.served, attempts: *attempts}
+	p.waiters = append(p.waiters, w)
+	p.waiting.Add(1)
+	p.fillLocked(began)
+	p.mu.Unlock()
+
+	select {
+	case <-w.served:
+	case <-ctx.Done():
+		if err := p.forget(w); err != nil {
+			*attempts = w.attempts
+			waiterPool.Put(w)
+			return nil, err
+		}
+		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
+	}
+	s, err := w.session, w.err
+	*attempts = w.attempts
+	*w = waiter{served: w.served}
+	waiterPool.Put(w)
+	if s != nil {
+		p.traceGot(ctx, s, time.Since(began))
+	}
+	return s, err
+}
+
+// takeLocked returns a session at once if there is one for somebody who comes now: an idle one or, if no further
+// connection may be opened, one to overlap on.
+func (p *pool) takeLocked(now time.Time) *session {
+	if len(p.waiters) > 0 {
+		return nil // they were first
+	}
+	for len(p.idle) > 0 {
+		s := p.idle[len(p.idle)-1]
+		p.unlistLocked(s)
+		if s.status(now) == statusFree {
+			p.sessions[s].owned = true
+			return s
+		}
+		p.settleLocked(s, now) // too old, or dead
+	}
+	if p.mayDialLocked(1, now) {
+		return nil
+	}
+	return p.overlapLocked(now)
+}
+
+// overlapLocked returns a session that may be overlapped, nil if there is none.
+func (p *pool) overlapLocked(now time.Time) *session {
+	for len(p.ready) > 0 {
+		s := p.ready[0]
+		p.unlistLocked(s)
+		if st := s.status(now); st == statusOverlappable || st == statusFree {
+			p.sessions[s].owned = true
+			return s
+		}
+	}
+	return nil
+}
+
+// forget takes w out of the queue and returns the reason to tell; nil means that it has been served.
+func (p *pool) forget(w *waiter) *Error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.Index(p.waiters, w)
+	if i < 0 {
+		return nil
+	}
+	p.waiters = slices.Delete(p.waiters, i, i+1)
+	p.waiting.Add(-1)
+	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.gate.explain(context.Cause(w.ctx))}
+}
+
+// wanted implements keeper.
+func (p *pool) wanted() bool { return p.waiting.Load() > 0 }
+
+// giveBack implements keeper. If a waiter can go on with s at once, what is still in the buffer leaves with its envelope;
+// else it leaves now.
+func (p *pool) giveBack(s *session) {
+	if s.out.Buffered() > 0 {
+		if p.handOver(s) {
+			return
+		}
+		s.flush()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if at := p.sessions[s]; at != nil {
+		at.owned = false
+		p.settleLocked(s, time.Now())
+	}
+}
+
+// handOver gives the write side of s to the oldest waiter, if there is one and a transaction may be begun.
+func (p *pool) handOver(s *session) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.waiters) == 0 || p.draining || p.sessions[s] == nil {
+		return false
+	}
+	if st := s.status(time.Now()); st != statusOverlappable && st != statusFree {
+		return false
+	}
+	p.serveLocked(s, nil)
+	return true
+}
+
+// changed is told by a session that a final reply is in, or that it is over.
+func (p *pool) changed(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.settleLocked(s, time.Now())
+}
+
+// settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
+// be overlapped, or on its way out.
+func (p *pool) settleLocked(s *session, now time.Time) {
+	at := p.sessions[s]
+	if at == nil || at.owned {
+		return
+	}
+	p.unlistLocked(s)
+	st := s.status(now)
+	switch {
+	case st == statusRetired:
+		p.quitLocked(s)
+	case st == statusFree && p.draining:
+		s.retire(closeClosed)
+		p.quitLocked(s)
+	case st == statusBusy, st == statusDoomed, p.draining:
+	case len(p.waiters) > 0:
+		at.owned = true
+		p.serveLocked(s, nil)
+	case st == statusFree:
+		at.idleSince, at.listed = now, true
+		p.idle = append(p.idle, s)
+		p.watchIdleLocked(now)
+	default:
+		at.listed = true
+		p.ready = append(p.ready, s)
+	}
+}
+
+func (p *pool) unlistLocked(s *session) {
+	at := p.sessions[s]
+	if !at.listed {
+		return
+	}
+	at.listed = false
+	for _, list := range []*[]*session{&p.idle, &p.ready} {
+		if i := slices.Index(*list, s); i >= 0 {
+			*list = slices.Delete(*list, i, i+1)
+		}
+	}
+}
+
+// serveLocked gives the oldest waiter a session or an error.
+func (p *pool) serveLocked(s *session, err *Error) {
+	w := p.waiters[0]
+	p.waiters[0] = nil
+	p.waiters = p.waiters[1:]
+	p.waiting.Add(-1)
+	w.session, w.err = s, err
+	w.served <- struct{}{}
+}
+
+// quitLocked says QUIT on s, in a goroutine that ends when that is written. Nobody gets s any more.
+func (p *pool) quitLocked(s *session) {
+	p.sessions[s].owned = true
+	p.running.Go(s.quit)
+}
+
+// Opening.
+
+// mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
+func (p *pool) mayDialLocked(more int, now time.Time) bool {
+	return !p.draining && p.slots.open < p.slots.limit() &&
+		len(p.waiters)+more > p.dialling+p.endingLocked() && p.gate.open(now, p.dialling)
+}
+
+// endingLocked is how many transactions are left on the sessions that are near their last. While those have room for
+// everyone who waits, one more connection would hardly be used: at the end of a burst, ten sessions that are almost used
+// up are not followed by an eleventh.
+func (p *pool) endingLocked() (room int) {
+	near := p.cfg.Limits.MaxMessagesPerConn / 10
+	if near == 0 {
+		return 0
+	}
+	for s := range p.sessions {
+		if left := s.roomLeft(); left <= near {
+			room += left
+		}
+	}
+	return room
+}
+
+// fillLocked opens connections for those who wait, as far as the cap and the gate allow, and has the others overlap. It is
+// called whenever one of these may have changed.
+func (p *pool) fillLocked(now time.Time) {
+	for p.mayDialLocked(0, now) && p.slots.take() {
+		ctx := context.WithoutCancel(p.waiters[min(p.dialling, len(p.waiters)-1)].ctx)
+		p.dialling++
+		p.lastID++
+		id, round := p.lastID, p.gate.round
+		p.running.Go(func() { p.openSession(ctx, id, round) })
+	}
+	for len(p.waiters) > p.dialling {
+		s := p.overlapLocked(now)
+		if s == nil {
+			break
+		}
+		p.serveLocked(s, nil)
+	}
+	if len(p.waiters) > 0 && !p.draining {
+		p.gate.wakeAt(now, p.wake)
+	}
+}
+
+// wake looks again at what may be done for those who wait.
+func (p *pool) wake() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.gate.awake(p.slots, now, p.wake)
+	p.fillLocked(now)
+}
+
+// openSession opens a connection, for which a slot was taken. It goes on if the Send it was begun for gives up, and serves
+// whoever waits longest when it is done.
+func (p *pool) openSession(ctx context.Context, id int64, round int) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(p.closing, cancel)()
+	s, err := p.dial(ctx, id)
+	if err != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.dialling--
+		p.freeLocked()
+		p.failedLocked(err, round)
+		return
+	}
+	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
+	p.mu.Lock()
+	p.dialling--
+	p.sessions[s] = &place{owned: true}
+	p.running.Go(s.readLoop)
+	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
+	if s.lead == nil {
+		p.gate.opened()
+	}
+	p.mu.Unlock()
+	if alone {
+		if err := s.authenticate(ctx); err != nil {
+			p.learn(s, err)
+		} else {
+			p.worked()
+		}
+	}
+	p.giveBack(s)
+}
+
+// sessionClosed is told by a session that the relay has closed it.
+func (p *pool) sessionClosed(s *session) {
+	p.mu.Lock()
+	p.unlistLocked(s)
+	delete(p.sessions, s)
+	p.freeLocked()
+	if err := p.gate.refusal(time.Now()); err != nil && !p.workingLocked() {
+		p.failAllLocked(err)
+	}
+	p.mu.Unlock()
+	p.traceClosed(s)
+}
+
+// freeLocked gives back the slot of a connection that is no more.
+func (p *pool) freeLocked() {
+	p.slots.free()
+	if p.draining && p.slots.open == 0 {
+		close(p.empty)
+	}
+	p.fillLocked(time.Now())
+}
+
+// workingLocked reports whether a session is open that may serve somebody yet.
+func (p *pool) workingLocked() bool {
+	now := time.Now()
+	for s := range p.sessions {
+		switch s.status(now) {
+		case statusFree, statusOverlappable:
+			return true
+		case statusBusy:
+			if s.roomLeft() > 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// open is how many connections are open or being opened.
+func (p *pool) open() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.slots.open
+}
+
+// Failing.
+
+// learn takes what the relay said on s that concerns more than the message at hand.
+func (p *pool) learn(s *session, e *Error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case e.Op == OpAuth && e.Code != 0:
+		p.failedLocked(e, s.round)
+	case e.Code == 432:
+		p.crowdedLocked()
+	}
+}
+
+// worked notes that a session has authenticated and does its work.
+func (p *pool) worked() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gate.opened()
+}
+
+// failedLocked takes the failure of a dial, or of the AUTH that was part of it. As long as another session works, nobody
+// hears of it.
+func (p *pool) failedLocked(e *Error, round int) {
+	now := time.Now()
+	working := p.workingLocked()
+	if tooManyConns(e) && (working || p.slots.open > 0) {
+		p.crowdedLocked()
+		p.fillLocked(now)
+		return
+	}
+	if !p.gate.failed(e, round, p.cfg, now) {
+		return // one of several that failed together
+	}
+	if working {
+		p.fillLocked(now)
+		return
+	}
+	keep := p.waiters[:0]
+	for _, w := range p.waiters {
+		w.attempts++
+		if !e.Temporary() || p.cfg.Retry.exhausted(w.attempts) {
+			p.waiting.Add(-1)
+			w.err = e.clone()
+			w.served <- struct{}{}
+		} else {
+			keep = append(keep, w)
+		}
+	}
+	clear(p.waiters[len(keep):])
+	p.waiters = keep
+	p.fillLocked(now)
+}
+
+func (p *pool) failAllLocked(e *Error) {
+	for len(p.waiters) > 0 {
+		p.serveLocked(nil, e.clone())
+	}
+}
+
+// crowdedLocked holds slots back for a while: the relay says that there are too many connections. Those that are open go
+// on.
+func (p *pool) crowdedLocked() {
+	open := 0
+	now := time.Now()
+	for s := range p.sessions {
+		if st := s.status(now); st != statusDoomed && st != statusRetired {
+			open++
+		}
+	}
+	p.gate.crowded(p.slots, open, now, p.wake)
+}
+
+// Idle sessions.
+
+// watchIdleLocked sees to it that idle sessions end in time.
+func (p *pool) watchIdleLocked(now time.Time) {
+	if p.idleTime != nil || len(p.idle) == 0 {
+		return
+	}
+	var first time.Time
+	for _, s := range p.idle {
+		if at := p.idleUntilLocked(s); !at.IsZero() && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
+	if !first.IsZero() {
+		p.idleTime = time.AfterFunc(first.Sub(now), p.sweep)
+	}
+}
+
+// idleUntilLocked is when s, which is idle, must end; zero means never.
+func (p *pool) idleUntilLocked(s *session) time.Time {
+	at := s.expires
+	if limit := p.cfg.Limits.MaxIdleTime; limit > 0 {
+		if t := p.sessions[s].idleSince.Add(limit); at.IsZero() || t.Before(at) {
+			at = t
+		}
+	}
+	return at
+}
+
+// sweep ends the idle sessions whose time has come.
+func (p *pool) sweep() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.idleTime = nil
+	now := time.Now()
+	for _, s := range slices.Clone(p.idle) {
+		if at := p.idleUntilLocked(s); !at.IsZero() && !now.Before(at) {
+			if s.status(now) != statusRetired { // not by age
+				s.retire(closeIdle)
+			}
+			p.settleLocked(s, now)
+		}
+	}
+	p.watchIdleLocked(now)
+}
+
+// Ending.
+
+// drain lets nothing more be taken: waiters are told, sessions end with QUIT once they are quiet.
+func (p *pool) drain() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.draining {
+		return
+	}
+	p.draining = true
+	p.failAllLocked(errClosed())
+	if p.idleTime != nil {
+		p.idleTime.Stop()
+		p.idleTime = nil
+	}
+	p.gate.stop()
+	now := time.Now()
+	for s := range p.sessions {
+		p.settleLocked(s, now)
+	}
+	if p.slots.open == 0 {
+		close(p.empty)
+	}
+}
+
+// shutdown waits until all is done and closed, or for the end of ctx.
+func (p *pool) shutdown(ctx context.Context) error {
+	p.drain()
+	p.mu.Lock()
+	if p.dialling > 0 { // nobody waits for those
+		p.cancel()
+	}
+	p.mu.Unlock()
+	var err error
+	select {
+	case <-p.empty:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	p.shut()
+	return err
+}
+
+// politeness is how long QUIT may take to be written when the Client is closed.
+const politeness = time.Second
+
+// shut ends everything and returns when no goroutine is left.
+func (p *pool) shut() {
+	p.mu.Lock()
+	idle := slices.Clone(p.idle)
+	for _, s := range idle {
+		p.unlistLocked(s)
+		p.sessions[s].owned = true
+	}
+	p.mu.Unlock()
+	p.drain()
+	p.cancel()
+	for _, s := range idle {
+		s.retire(closeClosed)
+		timer := time.AfterFunc(politeness, s.raw.interrupt)
+		s.quit()
+		timer.Stop()
+	}
+	p.mu.Lock()
+	all := slices.Collect(maps.Keys(p.sessions))
+	p.mu.Unlock()
+	for _, s := range all {
+		s.kill(ErrClosed)
+	}
+	p.running.Wait()
+}

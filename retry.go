@@ -1,0 +1,122 @@
+package smtprelay
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+// Retry says how often a message is tried again when the relay cannot have accepted it: no connection could be opened, or
+// it was lost before the final dot, or the relay said 421. A message that may have been accepted is never tried again.
+type Retry struct {
+	// MaxAttempts is how many tries a Send makes in all. 0 means 4; 1 means that nothing is tried again; negative means
+	// that only the context ends it. An idle connection that turns out dead costs no attempt.
+	MaxAttempts int
+
+	// MinBackoff and MaxBackoff bound the wait before the next try, which doubles each time and of which a random part is
+	// waited. 0 means half a second and 30 seconds.
+	MinBackoff, MaxBackoff time.Duration
+
+	// Temporary also tries again what the relay refused for now with a 4yz reply to MAIL, RCPT, DATA or the final dot.
+	// By default that is told to the caller, who knows better how long the message can wait.
+	Temporary bool
+}
+
+// withDefaults replaces zero by the default; MaxAttempts 0 means any number from here on.
+func (r Retry) withDefaults() Retry {
+	r.MaxAttempts = orDefault(r.MaxAttempts, 4)
+	r.MinBackoff = orDefault(r.MinBackoff, 500*time.Millisecond)
+	r.MaxBackoff = max(orDefault(r.MaxBackoff, 30*time.Second), r.MinBackoff)
+	return r
+}
+
+// exhausted reports whether there is no try left after so many.
+func (r Retry) exhausted(attempts int) bool { return r.MaxAttempts > 0 && attempts >= r.MaxAttempts }
+
+// backoff is how long to wait after so many failures in a row: a random part of a time that doubles, so that many who fail
+// together do not come back together.
+func (r Retry) backoff(failures int) time.Duration {
+	most := r.MaxBackoff
+	if shift := failures - 1; shift < 30 && r.MinBackoff<<shift < most {
+		most = r.MinBackoff << shift
+	}
+	return rand.N(most + 1)
+}
+
+// next is what follows a transaction that did not end with its message accepted.
+type next int
+
+const (
+	stop      next = iota // the caller is told
+	again                 // another try after a wait, as long as there are attempts left
+	elsewhere             // at once and uncounted, on another session
+	crowded               // on another session, once there is room: the relay says that there are too many connections
+)
+
+// mayRetry tells what follows a try of t that ended in e.
+func (c *Client) mayRetry(t *transaction, e *Error) next {
+	if e.Outcome != NotAccepted {
+		return stop // the relay may have accepted it: only the caller can decide
+	}
+	if t.ctx.Err() != nil {
+		return stop // nobody waits for another try
+	}
+	if t.bodyErr != nil || (t.bodyBegun && oneShot(t.m.Body)) {
+		return stop // the message cannot be written, or not again
+	}
+	if e.Code == 432 {
+		return crowded // Microsoft 365: "Concurrent connections limit exceeded"
+	}
+	if e.Code == 0 || (e.Code == 421 && e.Op != OpAuth) {
+		if t.untouched(e) {
+			return elsewhere // the session was used up or dead before this message came: not its fault
+		}
+		return again // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
+	}
+	if e.Op == OpRset && t.overlapped {
+		return elsewhere // the relay is out of step behind a final dot, which will not be tried again
+	}
+	if e.Op == OpAuth {
+		switch {
+		case tooManyConns(e):
+			return crowded
+		case e.Code/100 == 3:
+			return elsewhere // the relay takes no initial response: AUTH will go alone from now on
+		case e.Code/100 == 4:
+			return again
+		}
+		return stop // the credentials are refused
+	}
+	if e.Op == OpRset {
+		return again // the session was at fault, not the message
+	}
+	if e.Op == OpMail && e.Code == 503 && !t.firstOnSession() {
+		return again // our idea of the session's state was wrong
+	}
+	if e.Temporary() && c.cfg.Retry.Temporary {
+		return again
+	}
+	return stop // when in doubt, tell the caller
+}
+
+// untouched reports whether t was lost before the relay had dealt with any of it, on a session that had worked before.
+// So each such loss stands for at least one message that went through, which bounds how often it can happen.
+func (t *transaction) untouched(e *Error) bool {
+	t.s.mu.Lock()
+	defer t.s.mu.Unlock()
+	return t.seq != 1 && (t.answered == 0 || e.Code == 421 && t.answered == 1)
+}
+
+func (t *transaction) firstOnSession() bool { return t.seq == 1 }
+
+// sleep waits for d or the end of ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

@@ -1,0 +1,76 @@
+package smtprelay
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"strings"
+)
+
+const redacted = "[redacted]"
+
+// secret is a text that does not print. It stands behind a func, since fmt prints the unexported fields of a struct
+// without asking their methods.
+type secret struct{ reveal func() string }
+
+func newSecret(s string) secret { return secret{func() string { return s }} }
+
+func (s secret) String() string               { return redacted }
+func (s secret) GoString() string             { return redacted }
+func (s secret) Format(f fmt.State, _ rune)   { f.Write([]byte(redacted)) }
+func (s secret) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
+
+// scrub takes the secret and its base64 forms out of text, which a relay said: some repeat what they did not understand.
+func (s secret) scrub(text string, others ...string) string {
+	for _, o := range append(others, s.reveal()) {
+		if len(o) < 4 {
+			continue
+		}
+		text = strings.ReplaceAll(text, o, redacted)
+		text = strings.ReplaceAll(text, base64.StdEncoding.EncodeToString([]byte(o)), redacted)
+	}
+	return text
+}
+
+// hidden is a Config without its secret and without methods, for printing.
+func (c Config) hidden() any {
+	type plain Config
+	p := plain(c)
+	if p.Password != "" {
+		p.Password = redacted
+	}
+	return p
+}
+
+// Format implements fmt.Formatter: it prints the Config without its password.
+func (c Config) Format(f fmt.State, verb rune) {
+	fmt.Fprintf(f, fmt.FormatString(f, verb), c.hidden())
+}
+
+// LogValue implements slog.LogValuer: it logs the Config without its password.
+func (c Config) LogValue() slog.Value {
+	return slog.GroupValue(
+		slog.String("addr", c.Addr),
+		slog.String("username", c.Username),
+		slog.String("tls", c.TLS.String()),
+		slog.String("local_name", c.LocalName),
+		slog.Any("limits", c.Limits),
+		slog.Any("retry", c.Retry),
+	)
+}
+
+// MarshalJSON implements json.Marshaler: it writes what can be written of the Config, without its password.
+func (c Config) MarshalJSON() ([]byte, error) {
+	password := c.Password
+	if password != "" {
+		password = redacted
+	}
+	return json.Marshal(struct {
+		Addr, Username, Password, TLS, LocalName string
+		Limits                                   Limits
+		Retry                                    Retry
+		Timeouts                                 Timeouts
+	}{c.Addr, c.Username, password, c.TLS.String(), c.LocalName, c.Limits, c.Retry, c.Timeouts})
+}

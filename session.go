@@ -1,0 +1,454 @@
+package smtprelay
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// exchange is a command whose reply is outstanding.
+type exchange struct {
+	op    Op
+	tx    *transaction  // told of the reply; nil for QUIT
+	rcpt  int           // which recipient, for OpRcpt
+	limit time.Duration // for the reply, counted from when no other is awaited before it; 0 means none
+	first bool          // of what was written behind a final dot that had no reply yet
+}
+
+// session is one connection, from the EHLO that made it ready to its close.
+//
+// Its write side belongs to whoever took it from the pool, one at a time. Its read loop runs as long as the connection and
+// hands each reply to the oldest exchange outstanding, by counting only. Who writes a command appends its exchange first.
+//
+// It ends in two steps. It is doomed when something happens after which nothing may be written any more: a fault, a 421, a
+// transaction that was given up before its final dot. Then it lives on until the final replies that are outstanding are
+// in, and is done.
+type session struct {
+	id      int64
+	cfg     *settings
+	raw     *progressConn
+	conn    net.Conn             // raw, or TLS on it
+	tls     *tls.ConnectionState // nil in the clear
+	ext     wire.Extensions      // of the last EHLO
+	born    time.Time
+	expires time.Time // when it is too old to be used; zero means never
+	limit   int       // transactions; 0 means any number
+	round   int       // of the dial gate, when this one was dialled
+
+	changed func(*session) // told when a final reply is in, or the session is doomed; called without mu
+	closed  func(*session) // told when the relay has closed the connection; the last thing that happens
+
+	replies *wire.ReplyReader // owned by the read loop
+
+	out      *bufio.Writer       // owned by the holder of the write side, as are the fields down to written
+	body     wire.BodyWriter     // on out
+	line     []byte              // scratch
+	lead     []byte              // an AUTH command that is still to be sent, in front of the first transaction
+	leadMark [sha256.Size]byte   // of the credentials in lead
+	domains  map[string]struct{} // of recipients so far, if the relay limits their number
+
+	written int64 // octets that were handed to the connection
+
+	doomed chan struct{} // closed when cause is set
+	done   chan struct{} // closed when no reply will be read any more
+
+	mu        sync.Mutex // guards the fields below; never held across I/O
+	waiting   []exchange // oldest first, from head on
+	head      int
+	attempted int64       // octets that were handed to the connection, or are just being
+	pending   int         // final replies outstanding
+	used      int         // transactions begun
+	open      bool        // the relay may have a transaction open: RSET leads the next
+	quitting  bool        // QUIT was written
+	retired   closeReason // no further transaction is begun; "" while it may be used
+	cause     error       // why it was doomed
+	writeErr  error       // what a write failed with
+	closeBy   time.Time   // when the relay's last words must be in
+	deadline  time.Time   // the read deadline in force
+	abort     bool        // closed by Close: the relay is not waited for
+	rst       bool        // the connection ends with a reset
+}
+
+// closeReason tells why a session takes no further transaction.
+type closeReason string
+
+const (
+	closeFull   closeReason = "full"
+	closeAge    closeReason = "age"
+	closeIdle   closeReason = "idle"
+	closeClosed closeReason = "closed"
+	closeFault  closeReason = "fault"
+)
+
+// status is what the pool wants to know of a session whose write side nobody holds.
+type status int
+
+const (
+	statusFree         status = iota // a transaction may be begun
+	statusOverlappable               // one may be begun behind the final dot of the one before
+	statusBusy                       // none may be begun until a final reply is in
+	statusRetired                    // none may be begun any more: QUIT is due
+	statusDoomed                     // none may be begun any more, and nothing is to be done
+)
+
+func (s *session) status(now time.Time) status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired == "" && !s.expires.IsZero() && !now.Before(s.expires) {
+		s.retired = closeAge
+	}
+	switch {
+	case s.cause != nil:
+		return statusDoomed
+	case s.retired != "" && s.pending > 0:
+		return statusBusy
+	case s.retired != "":
+		return statusRetired
+	case s.pending == 0:
+		return statusFree
+	case s.overlaps():
+		return statusOverlappable
+	}
+	return statusBusy
+}
+
+// pipelining reports whether commands may be written without awaiting the reply to the one before.
+func (s *session) pipelining() bool {
+	return s.cfg.Pipelining != PipelineOff && s.ext.Has("PIPELINING")
+}
+
+// overlaps reports whether commands may be written behind a final dot.
+func (s *session) overlaps() bool {
+	return s.cfg.Pipelining == PipelineAcross && s.ext.Has("PIPELINING") && !s.cfg.learnt.noOverlap.Load()
+}
+
+// roomLeft is how many more transactions may be begun; a large number if any.
+func (s *session) roomLeft() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.retired != "":
+		return 0
+	case s.limit == 0:
+		return 1 << 30
+	}
+	return s.limit - s.used
+}
+
+// retire makes the session take no further transaction.
+func (s *session) retire(why closeReason) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired == "" {
+		s.retired = why
+	}
+}
+
+// Reading.
+
+// readLoop runs until the connection has ended. It alone reads.
+func (s *session) readLoop() {
+	var err error
+	for more := true; more; {
+		var r wire.Reply
+		if r, err = s.replies.ReadReply(); err != nil {
+			break
+		}
+		more = s.deliver(r)
+	}
+	s.mu.Lock()
+	s.doomLocked(s.lossLocked(err))
+	wait := s.cfg.Timeouts.Quit
+	if s.abort {
+		wait = 0
+	}
+	rst := s.rst
+	s.mu.Unlock()
+	close(s.done)
+	s.changed(s)
+
+	// A clean end of TLS is not yet the close of the connection below.
+	switch _, onTLS := s.conn.(*tls.Conn); {
+	case rst:
+		if c, ok := s.raw.Conn.(interface{ SetLinger(int) error }); ok {
+			c.SetLinger(0)
+		}
+		s.raw.Close()
+	case closedByPeer(err) && !onTLS:
+		s.raw.Close()
+	default:
+		s.raw.hangUp(wait)
+	}
+	s.closed(s)
+}
+
+// deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
+func (s *session) deliver(r wire.Reply) (more bool) {
+	s.mu.Lock()
+	if s.head == len(s.waiting) {
+		s.doomLocked(&unexpectedReply{r})
+		s.mu.Unlock()
+		return false
+	}
+	x := s.waiting[s.head]
+	s.waiting[s.head] = exchange{}
+	s.head++
+	if s.head == len(s.waiting) {
+		s.waiting, s.head = s.waiting[:0], 0
+	}
+	if r.Code == 421 && x.op != OpQuit {
+		// The relay is leaving, whatever it may still say to what was sent already.
+		if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 {
+			s.cfg.learnt.sessionFull(x.tx.seq - 1)
+		}
+		s.hurryLocked(s.cfg.Timeouts.Quit)
+		s.doomLocked(&replyError{x.op, r})
+	}
+	ctx := context.Background()
+	if x.tx != nil {
+		ctx = x.tx.ctx
+		x.tx.replyLocked(x, r)
+	} else if x.first && r.Code == 503 {
+		s.cfg.learnt.noOverlap.Store(true)
+	}
+	if x.op == OpQuit {
+		// What is left is to see the relay's close.
+		s.hurryLocked(s.cfg.Timeouts.Quit)
+	}
+	final := x.op == OpFinalDot
+	if final {
+		s.pending--
+	}
+	s.armLocked()
+	more = s.cause == nil || s.pending > 0
+	s.mu.Unlock()
+
+	if t := s.cfg.Trace; t != nil && t.Reply != nil {
+		shown := publicReply(r)
+		if x.op == OpAuth {
+			shown.Message = s.cfg.scrub(shown.Message)
+		}
+		t.Reply(ctx, s.id, x.op, shown)
+	}
+	if x.tx != nil {
+		x.tx.wake()
+	}
+	if final && more {
+		s.changed(s)
+	}
+	return more
+}
+
+// armLocked sets the read deadline to that of the oldest exchange outstanding.
+func (s *session) armLocked() {
+	var at time.Time
+	switch {
+	case s.cause != nil && s.pending == 0:
+		at = longAgo
+	case s.head < len(s.waiting):
+		if limit := s.waiting[s.head].limit; limit > 0 {
+			at = time.Now().Add(limit)
+		}
+	}
+	if !s.closeBy.IsZero() && (at.IsZero() || s.closeBy.Before(at)) {
+		at = s.closeBy
+	}
+	if at != s.deadline {
+		s.deadline = at
+		s.raw.SetReadDeadline(at)
+	}
+}
+
+// hurryLocked bounds how long the relay is listened to from now on.
+func (s *session) hurryLocked(d time.Duration) {
+	if by := time.Now().Add(d); s.closeBy.IsZero() || by.Before(s.closeBy) {
+		s.closeBy = by
+	}
+}
+
+// lossLocked turns err, with which reading ended, into the reason why the session is lost.
+func (s *session) lossLocked(err error) error {
+	if s.writeErr != nil && (err == nil || isTimeout(err) || closedByPeer(err)) {
+		return s.writeErr // the cause, of which the end of reading is a consequence
+	}
+	if err == nil || !isTimeout(err) || s.head == len(s.waiting) {
+		return err
+	}
+	x := s.waiting[s.head]
+	if x.first {
+		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
+		s.cfg.learnt.noOverlap.Store(true)
+	}
+	return &timeoutError{op: x.op, after: x.limit}
+}
+
+// Ending.
+
+// doom ends the use of the session because of err. It may be called from anywhere, any number of times; the first cause
+// counts. Final replies that are outstanding are still awaited.
+func (s *session) doom(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.doomLocked(err)
+	s.armLocked()
+}
+
+func (s *session) doomLocked(err error) {
+	if s.cause != nil {
+		return
+	}
+	if err == nil {
+		err = errors.New("session ended")
+	}
+	s.cause = err
+	if s.retired == "" {
+		s.retired = closeFault
+	}
+	close(s.doomed)
+}
+
+// kill ends the session now, awaiting nothing.
+func (s *session) kill(err error) {
+	s.raw.interrupt()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.doomLocked(err)
+	s.abort = true
+	s.closeBy = longAgo
+	s.armLocked()
+}
+
+// lastWords is how long the relay may take to say why it does not take what is written.
+const lastWords = 2 * time.Second
+
+// writeFailed notes that a write has failed. The relay's last reply tells more than "broken pipe", so there is a short time
+// for it to be read.
+func (s *session) writeFailed(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writeErr == nil {
+		s.writeErr = err
+	}
+	if isTimeout(err) {
+		s.doomLocked(err) // the relay stalls; it has not closed
+	} else {
+		s.hurryLocked(lastWords)
+	}
+	s.armLocked()
+}
+
+// Writing. All of it is for the holder of the write side.
+
+// Write hands p to the connection; it is what out writes to. Once the session is doomed nothing leaves any more: that is
+// what makes a final dot that was not sent by then a message that was not accepted.
+func (s *session) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	if s.cause != nil {
+		s.mu.Unlock()
+		return 0, s.cause
+	}
+	s.attempted = s.written + int64(len(p))
+	s.mu.Unlock()
+	n, err := s.conn.Write(p)
+	s.written += int64(n)
+	if err != nil {
+		s.mu.Lock()
+		s.attempted = s.written
+		s.mu.Unlock()
+		s.writeFailed(err)
+	}
+	return n, err
+}
+
+// position is the number of octets written so far, those in the buffer included.
+func (s *session) position() int64 { return s.written + int64(s.out.Buffered()) }
+
+// expect appends an exchange for the command that is written next. It fails if the session is doomed.
+func (s *session) expect(x exchange) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause != nil {
+		return false
+	}
+	s.waiting = append(s.waiting, x)
+	switch {
+	case x.op == OpFinalDot:
+		s.pending++
+	case x.tx != nil:
+		x.tx.asked++
+	}
+	if len(s.waiting)-s.head == 1 {
+		s.armLocked()
+	}
+	return true
+}
+
+// flush hands what is in the buffer to the connection.
+func (s *session) flush() error { return s.out.Flush() }
+
+// quit says QUIT, if that was not said yet. The read loop sees the rest.
+func (s *session) quit() {
+	s.mu.Lock()
+	said := s.quitting || s.cause != nil
+	s.mu.Unlock()
+	if said || !s.writeQuit(false) {
+		return
+	}
+	s.flush()
+}
+
+// writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
+func (s *session) writeQuit(behind bool) bool {
+	if !s.expect(exchange{op: OpQuit, limit: s.cfg.Timeouts.Quit, first: behind}) {
+		return false
+	}
+	s.mu.Lock()
+	s.quitting = true
+	s.mu.Unlock()
+	s.out.WriteString("QUIT\r\n")
+	s.traceCommand(context.Background(), "QUIT")
+	return true
+}
+
+func (s *session) traceCommand(ctx context.Context, line string) {
+	if t := s.cfg.Trace; t != nil && t.Command != nil {
+		t.Command(ctx, s.id, line)
+	}
+}
+
+// Faults.
+
+// unexpectedReply is a reply that nobody waited for: the relay is leaving, or is out of step.
+type unexpectedReply struct{ reply wire.Reply }
+
+func (e *unexpectedReply) Error() string {
+	return fmt.Sprintf("the relay said, unasked: %d %s", e.reply.Code, e.reply.Text)
+}
+
+// replyError is a reply after which the session cannot be used.
+type replyError struct {
+	op    Op
+	reply wire.Reply
+}
+
+func (e *replyError) Error() string {
+	return fmt.Sprintf("%s: %d %s", e.op, e.reply.Code, e.reply.Text)
+}
+
+// timeoutError says which reply did not come.
+type timeoutError struct {
+	op    Op
+	after time.Duration
+}
+
+func (e *timeoutError) Error() string   { return fmt.Sprintf("no reply to %s within %v", e.op, e.after) }
+func (e *timeoutError) Timeout() bool   { return true }
+func (e *timeoutError) Temporary() bool { return true }

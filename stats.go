@@ -1,0 +1,86 @@
+package smtprelay
+
+import "sync/atomic"
+
+// Stats is a snapshot of what a Client does and has done.
+type Stats struct {
+	// Now.
+	MaxConns  int // connections that may be open, as configured or as learnt from the relay
+	OpenConns int // connections open or being opened, those that the relay has not closed yet included
+	IdleConns int // open, ready and unused
+	Waiting   int // Sends that wait for a connection
+
+	// Since New.
+	Accepted     int64 // messages accepted, for one recipient at least
+	NotAccepted  int64 // messages accepted for nobody
+	Unknown      int64 // messages whose fate is unknown
+	Refused      int64 // recipients refused
+	Retries      int64 // further tries of messages, those that a dead idle connection cost included
+	Overlapped   int64 // transactions begun before the one ahead had its final reply
+	Dials        int64 // connections tried
+	DialErrors   int64 // of these, not opened
+	Auths        int64 // AUTH commands sent
+	AuthErrors   int64 // of these, refused
+	ClosedFull   int64 // connections closed at the limit of messages
+	ClosedAge    int64 // connections closed at the limit of age
+	ClosedIdle   int64 // connections closed for want of use
+	ClosedFaulty int64 // connections closed by the relay or after a fault
+}
+
+// counters are what Stats tells of the time since New.
+type counters struct {
+	accepted, notAccepted, unknown, refused atomic.Int64
+	retries, overlapped                     atomic.Int64
+	dials, dialErrors, auths, authErrors    atomic.Int64
+	full, age, idle, faulty                 atomic.Int64
+}
+
+// count counts the outcome of a Send.
+func (c *counters) count(err error) {
+	e, _ := err.(*Error)
+	switch {
+	case e == nil, e.Outcome == Accepted:
+		c.accepted.Add(1)
+	case e.Outcome == Unknown:
+		c.unknown.Add(1)
+	default:
+		c.notAccepted.Add(1)
+	}
+	if e != nil {
+		c.refused.Add(int64(len(e.Refused)))
+	}
+}
+
+func (c *settings) countAuth(ok bool) {
+	c.stats.auths.Add(1)
+	if !ok {
+		c.stats.authErrors.Add(1)
+	}
+}
+
+func (c *counters) countClose(why closeReason) {
+	switch why {
+	case closeFull:
+		c.full.Add(1)
+	case closeAge:
+		c.age.Add(1)
+	case closeIdle:
+		c.idle.Add(1)
+	case closeFault:
+		c.faulty.Add(1)
+	}
+}
+
+func (p *pool) stats() Stats {
+	c := &p.cfg.stats
+	s := Stats{
+		Accepted: c.accepted.Load(), NotAccepted: c.notAccepted.Load(), Unknown: c.unknown.Load(), Refused: c.refused.Load(),
+		Retries: c.retries.Load(), Overlapped: c.overlapped.Load(),
+		Dials: c.dials.Load(), DialErrors: c.dialErrors.Load(), Auths: c.auths.Load(), AuthErrors: c.authErrors.Load(),
+		ClosedFull: c.full.Load(), ClosedAge: c.age.Load(), ClosedIdle: c.idle.Load(), ClosedFaulty: c.faulty.Load(),
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.MaxConns, s.OpenConns, s.IdleConns, s.Waiting = p.slots.limit(), p.slots.open, len(p.idle), len(p.waiters)
+	return s
+}

@@ -1,0 +1,126 @@
+package smtprelay
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// TLSMode says how a connection is protected.
+type TLSMode int
+
+const (
+	// TLSByPort: TLS from the first byte on ports 465 and 2465, STARTTLS required on every other port. A relay on a
+	// loopback address that does not offer STARTTLS is talked to in the clear.
+	TLSByPort TLSMode = iota
+	// TLSImplicit: TLS from the first byte (RFC 8314).
+	TLSImplicit
+	// TLSStartTLS: STARTTLS required (RFC 3207).
+	TLSStartTLS
+	// TLSNone: mail and credentials in the clear. For a network that can be trusted.
+	TLSNone
+)
+
+// String returns "by port", "implicit", "starttls" or "none".
+func (m TLSMode) String() string {
+	switch m {
+	case TLSByPort:
+		return "by port"
+	case TLSImplicit:
+		return "implicit"
+	case TLSStartTLS:
+		return "starttls"
+	case TLSNone:
+		return "none"
+	}
+	return fmt.Sprintf("TLSMode(%d)", int(m))
+}
+
+// implicit reports whether TLS begins with the first byte.
+func (c *settings) implicit() bool {
+	return c.TLS == TLSImplicit || c.TLS == TLSByPort && (c.port == "465" || c.port == "2465")
+}
+
+// clearAllowed reports whether the connection may stay in the clear if the relay does not offer STARTTLS.
+func (c *settings) clearAllowed() bool {
+	return c.TLS == TLSNone || c.TLS == TLSByPort && isLoopback(c.host)
+}
+
+// isLoopback reports whether host names this machine.
+func isLoopback(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return err == nil && addr.Unmap().IsLoopback() || strings.EqualFold(host, "localhost")
+}
+
+// tlsConfig completes the user's configuration for the relay's host.
+func tlsConfig(user *tls.Config, host string) *tls.Config {
+	c := user.Clone()
+	if c == nil {
+		c = &tls.Config{}
+	}
+	if c.ServerName == "" {
+		c.ServerName = host
+	}
+	if c.MinVersion == 0 {
+		c.MinVersion = tls.VersionTLS12
+	}
+	if c.ClientSessionCache == nil {
+		c.ClientSessionCache = tls.NewLRUClientSessionCache(0)
+	}
+	// A message is to leave in one record and one system call; the first bytes of a web page are not at stake here.
+	c.DynamicRecordSizingDisabled = true
+	return c
+}
+
+// handshake begins TLS on conn.
+func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Error) {
+	if c.Timeouts.TLS > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeouts.TLS, &timeoutError{op: OpTLS, after: c.Timeouts.TLS})
+		defer cancel()
+	}
+	tc := tls.Client(conn, c.tls)
+	err := tc.HandshakeContext(ctx)
+	if err == nil {
+		return tc, nil
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
+	if hint := c.tlsHint(err); hint != "" {
+		e.Err = fmt.Errorf("%s: %w", hint, err)
+		e.permanent = true
+	}
+	return nil, e
+}
+
+// tlsHint says what to change, where err is of the kind that does not pass.
+func (c *settings) tlsHint(err error) string {
+	var (
+		header  tls.RecordHeaderError
+		name    x509.HostnameError
+		unknown x509.UnknownAuthorityError
+		invalid x509.CertificateInvalidError
+		verify  *tls.CertificateVerificationError
+	)
+	switch {
+	case errors.As(err, &header) && c.implicit():
+		return fmt.Sprintf("the relay does not speak TLS from the first byte on port %s; use TLSStartTLS, or port 465", c.port)
+	case errors.As(err, &name):
+		return fmt.Sprintf("the relay's certificate is not for %q; check the host in Addr, or set TLSConfig.ServerName", c.tls.ServerName)
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return fmt.Sprintf("the relay's certificate is expired or not yet valid at %s; check the clock, or ask the relay's operator", time.Now().Format(time.RFC3339))
+	case errors.As(err, &unknown):
+		return "the relay's certificate is signed by nobody this machine trusts; put its authority into TLSConfig.RootCAs"
+	case errors.As(err, &verify):
+		return "the relay's certificate is not valid"
+	}
+	return ""
+}

@@ -1,0 +1,515 @@
+package smtprelay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// transaction is one try to send a message, or its part for some of its recipients, on one session:
+//
+//	[AUTH] [RSET] MAIL RCPT… DATA    in one write, if pipelined
+//	body and final dot               if DATA was answered by 354
+//	[QUIT]                           if it is the session's last
+//
+// The write side goes back to its keeper as soon as the final dot is written; the transaction of another message may then
+// begin while this one awaits its final reply (RFC 2920, 3.1).
+type transaction struct {
+	ctx   context.Context
+	s     *session
+	m     *Message
+	mail  smtp.MailOptions // as they are sent
+	rcpts []int            // which of m.To
+
+	signal     chan struct{} // told that a reply is in; has room for one
+	seq        int           // the how manieth transaction of its session
+	overlapped bool          // begun behind a final dot without reply
+	carrying   bool          // begun with another one's final dot still in the buffer
+	dotAt      int64         // the position behind the final dot; 0 while that is not in the buffer
+	bodyBegun  bool          // the body was asked to write itself
+	bodyErr    error         // why the body was given up
+
+	// Guarded by s.mu.
+	asked, answered int // commands of the envelope, and replies to them
+	auth, rset      wire.Reply
+	mailed, data    wire.Reply
+	rcpt            []wire.Reply // for each of rcpts
+	authErr         *Error       // the credentials are refused
+	final           wire.Reply
+	finalIn         bool
+}
+
+// keeper hands out the write sides of sessions.
+type keeper interface {
+	wanted() bool        // somebody waits for a session
+	giveBack(s *session) // takes the write side back; what is still in the buffer leaves soon
+}
+
+var transactions = sync.Pool{New: func() any { return &transaction{signal: make(chan struct{}, 1)} }}
+
+// newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
+func newTransaction(ctx context.Context, s *session, m *Message, mail smtp.MailOptions, rcpts []int) *transaction {
+	t := transactions.Get().(*transaction)
+	*t = transaction{ctx: ctx, s: s, m: m, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0]}
+	for range rcpts {
+		t.rcpt = append(t.rcpt, wire.Reply{})
+	}
+	select {
+	case <-t.signal:
+	default:
+	}
+	return t
+}
+
+// recycle may be called once nobody else knows t.
+func (t *transaction) recycle() {
+	t.s.mu.Lock()
+	known := t.asked != t.answered || (t.dotAt > 0 && !t.finalIn)
+	t.s.mu.Unlock()
+	if !known {
+		*t = transaction{signal: t.signal, rcpt: t.rcpt[:0]}
+		transactions.Put(t)
+	}
+}
+
+// run makes the transaction. It gives the write side back in any case.
+func (t *transaction) run(k keeper) {
+	if t.write(k) {
+		t.awaitFinal()
+	}
+}
+
+// write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
+func (t *transaction) write(k keeper) (dotted bool) {
+	s := t.s
+	defer k.giveBack(s)
+	t.carrying = s.out.Buffered() > 0
+	if t.ctx.Err() != nil {
+		return false // nothing was written of this one; giveBack sees to the other's final dot
+	}
+	completed := false
+	defer func() {
+		if !completed { // Body.WriteTo has panicked, in the middle of a message
+			s.doom(errors.New("the body panicked"))
+		}
+	}()
+	dotted = t.converse(k)
+	completed = true
+	return dotted
+}
+
+func (t *transaction) converse(k keeper) (dotted bool) {
+	s := t.s
+	unguard := func() bool { return true }
+	if !t.carrying {
+		unguard = t.guard()
+	}
+	defer func() { unguard() }()
+
+	for {
+		if !t.envelope() {
+			return false
+		}
+		if t.carrying {
+			t.carrying = false
+			unguard = t.guard()
+		}
+		if !t.awaitEnvelope() {
+			return false
+		}
+		if !t.overlapRefused() {
+			break
+		}
+		t.repeat()
+	}
+	if t.deferData() {
+		if !t.ask(exchange{op: OpData, limit: s.cfg.Timeouts.Data}, "DATA") || s.flush() != nil || !t.awaitEnvelope() {
+			return false
+		}
+	}
+	switch accepted := t.acceptedRcpts(); {
+	case t.data.Class() != 3:
+		return false
+	case accepted == 0 || t.authErr != nil:
+		t.loneDot()
+		return false
+	}
+	if err := t.writeBody(); err != nil {
+		t.bodyErr = err
+		// Nothing but closing without the final dot keeps a truncated message from being accepted.
+		s.doom(fmt.Errorf("body given up: %w", err))
+		return false
+	}
+
+	// From here on the message may be accepted: who cancels is told that its fate is unknown.
+	if !k.wanted() {
+		if !t.finalDot() {
+			return false
+		}
+		s.flush()
+		return true
+	}
+	// Somebody's envelope will leave in one write with this final dot, out of reach of this one's context.
+	if !unguard() {
+		return false
+	}
+	return t.finalDot()
+}
+
+// guard makes the end of the context end the transaction, until unguard is called. If that returns false, it is too late.
+// The session lives on until the final replies due to others are in.
+func (t *transaction) guard() (unguard func() bool) {
+	if t.ctx.Done() == nil {
+		return func() bool { return true }
+	}
+	s, ctx := t.s, t.ctx
+	stop := context.AfterFunc(ctx, func() {
+		s.raw.interrupt()
+		s.doom(context.Cause(ctx))
+	})
+	first, result := true, false
+	return func() bool {
+		if first {
+			first, result = false, stop()
+		}
+		return result
+	}
+}
+
+// envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
+// the conversation goes on.
+func (t *transaction) envelope() bool {
+	s := t.s
+	rset := t.begin()
+	command := s.cfg.Timeouts.Command
+	if s.lead != nil && !t.lead() {
+		return false
+	}
+	if rset {
+		x := exchange{op: OpRset, limit: command, first: t.overlapped}
+		if t.overlapped {
+			x.limit = s.cfg.Timeouts.Overlap
+		}
+		if !t.ask(x, "RSET") {
+			return false
+		}
+	}
+	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail)
+	if !t.askLine(exchange{op: OpMail, limit: command}) {
+		return false
+	}
+	for i, to := range t.rcpts {
+		if !s.pipelining() && t.mailRefused() {
+			break
+		}
+		addr := t.m.To[to]
+		s.line = wire.AppendRcpt(s.line[:0], addr, t.m.RcptOptions[addr], t.mail.UTF8)
+		if !t.askLine(exchange{op: OpRcpt, rcpt: i, limit: command}) {
+			return false
+		}
+	}
+	if s.pipelining() && !(t.m.AllOrNothing && len(t.rcpts) > 1) {
+		if !t.ask(exchange{op: OpData, limit: s.cfg.Timeouts.Data}, "DATA") {
+			return false
+		}
+	}
+	return s.flush() == nil || t.explained()
+}
+
+// lead writes the AUTH that was held back.
+func (t *transaction) lead() bool {
+	s := t.s
+	s.line, s.lead = append(s.line[:0], s.lead...), nil
+	if !t.expect(exchange{op: OpAuth, limit: s.cfg.Timeouts.Command}) {
+		return false
+	}
+	s.traceCommand(t.ctx, "AUTH PLAIN "+redacted)
+	_, err := s.out.Write(s.line)
+	clear(s.line)
+	return err == nil || t.explained()
+}
+
+// begin notes in the session that a transaction begins, and tells whether RSET must lead it.
+func (t *transaction) begin() (rset bool) {
+	s := t.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rset = s.open
+	t.overlapped = s.pending > 0
+	s.open = true
+	s.used++
+	t.seq = s.used
+	if s.limit > 0 && s.used >= s.limit && s.retired == "" {
+		s.retired = closeFull
+	}
+	if t.overlapped {
+		s.cfg.stats.overlapped.Add(1)
+	}
+	return rset
+}
+
+// explained waits for the session to end after a write has failed, so that the relay's last words are known.
+func (t *transaction) explained() bool {
+	<-t.s.doomed
+	return false
+}
+
+// expect appends an exchange of the envelope.
+func (t *transaction) expect(x exchange) bool {
+	x.tx = t
+	return t.s.expect(x)
+}
+
+func (t *transaction) ask(x exchange, command string) bool {
+	t.s.line = append(append(t.s.line[:0], command...), "\r\n"...)
+	return t.askLine(x)
+}
+
+// askLine writes the command in s.line. Where commands are not pipelined it awaits the reply.
+func (t *transaction) askLine(x exchange) bool {
+	s := t.s
+	if !t.expect(x) {
+		return false
+	}
+	if tr := s.cfg.Trace; tr != nil && tr.Command != nil {
+		tr.Command(t.ctx, s.id, strings.TrimSuffix(string(s.line), "\r\n"))
+	}
+	if _, err := s.out.Write(s.line); err != nil {
+		return t.explained()
+	}
+	if s.pipelining() {
+		return true
+	}
+	if s.flush() != nil {
+		return t.explained()
+	}
+	return t.awaitEnvelope()
+}
+
+// replyLocked takes a reply. The lock is the session's.
+func (t *transaction) replyLocked(x exchange, r wire.Reply) {
+	s := t.s
+	if x.op == OpFinalDot {
+		t.final, t.finalIn = r, true
+		switch r.Class() {
+		case 2:
+			if t.seq == s.used {
+				s.open = false
+			}
+		case 3:
+			s.doomLocked(&replyError{x.op, r})
+		}
+		return
+	}
+	t.answered++
+	switch x.op {
+	case OpAuth:
+		t.auth = r
+		s.cfg.countAuth(r.Class() == 2)
+		if r.Class() != 2 {
+			t.authErr = s.cfg.authError(r, s.leadMark)
+			s.doomLocked(t.authErr)
+		}
+		if r.Class() == 3 {
+			s.cfg.learnt.authAlone.Store(true)
+		}
+	case OpRset:
+		t.rset = r
+		if r.Class() != 2 && !(x.first && r.Code == 503) {
+			if x.first {
+				s.cfg.learnt.noOverlap.Store(true)
+			}
+			s.doomLocked(&replyError{x.op, r})
+		}
+	case OpMail:
+		t.mailed = r
+	case OpRcpt:
+		t.rcpt[x.rcpt] = r
+	case OpData:
+		t.data = r
+	}
+	// A reply of the wrong kind means that we are out of step with the relay.
+	positive := 2
+	if x.op == OpData {
+		positive = 3
+	}
+	if r.Class() < 4 && r.Class() != positive {
+		s.doomLocked(&replyError{x.op, r})
+	}
+}
+
+func (t *transaction) wake() {
+	select {
+	case t.signal <- struct{}{}:
+	default:
+	}
+}
+
+// awaitEnvelope waits until each command has its reply. It reports whether the session can go on.
+func (t *transaction) awaitEnvelope() bool {
+	s := t.s
+	for {
+		s.mu.Lock()
+		doomed, complete := s.cause != nil, t.asked == t.answered
+		s.mu.Unlock()
+		if doomed {
+			return false
+		}
+		if complete {
+			return true
+		}
+		select {
+		case <-t.signal:
+		case <-s.doomed:
+		}
+	}
+}
+
+// overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
+// (503: "pipelined after end of DATA"). Nothing of them was accepted, and the session is in step.
+func (t *transaction) overlapRefused() bool {
+	if !t.overlapped || t.rset.Code != 503 {
+		return false
+	}
+	t.s.cfg.learnt.noOverlap.Store(true)
+	return t.data.Class() != 3
+}
+
+// repeat makes t as new, to be begun again on the same session.
+func (t *transaction) repeat() {
+	s := t.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used-- // the relay has not seen the transaction
+	t.asked, t.answered = 0, 0
+	t.auth, t.rset, t.mailed, t.data = wire.Reply{}, wire.Reply{}, wire.Reply{}, wire.Reply{}
+	clear(t.rcpt)
+}
+
+// authed reports whether the relay has taken the AUTH that led the transaction.
+func (t *transaction) authed() bool {
+	t.s.mu.Lock()
+	defer t.s.mu.Unlock()
+	return t.auth.Class() == 2
+}
+
+func (t *transaction) mailRefused() bool { return t.mailed.Code != 0 && t.mailed.Class() != 2 }
+
+func (t *transaction) acceptedRcpts() (n int) {
+	for _, r := range t.rcpt {
+		if r.Class() == 2 {
+			n++
+		}
+	}
+	return n
+}
+
+// deferData reports whether DATA was held back and is due: the relay has accepted some recipients, or all of them if
+// AllOrNothing says so.
+func (t *transaction) deferData() bool {
+	if t.data.Code != 0 || t.authErr != nil || t.mailRefused() {
+		return false
+	}
+	accepted := t.acceptedRcpts()
+	if t.m.AllOrNothing {
+		return accepted == len(t.rcpts)
+	}
+	return accepted > 0
+}
+
+// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
+// answers, so the answer is not awaited here.
+func (t *transaction) loneDot() {
+	if !t.s.expect(exchange{op: OpFinalDot, limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
+		return
+	}
+	t.s.out.WriteString(".\r\n")
+	t.s.traceCommand(t.ctx, ".")
+	t.s.flush()
+}
+
+// errEmptyBody and errTooLarge are reasons to give up a body; errTooLarge is also found before anything is written.
+var errEmptyBody = errors.New("the body is empty: WriteTo has written nothing")
+
+type sizeError struct{ limit int64 }
+
+func (e *sizeError) Error() string {
+	return fmt.Sprintf("the message is larger than the relay takes, %d octets (SIZE)", e.limit)
+}
+
+// writeBody writes the body, without the final dot.
+func (t *transaction) writeBody() error {
+	s := t.s
+	s.body.Reset(s.out, true)
+	t.bodyBegun = true
+	n, err := t.m.Body.WriteTo(t)
+	if err == nil && n > s.body.Taken() {
+		err = io.ErrShortWrite
+	}
+	if err == nil && s.body.Taken() == 0 {
+		err = errEmptyBody
+	}
+	if err == nil {
+		err = s.body.Close()
+	}
+	return err
+}
+
+// Write takes a part of the body.
+func (t *transaction) Write(p []byte) (int, error) {
+	s := t.s
+	n, err := s.body.Write(p)
+	if err == nil && s.ext.Size > 0 && s.body.Size() > s.ext.Size {
+		err = &sizeError{s.ext.Size}
+	}
+	if err == nil && t.ctx.Err() != nil {
+		err = context.Cause(t.ctx)
+	}
+	return n, err
+}
+
+// finalDot puts the final dot into the buffer, and QUIT behind it if the session takes no further transaction.
+func (t *transaction) finalDot() bool {
+	s := t.s
+	// Set ahead of time, since a full buffer may leave while the dot is put into it.
+	t.dotAt = s.position() + int64(len(".\r\n"))
+	if !s.expect(exchange{op: OpFinalDot, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
+		t.dotAt = 0
+		return false
+	}
+	s.out.WriteString(".\r\n")
+	s.traceCommand(t.ctx, ".")
+	s.mu.Lock()
+	last := s.retired != ""
+	s.mu.Unlock()
+	if last && s.overlaps() {
+		s.writeQuit(true)
+	}
+	return true
+}
+
+// awaitFinal waits for the final reply, the end of the session or of the context.
+func (t *transaction) awaitFinal() {
+	for {
+		t.s.mu.Lock()
+		in := t.finalIn
+		t.s.mu.Unlock()
+		if in {
+			return
+		}
+		select {
+		case <-t.signal:
+		case <-t.s.done:
+			return
+		case <-t.ctx.Done():
+			return
+		}
+	}
+}
