@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,6 +22,8 @@ type settings struct {
 	tls        *tls.Config
 	learnt     learnt
 	stats      counters
+
+	transactions sync.Pool // *transaction, to be used again; the Client's own, since they have a channel
 }
 
 const defaultAddr = "smtp.sendgrid.net:587"
@@ -32,6 +35,7 @@ func (c Config) check() (*settings, error) {
 
 	s := &settings{Config: c, password: newSecret(c.Password)}
 	s.Config.Password = ""
+	s.transactions.New = func() any { return &transaction{signal: make(chan struct{}, 1)} }
 	if s.Addr == "" {
 		s.Addr = defaultAddr
 	}

@@ -21,6 +21,7 @@ type pool struct {
 	closing context.Context // ends with Close: dials in progress are given up
 	cancel  context.CancelFunc
 	running sync.WaitGroup // of all goroutines of the Client
+	spare   sync.Pool      // *waiter; the Client's own, since a channel must not cross the bubbles of testing/synctest
 
 	mu       sync.Mutex // guards the fields below; never held across I/O or a callback
 	slots    *slots
@@ -52,8 +53,6 @@ type waiter struct {
 	attempts int // that its Send has made, and dials that failed while it waited
 }
 
-var waiterPool = sync.Pool{New: func() any { return &waiter{served: make(chan struct{}, 1)} }}
-
 func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, *Error)) *pool {
 	p := &pool{
 		cfg:      cfg,
@@ -62,6 +61,7 @@ func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, 
 		sessions: make(map[*session]*place),
 		empty:    make(chan struct{}),
 	}
+	p.spare.New = func() any { return &waiter{served: make(chan struct{}, 1)} }
 	p.closing, p.cancel = context.WithCancel(context.Background())
 	return p
 }
@@ -92,7 +92,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 		p.mu.Unlock()
 		return nil, err
 	}
-	w := waiterPool.Get().(*waiter)
+	w := p.spare.Get().(*waiter)
 	*w = waiter{ctx: ctx, served: w.served, attempts: *attempts}
 	p.waiters = append(p.waiters, w)
 	p.waiting.Add(1)
@@ -104,7 +104,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 	case <-ctx.Done():
 		if err := p.forget(w); err != nil {
 			*attempts = w.attempts
-			waiterPool.Put(w)
+			p.spare.Put(w)
 			return nil, err
 		}
 		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
@@ -112,7 +112,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 	s, err := w.session, w.err
 	*attempts = w.attempts
 	*w = waiter{served: w.served}
-	waiterPool.Put(w)
+	p.spare.Put(w)
 	if s != nil {
 		p.traceGot(ctx, s, time.Since(began))
 	}

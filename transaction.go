@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"sync"
 
 	"github.com/emersion/go-smtp"
 
@@ -52,11 +51,9 @@ type keeper interface {
 	giveBack(s *session) // takes the write side back; what is still in the buffer leaves soon
 }
 
-var transactions = sync.Pool{New: func() any { return &transaction{signal: make(chan struct{}, 1)} }}
-
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
 func newTransaction(ctx context.Context, s *session, m *Message, mail smtp.MailOptions, rcpts []int) *transaction {
-	t := transactions.Get().(*transaction)
+	t := s.cfg.transactions.Get().(*transaction)
 	*t = transaction{ctx: ctx, s: s, m: m, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0]}
 	for range rcpts {
 		t.rcpt = append(t.rcpt, wire.Reply{})
@@ -74,8 +71,9 @@ func (t *transaction) recycle() {
 	known := t.asked != t.answered || (t.dotAt > 0 && !t.finalIn)
 	t.s.mu.Unlock()
 	if !known {
+		cfg := t.s.cfg
 		*t = transaction{signal: t.signal, rcpt: t.rcpt[:0]}
-		transactions.Put(t)
+		cfg.transactions.Put(t)
 	}
 }
 
