@@ -1,0 +1,256 @@
+package smtptest
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// startBackend starts go-smtp's server, to which each conn is a plain connection that does one thing at a time.
+func (s *Server) startBackend() {
+	b := smtp.NewServer(smtp.BackendFunc(newSession))
+	b.Domain = s.Name
+	b.AllowInsecureAuth = true // whether there is TLS, conn knows
+	b.MaxLineLength = 0
+	b.MaxMessageBytes = max(0, s.MaxSize)
+	b.MaxRecipients = max(0, s.MaxRecipients)
+	b.EnableSMTPUTF8 = s.offers("SMTPUTF8")
+	b.EnableREQUIRETLS = s.offers("REQUIRETLS")
+	b.EnableBINARYMIME = s.offers("BINARYMIME")
+	b.EnableDSN = s.offers("DSN")
+	b.EnableRRVS = s.offers("RRVS")
+	b.EnableDELIVERBY = s.offers("DELIVERBY")
+	b.EnableMTPRIORITY = s.offers("MT-PRIORITY")
+	b.ErrorLog = panicLog{}
+	s.backend = b
+	s.backends = &backListener{conns: make(chan net.Conn), done: make(chan struct{})}
+	s.served = make(chan struct{})
+	go func() { // until Close shuts it down
+		b.Serve(s.backends)
+		close(s.served)
+	}()
+}
+
+// panicLog is a log for go-smtp that keeps to itself what is no more than a client that went away.
+type panicLog struct{}
+
+func (panicLog) Println(v ...any) {}
+
+func (panicLog) Printf(format string, v ...any) {
+	if strings.Contains(format, "panic") {
+		log.Printf("smtptest: "+format, v...)
+	}
+}
+
+// backListener hands the far ends of conns to go-smtp's server.
+type backListener struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (l *backListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *backListener) Close() error {
+	close(l.done)
+	return nil
+}
+
+func (l *backListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe", Name: "smtptest"} }
+
+// backConn is go-smtp's end of the connection that a conn talks to it on.
+type backConn struct {
+	*netpipe.Conn
+	front *conn
+}
+
+// dialBackend gives the conn a fresh connection to go-smtp.
+func (c *conn) dialBackend() bool {
+	near, far := netpipe.New(0)
+	select {
+	case c.s.backends.conns <- &backConn{far, c}:
+	case <-c.s.backends.done:
+		return false
+	}
+	c.back, c.backR = near, bufio.NewReader(near)
+	return c.reply() != "" // its greeting
+}
+
+// ask sends go-smtp a line and returns its reply, or "" if it is gone.
+func (c *conn) ask(line string) string {
+	c.line = append(append(c.line[:0], line...), "\r\n"...)
+	c.back.Write(c.line)
+	return c.reply()
+}
+
+// reply reads a reply of go-smtp; its lines are separated by "\n".
+func (c *conn) reply() string {
+	var lines []byte
+	for {
+		line, err := c.backR.ReadSlice('\n')
+		if err != nil {
+			return ""
+		}
+		line = bytes.TrimRight(line, "\r\n")
+		if len(line) < 4 || line[3] != '-' {
+			return string(append(lines, line...))
+		}
+		lines = append(append(lines, line...), '\n')
+	}
+}
+
+// session is go-smtp's idea of a client. Its methods run while the conn waits for go-smtp's reply, so that what the conn owns is
+// theirs meanwhile; only Reset and Logout do not, and have nothing to do.
+type session struct{ c *conn }
+
+func newSession(sc *smtp.Conn) (smtp.Session, error) {
+	return session{sc.Conn().(*backConn).front}, nil
+}
+
+func (s session) Reset()        {}
+func (s session) Logout() error { return nil }
+
+func (s session) AuthMechanisms() []string { return s.c.s.Mechanisms }
+
+func (s session) Auth(mechanism string) (sasl.Server, error) {
+	r := s.c.s
+	switch {
+	case r.NoAuth:
+		return nil, smtp.ErrAuthUnsupported
+	case !containsFold(r.Mechanisms, mechanism):
+		return nil, smtp.ErrAuthUnknownMechanism
+	case r.SASL != nil:
+		return r.SASL(mechanism)
+	case mechanism == sasl.Plain:
+		return sasl.NewPlainServer(func(_, username, password string) error { return r.check(username, password) }), nil
+	case mechanism == sasl.Login:
+		return &loginServer{check: r.check}, nil
+	}
+	return nil, smtp.ErrAuthUnknownMechanism
+}
+
+func (s *Server) check(username, password string) error {
+	same := func(a, b string) int { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) }
+	if same(username, s.Username)&same(password, s.Password) == 0 {
+		return smtp.ErrAuthFailed
+	}
+	return nil
+}
+
+// loginServer is the relay's side of LOGIN, which go-sasl has not got, with SendGrid's prompts.
+type loginServer struct {
+	check    func(username, password string) error
+	username string
+	asked    int
+}
+
+func (l *loginServer) Next(response []byte) (challenge []byte, done bool, err error) {
+	if l.asked == 0 && response == nil {
+		l.asked = 1
+		return []byte("Username:"), false, nil
+	}
+	if l.asked < 2 { // a user name, perhaps with the AUTH command itself
+		l.asked = 2
+		l.username = string(response)
+		return []byte("Password:"), false, nil
+	}
+	return nil, true, l.check(l.username, string(response))
+}
+
+func (s session) Mail(from string, opts *smtp.MailOptions) error {
+	c := s.c
+	if !c.authed && !c.s.NoAuth {
+		return &smtp.SMTPError{Code: 550, EnhancedCode: smtp.NoEnhancedCode, Message: "Unauthenticated senders not allowed"}
+	}
+	c.env = envelope{open: true, from: c.path, mailOptions: *opts}
+	if c.size > 0 {
+		c.env.mailOptions.Size = c.size
+	}
+	return nil
+}
+
+func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
+	s.c.env.to = append(s.c.env.to, s.c.path)
+	s.c.env.rcptOptions = append(s.c.env.rcptOptions, *opts)
+	return nil
+}
+
+// Data is called when the body begins, and takes the message when it ends. The body is in the conn's hands: in the case of
+// DATA go-smtp gets the final dot alone, in that of BDAT the chunks are for it to count.
+func (s session) Data(r io.Reader) error {
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return err // the client is gone, or has thought better of it
+	}
+	return s.c.take()
+}
+
+// take makes a Message of what has come. The error is go-smtp's way of saying a reply.
+func (c *conn) take() error {
+	s := c.s
+	if c.msg.refused {
+		return &smtp.SMTPError{Code: 554, EnhancedCode: smtp.EnhancedCode{5, 0, 0}, Message: "Message refused"}
+	}
+	if c.msg.tooBig() {
+		return smtp.ErrDataTooLarge
+	}
+	m := Message{
+		ID:          newID(),
+		Conn:        c.stats.Conn,
+		Nth:         c.events[Mail],
+		From:        c.env.from,
+		To:          c.env.to,
+		MailOptions: c.env.mailOptions,
+		RcptOptions: c.env.rcptOptions,
+		Size:        c.msg.size,
+		Chunked:     c.msg.chunked,
+		Received:    time.Now(),
+	}
+	m.Body, m.SHA256 = c.msg.end()
+	same := m.identity()
+	c.msg.taken = true
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.messages = append(s.messages, m)
+	c.stats.Accepted++
+	if s.seen[same] {
+		s.duplicates++
+	}
+	s.seen[same] = true
+	return &smtp.SMTPError{Code: 250, EnhancedCode: smtp.NoEnhancedCode, Message: "Ok: queued as " + m.ID}
+}
+
+// identity is a hash of envelope and body.
+func (m *Message) identity() (sum [32]byte) {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %q %x", m.From, m.To, m.SHA256)
+	h.Sum(sum[:0])
+	return sum
+}
+
+// newID returns a queue ID that looks like SendGrid's: 22 characters of A-Za-z0-9_-.
+func newID() string {
+	var b [16]byte
+	rand.Read(b[:])
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}

@@ -1,0 +1,222 @@
+package smtptest
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"hash"
+	"io"
+	"strconv"
+	"strings"
+)
+
+// incoming is a message on its way in.
+type incoming struct {
+	max  int64 // 0 or negative means no limit
+	drop bool  // keep no octets
+
+	buf     []byte // what is kept, or what was not hashed yet
+	hash    hash.Hash
+	size    int64
+	chunked bool
+	refused bool // not to be taken
+	taken   bool
+}
+
+// keepBuffer is how much memory a connection keeps for its next message.
+const keepBuffer = 1 << 20
+
+func (m *incoming) begin() {
+	if cap(m.buf) > keepBuffer {
+		m.buf = nil
+	}
+	m.buf = m.buf[:0]
+	if m.hash == nil {
+		m.hash = sha256.New()
+	}
+	m.hash.Reset()
+	m.size, m.chunked, m.refused, m.taken = 0, false, false, false
+}
+
+func (m *incoming) write(p []byte) {
+	m.size += int64(len(p))
+	if m.tooBig() {
+		m.buf = nil
+		return
+	}
+	m.buf = append(m.buf, p...)
+	if m.drop && len(m.buf) >= 32<<10 {
+		m.hash.Write(m.buf)
+		m.buf = m.buf[:0]
+	}
+}
+
+func (m *incoming) tooBig() bool { return m.max > 0 && m.size > m.max }
+
+// end returns the octets, unless they are dropped, and their hash.
+func (m *incoming) end() (body []byte, sum [32]byte) {
+	m.hash.Write(m.buf)
+	m.hash.Sum(sum[:0])
+	if !m.drop {
+		body = bytes.Clone(m.buf)
+	}
+	return body, sum
+}
+
+func (c *conn) beginBody() {
+	c.msg.begin()
+	c.struckBody = nil
+	c.events[Body]++
+	c.is("in a body")
+}
+
+// meetBody lets faults loose on the body as far as it has come. It reports whether one of them has answered the message.
+func (c *conn) meetBody(early *bool) ending {
+	if len(c.s.faultList()) == 0 {
+		return goOn
+	}
+	b := c.meet(Event{Step: Body, Bytes: c.msg.size})
+	if b.reply != "" {
+		*early = true
+		c.say(b.reply)
+		c.bw.Flush()
+	}
+	return b.end
+}
+
+// readBody reads a body up to its final dot. early says that a fault has answered it.
+func (c *conn) readBody() (early bool, end ending) {
+	bol := true // at the beginning of a line
+	cr := false // the octet before was CR
+	for {
+		p, err := c.br.ReadSlice('\n')
+		if err != nil && err != bufio.ErrBufferFull {
+			return early, lost
+		}
+		if bol && p[0] == '.' {
+			if len(p) == 3 && p[1] == '\r' && p[2] == '\n' {
+				return early, goOn
+			}
+			p = p[1:]
+		}
+		c.msg.write(p)
+		if end := c.meetBody(&early); end != goOn {
+			return early, end
+		}
+		// Only CRLF ends a line. A bare LF in front of a dot ends nothing, whatever some relays think.
+		n := len(p)
+		bol = n > 0 && p[n-1] == '\n' && (n > 1 && p[n-2] == '\r' || n == 1 && cr)
+		cr = n > 0 && p[n-1] == '\r'
+	}
+}
+
+// parseBdat parses the argument of BDAT as go-smtp does.
+func parseBdat(arg string) (size int64, last, ok bool) {
+	f := strings.Fields(arg)
+	if len(f) == 0 || len(f) > 2 {
+		return 0, false, false
+	}
+	if len(f) == 2 {
+		if last = strings.EqualFold(f[1], "LAST"); !last {
+			return 0, false, false
+		}
+	}
+	n, err := strconv.ParseUint(f[0], 10, 32)
+	return int64(n), last, err == nil
+}
+
+// bdat carries out BDAT and takes its chunk. The last octet of the last chunk is kept from go-smtp until the faults have been
+// asked, since it takes the message as soon as it has that.
+func (c *conn) bdat(line, arg string) ending {
+	size, last, ok := parseBdat(arg)
+	if !ok || !c.s.Chunking {
+		// How long the chunk is, or that it is one, nobody knows: what follows cannot be told from commands.
+		c.say("500 5.5.1 BDAT not offered, or without a size")
+		return hangUp
+	}
+	b := c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked()})
+	if b.refuses() {
+		if b.end == goOn {
+			if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
+				return lost
+			}
+		}
+		return c.answer(b, nil)
+	}
+	if c.env.chunks == 0 {
+		c.beginBody()
+		c.msg.chunked = true
+	}
+	c.env.chunks++
+	open := c.env.open && len(c.env.to) > 0
+
+	head := []byte(line + "\r\n")
+	if !last || size > 0 {
+		c.back.Write(head)
+		head = nil
+	}
+	early, tail, end := c.readChunk(size, last)
+	if end != goOn {
+		return end
+	}
+	ask := func() string {
+		c.back.Write(append(head, tail...))
+		return c.reply()
+	}
+	if !open { // nothing to begin a message with: go-smtp says so
+		return c.answer(b, ask)
+	}
+	if last {
+		return c.finish(early, ask)
+	}
+	c.msg.refused = c.msg.refused || early
+	own := ask()
+	if own == "" {
+		return lost
+	}
+	if !positive(own) {
+		c.env = envelope{}
+	}
+	if early {
+		return goOn
+	}
+	return c.answer(b, func() string { return own })
+}
+
+// chunked returns how much of the message has come in chunks before this one.
+func (c *conn) chunked() int64 {
+	if c.env.chunks == 0 {
+		return 0
+	}
+	return c.msg.size
+}
+
+// readChunk passes a chunk on to go-smtp. If it is the last it keeps the final octet back and returns it in tail.
+func (c *conn) readChunk(size int64, last bool) (early bool, tail []byte, end ending) {
+	for size > 0 {
+		if _, err := c.br.Peek(1); err != nil {
+			// go-smtp is to see what we see: FIN, which it takes for the end of the chunk, or RST, which it does not.
+			if err == io.EOF {
+				c.back.CloseWrite()
+			} else {
+				c.back.Reset()
+			}
+			io.Copy(io.Discard, c.backR)
+			return early, nil, lost
+		}
+		n := int(min(size, int64(c.br.Buffered())))
+		p, _ := c.br.Peek(n)
+		c.msg.write(p)
+		size -= int64(n)
+		if last && size == 0 {
+			tail = append(tail, p[n-1])
+			p = p[:n-1]
+		}
+		c.back.Write(p)
+		c.br.Discard(n)
+		if end := c.meetBody(&early); end != goOn {
+			return early, nil, end
+		}
+	}
+	return early, tail, goOn
+}

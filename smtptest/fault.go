@@ -1,0 +1,360 @@
+package smtptest
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Step is a point of the dialogue at which a [Fault] can strike.
+type Step int
+
+const (
+	// Connect: the greeting is due.
+	Connect Step = iota + 1
+	// EHLO: EHLO or HELO has come.
+	EHLO
+	// StartTLS: STARTTLS has come.
+	StartTLS
+	// TLSHandshake: the TLS handshake is due, after the reply to STARTTLS or, with StartTLS, before the greeting. A Reply is
+	// sent in the clear, in place of the handshake.
+	TLSHandshake
+	// Auth: AUTH has come.
+	Auth
+	// Mail: MAIL has come.
+	Mail
+	// Rcpt: RCPT has come.
+	Rcpt
+	// Data: DATA has come. A Reply that begins with 354 is followed by a body even if there is no recipient.
+	Data
+	// Body: some of the body has come, and Fault.AfterBytes of it at least. A fault strikes once in a body.
+	Body
+	// FinalDot: the final dot or the last chunk of BDAT has come. The relay has not taken the message yet.
+	FinalDot
+	// Accepted: the relay has taken the message. Its reply is not sent yet.
+	Accepted
+	// Bdat: BDAT has come, its chunk not yet.
+	Bdat
+	// Rset: RSET has come.
+	Rset
+	// Noop: NOOP has come.
+	Noop
+	// Quit: QUIT has come.
+	Quit
+	// Other: any other command has come.
+	Other
+	// Idle: the relay has answered everything, and waits for a command outside a transaction. The fault strikes if nothing
+	// comes for its Delay. One that is set while a connection is idle strikes that connection, if it has been idle for so
+	// long. Idle must be asked for: a Fault without At does not strike here.
+	Idle
+
+	steps
+)
+
+var stepNames = [steps]string{
+	"any step", "greeting", "EHLO", "STARTTLS", "TLS handshake", "AUTH", "MAIL", "RCPT", "DATA", "body", "final dot",
+	"message accepted", "BDAT", "RSET", "NOOP", "QUIT", "other command", "idle",
+}
+
+// String returns the step's name: the command, or what is going on.
+func (s Step) String() string {
+	if s < 0 || s >= steps {
+		return "unknown step"
+	}
+	return stepNames[s]
+}
+
+// Event is something that happens on a connection; [Fault].When looks at it.
+type Event struct {
+	Step    Step
+	Conn    int      // the connection, counted from 1
+	N       int      // how many events of this Step the connection has had, this one included
+	Message int      // how many MAIL commands it has had, this one included
+	Line    string   // the command as it came, without what AUTH gives away; "" where there is none
+	From    string   // the reverse-path of the transaction, or of this MAIL
+	To      []string // the recipients accepted so far; not to be changed
+	Rcpt    string   // the forward-path of this RCPT
+	Bytes   int64    // how much of the body has come
+}
+
+// Fault says what goes wrong, and where. The fields of the first part are filters, joined by AND; the zero value of each lets
+// anything through. An event meets the faults in the order in which they were set: those that only delay add up, and the
+// first that does more ends the search. A Fault that does nothing counts.
+type Fault struct {
+	At         Step             // the step
+	Conn       int              // this connection only, counted from 1
+	Rcpt       string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
+	AfterBytes int64            // once so many octets of the body have come
+	When       func(Event) bool // called from the goroutines of connections, possibly several at once
+	Nth        int              // the Nth event that passes the filters above, counted from 1 since the fault was set, and later ones as far as Count goes
+
+	// Delay is waited first. At Idle it is how long the connection must be idle.
+	Delay time.Duration
+
+	// Stall then says nothing, and reads no more than fits into a buffer, until the fault is removed, the client hangs up, or
+	// the relay is closed.
+	Stall bool
+
+	// Reply is said in place of what the relay would have said; lines are separated by "\n". If it is a 2yz or 3yz reply the
+	// command is carried out as ever. If not, the command is not carried out; at FinalDot that means that the message is not
+	// taken. In a Body it is said at once and in place of the final reply, whatever it is, and the message is not taken. 421
+	// says nothing but 421: let Drop close the connection.
+	Reply string
+
+	// Drop closes the connection after Reply, or in place of a reply, with FIN and without TLS's close_notify. The command is
+	// not carried out unless there is a 2yz or 3yz Reply.
+	Drop bool
+
+	// Reset does the same with RST, which may destroy replies on their way.
+	Reset bool
+
+	// Count is how often the fault strikes; 0 means once, negative means until it is removed.
+	Count int
+}
+
+// FaultHandle is a Fault that was set. Its methods are safe for concurrent use.
+type FaultHandle struct {
+	s *Server
+	f Fault
+
+	removed chan struct{} // closed by Remove
+
+	// guarded by s.mu
+	gone   bool          // by Remove
+	passed int           // events that the filters let through
+	hits   int           //
+	struck chan struct{} // closed at the next hit
+}
+
+// Fault makes something go wrong. It may be called at any time after Start.
+func (s *Server) Fault(f Fault) *FaultHandle {
+	if f.Count == 0 {
+		f.Count = 1
+	}
+	h := &FaultHandle{s: s, f: f, removed: make(chan struct{}), struck: make(chan struct{})}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.setFaultsLocked(append(s.faultList(), h))
+	if f.At == Idle {
+		for _, c := range s.conns {
+			c.wakeLocked() // those that are idle already look at it now
+		}
+	}
+	return h
+}
+
+// Hits tells how often the fault has struck.
+func (h *FaultHandle) Hits() int {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	return h.hits
+}
+
+// Wait waits until the fault has struck n times, or returns the error of ctx.
+func (h *FaultHandle) Wait(ctx context.Context, n int) error {
+	for {
+		h.s.mu.Lock()
+		hits, struck := h.hits, h.struck
+		h.s.mu.Unlock()
+		if hits >= n {
+			return nil
+		}
+		select {
+		case <-struck:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Remove ends the fault. Connections that it has stalled go on where they were. Calling it again does nothing.
+func (h *FaultHandle) Remove() {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	if !h.gone {
+		h.gone = true
+		close(h.removed)
+		h.s.dropFaultLocked(h)
+	}
+}
+
+func (s *Server) faultList() []*FaultHandle {
+	if p := s.faults.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// setFaultsLocked replaces the list by a copy of list: connections read it without a lock.
+func (s *Server) setFaultsLocked(list []*FaultHandle) {
+	list = slices.Clone(list)
+	s.faults.Store(&list)
+}
+
+func (s *Server) dropFaultLocked(h *FaultHandle) {
+	list := slices.Clone(s.faultList())
+	s.setFaultsLocked(slices.DeleteFunc(list, func(x *FaultHandle) bool { return x == h }))
+}
+
+// concerns reports whether the filters let e through.
+func (f *Fault) concerns(e *Event) bool {
+	switch {
+	case f.At != e.Step && (f.At != 0 || e.Step == Idle):
+		return false
+	case f.Conn != 0 && f.Conn != e.Conn:
+		return false
+	case f.AfterBytes > e.Bytes:
+		return false
+	case f.Rcpt != "" && e.Step == Rcpt && !strings.EqualFold(f.Rcpt, e.Rcpt):
+		return false
+	case f.Rcpt != "" && e.Step != Rcpt && !containsFold(e.To, f.Rcpt):
+		return false
+	}
+	return f.When == nil || f.When(*e)
+}
+
+// strikes counts an event that the filters have let through, and reports whether the fault strikes.
+func (h *FaultHandle) strikes() bool {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	if h.gone || h.hits == h.f.Count {
+		return false // somebody else was faster
+	}
+	h.passed++
+	if h.passed < h.f.Nth {
+		return false
+	}
+	h.hits++
+	close(h.struck)
+	h.struck = make(chan struct{})
+	if h.hits == h.f.Count {
+		h.s.dropFaultLocked(h)
+	}
+	return true
+}
+
+// blow is what a fault does to a connection once it has delayed or stalled it.
+type blow struct {
+	reply string
+	end   ending
+}
+
+// refuses reports whether the command that the blow strikes is not carried out.
+func (b blow) refuses() bool {
+	if b.reply == "" {
+		return b.end != 0
+	}
+	return !positive(b.reply)
+}
+
+// meet lets the faults loose on an event, and waits as they say.
+func (c *conn) meet(e Event) blow {
+	if e.Step != Body { // counted when it begins
+		c.events[e.Step]++
+	}
+	list := c.s.faultList()
+	if len(list) == 0 {
+		return blow{}
+	}
+	e.Conn = c.stats.Conn
+	e.N = c.events[e.Step]
+	e.Message = c.events[Mail]
+	if e.From == "" {
+		e.From = c.env.from
+	}
+	e.To = c.env.to[:len(c.env.to):len(c.env.to)]
+	for _, h := range list {
+		if !h.f.concerns(&e) {
+			continue
+		}
+		if e.Step == Body {
+			if slices.Contains(c.struckBody, h) {
+				continue
+			}
+			c.struckBody = append(c.struckBody, h)
+		}
+		if !h.strikes() {
+			continue
+		}
+		if b, done := c.suffer(h, e.Step); done {
+			return b
+		}
+	}
+	return blow{}
+}
+
+// suffer does what the fault says; done tells that the event needs to meet no other.
+func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
+	f := &h.f
+	c.note("fault at ", at.String())
+	if f.Delay > 0 && at != Idle {
+		c.is("delayed by a fault at " + at.String())
+		if !c.pause(f.Delay) {
+			return blow{end: lost}, true
+		}
+	}
+	if f.Stall {
+		c.is("stalled by a fault at " + at.String())
+		if !c.stall(h) {
+			return blow{end: lost}, true
+		}
+	}
+	b.reply = f.Reply
+	switch {
+	case f.Reset:
+		b.end = reset
+	case f.Drop:
+		b.end = drop
+	}
+	return b, f.Stall || f.Reply != "" || b.end != 0
+}
+
+// pause waits for d with what was said so far sent; it reports false if the connection was cut. A relay that is being closed
+// does not wait.
+func (c *conn) pause(d time.Duration) bool {
+	c.bw.Flush()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-c.s.done:
+	case <-c.cut:
+		return false
+	}
+	return true
+}
+
+// stall waits until h is removed. It reports false if the connection ends first. It reads on as far as the buffer goes, to
+// learn when the client hangs up.
+func (c *conn) stall(h *FaultHandle) bool {
+	c.bw.Flush()
+	read := make(chan error, 1)
+	go func() { // ends when the buffer is full, the client has hung up, or the deadline set below
+		_, err := c.br.Peek(c.br.Size())
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		if err != nil {
+			return false
+		}
+		select {
+		case <-h.removed:
+			return true
+		case <-c.s.done:
+		case <-c.cut:
+		}
+		return false
+	case <-h.removed:
+		c.wire.SetReadDeadline(longAgo)
+		<-read
+		c.wire.SetReadDeadline(time.Time{})
+		return true
+	case <-c.s.done:
+	case <-c.cut:
+	}
+	c.wire.SetReadDeadline(longAgo)
+	<-read
+	return false
+}

@@ -1,0 +1,517 @@
+// Package smtptest provides a fake relay for tests of programs that send mail, shaped like net/http/httptest.
+//
+//	relay := smtptest.NewServer()                // loopback, own certificate, STARTTLS, AUTH, PIPELINING
+//	defer relay.Close()                          // waits; after 5 s tells which connection hangs, and where
+//	client, err := smtprelay.New(relay.Config()) // address, roots and credentials filled in
+//	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Nth: 3, Drop: true})
+//	// … the code under test …
+//	relay.Messages()                             // what arrived: envelope, body, connection number
+//	relay.MaxOpen(); relay.Turns(); lost.Hits()  // what a promise is checked with
+//
+// It speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. Fields of
+// the [Server] change that before it is started, and a [Fault] makes it fail at any step.
+//
+// The relay is stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS
+// before AUTH where it offers STARTTLS, refuses parameters of extensions that it has not offered, and hangs up on a client
+// that speaks before the greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without
+// waiting. About addresses it is generous.
+//
+// # In a synctest bubble
+//
+// With InMemory set the relay uses no sockets, and all of its goroutines wait in ways that testing/synctest knows. Start it
+// and close it inside the bubble. Together with Delay the time that a dialogue takes is then exact.
+//
+// # By hand
+//
+// go test -run '^TestBroken$' -smtptest.serve=127.0.0.1:2525 starts the first relay that the test makes on this address and
+// leaves it there to be talked to.
+package smtptest
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+const (
+	defaultName          = "smtp.test"
+	defaultUsername      = "apikey"
+	defaultPassword      = "SG.not-a-real-key.for-tests-only"
+	defaultMaxConns      = 10
+	defaultMaxMessages   = 100
+	defaultMaxRecipients = 1000
+	defaultMaxSize       = 30 << 20
+
+	// lingerTime is how long the relay goes on reading, into nothing, on a connection that it has closed: closing with input
+	// unread would make TCP reset it, which can destroy the replies under way (RFC 1122, 4.2.2.13).
+	lingerTime = 2 * time.Second
+
+	// patience is how long Close waits for transactions that are under way.
+	patience = 5 * time.Second
+)
+
+// A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
+// zero value of each is the default. Its methods are safe for concurrent use.
+type Server struct {
+	// Name is what the relay calls itself in the greeting and in the reply to EHLO; "" means "smtp.test".
+	Name string
+
+	// Username and Password are what AUTH must give; "" means "apikey" and a fixed key that is obviously none.
+	Username, Password string
+
+	// NoAuth neither offers nor requires AUTH.
+	NoAuth bool
+
+	// Mechanisms are the SASL mechanisms that are offered; nil means PLAIN and LOGIN. Others need SASL.
+	Mechanisms []string
+
+	// SASL, if not nil, replaces Username and Password: it returns the relay's side of a mechanism. It is called for
+	// mechanisms of the list only, possibly from several goroutines at once.
+	SASL func(mechanism string) (sasl.Server, error)
+
+	// NoTLS does not offer STARTTLS. Where it is offered, AUTH is neither offered nor accepted before it was used.
+	NoTLS bool
+
+	// TLS, if not nil, is what the relay's TLS configuration is made from. It is cloned; Certificates is filled in where it is
+	// empty.
+	TLS *tls.Config
+
+	// CertNames are the names and addresses that the relay's own certificate is good for; nil means 127.0.0.1, ::1,
+	// localhost and Name.
+	CertNames []string
+
+	// CertNotAfter is when the relay's own certificate expires; zero means in 2084.
+	CertNotAfter time.Time
+
+	// MaxConns is how many connections may be open at once; 0 means 10, negative means no limit. One more is greeted with
+	// "421 4.7.0 Too many concurrent SMTP connections" and closed.
+	MaxConns int
+
+	// MaxMessages is how many MAIL commands a connection may carry, refused ones included; 0 means 100, negative means no
+	// limit. One more is answered "421 4.7.0 Too many messages in this connection", and the connection closed.
+	MaxMessages int
+
+	// MaxRecipients is how many recipients a transaction may have; 0 means 1,000, negative means no limit. One more is
+	// answered 452.
+	MaxRecipients int
+
+	// MaxSize is how many octets a message may have; 0 means 31457280, negative means no limit, and none announced. A longer
+	// one is answered 552 at MAIL, if SIZE= says so, or at its end.
+	MaxSize int64
+
+	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
+	// MT-PRIORITY the parameters of MAIL and RCPT are then understood. Any other line is announced and no more:
+	// "LIMITS MAILMAX=5" makes a promise that MaxMessages has to keep.
+	Extensions []string
+
+	// Without are the keywords of lines that are left out of the reply to EHLO, such as "PIPELINING", "SIZE" and "8BITMIME".
+	// Without PIPELINING, a client that pipelines is told "500 5.5.1 Invalid command: Pipelining not supported" and cut off.
+	Without []string
+
+	// Chunking offers CHUNKING (RFC 3030), which SendGrid does not. As in some relays, go-smtp's server among them, a last
+	// chunk that the client cuts short by closing (FIN, not RST) is then taken as if it were whole.
+	Chunking bool
+
+	// Behind is what happens to commands that have arrived behind a final dot by the time that the relay answers it.
+	Behind Habit
+
+	// Reject maps addresses, in lower case, to the reply that MAIL or RCPT gets for them, such as "550 5.1.1 no such user".
+	// For anything finer, use a Fault.
+	Reject map[string]string
+
+	// Delay is a round-trip time: a delay line below TLS holds everything for half of it in each direction, order kept,
+	// bandwidth unlimited. Connecting takes one Delay, so that the greeting arrives two of them after the client began to
+	// dial. The close of either side travels too.
+	Delay time.Duration
+
+	// Buffer is the capacity of a connection in each direction, in octets: what one side can send before the other reads.
+	// 0 means the system's, or 64 KiB with InMemory or a Delay.
+	Buffer int
+
+	// DropBodies keeps the size and the hash of each message, but not its octets: for bodies that do not fit into memory.
+	DropBodies bool
+
+	// InMemory uses no sockets. Dial, or the configuration that Config returns, then is the only way to the relay.
+	InMemory bool
+
+	// Log, if not nil, gets a transcript of all connections: "C2: NOOP" is what the client said on the second, "S2: 250 ok"
+	// what it was answered, "--2: …" what else happened. Messages and secrets are not in it. Writes are made one at a time and must
+	// not block.
+	Log io.Writer
+
+	// fixed by Start
+	started     bool
+	implicitTLS bool
+	addr        string
+	tlsConfig   *tls.Config // nil: no TLS
+	cert        *x509.Certificate
+	roots       *x509.CertPool
+	listener    net.Listener // nil with InMemory
+	backend     *smtp.Server
+	backends    *backListener
+	served      chan struct{} // closed when go-smtp has stopped accepting
+	ehlo        []string      // the lines of EHLO's reply that do not depend on the connection
+	pipelining  bool
+	done        chan struct{} // closed when Close begins
+
+	faults atomic.Pointer[[]*FaultHandle] // copied, never changed; written under mu
+	wg     sync.WaitGroup                 // all goroutines but go-smtp's
+	logMu  sync.Mutex                     // guards Log
+
+	mu         sync.Mutex // guards the fields below and those of connections and handles that say so; not held across I/O
+	closing    bool
+	conns      []*conn // all there ever were
+	open       int
+	maxOpen    int
+	refused421 int
+	messages   []Message
+	seen       map[[32]byte]bool // hashes of envelope and body
+	duplicates int
+}
+
+// Habit is what a relay does with commands that have arrived behind a final dot by the time that it answers the dot: in the
+// same read, or while the Delay of a Fault at FinalDot passes.
+type Habit int
+
+const (
+	// HabitNone: they are carried out, as RFC 2920 wants it.
+	HabitNone Habit = iota
+	// HabitRefuse: each is answered 503; the connection stays in step. Haraka does this.
+	HabitRefuse
+	// HabitDiscard: they are thrown away and never answered.
+	HabitDiscard
+)
+
+// serveFlag is where a relay is left to be talked to by hand. Like httptest's, the flag exists only if it is used.
+var serveFlag string
+
+func init() {
+	for _, arg := range os.Args {
+		if strings.HasPrefix(strings.TrimPrefix(arg, "-"), "-smtptest.serve=") {
+			flag.StringVar(&serveFlag, "smtptest.serve", "", "if not empty, the first smtptest.Server serves on this address and blocks")
+			return
+		}
+	}
+}
+
+// NewServer returns a started Server with all defaults: loopback TCP, its own certificate, STARTTLS, AUTH PLAIN and LOGIN,
+// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. It panics if it cannot listen.
+func NewServer() *Server {
+	s := NewUnstartedServer()
+	s.Start()
+	return s
+}
+
+// NewUnstartedServer returns a Server whose fields can be set before it is started.
+func NewUnstartedServer() *Server { return &Server{} }
+
+// Start starts a Server whose connections begin in the clear; it offers STARTTLS unless NoTLS is set. It panics if it cannot
+// listen or was started before.
+func (s *Server) Start() { s.start(false) }
+
+// StartTLS starts a Server whose connections are TLS from the first octet.
+func (s *Server) StartTLS() { s.start(true) }
+
+func (s *Server) start(implicitTLS bool) {
+	if s.started {
+		panic("smtptest: Server already started")
+	}
+	s.started, s.implicitTLS = true, implicitTLS
+	setDefault(&s.Name, defaultName)
+	setDefault(&s.Username, defaultUsername)
+	setDefault(&s.Password, defaultPassword)
+	setDefault(&s.MaxConns, defaultMaxConns)
+	setDefault(&s.MaxMessages, defaultMaxMessages)
+	setDefault(&s.MaxRecipients, defaultMaxRecipients)
+	setDefault(&s.MaxSize, defaultMaxSize)
+	if s.Mechanisms == nil {
+		s.Mechanisms = []string{sasl.Plain, sasl.Login}
+	}
+	if s.CertNames == nil {
+		s.CertNames = []string{"127.0.0.1", "::1", "localhost", s.Name}
+	}
+	if implicitTLS || !s.NoTLS {
+		s.makeTLS()
+	}
+	s.done = make(chan struct{})
+	s.seen = make(map[[32]byte]bool)
+	s.makeEHLO()
+	s.startBackend()
+
+	if s.InMemory {
+		s.addr = "127.0.0.1:587"
+		if implicitTLS {
+			s.addr = "127.0.0.1:465"
+		}
+		return
+	}
+	s.listener = listen()
+	s.addr = s.listener.Addr().String()
+	s.wg.Go(s.accept)
+	if serveFlag != "" {
+		fmt.Fprintln(os.Stderr, "smtptest.Server:", s.URL())
+		select {}
+	}
+}
+
+func setDefault[T comparable](p *T, def T) {
+	if *p == *new(T) {
+		*p = def
+	}
+}
+
+func listen() net.Listener {
+	addr := "127.0.0.1:0"
+	if serveFlag != "" {
+		addr = serveFlag
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil && serveFlag == "" {
+		l, err = net.Listen("tcp6", "[::1]:0")
+	}
+	if err != nil {
+		panic(fmt.Sprintf("smtptest: cannot listen: %v", err))
+	}
+	return l
+}
+
+// makeEHLO fixes what EHLO is answered, in SendGrid's order, but for STARTTLS and AUTH.
+func (s *Server) makeEHLO() {
+	lines := []string{"8BITMIME", "PIPELINING"}
+	if s.MaxSize > 0 {
+		lines = append(lines, fmt.Sprintf("SIZE %d", s.MaxSize))
+	}
+	if s.Chunking {
+		lines = append(lines, "CHUNKING")
+	}
+	for _, line := range lines {
+		if !containsFold(s.Without, keyword(line)) {
+			s.ehlo = append(s.ehlo, line)
+		}
+	}
+	s.ehlo = append(s.ehlo, s.Extensions...)
+	s.pipelining = s.offers("PIPELINING")
+}
+
+// offers reports whether the reply to EHLO has a line with the keyword.
+func (s *Server) offers(kw string) bool {
+	for _, line := range s.ehlo {
+		if strings.EqualFold(keyword(line), kw) {
+			return true
+		}
+	}
+	return false
+}
+
+func keyword(line string) string {
+	kw, _, _ := strings.Cut(line, " ")
+	return kw
+}
+
+func containsFold(list []string, s string) bool {
+	for _, e := range list {
+		if strings.EqualFold(e, s) {
+			return true
+		}
+	}
+	return false
+}
+
+// accept runs until Close closes the listener.
+func (s *Server) accept() {
+	for {
+		nc, err := s.listener.Accept()
+		if err != nil {
+			return
+		}
+		tc := nc.(*net.TCPConn)
+		if s.Buffer > 0 {
+			tc.SetReadBuffer(s.Buffer)
+			tc.SetWriteBuffer(s.Buffer)
+		}
+		l, err := newTCPLink(tc)
+		if err != nil {
+			tc.Close()
+			continue
+		}
+		s.serve(l, time.Now().Add(s.Delay))
+	}
+}
+
+// Dial opens a connection to the relay, whatever network and addr say. It has the type of [smtprelay.Config].Dial.
+func (s *Server) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	if !s.InMemory {
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", s.addr)
+	}
+	if s.Delay > 0 { // SYN and its acknowledgement
+		t := time.NewTimer(s.Delay)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
+	}
+	client, relay := netpipe.New(s.Buffer)
+	if !s.serve(relay, time.Now()) {
+		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}
+	}
+	return client, nil
+}
+
+// serve starts the relay's side of a connection that has come about at the client's end at opened. It reports false, and
+// closes l, if the relay is closed.
+func (s *Server) serve(l link, opened time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		l.Close()
+		return false
+	}
+	if s.Delay > 0 {
+		l = delayed(l, s.Delay, opened, s.Buffer, &s.wg)
+	}
+	c := newConn(s, l, len(s.conns)+1)
+	s.conns = append(s.conns, c)
+	s.wg.Go(func() { c.run(opened) }) // until either side closes; Close cuts it if it must
+	return true
+}
+
+// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted.
+func (s *Server) CloseClientConnections() {
+	s.mu.Lock()
+	var open []*conn
+	for _, c := range s.conns {
+		if c.stats.Open {
+			open = append(open, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range open {
+		c.abandon()
+	}
+}
+
+// Close ends the relay. Connections outside a transaction are told 421 and closed; those in one are waited for. After five
+// seconds it logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is cut at once. When
+// Close returns no goroutine of the relay is left. Calling it again does nothing.
+func (s *Server) Close() {
+	if !s.started {
+		return
+	}
+	s.mu.Lock()
+	if !s.closing {
+		s.closing = true
+		close(s.done)
+		for _, c := range s.conns {
+			c.wakeLocked()
+		}
+	}
+	s.mu.Unlock()
+	if s.listener != nil {
+		s.listener.Close()
+	}
+
+	ended := make(chan struct{})
+	go func() { // ends when all connections have
+		s.wg.Wait()
+		close(ended)
+	}()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-ended:
+	case <-timer.C:
+		s.cutAll()
+		<-ended
+	}
+	s.backend.Shutdown(context.Background())
+	<-s.served
+}
+
+// cutAll ends the connections that are left, and tells which.
+func (s *Server) cutAll() {
+	var b strings.Builder
+	s.mu.Lock()
+	var left []*conn
+	for _, c := range s.conns {
+		if !c.over {
+			left = append(left, c)
+			fmt.Fprintf(&b, "\n  %d from %s: %s", c.stats.Conn, c.wire.RemoteAddr(), c.whereLocked())
+		}
+	}
+	s.mu.Unlock()
+	if len(left) > 0 {
+		log.Printf("smtptest.Server blocked in Close after %v, cutting connections:%s", patience, &b)
+	}
+	for _, c := range left {
+		c.abandon()
+	}
+}
+
+// Addr returns the "host:port" at which the relay listens. With InMemory nothing does; it is what a client is configured with.
+func (s *Server) Addr() string { return s.addr }
+
+// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads. It cannot say that the
+// relay's certificate is to be trusted.
+func (s *Server) URL() string {
+	u := url.URL{Scheme: "smtp", Host: s.addr}
+	if s.implicitTLS {
+		u.Scheme = "smtps"
+	}
+	if !s.NoAuth {
+		u.User = url.UserPassword(s.Username, s.Password)
+	}
+	return u.String()
+}
+
+// Certificate returns the relay's own certificate, or nil without TLS. It is signed by itself.
+func (s *Server) Certificate() *x509.Certificate { return s.cert }
+
+// Roots returns a pool with the relay's own certificate, by which it can be verified.
+func (s *Server) Roots() *x509.CertPool { return s.roots }
+
+// Config returns a configuration for [smtprelay.New] in which the relay's address, TLS mode, roots and credentials are filled
+// in, and Dial with InMemory. Each call returns a new one, which may be changed.
+func (s *Server) Config() smtprelay.Config {
+	cfg := smtprelay.Config{Addr: s.addr, TLS: smtprelay.TLSNone}
+	switch {
+	case s.implicitTLS:
+		cfg.TLS = smtprelay.TLSImplicit
+	case s.tlsConfig != nil:
+		cfg.TLS = smtprelay.TLSStartTLS
+	}
+	if s.tlsConfig != nil {
+		cfg.TLSConfig = &tls.Config{RootCAs: s.roots}
+	}
+	if !s.NoAuth {
+		cfg.Username, cfg.Password = s.Username, s.Password
+	}
+	if s.InMemory {
+		cfg.Dial = s.Dial
+		cfg.LocalName = "client.test" // a pipe has no address, and asking for the host's name would use the network
+	}
+	return cfg
+}
