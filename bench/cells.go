@@ -1,0 +1,200 @@
+// The cells of the matrix: which work is done over which line, by whom and how often.
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// cell is one kind of work, done by several peers.
+type cell struct {
+	RTT      int // ms
+	TLS      tlsMode
+	Senders  int
+	Size     int
+	Chunking bool // the relay offers it
+	InFlight int  // of the raw sender, with CHUNKING
+	Reps     int  // of the peers that the targets name; the median counts
+	Scale    int  // how much work, in percent
+	Peers    []string
+}
+
+func (c cell) String() string {
+	s := fmt.Sprintf("RTT %d ms, TLS %s, %s, %s", c.RTT, tlsWords[c.TLS], plural(c.Senders, "sender"), sizeWord(c.Size))
+	if c.Chunking {
+		s += ", the relay offers CHUNKING"
+	}
+	return s
+}
+
+var tlsWords = map[tlsMode]string{tlsNone: "off", tlsStart: "by STARTTLS", tlsImplicit: "implicit"}
+
+func plural(n int, word string) string {
+	if n == 1 {
+		return "1 " + word
+	}
+	return fmt.Sprintf("%d %ss", n, word)
+}
+
+func sizeWord(n int) string {
+	if n >= 1<<20 {
+		return fmt.Sprintf("%d MB", n>>20)
+	}
+	return fmt.Sprintf("%d KB", n>>10)
+}
+
+// The relay's allowance, and the default of many: 10 connections, 100 messages on each.
+const (
+	maxConns    = 10
+	maxMessages = 100
+)
+
+const (
+	kilo = 1 << 10
+	mega = 1 << 20
+)
+
+// What the library does with CHUNKING by default, and the deep setting that is measured beside it.
+const (
+	inFlightDefault = 4
+	inFlightDeep    = 32
+)
+
+// key are the peers that the targets name, lines the ones drawn in the plot.
+var (
+	key   = []string{"smtprelay", "raw DATA", "two round trips", "nodemailer"}
+	lines = []string{"smtprelay", "raw DATA", "mox", "nodemailer", "net/smtp kept", "net/smtp SendMail"}
+	few   = []string{"smtprelay", "raw DATA", "two round trips", "mox", "nodemailer", "net/smtp kept", "go-smtp kept", "net/smtp SendMail"}
+)
+
+// all are the peers that use DATA.
+func all() []string {
+	var names []string
+	for _, p := range peers {
+		if !strings.Contains(p.name, "CHUNKING") {
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
+// chunkers are the peers of the cells whose relay offers CHUNKING.
+var chunkers = []string{"smtprelay", "smtprelay deep", "raw CHUNKING", "raw CHUNKING deep", "two round trips", "mox", "nodemailer"}
+
+// base is the cell that the others differ from in one respect.
+func base(rtt int) cell {
+	return cell{RTT: rtt, TLS: tlsStart, Senders: 100, Size: 10 * kilo, Reps: 1, Scale: 100, Peers: all()}
+}
+
+// matrix returns the cells. The default is a star: each dimension is varied alone, at 0 and 20 ms. The full one is the
+// product of all dimensions; the quick one shows that everything works, and the order of magnitude.
+func matrix(quick, full bool) []cell {
+	var cells []cell
+	add := func(c cell, change func(*cell)) {
+		if change != nil {
+			change(&c)
+		}
+		cells = append(cells, c)
+	}
+	chunking := func(c *cell) { c.Chunking, c.Peers = true, chunkers }
+	switch {
+	case quick:
+		add(base(0), func(c *cell) { c.Scale = 20 })
+		add(base(20), func(c *cell) { c.Scale = 25 })
+		add(base(20), func(c *cell) { chunking(c); c.Scale = 50 })
+	case full:
+		for _, rtt := range []int{0, 5, 20, 50, 100} {
+			for _, mode := range []tlsMode{tlsNone, tlsStart} {
+				for _, senders := range []int{1, 100} {
+					for _, size := range []int{kilo, 10 * kilo, mega} {
+						add(base(rtt), func(c *cell) { c.TLS, c.Senders, c.Size = mode, senders, size })
+					}
+				}
+			}
+			add(base(rtt), chunking)
+		}
+	default:
+		add(base(0), func(c *cell) { c.Reps = 3 })
+		add(base(5), nil)
+		add(base(20), func(c *cell) { c.Reps = 3 })
+		add(base(50), func(c *cell) { c.Peers, c.Reps = few, 3 })
+		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 })
+		for _, rtt := range []int{0, 20} {
+			add(base(rtt), func(c *cell) { c.TLS, c.Peers = tlsNone, few })
+			add(base(rtt), func(c *cell) { c.Senders, c.Peers = 1, few })
+			add(base(rtt), func(c *cell) { c.Size, c.Peers = kilo, few })
+			add(base(rtt), func(c *cell) { c.Size, c.Peers = mega, few })
+		}
+		for _, rtt := range []int{0, 20, 50} {
+			add(base(rtt), func(c *cell) { chunking(c); c.Reps = 3 })
+		}
+	}
+	return cells
+}
+
+// messages returns how many messages a peer sends in the cell: whole lives of every connection, so that opening and
+// rotation have their true share, and less where a connection is opened for each message anyway.
+func (c cell) messages(p *peer) int {
+	conns := min(c.Senders, maxConns)
+	n := conns * maxMessages
+	switch {
+	case p.each:
+		n = conns * 20
+	case p.oneTurn() && c.RTT > 0 && c.Senders > 1:
+		n *= 2
+	}
+	if c.RTT == 0 {
+		n *= 5
+		if c.Size >= mega {
+			n /= 10
+		}
+	}
+	if !p.oneTurn() || c.RTT != 100 {
+		n = n * c.Scale / 100
+	}
+	return max(n, conns)
+}
+
+// oneTurn reports whether the peer is one that needs no more than one turn for a message.
+func (p *peer) oneTurn() bool { return p.kind == ours || p.kind == limit }
+
+// reps returns how often a peer is measured in the cell.
+func (c cell) reps(p *peer) int {
+	if !p.oneTurn() && !slices.Contains(key, p.name) {
+		return 1
+	}
+	return c.Reps
+}
+
+// senders returns how many goroutines send: a deep setting needs more of them to be deep at all.
+func (c cell) senders(p *peer) int {
+	if c.Chunking && c.Senders > 1 && p.deep {
+		return maxConns * inFlightDeep * 2
+	}
+	return c.Senders
+}
+
+// job returns what a peer is told.
+func (c cell) job(p *peer) job {
+	inFlight := c.InFlight
+	if inFlight == 0 {
+		inFlight = inFlightDefault
+		if p.deep {
+			inFlight = inFlightDeep
+		}
+	}
+	return job{
+		Peer: p.name, TLS: c.TLS, Senders: c.senders(p), Size: c.Size, Conns: maxConns, Rotate: maxMessages, InFlight: inFlight,
+		Resume: true, Messages: c.messages(p),
+	}
+}
+
+func (c cell) relay() relayConfig {
+	return relayConfig{
+		RTT: time.Duration(c.RTT) * time.Millisecond, TLS: c.TLS, Chunking: c.Chunking,
+		MaxConns: maxConns, MaxMessages: maxMessages,
+	}
+}

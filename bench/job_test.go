@@ -1,0 +1,143 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func writeFile(t *testing.T, text string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func TestMessagesAreOfTheirSizeInEveryForm(t *testing.T) {
+	for _, size := range []int{0, kilo, 10 * kilo, len(block) + len(header), len(block) + len(header) + 1, len(block) + len(header) + 2, mega + 7} {
+		whole := newMessage(size)
+		stamp(whole, 42)
+		if len(whole) != max(size, len(header)+2) || !bytes.HasSuffix(whole, []byte("\r\n")) {
+			t.Errorf("a message of %d octets has %d and ends with %q", size, len(whole), whole[len(whole)-2:])
+		}
+		if !bytes.Contains(whole, []byte("Message-ID: <"+messageID(42)+">\r\n")) {
+			t.Errorf("message 42 has not its number: %q", whole[:len(header)])
+		}
+		var written bytes.Buffer
+		if n, err := newStream(size, 42).WriteTo(&written); err != nil || int(n) != len(whole) {
+			t.Errorf("a stream of %d octets wrote %d, %v", len(whole), n, err)
+		}
+		read, err := io.ReadAll(newStream(size, 42).reader())
+		if err != nil || !bytes.Equal(read, written.Bytes()) || !bytes.HasSuffix(read, []byte("\r\n")) {
+			t.Errorf("of %d octets, what is read and what is written differ: %d and %d, %v", size, len(read), written.Len(), err)
+		}
+	}
+}
+
+func TestSourceHandsOutEachNumberOnce(t *testing.T) {
+	s := newSource(3, 0)
+	for _, want := range []int64{1, 2, 3, 0, 0} {
+		if got := s.next(); got != want {
+			t.Errorf("got %d, want %d", got, want)
+		}
+	}
+}
+
+func TestTablesReplaceThoseBetweenTheMarks(t *testing.T) {
+	name := writeFile(t, "before\n"+beginMark+"old\n"+endMark+"after\n")
+	if err := replaceBetweenMarks(name, []byte("new\n")); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "before\n" + beginMark + "new\n" + endMark + "after\n"; string(b) != want {
+		t.Errorf("got %q, want %q", b, want)
+	}
+	if err := replaceBetweenMarks(writeFile(t, "no marks"), nil); err == nil {
+		t.Error("a document without marks was written to")
+	}
+}
+
+// sample is a report with the figures of a world in which only turns cost time.
+func sample() *report {
+	turns := map[string]float64{
+		"smtprelay": 1.07, "raw DATA": 1.07, "two round trips": 2.07, "mox": 2.08, "nodemailer": 2.1, "net/smtp kept": 4.08,
+		"go-smtp kept": 4.08, "net/smtp SendMail": 12,
+	}
+	r := &report{}
+	for _, rtt := range []int{5, 20, 50, 100} {
+		c := cellResult{Cell: base(rtt)}
+		for name, n := range turns {
+			c.Outcomes = append(c.Outcomes, outcome{Peer: name, Client: result{
+				Sent: 1000, WallNs: int64(1000 / 10 * n * float64(rtt) * 1e6), CPUNs: int64(n * 1e6),
+			}})
+		}
+		r.Cells = append(r.Cells, c)
+	}
+	return r
+}
+
+func TestTargetsAreJudgedByWhatWasMeasured(t *testing.T) {
+	r := sample()
+	for _, tg := range r.targets() {
+		if !tg.met() {
+			t.Errorf("%s: %.2f, want %.2f", tg.what, tg.got, tg.want)
+		}
+	}
+	if n := len(r.targets()); n != 14 {
+		t.Errorf("%d targets at 20 and 50 ms with DATA, want 7 each", n)
+	}
+	for _, tc := range []struct {
+		target target
+		met    bool
+	}{
+		{target{want: 2, got: 2}, true},
+		{target{want: 2, got: 1.9}, false},
+		{target{want: 2, got: 0}, false},
+		{target{want: 1, got: 0.9, most: true}, true},
+		{target{want: 1, got: 1.1, most: true}, false},
+	} {
+		if tc.target.met() != tc.met {
+			t.Errorf("%+v: met is %v", tc.target, !tc.met)
+		}
+	}
+	var tables strings.Builder
+	r.write(&tables)
+	for _, want := range []string{"| 20 ms, 10 KB, 100 senders | 1.94 | 1.94 | 1.00 | **1.00** |", "| smtprelay | 1.94 |"} {
+		if !strings.Contains(tables.String(), want) {
+			t.Errorf("the tables have no %q:\n%s", want, tables.String())
+		}
+	}
+}
+
+func TestPlotHasRoomForEveryLabel(t *testing.T) {
+	var svg bytes.Buffer
+	curves := sample().curves()
+	if err := writePlot(&svg, curves); err != nil {
+		t.Fatal(err)
+	}
+	if len(curves) != len(lines) {
+		t.Errorf("%d curves, want %d", len(curves), len(lines))
+	}
+	places := labelPlaces(curves, scale{0.5, 300, plotBottom, plotTop})
+	for i, a := range places {
+		if a < plotTop || a > plotHeight-10 {
+			t.Errorf("the label of %s is outside, at %.0f", curves[i].name, a)
+		}
+		for j, b := range places[:i] {
+			if d := a - b; d > -labelDistance+0.01 && d < labelDistance-0.01 {
+				t.Errorf("the labels of %s and %s are %.1f apart", curves[i].name, curves[j].name, d)
+			}
+		}
+	}
+	if err := writePlot(io.Discard, nil); err == nil {
+		t.Error("a plot of nothing was drawn")
+	}
+}

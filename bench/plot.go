@@ -1,0 +1,203 @@
+// The plot of throughput against round-trip time, as SVG by hand.
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strings"
+)
+
+// curve is one line of the plot.
+type curve struct {
+	name   string
+	colour string
+	dashed bool
+	points []point
+}
+
+type point struct{ rtt, rate float64 } // ms; messages a second on each connection
+
+// colours of the curves, told apart also without colour by the label at their end.
+var colours = map[string]string{
+	"smtprelay": "#c2410c", "raw DATA": "#6b7280", "mox": "#0f766e", "nodemailer": "#15803d",
+	"net/smtp kept": "#1d4ed8", "net/smtp SendMail": "#7e22ce",
+}
+
+// labels are the names that a reader of the README finds at the curves' ends.
+var labels = map[string]string{
+	"raw DATA": "limit of the protocol", "mox": "mox smtpclient, kept", "nodemailer": "nodemailer pool",
+	"net/smtp SendMail": "net/smtp SendMail",
+}
+
+// curves picks what the plot shows out of a report. At no delay a rate is the machine's and not the line's: left out.
+func (r *report) curves() []curve {
+	var all []curve
+	for _, name := range lines {
+		c := curve{name: name, colour: colours[name], dashed: peerNamed(name).kind == limit}
+		for _, res := range r.Cells {
+			cell := res.Cell
+			if cell.RTT == 0 || cell.TLS != tlsStart || cell.Senders != 100 || cell.Size != 10*kilo || cell.Chunking {
+				continue
+			}
+			if o := res.of(name); o != nil {
+				c.points = append(c.points, point{float64(cell.RTT), o.rate() / maxConns})
+			}
+		}
+		slices.SortFunc(c.points, func(a, b point) int { return int(a.rtt - b.rtt) })
+		if len(c.points) > 1 {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// The frame of the plot, in pixels.
+const (
+	plotWidth, plotHeight    = 760, 440
+	plotLeft, plotRight      = 70, 560
+	plotTop, plotBottom      = 62, 372
+	labelLeft, labelDistance = plotRight + 26, 19
+)
+
+// scale maps values to pixels, by their logarithm.
+type scale struct{ low, high, from, to float64 }
+
+func (s scale) at(v float64) float64 {
+	return s.from + (s.to-s.from)*math.Log(v/s.low)/math.Log(s.high/s.low)
+}
+
+// writePlot writes the curves as SVG.
+func writePlot(w io.Writer, curves []curve) error {
+	low, high := math.Inf(1), math.Inf(-1)
+	rtts := []float64{}
+	for _, c := range curves {
+		for _, p := range c.points {
+			low, high = min(low, p.rate), max(high, p.rate)
+			if !slices.Contains(rtts, p.rtt) {
+				rtts = append(rtts, p.rtt)
+			}
+		}
+	}
+	if len(rtts) < 2 {
+		return fmt.Errorf("bench: nothing to plot")
+	}
+	slices.Sort(rtts)
+	x := scale{rtts[0] * 0.88, rtts[len(rtts)-1] * 1.06, plotLeft, plotRight}
+	y := scale{low * 0.75, high * 1.35, plotBottom, plotTop}
+
+	var b strings.Builder
+	put := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	put(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img" aria-labelledby="title">`, plotWidth, plotHeight)
+	put(`<title id="title">Messages a second on each connection against round-trip time, for smtprelay and other clients</title>`)
+	put(`<style>text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#1f2937}.t{font-size:15px;font-weight:600}.s{fill:#4b5563;font-size:12px}.g{stroke:#e5e7eb}.a{stroke:#6b7280}</style>`)
+	put(`<rect width="%d" height="%d" fill="#ffffff"/>`, plotWidth, plotHeight)
+	put(`<text class="t" x="%d" y="26">Messages a second on each connection</text>`, plotLeft)
+	put(`<text class="s" x="%d" y="46">%d connections, %d messages on each, %d KB bodies, STARTTLS; both axes logarithmic</text>`, plotLeft, maxConns, maxMessages, 10)
+
+	for _, tick := range ticks(y.low, y.high) {
+		at := y.at(tick)
+		put(`<line class="g" x1="%d" x2="%d" y1="%.1f" y2="%[3]*.1f"/>`, plotLeft, plotRight, at)
+		put(`<text class="s" x="%d" y="%.1f" text-anchor="end">%g</text>`, plotLeft-8, at+4, tick)
+	}
+	for _, rtt := range rtts {
+		at := x.at(rtt)
+		put(`<line class="g" x1="%.1f" x2="%[1]*.1f" y1="%d" y2="%d"/>`, at, plotTop, plotBottom)
+		put(`<text class="s" x="%.1f" y="%d" text-anchor="middle">%g</text>`, at, plotBottom+20, rtt)
+	}
+	put(`<line class="a" x1="%d" x2="%d" y1="%d" y2="%[3]d"/>`, plotLeft, plotRight, plotBottom)
+	put(`<line class="a" x1="%d" x2="%[1]d" y1="%d" y2="%d"/>`, plotLeft, plotTop, plotBottom)
+	put(`<text class="s" x="%d" y="%d" text-anchor="middle">round-trip time to the relay, ms</text>`, (plotLeft+plotRight)/2, plotBottom+44)
+
+	places := labelPlaces(curves, y)
+	for i, c := range curves {
+		dash, width := "", 2.5
+		if c.dashed {
+			dash, width = ` stroke-dasharray="7 5"`, 1.8
+		}
+		var path strings.Builder
+		for j, p := range c.points {
+			fmt.Fprintf(&path, "%c%.1f %.1f", "ML"[min(j, 1)], x.at(p.rtt), y.at(p.rate))
+		}
+		put(`<path d="%s" fill="none" stroke="%s" stroke-width="%g"%s/>`, path.String(), c.colour, width, dash)
+		if !c.dashed {
+			for _, p := range c.points {
+				put(`<circle cx="%.1f" cy="%.1f" r="3.5" fill="%s"/>`, x.at(p.rtt), y.at(p.rate), c.colour)
+			}
+		}
+		end := c.points[len(c.points)-1]
+		put(`<path d="M%.1f %.1fL%d %.1f" fill="none" stroke="%s" stroke-width="1"%s/>`,
+			x.at(end.rtt)+5, y.at(end.rate), labelLeft-4, places[i], c.colour, dash)
+		name := c.name
+		if l, ok := labels[name]; ok {
+			name = l
+		}
+		put(`<text x="%d" y="%.1f" style="fill:%s">%s</text>`, labelLeft, places[i]+4, c.colour, name)
+	}
+	put(`</svg>`)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// ticks returns 1, 2 and 5 times the powers of ten between low and high.
+func ticks(low, high float64) []float64 {
+	var all []float64
+	for power := math.Floor(math.Log10(low)); power <= math.Log10(high); power++ {
+		for _, m := range []float64{1, 2, 5} {
+			if v := m * math.Pow(10, power); v >= low && v <= high {
+				all = append(all, v)
+			}
+		}
+	}
+	return all
+}
+
+// labelPlaces returns where the label of each curve stands: at the curve's end, or as near to it as the labels above
+// leave room.
+func labelPlaces(curves []curve, y scale) []float64 {
+	order := make([]int, len(curves))
+	ends := make([]float64, len(curves))
+	for i, c := range curves {
+		order[i] = i
+		ends[i] = y.at(c.points[len(c.points)-1].rate)
+	}
+	slices.SortStableFunc(order, func(a, b int) int {
+		switch {
+		case ends[a] < ends[b]:
+			return -1
+		case ends[a] > ends[b]:
+			return 1
+		}
+		return 0
+	})
+	// Neighbours that are too near form a group, which is centred on what its members would have liked.
+	type group struct {
+		members []int
+		centre  float64
+	}
+	var groups []group
+	for _, i := range order {
+		groups = append(groups, group{[]int{i}, ends[i]})
+		for len(groups) > 1 {
+			a, b := &groups[len(groups)-2], groups[len(groups)-1]
+			apart := float64(len(a.members)+len(b.members)) / 2 * labelDistance
+			if b.centre-a.centre >= apart {
+				break
+			}
+			n, m := float64(len(a.members)), float64(len(b.members))
+			a.centre = (a.centre*n + b.centre*m) / (n + m)
+			a.members = append(a.members, b.members...)
+			groups = groups[:len(groups)-1]
+		}
+	}
+	places := make([]float64, len(curves))
+	for _, g := range groups {
+		top := g.centre - float64(len(g.members)-1)/2*labelDistance
+		for k, i := range g.members {
+			places[i] = top + float64(k)*labelDistance
+		}
+	}
+	return places
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// sleeping stands for an alarm where time is fake.
+type sleeping struct{}
+
+func (sleeping) waitUntil(t time.Time) { time.Sleep(time.Until(t)) }
+func (sleeping) close()                {}
+
+// serveRelay starts a relay in memory, and returns how to dial it and how to end it. Without TLS no certificate is used.
+func serveRelay(cfg relayConfig) (dial func() (net.Conn, error), finish func() relayReport) {
+	ln := netpipe.Listen(64 << 10)
+	cert, _, err := selfSigned()
+	if err != nil {
+		panic(err)
+	}
+	r := newRelay(cfg, ln, cert)
+	go r.serve(func() sleeper { return sleeping{} })
+	return func() (net.Conn, error) { return ln.Dial() }, r.finish
+}
+
+// config is that of a relay 20 ms away.
+func config() relayConfig {
+	return relayConfig{RTT: 20 * time.Millisecond, TLS: tlsNone, Chunking: true, MaxConns: maxConns, MaxMessages: maxMessages}
+}
+
+// drive runs a peer against a relay in memory.
+func drive(t *testing.T, cfg relayConfig, j job, run func(job, *source, *tally) error) (*tally, relayReport, time.Duration) {
+	t.Helper()
+	dial, finish := serveRelay(cfg)
+	j.dial, j.Host, j.TLS = dial, "localhost", cfg.TLS
+	total := &tally{from: time.Now()}
+	if err := run(j, newSource(j.Messages, 0), total); err != nil {
+		t.Error(err)
+	}
+	took := time.Duration(total.last.Load())
+	return total, finish(), took
+}
+
+func TestTurnsAreThoseOfThePeer(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		run     func(job, *source, *tally) error
+		senders int
+		depth   int
+		conns   int
+		turns   int // on each connection, opening included
+		why     string
+	}{
+		{"raw DATA", runRawData, 10, 0, 2, 104, "SYN, ACK, EHLO and the envelope with AUTH; then one for each body"},
+		{"raw DATA, one sender", runRawData, 1, 0, 2, 203, "the same, but an envelope of its own for all but the first"},
+		{"raw CHUNKING", runRawChunking, 4, 4, 2, 28, "SYN, ACK, EHLO; then one for each four"},
+		{"raw CHUNKING, one sender", runRawChunking, 1, 4, 2, 103, "SYN, ACK, EHLO; then one each"},
+		{"two round trips", runTwoRoundTrips, 10, 0, 2, 205, "SYN, ACK, EHLO, AUTH; two each; QUIT"},
+		{"mox", runMox, 10, 0, 2, 205, "the same"},
+		{"net/smtp kept", runNetSMTP, 10, 0, 2, 405, "SYN, ACK, EHLO, AUTH; four each; QUIT"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				j := job{Senders: tc.senders, Size: 3000, Conns: 1, Rotate: 100, InFlight: tc.depth, Messages: 100 * tc.conns}
+				total, rep, took := drive(t, config(), j, tc.run)
+				if total.sent.Load() != int64(j.Messages) || rep.Accepted != j.Messages || rep.Duplicates+rep.Unnamed != 0 {
+					t.Errorf("sent %d; accepted %d, %d twice, %d without a name; want %d once each",
+						total.sent.Load(), rep.Accepted, rep.Duplicates, rep.Unnamed, j.Messages)
+				}
+				if rep.Turns != tc.conns*tc.turns || rep.Connections != tc.conns {
+					t.Errorf("%d turns on %d connections; want %d on each of %d: %s",
+						rep.Turns, rep.Connections, tc.turns, tc.conns, tc.why)
+				}
+				if rep.Refused+rep.OverLimit+rep.Violations != 0 {
+					t.Errorf("%d connections and %d messages over the limits, %d commands refused", rep.Refused, rep.OverLimit, rep.Violations)
+				}
+				// Time is fake here, so that waits are all there is: the turns are the duration.
+				if want := time.Duration(rep.Turns) * 20 * time.Millisecond; took != want {
+					t.Errorf("took %v for turns that are %v", took, want)
+				}
+			})
+		})
+	}
+}
+
+func TestRelayIsStrict(t *testing.T) {
+	// say has a client write something to a fresh connection and returns all that the relay answers until it is asked for
+	// more, or closes.
+	say := func(t *testing.T, dial func() (net.Conn, error), text string) string {
+		t.Helper()
+		conn, err := dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go io.WriteString(conn, text)
+		time.Sleep(time.Second)
+		conn.(*netpipe.Conn).CloseWrite()
+		b, err := io.ReadAll(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		return string(b)
+	}
+	ready := "EHLO x\r\n" + authPlain
+	body := string(newMessage(0)) + ".\r\n"
+	for _, tc := range []struct {
+		name, text string
+		want       string // the codes of all replies, after the greeting
+	}{
+		{"a whole message", ready + rawData + body + rawQuit, "250 235 250 250 354 250 221"},
+		{"no AUTH", "EHLO x\r\n" + rawMail, "250 530 503"},
+		{"a wrong password", "EHLO x\r\nAUTH PLAIN AGEAYg==\r\n", "250 535"},
+		{"LOGIN", "EHLO x\r\nAUTH LOGIN\r\nYmVuY2g=\r\nY29ycmVjdCBob3JzZSBiYXR0ZXJ5IHN0YXBsZQ==\r\n", "250 334 334 235"},
+		{"MAIL in a transaction", ready + rawMail + rawMail, "250 235 250 250 503 250"},
+		{"DATA without RCPT", ready + "DATA\r\n", "250 235 503"},
+		{"a bare LF", "EHLO x\n", "500"},
+		{"BDAT", ready + rawMail + fmt.Sprintf("BDAT 10\r\n0123456789BDAT %d LAST\r\n%s", len(body), body) + rawQuit, "250 235 250 250 250 250 221"},
+		{"the chunk of a refused BDAT", ready + "BDAT 6 LAST\r\nQUIT\r\n" + rawMail, "250 235 503 250 250"},
+		{"an empty message", ready + rawData + ".\r\n" + rawQuit, "250 235 250 250 354 250 221"},
+		{"RSET", ready + rawMail + rawRset + "DATA\r\n", "250 235 250 250 250 503"},
+		{"STARTTLS that is not offered", "EHLO x\r\nSTARTTLS\r\n", "250 503"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dial, finish := serveRelay(config())
+				answers := say(t, dial, tc.text)
+				finish()
+				var codes []string
+				for line := range strings.Lines(answers) {
+					if line[3] != '-' {
+						codes = append(codes, line[:3])
+					}
+				}
+				if got := strings.Join(codes, " "); got != "220 "+tc.want {
+					t.Errorf("got %s, want 220 %s", got, tc.want)
+				}
+			})
+		})
+	}
+	t.Run("one connection too many", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := config()
+			cfg.MaxConns = 1
+			dial, finish := serveRelay(cfg)
+			first, err := dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			if got := say(t, dial, ""); !strings.HasPrefix(got, "421 ") {
+				t.Errorf("the second connection is greeted with %q", got)
+			}
+			first.Close()
+			time.Sleep(time.Second)
+			if got := say(t, dial, ""); !strings.HasPrefix(got, "220 ") {
+				t.Errorf("once the first is closed, the third is greeted with %q", got)
+			}
+			if rep := finish(); rep.Refused != 1 || rep.MaxOpen != 1 {
+				t.Errorf("%d refused, %d open at once; want 1, 1", rep.Refused, rep.MaxOpen)
+			}
+		})
+	})
+	t.Run("one message too many, and one twice", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := config()
+			cfg.MaxMessages = 2
+			dial, finish := serveRelay(cfg)
+			got := say(t, dial, ready+strings.Repeat(rawData+body, 3))
+			if !strings.HasSuffix(got, "421 4.7.0 too many messages on this connection\r\n") {
+				t.Errorf("the third message is answered with %q", got)
+			}
+			if rep := finish(); rep.OverLimit != 1 || rep.Accepted != 2 || rep.Duplicates != 1 {
+				t.Errorf("%d over the limit, %d accepted, %d twice; want 1, 2, 1", rep.OverLimit, rep.Accepted, rep.Duplicates)
+			}
+		})
+	})
+}
+
+func TestBodiesAreRecognisedHoweverTheyAreCut(t *testing.T) {
+	text := "EHLO x\r\n" + authPlain + rawData + string(newMessage(200)) + "..\r\n.x\r\n\r\n.\r\n" + rawQuit
+	for size := range len(text) {
+		synctest.Test(t, func(t *testing.T) {
+			dial, finish := serveRelay(relayConfig{TLS: tlsNone, MaxConns: 1, MaxMessages: 1})
+			conn, err := dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for rest := text; rest != ""; {
+				n := min(size+1, len(rest))
+				io.WriteString(conn, rest[:n])
+				rest = rest[n:]
+				synctest.Wait()
+			}
+			answers, err := io.ReadAll(conn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+			if rep := finish(); rep.Accepted != 1 || rep.Unnamed != 0 || rep.Violations != 0 || !strings.HasSuffix(string(answers), "221 2.0.0 bye\r\n") {
+				t.Errorf("in pieces of %d: %+v, %q", size+1, rep, answers)
+			}
+		})
+	}
+}
+
+func TestTLSGoesThroughTheLine(t *testing.T) {
+	cert, roots, err := selfSigned()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SSL_CERT_FILE", writeFile(t, roots)) // read once, whichever mode is first
+	for mode, turns := range map[tlsMode]int{tlsImplicit: 6, tlsStart: 8} {
+		t.Run(string(mode), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ln := netpipe.Listen(64 << 10)
+				r := newRelay(relayConfig{RTT: 20 * time.Millisecond, TLS: mode, MaxConns: 1, MaxMessages: 1}, ln, cert)
+				go r.serve(func() sleeper { return sleeping{} })
+				j := job{
+					Host: "localhost", TLS: mode, Senders: 1, Conns: 1, Rotate: 1, Size: 1000, Messages: 2, Resume: true,
+					dial: func() (net.Conn, error) { return ln.Dial() },
+				}
+				err := runRawData(j, newSource(2, 0), &tally{from: time.Now()})
+				rep := r.finish()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got := [2]int{rep.medianTurns(false), rep.medianTurns(true)}; got != [2]int{turns, turns} {
+					t.Errorf("%d turns to the first receipt with a full handshake, %d with a resumed session; want %d for both", got[0], got[1], turns)
+				}
+			})
+		})
+	}
+}
