@@ -331,8 +331,8 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.dialling--
+		p.failedLocked(err, round) // first, so that the place is not filled again without a wait
 		p.freeLocked()
-		p.failedLocked(err, round)
 		return
 	}
 	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
@@ -426,7 +426,7 @@ func (p *pool) worked() {
 func (p *pool) failedLocked(e *Error, round int) {
 	now := time.Now()
 	working := p.workingLocked()
-	if tooManyConns(e) && (working || p.slots.open > 0) {
+	if tooManyConns(e) && (working || p.slots.open > 1) { // beside the one that was refused
 		p.crowdedLocked()
 		p.fillLocked(now)
 		return
