@@ -119,8 +119,14 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 				answer, err = mech.Next(challenge)
 			}
 			if err != nil {
-				d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command)
-				return fail(err)
+				e := fail(err)
+				// Given up, as for OAUTHBEARER whose challenge was the bad news. The refusal is the reply to that.
+				if r, gone := d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command); gone == nil && r.Class() >= 4 {
+					s.cfg.countAuth(false)
+					e.Reply = publicReply(r)
+					e.Message = s.cfg.scrub(e.Message)
+				}
+				return e
 			}
 		}
 		reply, e = d.command(OpAuth, redacted, base64.StdEncoding.EncodeToString(answer), s.cfg.Timeouts.Command)
