@@ -167,8 +167,8 @@ func (s *session) readLoop() {
 	s.mu.Lock()
 	s.doomLocked(s.lossLocked(err))
 	wait := s.cfg.Timeouts.Quit
-	if s.abort {
-		wait = 0
+	if s.abort || s.quitting && isTimeout(err) {
+		wait = 0 // after QUIT it was waited for already
 	}
 	rst := s.rst
 	s.mu.Unlock()
