@@ -253,7 +253,7 @@ func (t *transaction) verdict() *Error {
 		e.Op, e.Err = OpBody, t.bodyErr
 		_, e.permanent = t.bodyErr.(*sizeError)
 	}
-	if err := context.Cause(t.ctx); err != nil && t.bodyErr == nil && e.Code == 0 {
+	if err := context.Cause(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
 		e.Err = err
 	}
 	return e

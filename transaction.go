@@ -43,6 +43,7 @@ type transaction struct {
 	authErr         *Error       // the credentials are refused
 	final           wire.Reply
 	finalIn         bool
+	cancelled       bool // the end of ctx is why the session was doomed
 }
 
 // keeper hands out the write sides of sessions.
@@ -169,8 +170,12 @@ func (t *transaction) guard() (unguard func() bool) {
 	}
 	s, ctx := t.s, t.ctx
 	stop := context.AfterFunc(ctx, func() {
-		s.raw.interrupt()
-		s.doom(context.Cause(ctx))
+		s.mu.Lock()
+		t.cancelled = s.cause == nil
+		s.doomLocked(context.Cause(ctx))
+		s.armLocked()
+		s.mu.Unlock()
+		s.raw.interrupt() // second, so that a write which it ends is known to be a consequence
 	})
 	first, result := true, false
 	return func() bool {
@@ -296,6 +301,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	s := t.s
 	if x.op == OpFinalDot {
 		t.final, t.finalIn = r, true
+		if r.Code == 432 && s.retired == "" {
+			s.retired = closeFault
+		}
 		switch r.Class() {
 		case 2:
 			if t.seq == s.used {
@@ -307,6 +315,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		return
 	}
 	t.answered++
+	if r.Code == 432 && s.retired == "" {
+		s.retired = closeFault // one connection too many, and this is it
+	}
 	switch x.op {
 	case OpAuth:
 		t.auth = r
