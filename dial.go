@@ -60,9 +60,9 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = context.Cause(ctx)
 		}
-		wait := c.Timeouts.Quit
-		if ctx.Err() != nil || isTimeout(e) || e.Op == OpTLS {
-			wait = 0 // it does not answer, or not in clear
+		wait := c.Timeouts.Quit // a relay that does not answer counts the connection all the same, until it has closed
+		if ctx.Err() != nil {
+			wait = 0
 		}
 		d.leave(e)
 		raw.hangUp(wait)
