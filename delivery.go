@@ -58,7 +58,13 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.pool.worked()
 		}
 		wait := d.note(t, e)
-		if e == nil && wait != nil {
+		if e != nil && e.Op == OpRcpt && e.Code != 421 && !d.m.AllOrNothing {
+			e = nil // each of these recipients was refused for itself; the others have not been tried
+		}
+		used := t.bodyBegun && oneShot(d.m.Body)
+		if e == nil && used && len(d.todo) > 0 {
+			err = &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
+		} else if e == nil && wait != nil {
 			err = d.pause(again, wait)
 		} else if e != nil && len(d.todo) > 0 {
 			err = d.pause(d.c.mayRetry(t, e), e)

@@ -444,8 +444,11 @@ func (t *transaction) loneDot() {
 	t.s.flush()
 }
 
-// errEmptyBody and errTooLarge are reasons to give up a body; errTooLarge is also found before anything is written.
+// errEmptyBody and sizeError are reasons to give up a body; sizeError is also found before anything is written.
 var errEmptyBody = errors.New("the body is empty: WriteTo has written nothing")
+
+// errBodyUsed is told for recipients that need another transaction.
+var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
 
 type sizeError struct{ limit int64 }
 
