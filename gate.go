@@ -87,7 +87,8 @@ func (g *gate) wakeAt(now time.Time, wake func()) {
 
 // awake is called by the timers.
 func (g *gate) awake(s *slots, now time.Time, wake func()) {
-	if g.timer != nil && !now.Before(g.notBefore) {
+	if g.timer != nil {
+		// It may have been set for an earlier failure than the last: wakeAt sets it anew if it is still too early.
 		g.timer.Stop()
 		g.timer = nil
 	}
