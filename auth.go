@@ -157,7 +157,7 @@ func (s *session) authenticate(ctx context.Context) *Error {
 	if s.lead == nil {
 		return nil
 	}
-	t := newTransaction(ctx, s, &Message{}, smtp.MailOptions{}, nil)
+	t := newTransaction(ctx, s, &Message{}, 0, smtp.MailOptions{}, nil)
 	if t.lead() && s.flush() == nil && t.awaitEnvelope() {
 		return nil
 	}

@@ -48,6 +48,10 @@ type Config struct {
 	// Pipelining says how far commands run ahead of replies where the relay offers PIPELINING (RFC 2920).
 	Pipelining Pipelining
 
+	// NoChunking has messages sent with DATA even where the relay offers CHUNKING (RFC 3030), by which envelope and body
+	// leave in one write.
+	NoChunking bool
+
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
@@ -142,9 +146,9 @@ func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 // ms runs in a goroutine of its own.
 func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Result] {
 	return func(yield func(Result) bool) {
-		// Two for each connection keep it busy, one in its envelope and one awaiting its final reply; two more cover the
-		// time it takes to start the next.
-		senders := semaphore.NewWeighted(int64(4 * c.cfg.Limits.MaxConns))
+		// As many as can be on their way, and two more for each connection to be there when it is their turn.
+		limits := c.cfg.Limits
+		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, limits.MaxInFlight))))
 		results := make(chan Result)
 		enough := make(chan struct{})
 		var sending sync.WaitGroup

@@ -86,6 +86,9 @@ func (c Config) check() (*settings, error) {
 	if c.Limits.MaxConns < 0 || c.Limits.MaxConns > 10000 {
 		mistake("Limits.MaxConns is %d: want 1 to 10000, or 0 for 10", c.Limits.MaxConns)
 	}
+	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
+		mistake("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
+	}
 	if c.Retry.MinBackoff < 0 || c.Retry.MaxBackoff < 0 {
 		mistake("Retry.MinBackoff and MaxBackoff must not be negative")
 	}
@@ -170,7 +173,7 @@ func validLiteral(s string) bool {
 // and "smtp+insecure" no TLS (default port 25). On port 465 "smtp" is TLS from the first byte too. User name and password
 // must be percent-encoded where they contain characters that a URL gives a meaning.
 //
-// The query may set max_conns, max_messages, max_recipients, max_attempts (whole numbers), max_idle, max_age (durations
+// The query may set max_conns, max_messages, max_recipients, max_in_flight, max_attempts (whole numbers), max_idle, max_age (durations
 // such as 30s), local_name, and pipelining (across, within, off). Anything else is an error. The error never shows the
 // password.
 func ParseURL(rawURL string) (Config, error) {
@@ -253,6 +256,8 @@ func (c *Config) setParam(key, value string) error {
 		return number(&c.Limits.MaxMessagesPerConn)
 	case "max_recipients":
 		return number(&c.Limits.MaxRecipients)
+	case "max_in_flight":
+		return number(&c.Limits.MaxInFlight)
 	case "max_attempts":
 		return number(&c.Retry.MaxAttempts)
 	case "max_idle":

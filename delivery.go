@@ -48,11 +48,14 @@ func (d *delivery) run() (Receipt, error) {
 		if d.tries++; d.tries > 1 {
 			d.c.cfg.stats.retries.Add(1)
 		}
-		t := newTransaction(d.ctx, s, d.m, mail, rcpts)
+		t := newTransaction(d.ctx, s, d.m, d.size, mail, rcpts)
 		t.run(d.c.pool)
 		e := t.verdict()
 		if e != nil {
 			d.c.pool.learn(s, e)
+		}
+		if kept := t.keepBody(); e != nil && kept != nil && oneShot(d.m.Body) {
+			d.m.Body, d.size = bytesBody(kept), int64(len(kept))
 		}
 		if t.authed() {
 			d.c.pool.worked()
@@ -217,22 +220,24 @@ func (t *transaction) verdict() *Error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
+	case t.finalIn && t.final.Class() == 2 && t.acceptedRcpts() > 0:
+		return nil
+	case t.finalIn && t.final.Class() == 3:
+		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
 	case t.finalIn:
-		e := &Error{Op: OpFinalDot, Reply: publicReply(t.final), Outcome: NotAccepted}
-		switch t.final.Class() {
-		case 2:
-			return nil
-		case 3:
-			e.Outcome = Unknown // whatever it may mean
+		e := t.refusalLocked()
+		if e == nil {
+			e = &Error{Op: t.endOp(), Reply: publicReply(t.final)}
 		}
+		e.Outcome = NotAccepted
 		return e
-	case t.dotAt > 0 && (s.attempted >= t.dotAt || s.cause == nil):
+	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil):
 		// With no cause the dot may still be in the buffer, but it will leave.
 		err := context.Cause(t.ctx)
 		if err == nil {
 			err = lost(s.cause)
 		}
-		return &Error{Op: OpFinalDot, Outcome: Unknown, Err: err}
+		return &Error{Op: t.endOp(), Outcome: Unknown, Err: err}
 	}
 	if e := t.refusalLocked(); e != nil {
 		e.Outcome = NotAccepted
@@ -244,7 +249,7 @@ func (t *transaction) verdict() *Error {
 		e.Op = OpWait
 	case t.answered < t.asked:
 		e.Op, e.subject = t.stepLocked()
-	case t.dotAt == 0:
+	case t.endAt == 0:
 		e.Op = OpBody
 	}
 	switch cause := s.cause.(type) {
@@ -263,6 +268,14 @@ func (t *transaction) verdict() *Error {
 		e.Err = err
 	}
 	return e
+}
+
+// endOp is the step that ends the message.
+func (t *transaction) endOp() Op {
+	if t.s.chunks() && !t.chunked.byData {
+		return OpBdat
+	}
+	return OpFinalDot
 }
 
 // lost says of err, a fault of the connection, what it means.
@@ -302,10 +315,18 @@ func (t *transaction) refusalLocked() *Error {
 	if first >= 0 && (refused == len(t.rcpts) || t.m.AllOrNothing || t.rcpt[first].Code == 421) {
 		return &Error{Op: OpRcpt, subject: "<" + t.m.To[t.rcpts[first]] + ">", Reply: publicReply(t.rcpt[first])}
 	}
-	if t.data.Code != 0 && t.data.Class() != 3 {
-		return &Error{Op: OpData, Reply: publicReply(t.data)}
+	if t.data.Code != 0 && t.data.Class() > 3 {
+		return &Error{Op: t.dataOp(), Reply: publicReply(t.data)}
 	}
 	return nil
+}
+
+// dataOp is the step that begins the message.
+func (t *transaction) dataOp() Op {
+	if op := t.endOp(); op != OpFinalDot {
+		return op
+	}
+	return OpData
 }
 
 // stepLocked is the oldest command of the envelope that has no reply.

@@ -57,6 +57,7 @@ const (
 	OpData     Op = "DATA"
 	OpBody     Op = "sending the body"
 	OpFinalDot Op = "final dot"
+	OpBdat     Op = "BDAT"
 	OpQuit     Op = "QUIT"
 )
 

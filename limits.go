@@ -24,6 +24,11 @@ type Limits struct {
 	// 0 or negative means as many as the relay takes.
 	MaxRecipients int
 
+	// MaxInFlight is how many messages are on their way on one connection without final reply, where the relay offers
+	// CHUNKING (RFC 3030). More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
+	// 0 means 4; 1 means that a lost connection leaves one unknown at most.
+	MaxInFlight int
+
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
 	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
 	MaxConnAge time.Duration
@@ -38,6 +43,7 @@ func (l Limits) withDefaults() Limits {
 	l.MaxConns = orDefault(l.MaxConns, 10)
 	l.MaxMessagesPerConn = orDefault(l.MaxMessagesPerConn, 100)
 	l.MaxRecipients = orDefault(l.MaxRecipients, 0)
+	l.MaxInFlight = orDefault(l.MaxInFlight, 4)
 	l.MaxConnAge = orDefault(l.MaxConnAge, 5*time.Minute)
 	l.MaxIdleTime = orDefault(l.MaxIdleTime, 30*time.Second)
 	return l

@@ -277,7 +277,7 @@ func (p *pool) mayDialLocked(more int, now time.Time) bool {
 // everyone who waits, one more connection would hardly be used: at the end of a burst, ten sessions that are almost used
 // up are not followed by an eleventh.
 func (p *pool) endingLocked() (room int) {
-	near := p.cfg.Limits.MaxMessagesPerConn / 10
+	near := p.cfg.Limits.MaxMessagesPerConn / 5
 	if near == 0 {
 		return 0
 	}

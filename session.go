@@ -17,6 +17,7 @@ import (
 // exchange is a command whose reply is outstanding.
 type exchange struct {
 	op    Op
+	final bool          // its reply decides over the message
 	tx    *transaction  // told of the reply; nil for QUIT
 	rcpt  int           // which recipient, for OpRcpt
 	limit time.Duration // for the reply, counted from when no other is awaited before it; 0 means none
@@ -74,7 +75,7 @@ type session struct {
 	closeBy   time.Time   // when the relay's last words must be in
 	deadline  time.Time   // the read deadline in force
 	abort     bool        // closed by Close: the relay is not waited for
-	rst       bool        // the connection ends with a reset
+	chunkEnd  int64       // the position behind the last chunk
 }
 
 // closeReason tells why a session takes no further transaction.
@@ -114,7 +115,7 @@ func (s *session) status(now time.Time) status {
 		return statusRetired
 	case s.pending == 0:
 		return statusFree
-	case s.overlaps():
+	case s.overlaps() && s.pending < s.inFlight():
 		return statusOverlappable
 	}
 	return statusBusy
@@ -128,6 +129,20 @@ func (s *session) pipelining() bool {
 // overlaps reports whether commands may be written behind a final dot.
 func (s *session) overlaps() bool {
 	return s.cfg.Pipelining == PipelineAcross && s.ext.Has("PIPELINING") && !s.cfg.learnt.noOverlap.Load()
+}
+
+// chunks reports whether bodies go in chunks (RFC 3030).
+func (s *session) chunks() bool {
+	return !s.cfg.NoChunking && s.ext.Has("CHUNKING") && s.pipelining()
+}
+
+// inFlight is how many messages may be on their way whose final reply is not in. With DATA there is never more than one,
+// since the next one's body waits for a 354 that comes behind that reply.
+func (s *session) inFlight() int {
+	if s.chunks() {
+		return s.cfg.Limits.MaxInFlight
+	}
+	return 2
 }
 
 // roomLeft is how many more transactions may be begun; a large number if any.
@@ -170,7 +185,8 @@ func (s *session) readLoop() {
 	if s.abort || s.quitting && isTimeout(err) {
 		wait = 0 // after QUIT it was waited for already
 	}
-	rst := s.rst
+	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
+	rst := s.attempted < s.chunkEnd
 	s.mu.Unlock()
 	close(s.done)
 	s.changed(s)
@@ -192,6 +208,7 @@ func (s *session) readLoop() {
 
 // deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
 func (s *session) deliver(r wire.Reply) (more bool) {
+	s.traceReply(r)
 	s.mu.Lock()
 	if s.head == len(s.waiting) {
 		s.doomLocked(&unexpectedReply{r})
@@ -212,9 +229,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		s.hurryLocked(s.cfg.Timeouts.Quit)
 		s.doomLocked(&replyError{x.op, r})
 	}
-	ctx := context.Background()
 	if x.tx != nil {
-		ctx = x.tx.ctx
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
 		s.cfg.learnt.noOverlap.Store(true)
@@ -223,28 +238,39 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		// What is left is to see the relay's close.
 		s.hurryLocked(s.cfg.Timeouts.Quit)
 	}
-	final := x.op == OpFinalDot
-	if final {
+	if x.final {
 		s.pending--
 	}
 	s.armLocked()
 	more = s.cause == nil || s.pending > 0
 	s.mu.Unlock()
 
-	if t := s.cfg.Trace; t != nil && t.Reply != nil {
-		shown := publicReply(r)
-		if x.op == OpAuth {
-			shown.Message = s.cfg.scrub(shown.Message)
-		}
-		t.Reply(ctx, s.id, x.op, shown)
-	}
-	if x.tx != nil {
-		x.tx.wake()
-	}
-	if final && more {
+	if x.final && more {
 		s.changed(s)
 	}
 	return more
+}
+
+// traceReply tells of a reply before anybody acts on it.
+func (s *session) traceReply(r wire.Reply) {
+	t := s.cfg.Trace
+	if t == nil || t.Reply == nil {
+		return
+	}
+	var x exchange
+	ctx := context.Background()
+	s.mu.Lock()
+	if s.head < len(s.waiting) {
+		if x = s.waiting[s.head]; x.tx != nil {
+			ctx = x.tx.ctx
+		}
+	}
+	s.mu.Unlock()
+	shown := publicReply(r)
+	if x.op == OpAuth {
+		shown.Message = s.cfg.scrub(shown.Message)
+	}
+	t.Reply(ctx, s.id, x.op, shown)
 }
 
 // armLocked sets the read deadline to that of the oldest exchange outstanding.
@@ -380,7 +406,7 @@ func (s *session) expect(x exchange) bool {
 	}
 	s.waiting = append(s.waiting, x)
 	switch {
-	case x.op == OpFinalDot:
+	case x.final:
 		s.pending++
 	case x.tx != nil:
 		x.tx.asked++

@@ -31,9 +31,11 @@ type transaction struct {
 	seq        int           // the how manieth transaction of its session
 	overlapped bool          // begun behind a final dot without reply
 	carrying   bool          // begun with another one's final dot still in the buffer
-	dotAt      int64         // the position behind the final dot; 0 while that is not in the buffer
-	bodyBegun  bool          // the body was asked to write itself
-	bodyErr    error         // why the body was given up
+	endAt      int64         // the position behind the final dot or the last chunk; 0 while that is not in the buffer
+	size       int64         // of the canonical form of Bytes
+	chunked    chunkedBody
+	bodyBegun  bool  // the body was asked to write itself
+	bodyErr    error // why the body was given up
 
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
@@ -53,9 +55,9 @@ type keeper interface {
 }
 
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
-func newTransaction(ctx context.Context, s *session, m *Message, mail smtp.MailOptions, rcpts []int) *transaction {
+func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail smtp.MailOptions, rcpts []int) *transaction {
 	t := s.cfg.transactions.Get().(*transaction)
-	*t = transaction{ctx: ctx, s: s, m: m, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0]}
+	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0]}
 	for range rcpts {
 		t.rcpt = append(t.rcpt, wire.Reply{})
 	}
@@ -69,7 +71,7 @@ func newTransaction(ctx context.Context, s *session, m *Message, mail smtp.MailO
 // recycle may be called once nobody else knows t.
 func (t *transaction) recycle() {
 	t.s.mu.Lock()
-	known := t.asked != t.answered || (t.dotAt > 0 && !t.finalIn)
+	known := t.shared || t.asked != t.answered || (t.endAt > 0 && !t.finalIn)
 	t.s.mu.Unlock()
 	if !known {
 		cfg := t.s.cfg
@@ -104,16 +106,24 @@ func (t *transaction) write(k keeper) (dotted bool) {
 	return dotted
 }
 
-func (t *transaction) converse(k keeper) (dotted bool) {
-	s := t.s
+func (t *transaction) converse(k keeper) (due bool) {
 	unguard := func() bool { return true }
+	defer func() { unguard() }()
+	if t.s.chunks() {
+		if t.carrying && !t.fitsBuffer() {
+			t.s.flush() // the other one's message does not wait while this one's body is made
+			t.carrying = false
+		}
+		if !t.carrying {
+			unguard = t.guard()
+		}
+		return t.converseInChunks() && t.part(k, unguard)
+	}
 	if !t.carrying {
 		unguard = t.guard()
 	}
-	defer func() { unguard() }()
-
 	for {
-		if !t.envelope() {
+		if !t.envelope() || !t.askData() || !t.sendNow() {
 			return false
 		}
 		if t.carrying {
@@ -128,39 +138,46 @@ func (t *transaction) converse(k keeper) (dotted bool) {
 		}
 		t.repeat()
 	}
-	if t.deferData() {
-		if !t.ask(exchange{op: OpData, limit: s.cfg.Timeouts.Data}, "DATA") || s.flush() != nil || !t.awaitEnvelope() {
-			return false
-		}
+	if t.dataIsDue() && (!t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
+		return false
 	}
-	switch accepted := t.acceptedRcpts(); {
+	switch {
 	case t.data.Class() != 3:
 		return false
-	case accepted == 0 || t.authErr != nil:
+	case t.acceptedRcpts() == 0:
 		t.loneDot()
 		return false
 	}
+	t.s.body.Reset(t.s.out, true)
 	if err := t.writeBody(); err != nil {
-		t.bodyErr = err
-		// Nothing but closing without the final dot keeps a truncated message from being accepted.
-		s.doom(fmt.Errorf("body given up: %w", err))
+		t.giveUp(err)
 		return false
 	}
-
-	// From here on the message may be accepted: who cancels is told that its fate is unknown.
-	if !k.wanted() {
-		if !t.finalDot() {
-			return false
-		}
-		s.flush()
-		return true
-	}
-	// Somebody's envelope will leave in one write with this final dot, out of reach of this one's context.
-	if !unguard() {
-		return false
-	}
-	return t.finalDot()
+	return t.part(k, unguard)
 }
+
+// part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
+// somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
+func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
+	if k.wanted() && t.remaining() <= outBuffer {
+		return unguard() && t.end()
+	}
+	if !t.end() {
+		return false
+	}
+	t.s.flush()
+	return true
+}
+
+// giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
+// truncated message from being accepted.
+func (t *transaction) giveUp(err error) {
+	t.bodyErr = err
+	t.s.doom(fmt.Errorf("body given up: %w", err))
+}
+
+// sendNow flushes the buffer.
+func (t *transaction) sendNow() bool { return t.s.flush() == nil || t.explained() }
 
 // guard makes the end of the context end the transaction, until unguard is called. If that returns false, it is too late.
 // The session lives on until the final replies due to others are in.
@@ -181,6 +198,7 @@ func (t *transaction) guard() (unguard func() bool) {
 	return func() bool {
 		if first {
 			first, result = false, stop()
+			t.shared = t.shared || !result
 		}
 		return result
 	}
@@ -218,12 +236,15 @@ func (t *transaction) envelope() bool {
 			return false
 		}
 	}
-	if s.pipelining() && !(t.m.AllOrNothing && len(t.rcpts) > 1) {
-		if !t.ask(exchange{op: OpData, limit: s.cfg.Timeouts.Data}, "DATA") {
-			return false
-		}
+	return true
+}
+
+// askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
+func (t *transaction) askData() bool {
+	if !t.s.pipelining() || t.m.AllOrNothing && len(t.rcpts) > 1 {
+		return true
 	}
-	return s.flush() == nil || t.explained()
+	return t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA")
 }
 
 // lead writes the AUTH that was held back.
@@ -296,10 +317,12 @@ func (t *transaction) askLine(x exchange) bool {
 	return t.awaitEnvelope()
 }
 
-// replyLocked takes a reply. The lock is the session's.
+// replyLocked takes a reply and tells who waits for it. The lock is the session's; once it is free the transaction may be
+// gone.
 func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	s := t.s
-	if x.op == OpFinalDot {
+	defer t.wake()
+	if x.final {
 		t.final, t.finalIn = r, true
 		if r.Code == 432 && s.retired == "" {
 			s.retired = closeFault
@@ -331,7 +354,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		}
 	case OpRset:
 		t.rset = r
-		if r.Class() != 2 && !(x.first && r.Code == 503) {
+		if r.Class() != 2 && !(x.first && r.Code == 503 && !s.chunks()) {
 			if x.first {
 				s.cfg.learnt.noOverlap.Store(true)
 			}
@@ -341,7 +364,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		t.mailed = r
 	case OpRcpt:
 		t.rcpt[x.rcpt] = r
-	case OpData:
+	case OpData, OpBdat:
 		t.data = r
 	}
 	// A reply of the wrong kind means that we are out of step with the relay.
@@ -420,9 +443,9 @@ func (t *transaction) acceptedRcpts() (n int) {
 	return n
 }
 
-// deferData reports whether DATA was held back and is due: the relay has accepted some recipients, or all of them if
+// dataIsDue reports whether DATA, or a body in chunks, was held back and is due: the relay has accepted some recipients, or all of them if
 // AllOrNothing says so.
-func (t *transaction) deferData() bool {
+func (t *transaction) dataIsDue() bool {
 	if t.data.Code != 0 || t.authErr != nil || t.mailRefused() {
 		return false
 	}
@@ -436,7 +459,7 @@ func (t *transaction) deferData() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
 // answers, so the answer is not awaited here.
 func (t *transaction) loneDot() {
-	if !t.s.expect(exchange{op: OpFinalDot, limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
+	if !t.s.expect(exchange{op: OpFinalDot, final: true, limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
 		return
 	}
 	t.s.out.WriteString(".\r\n")
@@ -456,10 +479,9 @@ func (e *sizeError) Error() string {
 	return fmt.Sprintf("the message is larger than the relay takes, %d octets (SIZE)", e.limit)
 }
 
-// writeBody writes the body, without the final dot.
+// writeBody has the body written through s.body, without the final dot.
 func (t *transaction) writeBody() error {
 	s := t.s
-	s.body.Reset(s.out, true)
 	t.bodyBegun = true
 	n, err := t.m.Body.WriteTo(t)
 	if err == nil && n > s.body.Taken() {
@@ -487,17 +509,24 @@ func (t *transaction) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// finalDot puts the final dot into the buffer, and QUIT behind it if the session takes no further transaction.
-func (t *transaction) finalDot() bool {
+// end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the session takes
+// no further transaction.
+func (t *transaction) end() bool {
 	s := t.s
-	// Set ahead of time, since a full buffer may leave while the dot is put into it.
-	t.dotAt = s.position() + int64(len(".\r\n"))
-	if !s.expect(exchange{op: OpFinalDot, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
-		t.dotAt = 0
-		return false
+	if s.chunks() && !t.chunked.byData {
+		if !t.lastChunks() {
+			return false
+		}
+	} else {
+		// Set ahead of time, since a full buffer may leave while the dot is put into it.
+		t.endAt = s.position() + int64(len(".\r\n"))
+		if !s.expect(exchange{op: OpFinalDot, final: true, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
+			t.endAt = 0
+			return false
+		}
+		s.out.WriteString(".\r\n")
+		s.traceCommand(t.ctx, ".")
 	}
-	s.out.WriteString(".\r\n")
-	s.traceCommand(t.ctx, ".")
 	s.mu.Lock()
 	last := s.retired != ""
 	s.mu.Unlock()
