@@ -36,6 +36,7 @@ type transaction struct {
 	chunked    chunkedBody
 	bodyBegun  bool  // the body was asked to write itself
 	bodyErr    error // why the body was given up
+	shared     bool  // the guard's function may still run, and look at the transaction
 
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
