@@ -61,7 +61,7 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.pool.worked()
 		}
 		wait := d.note(t, e)
-		if e != nil && e.Op == OpRcpt && e.Code != 421 && !d.m.AllOrNothing {
+		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
 			e = nil // each of these recipients was refused for itself; the others have not been tried
 		}
 		used := t.bodyBegun && oneShot(d.m.Body)
