@@ -77,16 +77,16 @@ func (g *gate) explain(err error) error {
 	return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(g.last.Error(), "smtprelay: "))
 }
 
-// wakeAt has wake called when the gate opens, if it is closed.
-func (g *gate) wakeAt(now time.Time, wake func()) {
+// wakeAt has p woken when the gate opens, if it is closed.
+func (g *gate) wakeAt(now time.Time, p *pool) {
 	if g.failures == 0 || g.timer != nil || !now.Before(g.notBefore) {
 		return
 	}
-	g.timer = time.AfterFunc(g.notBefore.Sub(now), wake)
+	g.timer = time.AfterFunc(g.notBefore.Sub(now), p.wake)
 }
 
 // awake is called by the timers.
-func (g *gate) awake(s *slots, now time.Time, wake func()) {
+func (g *gate) awake(now time.Time, p *pool) {
 	if g.timer != nil {
 		// It may have been set for an earlier failure than the last: wakeAt sets it anew if it is still too early.
 		g.timer.Stop()
@@ -95,20 +95,20 @@ func (g *gate) awake(s *slots, now time.Time, wake func()) {
 	if g.raiseAt.IsZero() || now.Before(g.raiseAt) {
 		return
 	}
-	if s.raise() {
+	if p.slots.raise() {
 		g.raiseAt = now.Add(g.raiseAfter)
-		g.raise = time.AfterFunc(g.raiseAfter, wake)
+		g.raise = time.AfterFunc(g.raiseAfter, p.wake)
 	} else {
 		g.raiseAt, g.raiseAfter = time.Time{}, 0
 	}
 }
 
 // crowded lowers the cap to the number of connections that work, for a while.
-func (g *gate) crowded(s *slots, working int, now time.Time, wake func()) {
-	if limit := s.limit(); limit <= max(working, 1) && !g.raiseAt.IsZero() {
+func (g *gate) crowded(working int, now time.Time, p *pool) {
+	if limit := p.slots.limit(); limit <= max(working, 1) && !g.raiseAt.IsZero() {
 		return // one of several that were refused together
 	}
-	s.lower(working)
+	p.slots.lower(working)
 	g.raiseAfter = min(max(2*g.raiseAfter, crowdWait), crowdWaitMost)
 	// A random part more, so that clients that share an allowance do not come back together.
 	wait := g.raiseAfter + rand.N(g.raiseAfter/4)
@@ -116,7 +116,7 @@ func (g *gate) crowded(s *slots, working int, now time.Time, wake func()) {
 	if g.raise != nil {
 		g.raise.Stop()
 	}
-	g.raise = time.AfterFunc(wait, wake)
+	g.raise = time.AfterFunc(wait, p.wake)
 }
 
 // stop ends the timers.

@@ -107,11 +107,10 @@ func (d *delivery) begin() error {
 	if d.m.MailOptions != nil {
 		d.mail = *d.m.MailOptions
 	}
-	for _, addr := range append([]string{d.m.From}, d.m.To...) {
-		if !isASCII(addr) {
-			d.utf8 = addr
-			break
-		}
+	if !isASCII(d.m.From) {
+		d.utf8 = d.m.From
+	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
+		d.utf8 = d.m.To[i]
 	}
 	d.size = canonicalSize(d.m)
 	d.todo = make([]int, len(d.m.To))

@@ -307,7 +307,7 @@ func (p *pool) fillLocked(now time.Time) {
 		p.serveLocked(s, nil)
 	}
 	if len(p.waiters) > 0 && !p.draining {
-		p.gate.wakeAt(now, p.wake)
+		p.gate.wakeAt(now, p)
 	}
 }
 
@@ -316,7 +316,7 @@ func (p *pool) wake() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
-	p.gate.awake(p.slots, now, p.wake)
+	p.gate.awake(now, p)
 	p.fillLocked(now)
 }
 
@@ -470,7 +470,7 @@ func (p *pool) crowdedLocked() {
 			open++
 		}
 	}
-	p.gate.crowded(p.slots, open, now, p.wake)
+	p.gate.crowded(open, now, p)
 }
 
 // Idle sessions.

@@ -95,7 +95,7 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { c.out.setWriteDeadline(t); 
 func (c *Conn) Unread() int {
 	c.in.mu.Lock()
 	defer c.in.mu.Unlock()
-	return len(c.in.buf)
+	return c.in.unreadLocked()
 }
 
 func (c *Conn) wrap(op string, err error) error {
@@ -114,7 +114,8 @@ func (a addr) String() string { return string(a) }
 type half struct {
 	mu         sync.Mutex // guards the fields below
 	changed    *sync.Cond // on mu: any field has changed
-	buf        []byte
+	buf        []byte     // buf[off:] is under way
+	off        int
 	max        int
 	finished   bool // the writer is done: the reader gets io.EOF behind buf
 	broken     bool // reset by the writer's end: the reader gets ECONNRESET at once
@@ -126,8 +127,9 @@ type half struct {
 
 // deadline is a moment past which one side of a half no longer waits.
 type deadline struct {
-	timer   *time.Timer
+	at      time.Time // zero means none
 	expired bool
+	timer   *time.Timer // sets expired; used again and again
 }
 
 func newHalf(max int) *half {
@@ -149,9 +151,11 @@ func (h *half) read(p []byte) (int, error) {
 			return 0, os.ErrDeadlineExceeded
 		case len(p) == 0:
 			return 0, nil
-		case len(h.buf) > 0:
-			n := copy(p, h.buf)
-			h.buf = h.buf[n:]
+		case h.unreadLocked() > 0:
+			n := copy(p, h.buf[h.off:])
+			if h.off += n; h.off == len(h.buf) {
+				h.buf, h.off = h.buf[:0], 0
+			}
 			h.changed.Broadcast()
 			return n, nil
 		case h.finished:
@@ -175,8 +179,11 @@ func (h *half) write(p []byte) (n int, err error) {
 		case len(p) == 0:
 			return n, nil
 		}
-		if room := h.max - len(h.buf); room > 0 {
+		if room := h.max - h.unreadLocked(); room > 0 {
 			k := min(room, len(p))
+			if len(h.buf)+k > cap(h.buf) && h.off > 0 { // move what is there to the front before growing
+				h.buf, h.off = h.buf[:copy(h.buf, h.buf[h.off:])], 0
+			}
 			h.buf = append(h.buf, p[:k]...)
 			p, n = p[k:], n+k
 			h.changed.Broadcast()
@@ -186,6 +193,8 @@ func (h *half) write(p []byte) (n int, err error) {
 	}
 }
 
+func (h *half) unreadLocked() int { return len(h.buf) - h.off }
+
 func (h *half) update(f func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -194,14 +203,14 @@ func (h *half) update(f func()) {
 }
 
 func (h *half) finish()      { h.update(func() { h.finished = true }) }
-func (h *half) reset()       { h.update(func() { h.broken, h.finished, h.buf = true, true, nil }) }
+func (h *half) reset()       { h.update(func() { h.broken, h.finished, h.buf, h.off = true, true, nil, 0 }) }
 func (h *half) closeWriter() { h.update(func() { h.writerGone = true; h.writing.stop() }) }
 
 // abandon ends reading and tells how many bytes were left unread.
 func (h *half) abandon() (unread int) {
 	h.update(func() {
-		unread = len(h.buf)
-		h.readerGone, h.buf = true, nil
+		unread = h.unreadLocked()
+		h.readerGone, h.buf, h.off = true, nil, 0
 		h.reading.stop()
 	})
 	return unread
@@ -211,33 +220,33 @@ func (h *half) setReadDeadline(t time.Time)  { h.setDeadline(&h.reading, t) }
 func (h *half) setWriteDeadline(t time.Time) { h.setDeadline(&h.writing, t) }
 
 func (h *half) setDeadline(d *deadline, t time.Time) {
-	h.update(func() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	d.at = t
+	if was := d.expired; d.set() != was {
+		h.changed.Broadcast()
+	}
+	switch {
+	case d.expired || t.IsZero():
 		d.stop()
-		d.expired = false
-		if t.IsZero() {
-			return
-		}
-		wait := time.Until(t)
-		if wait <= 0 {
-			d.expired = true
-			return
-		}
-		var timer *time.Timer
-		timer = time.AfterFunc(wait, func() {
-			h.update(func() {
-				if d.timer == timer { // not moved meanwhile
-					d.expired = true
-				}
-			})
+	case d.timer == nil:
+		d.timer = time.AfterFunc(time.Until(t), func() {
+			h.update(func() { d.set() })
 		})
-		d.timer = timer
-	})
+	default:
+		d.timer.Reset(time.Until(t))
+	}
+}
+
+// set tells whether the deadline has passed, and remembers it.
+func (d *deadline) set() bool {
+	d.expired = !d.at.IsZero() && !time.Now().Before(d.at)
+	return d.expired
 }
 
 func (d *deadline) stop() {
 	if d.timer != nil {
 		d.timer.Stop()
-		d.timer = nil
 	}
 }
 

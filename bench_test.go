@@ -1,0 +1,196 @@
+package smtprelay_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// sink is a relay that accepts everything and costs next to nothing, so that what is measured is the client. It counts
+// turns: how often it had answered all that it had got, waited, and then got something.
+type sink struct {
+	extensions []string
+	turns      atomic.Int64
+}
+
+func (s *sink) dial(context.Context, string, string) (net.Conn, error) {
+	client, server := netpipe.New(0)
+	go s.serve(server) // ends with the connection
+	return client, nil
+}
+
+func (s *sink) serve(conn net.Conn) {
+	defer conn.Close()
+	in, out := bufio.NewReaderSize(conn, 64<<10), bufio.NewWriter(conn)
+	fmt.Fprintf(out, "220 sink\r\n")
+	for {
+		if in.Buffered() == 0 {
+			if out.Flush() != nil {
+				return
+			}
+			if _, err := in.Peek(1); err != nil {
+				return
+			}
+			s.turns.Add(1)
+		}
+		line, err := in.ReadSlice('\n')
+		if err != nil {
+			return
+		}
+		reply := "250 2.0.0 Ok\r\n"
+		switch string(line[:4]) {
+		case "EHLO":
+			reply = "250-sink\r\n250-" + strings.Join(s.extensions, "\r\n250-") + "\r\n250 HELP\r\n"
+		case "DATA":
+			out.WriteString("354 Continue\r\n")
+			out.Flush()
+			for { // the body's lines are counted by their dots only
+				line, err := in.ReadSlice('\n')
+				if err != nil {
+					return
+				}
+				if string(line) == ".\r\n" {
+					break
+				}
+			}
+			s.turns.Add(1)
+			reply = "250 Ok: queued as 0123456789abcdefghijkl\r\n"
+		case "BDAT":
+			size, _, _ := strings.Cut(string(line[5:len(line)-2]), " ")
+			n, _ := strconv.Atoi(size)
+			if _, err := in.Discard(n); err != nil {
+				return
+			}
+			reply = "250 Ok: queued as 0123456789abcdefghijkl\r\n"
+		case "QUIT":
+			out.WriteString("221 Bye\r\n")
+			out.Flush()
+			return
+		}
+		out.WriteString(reply)
+	}
+}
+
+func (s *sink) client(tb testing.TB, change func(*smtprelay.Config)) *smtprelay.Client {
+	tb.Helper()
+	cfg := smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: s.dial}
+	if change != nil {
+		change(&cfg)
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { client.Close() })
+	return client
+}
+
+var (
+	overlapped = []string{"PIPELINING", "SIZE 31457280", "8BITMIME"}
+	chunked    = append([]string{"CHUNKING"}, overlapped...)
+)
+
+// body is a message of about size octets, as a mail library makes it.
+func body(size int) []byte {
+	var b bytes.Buffer
+	b.WriteString("From: a@x.example\r\nTo: b@y.example\r\nSubject: measured\r\nMessage-ID: <1@x.example>\r\n\r\n")
+	for b.Len() < size {
+		b.WriteString("The quick brown fox jumps over the lazy dog, and then it does so once again.\r\n")
+	}
+	return b.Bytes()
+}
+
+func BenchmarkSend(b *testing.B) {
+	for _, relay := range []struct {
+		name       string
+		extensions []string
+	}{{"data", overlapped}, {"chunking", chunked}} {
+		for _, senders := range []int{1, 100, 1000} {
+			for _, size := range []int{1 << 10, 10 << 10} {
+				b.Run(fmt.Sprintf("%s/senders=%d/size=%d", relay.name, senders, size), func(b *testing.B) {
+					s := &sink{extensions: relay.extensions}
+					c := s.client(b, nil)
+					m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes(body(size))}
+					b.SetBytes(int64(size))
+					b.ReportAllocs()
+					sendAll(b, c, m, senders, b.N)
+					b.ReportMetric(float64(s.turns.Load())/float64(b.N), "turns/msg")
+				})
+			}
+		}
+	}
+}
+
+// sendAll sends m n times from so many goroutines.
+func sendAll(tb testing.TB, c *smtprelay.Client, m smtprelay.Message, senders, n int) {
+	ctx, cancel := context.WithCancel(context.Background()) // as services have it: of a request
+	defer cancel()
+	var left atomic.Int64
+	left.Store(int64(n))
+	var wg sync.WaitGroup
+	for range senders {
+		wg.Go(func() {
+			for left.Add(-1) >= 0 {
+				if _, err := c.Send(ctx, m); err != nil {
+					tb.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// BenchmarkSendBody writes one large body.
+func BenchmarkSendBody(b *testing.B) {
+	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {
+		b.Run(name, func(b *testing.B) {
+			c := (&sink{extensions: extensions}).client(b, nil)
+			text := body(1 << 20)
+			b.SetBytes(int64(len(text)))
+			b.ReportAllocs()
+			for b.Loop() {
+				m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes(text)}
+				if _, err := c.Send(context.Background(), m); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func TestAllocationsPerMessage(t *testing.T) {
+	const (
+		messages = 5000
+		objects  = 10      // at most
+		octets   = 1 << 10 // at most
+	)
+	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {
+		t.Run(name, func(t *testing.T) {
+			c := (&sink{extensions: extensions}).client(t, func(cfg *smtprelay.Config) { cfg.Limits.MaxMessagesPerConn = -1 })
+			m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes(body(10 << 10))}
+			sendAll(t, c, m, 100, 1000)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			sendAll(t, c, m, 100, messages)
+			runtime.ReadMemStats(&after)
+			gotObjects := float64(after.Mallocs-before.Mallocs) / messages
+			gotOctets := float64(after.TotalAlloc-before.TotalAlloc) / messages
+			t.Logf("%.1f allocations, %.0f octets a message, the relay's included", gotObjects, gotOctets)
+			if gotObjects > objects || gotOctets > octets {
+				t.Errorf("%.1f allocations, %.0f octets a message, want at most %d and %d", gotObjects, gotOctets, objects, octets)
+			}
+		})
+	}
+}
