@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -63,7 +62,7 @@ const (
 	inFlightDeep    = 32
 )
 
-// key are the peers that the targets name, lines the ones drawn in the plot.
+// key are the peers that the targets name; lines are drawn in the plot; few are measured where lockstep costs minutes.
 var (
 	key   = []string{"smtprelay", "raw DATA", "two round trips", "nodemailer"}
 	lines = []string{"smtprelay", "raw DATA", "mox", "nodemailer", "net/smtp kept", "net/smtp SendMail"}
@@ -74,7 +73,7 @@ var (
 func all() []string {
 	var names []string
 	for _, p := range peers {
-		if !strings.Contains(p.name, "CHUNKING") {
+		if !p.deep && p.name != "raw CHUNKING" {
 			names = append(names, p.name)
 		}
 	}
@@ -121,7 +120,7 @@ func matrix(quick, full bool) []cell {
 		add(base(5), nil)
 		add(base(20), func(c *cell) { c.Reps = 3 })
 		add(base(50), func(c *cell) { c.Peers, c.Reps = few, 3 })
-		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 })
+		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 }) // whole lives of ours only
 		for _, rtt := range []int{0, 20} {
 			add(base(rtt), func(c *cell) { c.TLS, c.Peers = tlsNone, few })
 			add(base(rtt), func(c *cell) { c.Senders, c.Peers = 1, few })
@@ -130,6 +129,9 @@ func matrix(quick, full bool) []cell {
 		}
 		for _, rtt := range []int{0, 20, 50} {
 			add(base(rtt), func(c *cell) { chunking(c); c.Reps = 3 })
+		}
+		for _, rtt := range []int{5, 100} { // for the plot
+			add(base(rtt), func(c *cell) { c.Chunking, c.Peers = true, chunkers[:4] })
 		}
 	}
 	return cells
@@ -145,6 +147,9 @@ func (c cell) messages(p *peer) int {
 		n = conns * 20
 	case p.oneTurn() && c.RTT > 0 && c.Senders > 1:
 		n *= 2
+		if c.Chunking {
+			n = n * 5 / 2 // so that it takes some time at all
+		}
 	}
 	if c.RTT == 0 {
 		n *= 5
@@ -152,9 +157,7 @@ func (c cell) messages(p *peer) int {
 			n /= 10
 		}
 	}
-	if !p.oneTurn() || c.RTT != 100 {
-		n = n * c.Scale / 100
-	}
+	n = n * c.Scale / 100
 	return max(n, conns)
 }
 
@@ -163,7 +166,7 @@ func (p *peer) oneTurn() bool { return p.kind == ours || p.kind == limit }
 
 // reps returns how often a peer is measured in the cell.
 func (c cell) reps(p *peer) int {
-	if !p.oneTurn() && !slices.Contains(key, p.name) {
+	if !p.oneTurn() && (c.Chunking || !slices.Contains(key, p.name)) {
 		return 1
 	}
 	return c.Reps

@@ -43,6 +43,12 @@ func runSmtprelay(j job, src *source, t *tally) error {
 	return runSmtprelayWith(smtprelayConfig(j), j, src, t)
 }
 
+func runSmtprelayDeep(j job, src *source, t *tally) error {
+	cfg := smtprelayConfig(j)
+	cfg.Limits.MaxInFlight = j.InFlight
+	return runSmtprelayWith(cfg, j, src, t)
+}
+
 func runSmtprelayWith(cfg smtprelay.Config, j job, src *source, t *tally) error {
 	client, err := smtprelay.New(cfg)
 	if err != nil {

@@ -3,7 +3,8 @@
 package main
 
 var peers = []*peer{
-	{name: "smtprelay", kind: ours, what: "Send", run: runSmtprelay},
+	{name: "smtprelay", kind: ours, what: "Send; all settings at their defaults", run: runSmtprelay},
+	{name: "smtprelay deep", kind: ours, deep: true, what: "Send with MaxInFlight 32, from 640 senders", run: runSmtprelayDeep},
 
 	{name: "raw DATA", kind: limit, what: "octets only: the next envelope in one write with the final dot", run: runRawData},
 	{name: "raw CHUNKING", kind: limit, what: "octets only: envelope and BDAT LAST in one write, 4 in flight", run: runRawChunking},

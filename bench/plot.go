@@ -20,29 +20,32 @@ type curve struct {
 
 type point struct{ rtt, rate float64 } // ms; messages a second on each connection
 
-// colours of the curves, told apart also without colour by the label at their end.
-var colours = map[string]string{
-	"smtprelay": "#c2410c", "raw DATA": "#6b7280", "mox": "#0f766e", "nodemailer": "#15803d",
-	"net/smtp kept": "#1d4ed8", "net/smtp SendMail": "#7e22ce",
-}
-
-// labels are the names that a reader of the README finds at the curves' ends.
-var labels = map[string]string{
-	"raw DATA": "limit of the protocol", "mox": "mox smtpclient, kept", "nodemailer": "nodemailer pool",
-	"net/smtp SendMail": "net/smtp SendMail",
+// drawn are the curves of the plot: the peer, whether its relay offers CHUNKING, and what stands at the curve's end. They
+// are told apart by that also without colours.
+var drawn = []struct {
+	peer, label, colour string
+	chunking            bool
+}{
+	{"smtprelay", "smtprelay, CHUNKING", "#9a3412", true},
+	{"smtprelay", "smtprelay", "#ea580c", false},
+	{"raw DATA", "the limit with DATA", "#6b7280", false},
+	{"mox", "mox smtpclient, kept", "#0f766e", false},
+	{"nodemailer", "nodemailer pool", "#15803d", false},
+	{"net/smtp kept", "net/smtp, kept", "#1d4ed8", false},
+	{"net/smtp SendMail", "net/smtp SendMail", "#7e22ce", false},
 }
 
 // curves picks what the plot shows out of a report. At no delay a rate is the machine's and not the line's: left out.
 func (r *report) curves() []curve {
 	var all []curve
-	for _, name := range lines {
-		c := curve{name: name, colour: colours[name], dashed: peerNamed(name).kind == limit}
+	for _, d := range drawn {
+		c := curve{name: d.label, colour: d.colour, dashed: peerNamed(d.peer).kind == limit}
 		for _, res := range r.Cells {
 			cell := res.Cell
-			if cell.RTT == 0 || cell.TLS != tlsStart || cell.Senders != 100 || cell.Size != 10*kilo || cell.Chunking {
+			if cell.RTT == 0 || cell.TLS != tlsStart || cell.Senders != 100 || cell.Size != 10*kilo || cell.Chunking != d.chunking {
 				continue
 			}
-			if o := res.of(name); o != nil {
+			if o := res.of(d.peer); o != nil {
 				c.points = append(c.points, point{float64(cell.RTT), o.rate() / maxConns})
 			}
 		}
@@ -99,12 +102,12 @@ func writePlot(w io.Writer, curves []curve) error {
 
 	for _, tick := range ticks(y.low, y.high) {
 		at := y.at(tick)
-		put(`<line class="g" x1="%d" x2="%d" y1="%.1f" y2="%[3]*.1f"/>`, plotLeft, plotRight, at)
+		put(`<line class="g" x1="%d" x2="%d" y1="%.1f" y2="%.1f"/>`, plotLeft, plotRight, at, at)
 		put(`<text class="s" x="%d" y="%.1f" text-anchor="end">%g</text>`, plotLeft-8, at+4, tick)
 	}
 	for _, rtt := range rtts {
 		at := x.at(rtt)
-		put(`<line class="g" x1="%.1f" x2="%[1]*.1f" y1="%d" y2="%d"/>`, at, plotTop, plotBottom)
+		put(`<line class="g" x1="%.1f" x2="%.1f" y1="%d" y2="%d"/>`, at, at, plotTop, plotBottom)
 		put(`<text class="s" x="%.1f" y="%d" text-anchor="middle">%g</text>`, at, plotBottom+20, rtt)
 	}
 	put(`<line class="a" x1="%d" x2="%d" y1="%d" y2="%[3]d"/>`, plotLeft, plotRight, plotBottom)
@@ -130,11 +133,7 @@ func writePlot(w io.Writer, curves []curve) error {
 		end := c.points[len(c.points)-1]
 		put(`<path d="M%.1f %.1fL%d %.1f" fill="none" stroke="%s" stroke-width="1"%s/>`,
 			x.at(end.rtt)+5, y.at(end.rate), labelLeft-4, places[i], c.colour, dash)
-		name := c.name
-		if l, ok := labels[name]; ok {
-			name = l
-		}
-		put(`<text x="%d" y="%.1f" style="fill:%s">%s</text>`, labelLeft, places[i]+4, c.colour, name)
+		put(`<text x="%d" y="%.1f" style="fill:%s">%s</text>`, labelLeft, places[i]+4, c.colour, c.name)
 	}
 	put(`</svg>`)
 	_, err := io.WriteString(w, b.String())

@@ -102,18 +102,30 @@ func (c *rawConn) ended() {
 
 // onEachConn runs one goroutine for each connection that senders can use. Each opens one connection after the other and
 // gives it to drive, which sends at most j.Rotate messages on it and returns the number of a message that is to be the
-// first of the next connection, or 0.
-func onEachConn(j job, src *source, t *tally, drive func(c *rawConn, first int64) (int64, error)) error {
+// first of the next connection, or 0. Where it is known how many messages there are, each goroutine has an equal share,
+// so that none opens a connection for the last few.
+func onEachConn(j job, src *source, drive func(c *rawConn, first int64, next func() int64) (int64, error)) error {
 	conf := clientTLS(j)
 	errs := make([]error, min(j.Conns, j.Senders))
 	var all sync.WaitGroup
 	for i := range errs {
+		share := -1
+		if j.Messages > 0 {
+			share = (j.Messages + i) / len(errs)
+		}
+		next := func() int64 {
+			if share == 0 {
+				return 0
+			}
+			share--
+			return src.next()
+		}
 		all.Go(func() {
-			n := src.next()
+			n := next()
 			for n > 0 {
 				c, err := dialRaw(j, conf)
 				if err == nil {
-					n, err = drive(c, n)
+					n, err = drive(c, n, next)
 					c.ended()
 				}
 				if err != nil {
@@ -131,7 +143,7 @@ func onEachConn(j job, src *source, t *tally, drive func(c *rawConn, first int64
 // in one write: one round trip a message. Otherwise a message waits for the one before it: two.
 func runRawData(j job, src *source, t *tally) error {
 	overlap := j.Senders > j.Conns
-	return onEachConn(j, src, t, func(c *rawConn, n int64) (int64, error) {
+	return onEachConn(j, src, func(c *rawConn, n int64, next func() int64) (int64, error) {
 		message := newMessage(j.Size)
 		body := len(message)
 		message = append(message, ".\r\n"...)
@@ -141,11 +153,11 @@ func runRawData(j job, src *source, t *tally) error {
 		}
 		for sent := 1; ; sent++ {
 			stamp(message[:body], n)
-			next := int64(0)
+			following := int64(0)
 			if overlap {
-				next = src.next()
+				following = next()
 			}
-			last := sent == j.Rotate || overlap && next == 0
+			last := sent == j.Rotate || overlap && following == 0
 			out := message[:dotted]
 			switch {
 			case last:
@@ -162,23 +174,23 @@ func runRawData(j job, src *source, t *tally) error {
 			}
 			t.done(nil)
 			if !overlap {
-				next = src.next()
+				following = next()
 			}
 			switch {
 			case last:
-				return next, c.expect("221")
+				return following, c.expect("221")
 			case overlap:
 				if err := c.expect("250", "250", "250", "354"); err != nil {
 					return 0, err
 				}
-			case next == 0:
+			case following == 0:
 				return 0, c.ask(rawQuit, "221")
 			default:
 				if err := c.ask(rawData, "250", "250", "354"); err != nil {
 					return 0, err
 				}
 			}
-			n = next
+			n = following
 		}
 	})
 }
@@ -187,7 +199,7 @@ func runRawData(j job, src *source, t *tally) error {
 // to the first, as far as there are senders: one round trip for as many messages.
 func runRawChunking(j job, src *source, t *tally) error {
 	depth := min(max(j.InFlight, 1), max(j.Senders/j.Conns, 1))
-	return onEachConn(j, src, t, func(c *rawConn, n int64) (int64, error) {
+	return onEachConn(j, src, func(c *rawConn, n int64, next func() int64) (int64, error) {
 		message := newMessage(j.Size)
 		bdat := fmt.Sprintf("BDAT %d LAST\r\n", len(message))
 		var out []byte
@@ -211,7 +223,7 @@ func runRawChunking(j job, src *source, t *tally) error {
 				replies = append(replies, "250", "250", "end")
 				begun++
 				if depth > 1 || begun-answered < depth {
-					n = src.next()
+					n = next()
 				} else {
 					n = -1 // asked for once this one is answered
 				}
@@ -244,7 +256,7 @@ func runRawChunking(j job, src *source, t *tally) error {
 				more = len(replies) > 0 && (!final || c.r.Buffered() > 0)
 			}
 			if n < 0 {
-				if n = src.next(); n == 0 && begun < j.Rotate {
+				if n = next(); n == 0 && begun < j.Rotate {
 					return 0, c.ask(rawQuit, "221")
 				}
 			}

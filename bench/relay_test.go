@@ -39,7 +39,7 @@ func config() relayConfig {
 func drive(t *testing.T, cfg relayConfig, j job, run func(job, *source, *tally) error) (*tally, relayReport, time.Duration) {
 	t.Helper()
 	dial, finish := serveRelay(cfg)
-	j.dial, j.Host, j.TLS = dial, "localhost", cfg.TLS
+	j.dial, j.Host, j.Port, j.TLS = dial, "localhost", 25, cfg.TLS
 	total := &tally{from: time.Now()}
 	if err := run(j, newSource(j.Messages, 0), total); err != nil {
 		t.Error(err)
@@ -64,6 +64,9 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 		{"raw CHUNKING, one sender", runRawChunking, 1, 4, 2, 103, "SYN, ACK, EHLO; then one each"},
 		{"two round trips", runTwoRoundTrips, 10, 0, 2, 205, "SYN, ACK, EHLO, AUTH; two each; QUIT"},
 		{"mox", runMox, 10, 0, 2, 205, "the same"},
+		{"smtprelay", runSmtprelayData, 10, 0, 2, 104, "the same as raw DATA"},
+		{"smtprelay, CHUNKING", runSmtprelay, 10, 4, 2, 28, "the same as raw CHUNKING, four in flight by default"},
+		{"smtprelay, CHUNKING, deep", runSmtprelayDeep, 100, 25, 2, 7, "SYN, ACK, EHLO; then one for each 25"},
 		{"net/smtp kept", runNetSMTP, 10, 0, 2, 405, "SYN, ACK, EHLO, AUTH; four each; QUIT"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -88,6 +91,13 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 			})
 		})
 	}
+}
+
+// runSmtprelayData has smtprelay use DATA with a relay that offers CHUNKING.
+func runSmtprelayData(j job, src *source, t *tally) error {
+	cfg := smtprelayConfig(j)
+	cfg.NoChunking = true
+	return runSmtprelayWith(cfg, j, src, t)
 }
 
 func TestRelayIsStrict(t *testing.T) {
