@@ -182,7 +182,7 @@ func (s *session) readLoop() {
 	s.mu.Lock()
 	s.doomLocked(s.lossLocked(err))
 	wait := s.cfg.Timeouts.Quit
-	if s.abort || s.quitting && isTimeout(err) {
+	if s.abort || s.quitting && s.writeErr == nil && isTimeout(err) {
 		wait = 0 // after QUIT it was waited for already
 	}
 	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
