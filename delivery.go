@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,7 +61,7 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.pool.worked()
 		}
 		wait := d.note(t, e)
-		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
+		if e != nil && e.Op == OpRcpt && e.Code != 421 && !d.m.AllOrNothing {
 			e = nil // each of these recipients was refused for itself; the others have not been tried
 		}
 		used := t.bodyBegun && oneShot(d.m.Body)
@@ -87,19 +88,24 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 		outcome = e.Outcome
 	}
 	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
-	replies := t.rcpt
+	replies := slices.Clone(t.rcpt)
 	if outcome == Accepted {
 		final = publicReply(t.final)
 	}
 	mailed := t.mailed.Class() == 2 && t.authErr == nil
+	t.s.mu.Unlock()
 
 	queueID := ""
 	if outcome == Accepted {
 		queueID = findQueueID(final.Message)
 		d.receipt.Reply, d.receipt.QueueID = final, queueID
 	}
-	accepted := t.acceptedRcpts()
+	accepted := 0
+	for _, r := range replies {
+		if r.Class() == 2 {
+			accepted++
+		}
+	}
 	var open []int
 	for i, to := range t.rcpts {
 		r := &d.receipt.Recipients[to]
@@ -249,8 +255,10 @@ func (t *transaction) verdict() *Error {
 	switch cause := s.cause.(type) {
 	case *unexpectedReply: // the relay says why it does not take the body
 		e.Reply = publicReply(cause.reply)
-	case *replyError:
-		e.Op, e.Reply = cause.op, publicReply(cause.reply)
+	case *replyError: // to what another transaction had asked: only 421 is for all
+		if e.Err = cause; cause.reply.Code == 421 {
+			e.Err, e.Reply = nil, publicReply(cause.reply)
+		}
 	default:
 		e.Err = lost(cause)
 	}
@@ -262,16 +270,6 @@ func (t *transaction) verdict() *Error {
 		e.Err = err
 	}
 	return e
-}
-
-// isWord reports whether s consists of letters, digits, hyphens and underscores.
-func isWord(s string) bool {
-	for _, c := range []byte(s) {
-		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-' || c == '_') {
-			return false
-		}
-	}
-	return s != ""
 }
 
 // endOp is the step that ends the message.
@@ -298,7 +296,7 @@ func (t *transaction) refusalLocked() *Error {
 	if t.authErr != nil {
 		return t.authErr.clone()
 	}
-	if t.rset.Code != 0 && t.rset.Class() != 2 {
+	if t.rset.Code != 0 && t.rset.Class() != 2 && t.data.Class() != 3 { // else it did no harm
 		return &Error{Op: OpRset, Reply: publicReply(t.rset)}
 	}
 	if t.mailRefused() {
@@ -451,10 +449,6 @@ func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 var queueID = regexp.MustCompile(`(?i)(?:queued as|queued with id|message accepted for delivery|\bid)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)|^ok:?[ ]+<?([\w.+/=-]{12,})>?$`)
 
 func findQueueID(text string) string {
-	// The common case, without the cost of a search.
-	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
-		return id
-	}
 	m := queueID.FindStringSubmatch(text)
 	if m == nil {
 		return ""

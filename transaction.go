@@ -420,7 +420,9 @@ func (t *transaction) repeat() {
 	s := t.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.used-- // the relay has not seen the transaction
+	if t.mailed.Code == 503 {
+		s.used-- // the relay has not seen the transaction
+	}
 	t.asked, t.answered = 0, 0
 	t.auth, t.rset, t.mailed, t.data = wire.Reply{}, wire.Reply{}, wire.Reply{}, wire.Reply{}
 	clear(t.rcpt)
