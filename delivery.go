@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 
@@ -61,7 +60,7 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.pool.worked()
 		}
 		wait := d.note(t, e)
-		if e != nil && e.Op == OpRcpt && e.Code != 421 && !d.m.AllOrNothing {
+		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
 			e = nil // each of these recipients was refused for itself; the others have not been tried
 		}
 		used := t.bodyBegun && oneShot(d.m.Body)
@@ -88,24 +87,19 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 		outcome = e.Outcome
 	}
 	t.s.mu.Lock()
-	replies := slices.Clone(t.rcpt)
+	defer t.s.mu.Unlock()
+	replies := t.rcpt
 	if outcome == Accepted {
 		final = publicReply(t.final)
 	}
 	mailed := t.mailed.Class() == 2 && t.authErr == nil
-	t.s.mu.Unlock()
 
 	queueID := ""
 	if outcome == Accepted {
 		queueID = findQueueID(final.Message)
 		d.receipt.Reply, d.receipt.QueueID = final, queueID
 	}
-	accepted := 0
-	for _, r := range replies {
-		if r.Class() == 2 {
-			accepted++
-		}
-	}
+	accepted := t.acceptedRcpts()
 	var open []int
 	for i, to := range t.rcpts {
 		r := &d.receipt.Recipients[to]
@@ -270,6 +264,16 @@ func (t *transaction) verdict() *Error {
 		e.Err = err
 	}
 	return e
+}
+
+// isWord reports whether s consists of letters, digits, hyphens and underscores.
+func isWord(s string) bool {
+	for _, c := range []byte(s) {
+		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-' || c == '_') {
+			return false
+		}
+	}
+	return s != ""
 }
 
 // endOp is the step that ends the message.
@@ -449,6 +453,10 @@ func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 var queueID = regexp.MustCompile(`(?i)(?:queued as|queued with id|message accepted for delivery|\bid)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)|^ok:?[ ]+<?([\w.+/=-]{12,})>?$`)
 
 func findQueueID(text string) string {
+	// The common case, without the cost of a search.
+	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
+		return id
+	}
 	m := queueID.FindStringSubmatch(text)
 	if m == nil {
 		return ""
