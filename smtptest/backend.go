@@ -196,7 +196,7 @@ func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
 }
 
 // Data is called when the body begins, and takes the message when it ends. The body is in the conn's hands: in the case of
-// DATA go-smtp gets the final dot alone, in that of BDAT the chunks are for it to count.
+// DATA go-smtp gets the final dot alone, in that of BDAT one empty chunk.
 func (s session) Data(r io.Reader) error {
 	if _, err := io.Copy(io.Discard, r); err != nil {
 		return err // the client is gone, or has thought better of it

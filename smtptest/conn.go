@@ -47,7 +47,7 @@ type conn struct {
 	size       int64  // SIZE= of that MAIL, where it is more than go-smtp can read
 	env        envelope
 	msg        incoming
-	struckBody []*FaultHandle // by which the body was struck
+	metBody    []*FaultHandle // that have met the body
 	finalTurns int64          // turns when the last final dot was answered; -1 if none was since the last MAIL
 	refuse     int            // how many of the octets read are behind a final dot and refused for it
 
@@ -367,7 +367,7 @@ func (c *conn) await() ending {
 		c.events[Idle]++
 		e := Event{Step: Idle, Conn: c.stats.Conn, N: c.events[Idle], Message: c.events[Mail]}
 		spared = append(spared, h)
-		if !h.f.concerns(&e) || !h.strikes() {
+		if !h.f.concerns(&e) || !h.strikes(true) {
 			continue
 		}
 		b, done := c.suffer(h, Idle)
@@ -677,12 +677,18 @@ func (c *conn) askAbout(line, accepted string) string {
 	if reply, ok := c.s.Reject[strings.ToLower(c.path)]; ok {
 		return reply
 	}
+	if c.env.chunks > 0 {
+		return underWay
+	}
 	reply := c.ask(line)
 	if positive(reply) {
 		return accepted
 	}
 	return reply
 }
+
+// underWay is what commands are told that have no place between the chunks of a message.
+const underWay = "503 5.5.1 A message is under way"
 
 // data carries out DATA and all that follows it.
 func (c *conn) data(line string) ending {
@@ -693,6 +699,10 @@ func (c *conn) data(line string) ending {
 	var own string
 	b := c.meet(Event{Step: Data, Line: line})
 	end := c.answer(b, func() string {
+		if c.env.chunks > 0 {
+			own = underWay
+			return own
+		}
 		if own = c.ask(line); positive(own) {
 			return "354 Continue"
 		}

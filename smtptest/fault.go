@@ -79,8 +79,9 @@ type Event struct {
 }
 
 // Fault says what goes wrong, and where. The fields of the first part are filters, joined by AND; the zero value of each lets
-// anything through. An event meets the faults in the order in which they were set: those that only delay add up, and the
-// first that does more ends the search. A Fault that does nothing counts.
+// anything through. An event meets the faults in the order in which they were set. Those that only delay add up; behind the
+// first that does more, none strikes, though each counts the event for its Nth. A Fault that does nothing at all is an observer:
+// its hits count whatever the others do.
 type Fault struct {
 	At         Step             // the step
 	Conn       int              // this connection only, counted from 1
@@ -214,15 +215,20 @@ func (f *Fault) concerns(e *Event) bool {
 	return f.When == nil || f.When(*e)
 }
 
-// strikes counts an event that the filters have let through, and reports whether the fault strikes.
-func (h *FaultHandle) strikes() bool {
+// observes reports whether the fault does nothing but count.
+func (f *Fault) observes() bool {
+	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Reset
+}
+
+// strikes counts an event that the filters have let through, and reports whether the fault strikes; that it may.
+func (h *FaultHandle) strikes(may bool) bool {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()
 	if h.gone || h.hits == h.f.Count {
 		return false // somebody else was faster
 	}
 	h.passed++
-	if h.passed < h.f.Nth {
+	if !may || h.passed < h.f.Nth {
 		return false
 	}
 	h.hits++
@@ -264,24 +270,23 @@ func (c *conn) meet(e Event) blow {
 		e.From = c.env.from
 	}
 	e.To = c.env.to[:len(c.env.to):len(c.env.to)]
+	var b blow
+	done := false
 	for _, h := range list {
 		if !h.f.concerns(&e) {
 			continue
 		}
 		if e.Step == Body {
-			if slices.Contains(c.struckBody, h) {
+			if slices.Contains(c.metBody, h) {
 				continue
 			}
-			c.struckBody = append(c.struckBody, h)
+			c.metBody = append(c.metBody, h)
 		}
-		if !h.strikes() {
-			continue
-		}
-		if b, done := c.suffer(h, e.Step); done {
-			return b
+		if h.strikes(!done || h.f.observes()) && !done {
+			b, done = c.suffer(h, e.Step)
 		}
 	}
-	return blow{}
+	return b
 }
 
 // suffer does what the fault says; done tells that the event needs to meet no other.

@@ -54,17 +54,21 @@ type wire struct {
 	// owned by the connection's goroutine
 	answered bool      // something was written since the last turn
 	since    time.Time // when that was
+	early    bool      // there was input already when something was written last; used without a delay only
 }
 
-// Read counts a turn if what it returns can have waited for what was written. What had already come when the relay began to
-// wait cannot; nor can what comes before an answer could have travelled there and the next command back. That is measured from
-// the oldest answer, not the latest: a client which overlaps its commands, and always gets an answer while the next one is
-// under way, still pays for the round trips that pass.
+// Read counts a turn if what it returns can have waited for what was written. With a delay that is what comes no sooner than
+// an answer can have travelled there and the next command back, counted from the oldest answer, not the latest: a client which
+// overlaps its commands, and always gets an answer while the next one is under way, still pays for the round trips that pass.
+// Without one, it is what had not come yet when the answer was written.
 func (w *wire) Read(p []byte) (int, error) {
 	if w.in.Buffered() > 0 {
 		return w.in.Read(p)
 	}
-	early := w.answered && w.link.Unread() > 0
+	if w.early {
+		w.early = w.link.Unread() > 0
+	}
+	early := w.early
 	n, err := w.in.Read(p)
 	if n > 0 && w.answered && !early && time.Since(w.since) >= w.delay {
 		w.answered = false
@@ -77,6 +81,7 @@ func (w *wire) Write(p []byte) (int, error) {
 	if !w.answered {
 		w.answered, w.since = true, time.Now()
 	}
+	w.early = w.delay == 0 && w.link.Unread() > 0
 	return w.link.Write(p)
 }
 

@@ -8,18 +8,21 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
 // raw is a client that says what it is told to.
 type raw struct {
 	t testing.TB
 	net.Conn
-	br *bufio.Reader
+	pipe *netpipe.Conn // below TLS; nil over TCP
+	br   *bufio.Reader
 }
 
 func dial(t testing.TB, s *Server) *raw {
@@ -29,6 +32,8 @@ func dial(t testing.TB, s *Server) *raw {
 		t.Fatalf("dial: %v", err)
 	}
 	r := &raw{t: t, Conn: nc, br: bufio.NewReader(nc)}
+	r.pipe, _ = nc.(*netpipe.Conn)
+	t.Cleanup(func() { nc.Close() }) // before the relay is closed
 	return r
 }
 
@@ -89,7 +94,7 @@ func (r *raw) closed() {
 	r.Close()
 }
 
-// reset wants the relay to have reset the connection.
+// wasReset wants the relay to have reset the connection.
 func (r *raw) wasReset() {
 	r.t.Helper()
 	if _, err := r.br.ReadByte(); err == nil || errors.Is(err, io.EOF) {
@@ -98,13 +103,13 @@ func (r *raw) wasReset() {
 	r.Close()
 }
 
-// silent wants nothing to be said for a while; the relay has been seen to have done its work otherwise.
+// silent wants the relay to have no more to say until time passes or the client speaks. It is for bubbles only.
 func (r *raw) silent() {
 	r.t.Helper()
-	r.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-	defer r.SetReadDeadline(time.Time{})
-	if b, err := r.br.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
-		r.t.Fatalf("got %q, %v; want silence", b, err)
+	synctest.Wait()
+	if n := r.br.Buffered() + r.pipe.Unread(); n > 0 {
+		b, _ := r.br.Peek(r.br.Buffered())
+		r.t.Fatalf("got %d octets, %q; want silence", n, b)
 	}
 }
 
@@ -130,7 +135,9 @@ func (r *raw) ready(s *Server) {
 	}
 }
 
-func clientTLS(s *Server) *tls.Config { return &tls.Config{RootCAs: s.Roots(), ServerName: "localhost"} }
+func clientTLS(s *Server) *tls.Config {
+	return &tls.Config{RootCAs: s.Roots(), ServerName: "localhost"}
+}
 
 func plain(s *Server) string {
 	return base64.StdEncoding.EncodeToString([]byte("\x00" + s.Username + "\x00" + s.Password))
@@ -163,7 +170,7 @@ func plainRelay() *Server {
 // start starts s and sees to it that it is closed and leaves no goroutine behind.
 func start(t testing.TB, s *Server) *Server {
 	t.Helper()
-	before := goroutines()
+	before := runtime.NumGoroutine()
 	s.Start()
 	t.Cleanup(func() {
 		s.Close()
@@ -172,17 +179,26 @@ func start(t testing.TB, s *Server) *Server {
 	return s
 }
 
-func goroutines() int { return runtime.NumGoroutine() }
+// bubble runs f in a synctest bubble with s started, in memory, which does not end before every goroutine has.
+func bubble(t *testing.T, s *Server, f func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		s.InMemory = true
+		s.Start()
+		t.Cleanup(s.Close)
+		f(t)
+	})
+}
 
 // noneLeft fails the test if there are more goroutines than before. The last of them may still be on their way out.
 func noneLeft(t testing.TB, before int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	for goroutines() > before {
+	for runtime.NumGoroutine() > before {
 		if ctx.Err() != nil {
 			buf := make([]byte, 1<<20)
-			t.Fatalf("%d goroutines before, %d after:\n%s", before, goroutines(), buf[:runtime.Stack(buf, true)])
+			t.Fatalf("%d goroutines before, %d after:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
 		}
 		runtime.Gosched()
 	}

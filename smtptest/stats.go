@@ -120,8 +120,8 @@ func (s *Server) Overlapped() int { return s.sum(func(st ConnStats) int { return
 // something: the round trips that the client has spent, those of the TLS handshake included.
 //
 // With a Delay, what comes sooner than one Delay after the oldest answer since the last turn is none, since nobody can have
-// waited for that answer: the count is exact however the network cuts the dialogue. Without one, whatever comes while the
-// relay waits is a turn: that is exact for a client that waits for its answers, and may be too many for one that does not.
+// waited for that answer: the count is exact however the network cuts the dialogue. Without one, whatever had not come yet when
+// the relay answered is a turn: exact for a client that waits for its answers, and perhaps too many for one that does not.
 func (s *Server) Turns() int { return s.sum(func(st ConnStats) int { return st.Turns }) }
 
 // MessageTurns returns how many of the turns went to messages rather than to setting up connections: on each connection
