@@ -1,0 +1,210 @@
+package main
+
+// What is in an envelope and a body, and what relays refuse of it.
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/emersion/go-smtp"
+	"github.com/smtprelay/smtprelay"
+)
+
+func oneRefused(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	err = b.send(c, b.mail("ann", "refused", "bob"))
+	if err := expect(err, smtprelay.Accepted, 0, "refused@relay.example 550"); err != nil {
+		return err
+	}
+	return b.send(c, b.mail())
+}
+
+func oneBusy(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	err = b.send(c, b.mail("ann", "bob", "busy"))
+	if err := expect(err, smtprelay.Accepted, 0, "busy@relay.example "+b.busyCode); err != nil {
+		return err
+	}
+	if e := err.(*smtprelay.Error); !e.Temporary() {
+		return fmt.Errorf("not temporary, although the only refusal is: %w", err)
+	}
+	return b.send(c, b.mail())
+}
+
+func allRefused(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	err = b.send(c, b.mail("refused", "refused2"))
+	if err := expect(err, smtprelay.NotAccepted, 550, "refused@relay.example 550", "refused2@relay.example 550"); err != nil {
+		return err
+	}
+	return b.send(c, b.mail())
+}
+
+func allOrNothing(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail("ann", "refused", "bob")
+	s.allOrNothing = true
+	if err := expect(b.send(c, s), smtprelay.NotAccepted, 550); err != nil {
+		return err
+	}
+	s = b.mail("ann", "bob")
+	s.allOrNothing = true
+	return b.send(c, s)
+}
+
+func mailRefused(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail()
+	s.from = "refused@client.example"
+	err = b.send(c, s)
+	if err := expect(err, smtprelay.NotAccepted, 550); err != nil {
+		return err
+	}
+	if e := err.(*smtprelay.Error); e.Op != smtprelay.OpMail {
+		return fmt.Errorf("the refusal of MAIL is reported as that of %s: %w", e.Op, err)
+	}
+	return b.send(c, b.mail())
+}
+
+// refusedInARow meets what relays do about a client that is refused again and again: Postfix says 421 after 20 errors, Exim
+// hangs up after 10 commands that sent no mail. Each message is told its own refusal all the same.
+func refusedInARow(b *bench) error {
+	c, err := b.client(conns(1), messages(100))
+	if err != nil {
+		return err
+	}
+	for i := range 25 {
+		if err := expect(b.send(c, b.mail("refused")), smtprelay.NotAccepted, 550); err != nil {
+			return fmt.Errorf("message %d: %w", i+1, err)
+		}
+	}
+	return b.send(c, b.mail())
+}
+
+func tooBig(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail()
+	s.setBody(lines(s.id, limits.MaxSize*3/2))
+	if err := expectPermanent(b.send(c, s)); err != nil {
+		return err
+	}
+	return b.send(c, b.mail())
+}
+
+func tooBigUnknown(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail()
+	text := lines(s.id, limits.MaxSize*3/2)
+	s.setBody(text)
+	s.body = smtprelay.Reader(onlyReader{strings.NewReader(s.header() + text)})
+	if err := expectPermanent(b.send(c, s)); err != nil {
+		return err
+	}
+	return b.send(c, b.mail())
+}
+
+// nearlyTooBig sends what fits: a client that declares more than it sends has it refused.
+func nearlyTooBig(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	for range 3 {
+		s := b.mail()
+		s.setBody(lines(s.id, limits.MaxSize*9/10))
+		if err := b.send(c, s); err != nil {
+			return err
+		}
+	}
+	s := b.mail()
+	text := lines(s.id, limits.MaxSize*9/10)
+	s.setBody(text)
+	s.body = smtprelay.Reader(onlyReader{strings.NewReader(s.header() + text)})
+	return b.send(c, s)
+}
+
+func lineEnds(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	for _, text := range []string{
+		".\r\n..\r\n...x\r\n.x.\r\n\r\n.\r\n",
+		"a\rb\nc\r\nd\n\re\r\rf\n\n",
+		"smuggled\n.\nMAIL FROM:<evil@client.example>\nRCPT TO:<evil@relay.example>\nDATA\nX-Check: evil\n\nevil\n.\n",
+		"smuggled\r.\rMAIL FROM:<evil@client.example>\r\r\n.\rx\n.\r\r\n",
+		"no line end",
+		"a dot without a line end\r\n.",
+		"a bare CR at the end\r",
+		"",
+	} {
+		s := b.mail()
+		s.setBody(text)
+		if err := b.send(c, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func eightBit(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail()
+	s.setBody("Grüße, κόσμε, \xff\xfe\x80, and a control \x01.\r\n")
+	return b.send(c, s)
+}
+
+func nullReversePath(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	s := b.mail()
+	s.from = ""
+	return b.send(c, s)
+}
+
+func utf8Address(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	if err := c.Ping(b.ctx); err != nil {
+		return err
+	}
+	s := b.mail("jürgen")
+	s.options = &smtp.MailOptions{UTF8: true}
+	err = b.send(c, s)
+	if b.offered("SMTPUTF8") {
+		return err
+	}
+	if err == nil {
+		return errors.New("SMTPUTF8 is not offered, and an address that needs it was sent")
+	}
+	return expectPermanent(err)
+}

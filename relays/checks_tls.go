@@ -1,0 +1,135 @@
+package main
+
+// TLS and AUTH.
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+func startTLS(b *bench) error {
+	if b.brokenTLS {
+		return notApplicable("its TLS is broken")
+	}
+	return b.burst(b.startTLS)
+}
+
+func implicitTLS(b *bench) error {
+	if b.brokenTLS {
+		return notApplicable("its TLS is broken")
+	}
+	return b.burst(b.implicitTLS)
+}
+
+// burst sends over authenticated connections of which several are needed.
+func (b *bench) burst(change func(*smtprelay.Config)) error {
+	c, err := b.client(change)
+	if err != nil {
+		return err
+	}
+	if err := c.Ping(b.ctx); err != nil {
+		return fmt.Errorf("the Ping: %w", err)
+	}
+	if err := b.sendAll(c, 20, b.mails(100)); err != nil {
+		return err
+	}
+	if s := c.Stats(); s.Auths == 0 || s.AuthErrors != 0 {
+		return fmt.Errorf("%d AUTH commands, %d refused", s.Auths, s.AuthErrors)
+	}
+	return b.nothingRefused()
+}
+
+// brokenTLS is a relay that promises TLS and fails: nothing may cross in the clear.
+func brokenTLS(b *bench) error {
+	if !b.brokenTLS {
+		return notApplicable("its TLS works")
+	}
+	for _, change := range []func(*smtprelay.Config){b.startTLS, b.implicitTLS} {
+		c, err := b.client(change, attempts(2))
+		if err != nil {
+			return err
+		}
+		err = b.send(c, b.mail())
+		if err := expect(err, smtprelay.NotAccepted, 0); err != nil {
+			return err
+		}
+		if e := err.(*smtprelay.Error); e.Op != smtprelay.OpTLS {
+			return fmt.Errorf("a failed handshake is reported as a failure of %s: %w", e.Op, err)
+		}
+	}
+	return b.nothingInClear()
+}
+
+// nothingInClear looks for what must cross TLS only.
+func (b *bench) nothingInClear() error {
+	for line := range strings.Lines(b.dialogue.String()) {
+		if strings.HasPrefix(line, "C") && !strings.HasSuffix(line, " bytes\n") && !strings.Contains(line, ": EHLO ") &&
+			!strings.Contains(line, ": STARTTLS") && !strings.Contains(line, ": QUIT") {
+			return fmt.Errorf("crossed in the clear: %s", line)
+		}
+	}
+	return nil
+}
+
+func unknownAuthority(b *bench) error {
+	if b.brokenTLS {
+		return notApplicable("its TLS is broken")
+	}
+	for _, change := range []func(*smtprelay.Config){b.startTLS, b.implicitTLS} {
+		c, err := b.client(change, func(c *smtprelay.Config) { c.TLSConfig.RootCAs = x509.NewCertPool() })
+		if err != nil {
+			return err
+		}
+		err = b.send(c, b.mail())
+		if err := expectPermanent(err); err != nil {
+			return err
+		}
+		if e := err.(*smtprelay.Error); e.Op != smtprelay.OpTLS {
+			return fmt.Errorf("a certificate of an unknown authority is reported as a failure of %s: %w", e.Op, err)
+		}
+	}
+	return b.nothingInClear()
+}
+
+func wrongPassword(b *bench) error {
+	if b.brokenTLS {
+		return notApplicable("its TLS is broken")
+	}
+	for _, change := range []func(*smtprelay.Config){b.startTLS, b.implicitTLS} {
+		c, err := b.client(change, func(c *smtprelay.Config) { c.Password = "SG.wrong-horse" })
+		if err != nil {
+			return err
+		}
+		err = c.Ping(b.ctx)
+		if err := expect(err, smtprelay.NotAccepted, 535); err != nil {
+			return fmt.Errorf("the Ping: %w", err)
+		}
+		err = b.send(c, b.mail())
+		if err := expect(err, smtprelay.NotAccepted, 535); err != nil {
+			return err
+		}
+		if e := err.(*smtprelay.Error); e.Op != smtprelay.OpAuth {
+			return fmt.Errorf("reported as a failure of %s: %w", e.Op, err)
+		}
+		if strings.Contains(err.Error(), "SG.") {
+			return errors.New("the password is in the error")
+		}
+	}
+	return nil
+}
+
+// noCredentials sends where the relay wants AUTH. Relays refuse that at MAIL or at RCPT, with 530, 550 or 554.
+func noCredentials(b *bench) error {
+	if b.brokenTLS {
+		return notApplicable("its TLS is broken")
+	}
+	c, err := b.client(b.startTLS, func(c *smtprelay.Config) { c.Username, c.Password = "", "" })
+	if err != nil {
+		return err
+	}
+	return expectPermanent(b.send(c, b.mail()))
+}

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+)
+
+// printTable prints relay × check, and below it why a field is not "ok".
+func printTable(w io.Writer, columns []fetched, verdicts []verdict) {
+	var rows []string
+	for _, v := range verdicts {
+		if !slices.Contains(rows, v.check) {
+			rows = append(rows, v.check)
+		}
+	}
+	state := make(map[[2]string]string)
+	for _, v := range verdicts {
+		state[[2]string{v.relay, v.check}] = v.state
+	}
+	fmt.Fprintf(w, "\n%-26s", "check")
+	for _, c := range columns {
+		fmt.Fprintf(w, "  %-12s", c.Name)
+	}
+	fmt.Fprintf(w, "\n%-26s", "")
+	for _, c := range columns {
+		version, _, _ := strings.Cut(c.Version, "-")
+		fmt.Fprintf(w, "  %-12s", version)
+	}
+	fmt.Fprintln(w)
+	for _, row := range rows {
+		line := fmt.Sprintf("%-26s", row)
+		for _, c := range columns {
+			line += fmt.Sprintf("  %-12s", state[[2]string{c.Name, row}])
+		}
+		fmt.Fprintln(w, strings.TrimRight(line, " "))
+	}
+	fmt.Fprintln(w)
+	for _, v := range verdicts {
+		if v.state == "n.a." {
+			fmt.Fprintf(w, "n.a. %s, %s: %s\n", v.relay, v.check, v.reason)
+		}
+	}
+	failed := 0
+	for _, v := range verdicts {
+		if v.state == "FAIL" {
+			failed++
+			fmt.Fprintf(w, "FAIL %s, %s: %s\n", v.relay, v.check, firstLine(v.reason))
+		}
+	}
+	passed := 0
+	for _, v := range verdicts {
+		if v.state == "ok" {
+			passed++
+		}
+	}
+	fmt.Fprintf(w, "%d passed, %d failed\n", passed, failed)
+}
