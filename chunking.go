@@ -66,7 +66,7 @@ func (t *transaction) converseInChunks() bool {
 	c.buffer = chunkPool.Get().(*[maxChunk]byte)
 	t.s.body.Reset((*chunkSink)(t), false)
 	switch err := t.writeBody(); {
-	case errors.Is(err, errRefused):
+	case err == errRefused:
 		return false
 	case err != nil && c.byData:
 		t.giveUp(err)
@@ -208,7 +208,7 @@ func (t *transaction) lastChunks() bool {
 	c.left = t.size
 	s.body.Reset((*chunkSplitter)(t), false)
 	switch err := t.writeBody(); {
-	case errors.Is(err, errRefused):
+	case err == errRefused:
 		return t.endAt > 0
 	case err != nil && t.endAt == 0:
 		t.giveUp(err)

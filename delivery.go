@@ -448,18 +448,24 @@ func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 	return n
 }
 
-// queueID finds an identifier in a final reply: behind "queued as" (Postfix, SendGrid), "id=" (Exim), "Message queued as",
-// or a lone word behind "Ok" (Amazon SES).
-var queueID = regexp.MustCompile(`(?i)(?:queued as|queued with id|message accepted for delivery|\bid)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)|^ok:?[ ]+<?([\w.+/=-]{12,})>?$`)
+// queueIDs find an identifier in a final reply, each in the words of some relays; the first that finds one counts.
+var queueIDs = []*regexp.Regexp{
+	regexp.MustCompile(`(?i)queued (?:as|with id)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),      // Postfix, SendGrid
+	regexp.MustCompile(`(?i)\bid[ =:]+<?([A-Za-z0-9][\w.@+=/-]*)`),                       // Exim
+	regexp.MustCompile(`(?i)^<?([A-Za-z0-9][\w.@+/-]*)>? message accepted for delivery`), // OpenSMTPD, Sendmail
+	regexp.MustCompile(`(?i)message accepted for delivery[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),
+	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
+}
 
 func findQueueID(text string) string {
 	// The common case, without the cost of a search.
 	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
 		return id
 	}
-	m := queueID.FindStringSubmatch(text)
-	if m == nil {
-		return ""
+	for _, re := range queueIDs {
+		if m := re.FindStringSubmatch(text); m != nil {
+			return strings.TrimRight(m[1], ".")
+		}
 	}
-	return strings.TrimRight(m[1]+m[2], ".")
+	return ""
 }

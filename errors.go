@@ -211,3 +211,9 @@ func SafeToRetry(err error) bool {
 func tooManyRcpts(r Reply) bool {
 	return r.Code == 452 || r.Code == 552 || r.Code/100 >= 4 && r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3
 }
+
+// tooManyMails reports whether r, to MAIL, says that the session has had its share of messages (OpenSMTPD says
+// "452 4.5.3 Too many messages sent", and keeps the connection open).
+func tooManyMails(r wire.Reply) bool {
+	return r.Class() == 4 && r.Enhanced[1] == 5 && r.Enhanced[2] == 3
+}

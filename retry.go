@@ -67,10 +67,10 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 	if e.Code == 432 {
 		return crowded // Microsoft 365: "Concurrent connections limit exceeded"
 	}
+	if t.late(e) {
+		return elsewhere // the session was used up or dead before this message came: not its fault
+	}
 	if e.Code == 0 || (e.Code == 421 && e.Op != OpAuth) {
-		if t.untouched(e) {
-			return elsewhere // the session was used up or dead before this message came: not its fault
-		}
 		return again // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
 	}
 	if e.Op == OpRset && t.overlapped {
@@ -99,12 +99,15 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 	return stop // when in doubt, tell the caller
 }
 
-// untouched reports whether t was lost before the relay had dealt with any of it, on a session that had worked before.
-// So each such loss stands for at least one message that went through, which bounds how often it can happen.
-func (t *transaction) untouched(e *Error) bool {
+// late reports whether t was not even begun for the relay, on a session that had dealt with another message before. So each
+// such loss stands for a message that came to its end, which bounds how often it can happen.
+func (t *transaction) late(e *Error) bool {
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
-	return t.seq != 1 && (t.answered == 0 || e.Code == 421 && t.answered == 1)
+	if t.seq == 1 || t.mailed.Class() == 2 {
+		return false
+	}
+	return e.Code == 0 || e.Code == 421 || t.mailed.Code != 0 && tooManyMails(t.mailed)
 }
 
 func (t *transaction) firstOnSession() bool { return t.seq == 1 }

@@ -221,11 +221,11 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	if s.head == len(s.waiting) {
 		s.waiting, s.head = s.waiting[:0], 0
 	}
+	if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == OpMail && tooManyMails(r)) {
+		s.cfg.learnt.sessionFull(x.tx.seq - 1)
+	}
 	if r.Code == 421 && x.op != OpQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
-		if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 {
-			s.cfg.learnt.sessionFull(x.tx.seq - 1)
-		}
 		s.hurryLocked(s.cfg.Timeouts.Quit)
 		s.doomLocked(&replyError{x.op, r})
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -94,11 +95,28 @@ func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Er
 		err = context.Cause(ctx)
 	}
 	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
+	if code := clearReply(err); code >= 400 {
+		// Exim refuses a connection over its limit in the clear, on a port that speaks TLS.
+		return nil, &Error{Op: OpGreeting, Reply: Reply{Code: code, Message: "(in the clear, in place of TLS)"}, Outcome: NotAccepted}
+	}
 	if hint := c.tlsHint(err); hint != "" {
 		e.Err = fmt.Errorf("%s: %w", hint, err)
 		e.permanent = true
 	}
 	return nil, e
+}
+
+// clearReply is the code of a reply in the clear that stands where TLS should begin; 0 if there is none.
+func clearReply(err error) int {
+	var header tls.RecordHeaderError
+	if !errors.As(err, &header) {
+		return 0
+	}
+	code, parseErr := strconv.Atoi(string(header.RecordHeader[:3]))
+	if sep := header.RecordHeader[3]; parseErr != nil || sep != ' ' && sep != '-' {
+		return 0
+	}
+	return code
 }
 
 // tlsHint says what to change, where err is of the kind that does not pass.

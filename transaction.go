@@ -27,16 +27,18 @@ type transaction struct {
 	mail  smtp.MailOptions // as they are sent
 	rcpts []int            // which of m.To
 
-	signal     chan struct{} // told that a reply is in; has room for one
-	seq        int           // the how manieth transaction of its session
-	overlapped bool          // begun behind a final dot without reply
-	carrying   bool          // begun with another one's final dot still in the buffer
-	endAt      int64         // the position behind the final dot or the last chunk; 0 while that is not in the buffer
-	size       int64         // of the canonical form of Bytes
-	chunked    chunkedBody
-	bodyBegun  bool  // the body was asked to write itself
-	bodyErr    error // why the body was given up
-	shared     bool  // the guard's function may still run, and look at the transaction
+	signal      chan struct{} // told that a reply is in; has room for one
+	seq         int           // the how manieth transaction of its session
+	overlapped  bool          // begun behind a final dot without reply
+	carrying    bool          // begun with another one's final dot still in the buffer
+	endAt       int64         // the position behind the final dot or the last chunk; 0 while that is not in the buffer
+	size        int64         // of the canonical form of Bytes
+	chunked     chunkedBody
+	bodyBegun   bool  // the body was asked to write itself
+	sinkErr     error // why no more of the body is taken
+	lostWriting bool  // because the connection takes no more
+	bodyErr     error // why the body was given up
+	shared      bool  // the guard's function may still run, and look at the transaction
 
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
@@ -173,6 +175,10 @@ func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
 // giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
 // truncated message from being accepted.
 func (t *transaction) giveUp(err error) {
+	if t.lostWriting {
+		t.explained() // it is the connection that failed, not the body
+		return
+	}
 	t.bodyErr = err
 	t.s.doom(fmt.Errorf("body given up: %w", err))
 }
@@ -342,6 +348,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	if r.Code == 432 && s.retired == "" {
 		s.retired = closeFault // one connection too many, and this is it
 	}
+	if x.op == OpMail && tooManyMails(r) && s.retired == "" {
+		s.retired = closeFull
+	}
 	switch x.op {
 	case OpAuth:
 		t.auth = r
@@ -487,6 +496,9 @@ func (t *transaction) writeBody() error {
 	s := t.s
 	t.bodyBegun = true
 	n, err := t.m.Body.WriteTo(t)
+	if t.sinkErr != nil {
+		err = t.sinkErr // whatever the body made of it
+	}
 	if err == nil && n > s.body.Taken() {
 		err = io.ErrShortWrite
 	}
@@ -494,21 +506,30 @@ func (t *transaction) writeBody() error {
 		err = errEmptyBody
 	}
 	if err == nil {
-		err = s.body.Close()
+		if err = s.body.Close(); err != nil {
+			t.lostWriting = true
+		}
 	}
 	return err
 }
 
-// Write takes a part of the body.
-func (t *transaction) Write(p []byte) (int, error) {
+// Write takes a part of the body. After an error it takes no more.
+func (t *transaction) Write(p []byte) (n int, err error) {
 	s := t.s
-	n, err := s.body.Write(p)
-	if err == nil && s.ext.Size > 0 && s.body.Size() > s.ext.Size {
+	switch {
+	case t.sinkErr != nil:
+		return 0, t.sinkErr
+	case t.ctx.Err() != nil:
+		t.sinkErr = context.Cause(t.ctx)
+		return 0, t.sinkErr
+	}
+	n, err = s.body.Write(p)
+	if err != nil {
+		t.lostWriting = true
+	} else if s.ext.Size > 0 && s.body.Size() > s.ext.Size {
 		err = &sizeError{s.ext.Size}
 	}
-	if err == nil && t.ctx.Err() != nil {
-		err = context.Cause(t.ctx)
-	}
+	t.sinkErr = err
 	return n, err
 }
 
