@@ -36,7 +36,7 @@ func ParseEHLO(text string) Extensions {
 		if len(fields) == 0 {
 			continue
 		}
-		keyword, params := strings.ToUpper(fields[0]), fields[1:]
+		keyword, params := upper(fields[0]), fields[1:]
 		// "AUTH=PLAIN LOGIN" is how it was written before RFC 2554.
 		if mechanism, ok := strings.CutPrefix(keyword, "AUTH="); ok {
 			keyword, params = "AUTH", append([]string{mechanism}, params...)
@@ -53,7 +53,7 @@ func ParseEHLO(text string) Extensions {
 			}
 		case "AUTH":
 			for _, m := range params {
-				if m = strings.ToUpper(m); m != "" && !slices.Contains(e.Auth, m) {
+				if m = upper(m); m != "" && !slices.Contains(e.Auth, m) {
 					e.Auth = append(e.Auth, m)
 				}
 			}
@@ -70,6 +70,16 @@ func ParseEHLO(text string) Extensions {
 	return e
 }
 
+// upper puts ASCII letters in upper case. It leaves others alone, some of which strings.ToUpper makes ASCII ones of.
+func upper(s string) string {
+	return strings.Map(func(r rune) rune {
+		if 'a' <= r && r <= 'z' {
+			return r - 'a' + 'A'
+		}
+		return r
+	}, s)
+}
+
 // parseLimits reads "MAILMAX=100 RCPTMAX=50". A value that is broken or a name that is unknown is ignored (RFC 9422, 3.7).
 func parseLimits(params []string) (l Limits) {
 	for _, p := range params {
@@ -78,7 +88,7 @@ func parseLimits(params []string) (l Limits) {
 		if err != nil || n < 1 || n > 999999 {
 			continue
 		}
-		switch strings.ToUpper(name) {
+		switch upper(name) {
 		case "MAILMAX":
 			l.MailMax = n
 		case "RCPTMAX":
