@@ -49,7 +49,11 @@ func (b *BodyWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// step writes some of p, to the end of a line at most, and tells how much.
+// window is how much of what it is given step looks at. It bounds the search for the end of a line, which would else look
+// at all that follows again and again in a body of other line ends.
+const window = 4 << 10
+
+// step writes some of p and tells how much: as many lines as stand there in canonical form, or one that does not.
 func (b *BodyWriter) step(p []byte) (int, error) {
 	if b.cr {
 		b.cr = false
@@ -64,26 +68,33 @@ func (b *BodyWriter) step(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	line, end := p, bytes.IndexByte(p, '\n')
-	if end >= 0 {
-		line = p[:end]
-	}
-	switch cr := bytes.IndexByte(line, '\r'); {
-	case cr >= 0 && cr == end-1: // CRLF already: the common case, written as it stands
-		b.text = false
-		return end + 1, b.put(p[:end+1])
-	case cr >= 0:
-		b.cr = true
-		b.text = true
-		return cr + 1, b.put(line[:cr])
-	case end >= 0:
-		if err := b.put(line); err != nil {
-			return len(line), err
+	p = p[:min(len(p), window)]
+	for n := 0; ; {
+		line, end := p[n:], bytes.IndexByte(p[n:], '\n')
+		if end >= 0 {
+			line = line[:end]
 		}
-		return end + 1, b.endLine()
+		switch cr := bytes.IndexByte(line, '\r'); {
+		case cr >= 0 && cr == end-1: // CRLF already: the common case
+			n += end + 1
+			if n < len(p) && !(b.dots && p[n] == '.') {
+				continue
+			}
+			b.text = false
+			return n, b.put(p[:n])
+		case cr >= 0:
+			b.cr = true
+			b.text = true
+			return n + cr + 1, b.put(p[:n+cr])
+		case end >= 0:
+			if err := b.put(p[:n+end]); err != nil {
+				return n + end, err
+			}
+			return n + end + 1, b.endLine()
+		}
+		b.text = true
+		return len(p), b.put(p)
 	}
-	b.text = true
-	return len(p), b.put(p)
 }
 
 func (b *BodyWriter) put(p []byte) error {
