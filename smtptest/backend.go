@@ -12,6 +12,7 @@ import (
 	"log"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/emersion/go-sasl"
@@ -60,6 +61,7 @@ func (panicLog) Printf(format string, v ...any) {
 type backListener struct {
 	conns chan net.Conn
 	done  chan struct{}
+	once  sync.Once
 }
 
 func (l *backListener) Accept() (net.Conn, error) {
@@ -72,7 +74,7 @@ func (l *backListener) Accept() (net.Conn, error) {
 }
 
 func (l *backListener) Close() error {
-	close(l.done)
+	l.once.Do(func() { close(l.done) })
 	return nil
 }
 

@@ -447,6 +447,7 @@ func (s *Server) Close() {
 		s.cutAll()
 		<-ended
 	}
+	s.backends.Close() // go-smtp knows of the listener only once Serve has run
 	s.backend.Shutdown(context.Background())
 	<-s.served
 }
