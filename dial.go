@@ -50,6 +50,7 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 		raw.SetReadDeadline(longAgo)
 	})
 	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), doomed: make(chan struct{}), done: make(chan struct{})}
+	s.wrote.L = &s.mu
 	d := &dialogue{s: s, ctx: ctx}
 	e := d.open(ctx)
 	if e == nil && !stop() {

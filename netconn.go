@@ -16,8 +16,9 @@ type progressConn struct {
 	net.Conn
 	limit time.Duration // without progress; 0 means none
 
-	mu          sync.Mutex // guards interrupted, and that a deadline set before is not set again after
+	mu          sync.Mutex // guards the fields below, and that a deadline set before is not set again after
 	interrupted bool
+	abandoned   bool
 }
 
 var errInterrupted = errors.New("write interrupted")
@@ -58,16 +59,33 @@ func (c *progressConn) interrupt() {
 	c.Conn.SetWriteDeadline(longAgo)
 }
 
+// abandon ends writes, and the wait of hangUp.
+func (c *progressConn) abandon() {
+	c.interrupt()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.abandoned = true
+	c.Conn.SetReadDeadline(longAgo)
+}
+
 // hangUp closes the connection after telling the relay, and waits until it has closed its side too, for wait at most: only
 // then does it count one connection less.
 func (c *progressConn) hangUp(wait time.Duration) {
 	c.interrupt()
 	half, ok := c.Conn.(interface{ CloseWrite() error })
-	if ok && wait > 0 && half.CloseWrite() == nil {
-		c.Conn.SetReadDeadline(time.Now().Add(wait))
+	if ok && wait > 0 && half.CloseWrite() == nil && c.listen(wait) {
 		io.Copy(io.Discard, c.Conn)
 	}
 	c.Conn.Close()
+}
+
+func (c *progressConn) listen(wait time.Duration) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.abandoned {
+		c.Conn.SetReadDeadline(time.Now().Add(wait))
+	}
+	return !c.abandoned
 }
 
 // closedByPeer reports whether err, of a read, means that the relay has closed the connection.

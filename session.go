@@ -65,6 +65,8 @@ type session struct {
 	waiting   []exchange // oldest first, from head on
 	head      int
 	attempted int64       // octets that were handed to the connection, or are just being
+	writing   bool        // they are just being
+	wrote     sync.Cond   // on mu: writing is over
 	pending   int         // final replies outstanding
 	used      int         // transactions begun
 	open      bool        // the relay may have a transaction open: RSET leads the next
@@ -75,6 +77,7 @@ type session struct {
 	closeBy   time.Time   // when the relay's last words must be in
 	deadline  time.Time   // the read deadline in force
 	abort     bool        // closed by Close: the relay is not waited for
+	hangingUp bool        // the read loop is through, and has a deadline of its own for the relay's close
 	chunkEnd  int64       // the position behind the last chunk
 }
 
@@ -181,12 +184,19 @@ func (s *session) readLoop() {
 	}
 	s.mu.Lock()
 	s.doomLocked(s.lossLocked(err))
+	s.mu.Unlock()
+	s.raw.interrupt()
+	s.mu.Lock()
+	for s.writing { // until then nobody knows what has left
+		s.wrote.Wait()
+	}
 	wait := s.cfg.Timeouts.Quit
 	if s.abort || s.quitting && s.writeErr == nil && isTimeout(err) {
 		wait = 0 // after QUIT it was waited for already
 	}
 	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
 	rst := s.attempted < s.chunkEnd
+	s.hangingUp = true
 	s.mu.Unlock()
 	close(s.done)
 	s.changed(s)
@@ -275,6 +285,9 @@ func (s *session) traceReply(r wire.Reply) {
 
 // armLocked sets the read deadline to that of the oldest exchange outstanding.
 func (s *session) armLocked() {
+	if s.hangingUp {
+		return
+	}
 	var at time.Time
 	switch {
 	case s.cause != nil && s.pending == 0:
@@ -343,7 +356,7 @@ func (s *session) doomLocked(err error) {
 
 // kill ends the session now, awaiting nothing.
 func (s *session) kill(err error) {
-	s.raw.interrupt()
+	s.raw.abandon()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.doomLocked(err)
@@ -382,13 +395,16 @@ func (s *session) Write(p []byte) (int, error) {
 		return 0, s.cause
 	}
 	s.attempted = s.written + int64(len(p))
+	s.writing = true
 	s.mu.Unlock()
 	n, err := s.conn.Write(p)
 	s.written += int64(n)
+	s.mu.Lock()
+	s.attempted = s.written
+	s.writing = false
+	s.wrote.Broadcast()
+	s.mu.Unlock()
 	if err != nil {
-		s.mu.Lock()
-		s.attempted = s.written
-		s.mu.Unlock()
 		s.writeFailed(err)
 	}
 	return n, err
