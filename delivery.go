@@ -300,7 +300,7 @@ func (t *transaction) refusalLocked() *Error {
 	if t.authErr != nil {
 		return t.authErr.clone()
 	}
-	if t.rset.Code != 0 && t.rset.Class() != 2 && t.data.Class() != 3 { // else it did no harm
+	if t.rset.Code != 0 && t.rset.Class() != 2 && t.mailed.Class() != 2 { // else it did no harm
 		return &Error{Op: OpRset, Reply: publicReply(t.rset)}
 	}
 	if t.mailRefused() {

@@ -415,13 +415,18 @@ func (t *transaction) awaitEnvelope() bool {
 }
 
 // overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
-// (503: "pipelined after end of DATA"). Nothing of them was accepted, and the session is in step.
+// (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the session is
+// in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
+// rest, and that is the transaction.
 func (t *transaction) overlapRefused() bool {
 	if !t.overlapped || t.rset.Code != 503 {
 		return false
 	}
-	t.s.cfg.learnt.noOverlap.Store(true)
-	return t.data.Class() != 3
+	s := t.s
+	s.cfg.learnt.noOverlap.Store(true)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return t.mailed.Code == 503 && (s.limit == 0 || s.used < s.limit)
 }
 
 // repeat makes t as new, to be begun again on the same session.
@@ -429,9 +434,6 @@ func (t *transaction) repeat() {
 	s := t.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if t.mailed.Code == 503 {
-		s.used-- // the relay has not seen the transaction
-	}
 	t.asked, t.answered = 0, 0
 	t.auth, t.rset, t.mailed, t.data = wire.Reply{}, wire.Reply{}, wire.Reply{}, wire.Reply{}
 	clear(t.rcpt)
