@@ -151,7 +151,7 @@ func (c *conn) bdat(line, arg string) ending {
 	}
 	c.env.chunks++
 	take := func() string { return c.ask("BDAT 0 LAST") }
-	early, err, end := c.readChunk(size)
+	early, end, err := c.readChunk(size)
 	if end != goOn {
 		return end
 	}
@@ -185,10 +185,10 @@ func (c *conn) chunked() int64 {
 }
 
 // readChunk reads a chunk. early says that a fault has answered it, err that it was cut short.
-func (c *conn) readChunk(size int64) (early bool, err error, end ending) {
+func (c *conn) readChunk(size int64) (early bool, end ending, err error) {
 	for size > 0 {
 		if _, err := c.br.Peek(1); err != nil {
-			return early, err, goOn
+			return early, goOn, err
 		}
 		n := int(min(size, int64(c.br.Buffered())))
 		p, _ := c.br.Peek(n)
@@ -196,8 +196,8 @@ func (c *conn) readChunk(size int64) (early bool, err error, end ending) {
 		c.br.Discard(n)
 		size -= int64(n)
 		if end := c.meetBody(&early); end != goOn {
-			return early, nil, end
+			return early, end, nil
 		}
 	}
-	return early, nil, goOn
+	return early, goOn, nil
 }

@@ -1,6 +1,7 @@
 package smtptest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -8,7 +9,9 @@ import (
 	"io"
 	"log"
 	"net"
+	"net/url"
 	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
@@ -236,6 +239,34 @@ func TestSmallBuffersDoNotDeadlock(t *testing.T) {
 		}
 		r.want("354 ")
 	})
+}
+
+func TestServeFlagLeavesARelayToTalkTo(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestTurnsOverSockets$", "-smtptest.serve=127.0.0.1:0")
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	line, err := bufio.NewReader(stderr).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(strings.TrimSpace(strings.TrimPrefix(line, "smtptest.Server: ")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := net.Dial("tcp", u.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	r := &raw{t: t, Conn: nc, br: bufio.NewReader(nc)}
+	r.want("220 SG ESMTP service ready at smtp.test")
 }
 
 func TestConfigs(t *testing.T) {

@@ -77,7 +77,7 @@ func TestDelayLineCarriesTheCloseOfEitherSide(t *testing.T) {
 		r.pipe.CloseWrite()
 		time.Sleep(rtt/2 - 1)
 		open(1, "before the FIN has arrived")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		open(0, "when it has")
 		time.Sleep(rtt - rtt/2 - 1)
 		if r.pipe.Unread() > 0 {

@@ -52,3 +52,29 @@ func ExampleServer_Fault() {
 	// safe to send again: false
 	// faults, messages: 1 1
 }
+
+// Some recipients do not exist.
+func ExampleServer_reject() {
+	relay := smtptest.NewUnstartedServer()
+	relay.Reject = map[string]string{"bob@example.org": "550 5.1.1 no such user"}
+	relay.Start()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+
+	m := message
+	m.To = []string{"ann@example.org", "bob@example.org"}
+	_, err = client.Send(context.Background(), m)
+	var e *smtprelay.Error
+	if errors.As(err, &e) {
+		fmt.Println(e.Outcome, "but not for", e.Refused[0].To, "because of", e.Refused[0].Code)
+	}
+	fmt.Println("delivered to", relay.Messages()[0].To)
+	// Output:
+	// accepted but not for bob@example.org because of 550
+	// delivered to [ann@example.org]
+}

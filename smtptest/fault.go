@@ -88,7 +88,7 @@ type Fault struct {
 	Rcpt       string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
 	AfterBytes int64            // once so many octets of the body have come
 	When       func(Event) bool // called from the goroutines of connections, possibly several at once
-	Nth        int              // the Nth event that passes the filters above, counted from 1 since the fault was set, and later ones as far as Count goes
+	Nth        int              // from the Nth event on that passes the filters above, counted from 1 since the fault was set
 
 	// Delay is waited first. At Idle it is how long the connection must be idle.
 	Delay time.Duration

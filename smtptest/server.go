@@ -153,8 +153,8 @@ type Server struct {
 	InMemory bool
 
 	// Log, if not nil, gets a transcript of all connections: "C2: NOOP" is what the client said on the second, "S2: 250 ok"
-	// what it was answered, "--2: …" what else happened. Messages and secrets are not in it. Writes are made one at a time and must
-	// not block.
+	// what it was answered, "--2: …" what else happened. Messages and secrets are not in it. Writes are made one at a time and
+	// must not block.
 	Log io.Writer
 
 	// fixed by Start
@@ -205,7 +205,7 @@ var serveFlag string
 
 func init() {
 	for _, arg := range os.Args {
-		if strings.HasPrefix(strings.TrimPrefix(arg, "-"), "-smtptest.serve=") {
+		if strings.HasPrefix(strings.TrimLeft(arg, "-"), "smtptest.serve=") {
 			flag.StringVar(&serveFlag, "smtptest.serve", "", "if not empty, the first smtptest.Server serves on this address and blocks")
 			return
 		}
