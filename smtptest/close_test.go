@@ -145,6 +145,17 @@ func TestCloseClientConnections(t *testing.T) {
 	})
 }
 
+func TestCloseRightAfterStart(t *testing.T) {
+	for range 200 {
+		synctest.Test(t, func(t *testing.T) {
+			s := plainRelay()
+			s.InMemory = true
+			s.Start()
+			s.Close()
+		})
+	}
+}
+
 func TestCloseOverSockets(t *testing.T) {
 	before := runtime.NumGoroutine()
 	s := NewUnstartedServer()
