@@ -1,0 +1,1137 @@
+package smtprelay_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/textproto"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/emersion/go-smtp"
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+var update = flag.Bool("update", false, "rewrite the C: lines of the dialogue scripts that are run with what the client said")
+
+// TestDialogue plays the transcripts of testdata/dialogue, being the relay.
+func TestDialogue(t *testing.T) {
+	for _, s := range readScripts(t) {
+		t.Run(s.name, func(t *testing.T) {
+			if *record != "" {
+				recordDialogue(t, s)
+				return
+			}
+			d := newDialogue(s)
+			err := d.run(t)
+			if testing.Verbose() || err != nil {
+				t.Logf("%s", d.transcript())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := d.rewrite(); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func readScripts(t *testing.T) (all []*script) {
+	files, err := scriptFiles()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) == 0 {
+		t.Fatalf("no scripts in %s", scriptDir)
+	}
+	for _, f := range files {
+		s, err := readScript(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// A dialogue is one performance of a script: the client, the relay's ends of its connections, the calls.
+type dialogue struct {
+	script *script
+	cut    *cut // nil: nothing is lost, and the client must keep to the script
+	client *smtprelay.Client
+	began  time.Time
+	logged bytes.Buffer // what LogTrace wrote
+	secret string
+	dialer func(ctx context.Context, network, addr string) (net.Conn, error) // the client's Config.Dial
+	buffer int                                                               // octets that a connection holds in each direction
+	single bool                                                              // the relay writes byte by byte
+	off    bool                                                              // the script is left: the relay improvises
+
+	edits []edit // for -update
+
+	mu      sync.Mutex // guards the fields below
+	turns   int        // runs of C lines
+	said    []said     // what crossed; for planning the cuts
+	played  []string   // lines of the script, and bodies
+	events  int        // that the order matters of: a 354, a final reply, the end of a call
+	conns   []*relayConn
+	dialing string // what a dial meets: "" a connection, "refuse", or "hang"
+	calls   []*call
+	log     []string
+}
+
+// An edit replaces lines of a script.
+type edit struct {
+	from, to int // as in a slice of its lines
+	lines    []string
+}
+
+func newDialogue(s *script) *dialogue {
+	d := &dialogue{script: s}
+	d.dialer = d.dial
+	return d
+}
+
+// run plays the script in a bubble of its own. Whatever is left running in the bubble is an error.
+func (d *dialogue) run(t *testing.T) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = errors.Join(err, fmt.Errorf("%v", p))
+		}
+	}()
+	synctest.Test(t, func(t *testing.T) {
+		d.began = time.Now()
+		if err = d.start(); err != nil {
+			return
+		}
+		err = d.play()
+		if d.off {
+			err = errors.Join(err, d.outlive())
+		}
+		err = errors.Join(err, d.finish())
+	})
+	return err
+}
+
+// start makes the client that the script asks for.
+func (d *dialogue) start() error {
+	o := settings{values: map[string]string{}}
+	for k, v := range d.script.config {
+		o.values[k] = v
+	}
+	cfg := smtprelay.Config{
+		Addr:      o.text("addr", "relay.example:25"),
+		LocalName: o.text("localname", "client.example"),
+		Username:  o.text("user", ""),
+		Password:  o.text("password", ""),
+		Limits: smtprelay.Limits{
+			MaxConns:           o.number("conns", 1),
+			MaxMessagesPerConn: o.number("messages", 0),
+			MaxRecipients:      o.number("recipients", 0),
+			MaxInFlight:        o.number("in-flight", 0),
+			MaxConnAge:         o.duration("age"),
+			MaxIdleTime:        o.duration("idle"),
+		},
+		Retry: smtprelay.Retry{
+			MaxAttempts: o.number("attempts", 0),
+			MinBackoff:  o.duration("minbackoff"),
+			MaxBackoff:  o.duration("maxbackoff"),
+			Temporary:   o.flag("temporary"),
+		},
+		Timeouts: smtprelay.Timeouts{
+			Dial:       o.duration("dial-timeout"),
+			Greeting:   o.duration("greeting-timeout"),
+			TLS:        o.duration("tls-timeout"),
+			Command:    o.duration("command-timeout"),
+			Data:       o.duration("data-timeout"),
+			Write:      o.duration("write-timeout"),
+			FinalReply: o.duration("final-timeout"),
+			Overlap:    o.duration("overlap-timeout"),
+			Quit:       o.duration("quit-timeout"),
+		},
+		NoChunking: o.flag("no-chunking"),
+		Dial:       d.dialer,
+	}
+	d.secret = cfg.Password
+	if d.cut == nil {
+		cfg.Trace = smtprelay.LogTrace(slog.New(slog.NewTextHandler(&d.logged, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	}
+	switch v := o.text("tls", "none"); v {
+	case "none":
+		cfg.TLS = smtprelay.TLSNone
+	case "starttls":
+		cfg.TLS = smtprelay.TLSStartTLS
+	case "implicit":
+		cfg.TLS = smtprelay.TLSImplicit
+	case "byport":
+	default:
+		return fmt.Errorf("tls=%s", v)
+	}
+	if cfg.TLS != smtprelay.TLSNone {
+		cfg.TLSConfig = &tls.Config{RootCAs: certificate().roots}
+	}
+	switch v := o.text("pipelining", "across"); v {
+	case "across":
+	case "within":
+		cfg.Pipelining = smtprelay.PipelineWithin
+	case "off":
+		cfg.Pipelining = smtprelay.PipelineOff
+	default:
+		return fmt.Errorf("pipelining=%s", v)
+	}
+	switch v := o.text("auth", ""); v {
+	case "":
+	case "oauthbearer":
+		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (sasl.Client, error) {
+			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: "token", Host: s.Name}), nil
+		}
+	case "fails":
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+			return nil, errors.New("no key today")
+		}
+	default:
+		return fmt.Errorf("auth=%s", v)
+	}
+	d.buffer = o.number("buffer", 0)
+	d.single = o.flag("single-bytes")
+	o.take("cut")
+	if err := o.rest(); err != nil {
+		return fmt.Errorf("%s: config: %v", d.script.name, err)
+	}
+	client, err := smtprelay.New(cfg)
+	d.client = client
+	return err
+}
+
+// play performs the script, line by line. In a run with a cut it goes off the script as soon as the connection is lost.
+func (d *dialogue) play() error {
+	var expected []step // C lines that nothing has asked about yet
+	steps := d.script.steps
+	for i := 0; i < len(steps); i++ {
+		s := steps[i]
+		if s.kind == 'C' {
+			expected = append(expected, s)
+			continue
+		}
+		if err := d.quiet(expected, &s); err != nil {
+			return err
+		}
+		expected = nil
+		if d.off && s.kind != '>' && s.kind != '~' {
+			continue
+		}
+		if s.kind != '<' && s.kind != '=' {
+			if err := d.unseen(s); err != nil && !d.off {
+				return err
+			}
+		}
+		var err error
+		switch s.kind {
+		case 'S':
+			var text string
+			ends := false
+			for ; ; i++ {
+				line, err := d.script.said(steps[i])
+				if err != nil {
+					return err
+				}
+				text += line
+				ends = ends || steps[i].form == '!'
+				d.note(steps[i].String())
+				if i+1 == len(steps) || steps[i+1].kind != 'S' || steps[i+1].conn != s.conn {
+					break
+				}
+			}
+			err = d.say(s, text, ends)
+		case '>':
+			err = d.begin(s)
+		case '<':
+			err = d.ended(s)
+		case '~':
+			err = d.pass(s)
+		case '!':
+			err = d.fault(s)
+		case '=':
+			err = d.count(s)
+		}
+		if err != nil && d.cut == nil {
+			return err
+		}
+		if s.kind != 'S' {
+			d.note(s.String())
+		}
+	}
+	end := step{kind: '=', file: d.script.name, line: len(d.script.lines) + 1, text: "(end of the script)"}
+	if err := d.quiet(expected, &end); err != nil || d.off {
+		return err
+	}
+	for _, c := range d.conns {
+		if !c.scripted {
+			return end.errorf("connection %d was opened and the script says nothing of it", c.n)
+		}
+	}
+	return d.unseen(end)
+}
+
+// note remembers that a line was played.
+func (d *dialogue) note(line string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.played = append(d.played, line)
+}
+
+// quiet waits until everything has settled. Then the client must have said what expected says, no less and no more.
+func (d *dialogue) quiet(expected []step, next *step) error {
+	d.settle(next)
+	if d.cut != nil && d.cut.happened() {
+		d.improvise()
+	}
+	if d.off {
+		return nil
+	}
+	var problem error
+	var got []string // as lines of a script
+	for _, c := range d.conns {
+		var mine []step
+		for _, s := range expected {
+			if s.conn == c.n {
+				mine = append(mine, s)
+				c.scripted = true
+			}
+		}
+		lines, err := d.heard(c, mine, *next)
+		got = append(got, lines...)
+		if err != nil && problem == nil {
+			problem = err
+		}
+	}
+	for _, s := range expected {
+		if s.conn > len(d.conns) {
+			problem = s.errorf("there is no connection %d", s.conn)
+		}
+	}
+	switch {
+	case problem == nil:
+	case d.cut != nil:
+		d.improvise() // the client has taken another way before the cut: a back-off of random length, perhaps
+	case *update:
+		return d.amend(expected, *next, got)
+	}
+	if d.cut != nil {
+		return nil
+	}
+	return problem
+}
+
+// heard compares what the client said on c since the last time with the C lines about it. It returns what it said as such lines.
+func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []string, err error) {
+	got := string(c.take())
+	var want strings.Builder
+	any, ends, from := false, false, next
+	for i, s := range expected {
+		if i == 0 {
+			from = s
+		}
+		switch s.form {
+		case '*':
+			any = true
+		case '!':
+			ends = true
+		default:
+			text, err := d.script.said(s)
+			if err != nil {
+				return nil, err
+			}
+			want.WriteString(text)
+		}
+	}
+	ended := c.clientEnded()
+	switch {
+	case got == want.String() && !any:
+	case any && strings.HasPrefix(got, want.String()) && len(got) > want.Len():
+	default:
+		err = from.errorf("connection %d: the client said\n%s\nbut the script has\n%s", c.n, indent(got), indent(want.String()))
+	}
+	if err == nil && ended != ends {
+		if ended {
+			err = from.errorf("the client closed connection %d", c.n)
+		} else {
+			err = from.errorf("the client did not close connection %d", c.n)
+		}
+	}
+	head := "C"
+	if c.n > 1 {
+		head += strconv.Itoa(c.n)
+	}
+	for got != "" {
+		line, rest, whole := strings.Cut(got, "\r\n")
+		if whole && escape(line) == line {
+			lines = append(lines, strings.TrimRight(head+": "+line, " "))
+		} else {
+			if whole {
+				line += "\r\n"
+			}
+			lines = append(lines, head+"- "+escape(line))
+		}
+		got = rest
+	}
+	if ended {
+		lines = append(lines, head+"! close")
+	}
+	return lines, err
+}
+
+func indent(text string) string {
+	if text == "" {
+		return "    (nothing)"
+	}
+	var b strings.Builder
+	for line := range strings.SplitAfterSeq(text, "\n") {
+		if line != "" {
+			fmt.Fprintf(&b, "    %s\n", strings.TrimSuffix(strings.TrimSuffix(strconv.Quote(line), `"`), `\r\n`)[1:])
+		}
+	}
+	return strings.TrimSuffix(b.String(), "\n")
+}
+
+// amend notes for rewrite that the C lines of the script are to be replaced by got.
+func (d *dialogue) amend(expected []step, next step, got []string) error {
+	file := filepath.Join(scriptDir, d.script.name+".txt")
+	e := edit{from: next.line - 1, to: next.line - 1, lines: got}
+	for i, s := range expected {
+		if s.file != file {
+			return s.errorf("the client says otherwise, and -update leaves fragments alone")
+		}
+		if i == 0 {
+			e.from = s.line - 1
+		}
+		e.to = s.line
+	}
+	if next.file != file && len(expected) == 0 {
+		return next.errorf("the client speaks here, and -update leaves fragments alone")
+	}
+	d.edits = append(d.edits, e)
+	return nil
+}
+
+// rewrite is -update.
+func (d *dialogue) rewrite() error {
+	if len(d.edits) == 0 {
+		return nil
+	}
+	file := filepath.Join(scriptDir, d.script.name+".txt")
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(string(data), "\n")
+	for _, e := range slices.Backward(d.edits) {
+		lines = slices.Replace(lines, e.from, e.to, e.lines...)
+	}
+	return os.WriteFile(file, []byte(strings.Join(lines, "\n")), 0o666)
+}
+
+// settle lets everybody run until nobody can, and the relay read all that it is sent.
+func (d *dialogue) settle(next *step) {
+	for {
+		synctest.Wait()
+		moved := false
+		for _, c := range d.connections() {
+			if next != nil && next.kind == '!' && next.conn == c.n && strings.HasPrefix(next.text, "tls") {
+				continue // a TLS record, which the handshake is going to read
+			}
+			moved = c.drain() || moved
+		}
+		if !moved {
+			return
+		}
+	}
+}
+
+func (d *dialogue) connections() []*relayConn {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.conns)
+}
+
+// connection returns the connection that s is about.
+func (d *dialogue) connection(s step) (*relayConn, error) {
+	conns := d.connections()
+	if s.conn > len(conns) {
+		return nil, s.errorf("there is no connection %d", s.conn)
+	}
+	c := conns[s.conn-1]
+	c.scripted = true
+	return c, nil
+}
+
+// say is an S line, or several.
+func (d *dialogue) say(s step, text string, ends bool) error {
+	c, err := d.connection(s)
+	if err != nil {
+		return err
+	}
+	pieces := []string{text}
+	if d.single {
+		pieces = strings.Split(text, "")
+	}
+	for _, p := range pieces {
+		if err := c.say(p); err != nil {
+			return s.errorf("%v", err)
+		}
+		if d.single {
+			synctest.Wait()
+		}
+	}
+	if ends {
+		c.close()
+	}
+	return nil
+}
+
+// pass is a ~ line.
+func (d *dialogue) pass(s step) error {
+	t, err := time.ParseDuration(s.text)
+	if err != nil {
+		return s.errorf("%v", err)
+	}
+	time.Sleep(t)
+	return nil
+}
+
+// fault is a ! line.
+func (d *dialogue) fault(s step) error {
+	verb, arg, _ := strings.Cut(s.text, " ")
+	if verb == "dial" {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		switch arg {
+		case "accept":
+			d.dialing = ""
+		case "refuse", "hang":
+			d.dialing = arg
+		default:
+			return s.errorf("dial %q?", arg)
+		}
+		return nil
+	}
+	c, err := d.connection(s)
+	if err != nil {
+		return err
+	}
+	d.logf(c.n, "! %s", s.text)
+	switch verb {
+	case "close":
+		c.close()
+	case "fin":
+		c.ended.Store(true)
+		c.raw.CloseWrite()
+	case "reset":
+		c.ended.Store(true)
+		c.raw.Reset()
+	case "stall":
+		c.stalled.Store(true)
+	case "resume":
+		c.stalled.Store(false)
+	case "deaf":
+		c.link.deaf.Store(true)
+	case "read":
+		n, err := strconv.Atoi(arg)
+		if err != nil {
+			return s.errorf("%v", err)
+		}
+		c.read(n)
+	case "tls":
+		err := c.handshake(arg)
+		if fails := arg != ""; fails != (err != nil) {
+			return s.errorf("TLS handshake: %v", err)
+		}
+	default:
+		return s.errorf("no such fault")
+	}
+	return nil
+}
+
+// count is a = line.
+func (d *dialogue) count(s step) error {
+	fields := strings.FieldsFunc(s.text, func(r rune) bool { return r == ' ' || r == ',' })
+	if len(fields)%2 != 0 {
+		return s.errorf("want pairs of a name and a number")
+	}
+	stats := reflect.ValueOf(d.client.Stats())
+	aliases := map[string]string{"open": "openconns", "idle": "idleconns"}
+	for i := 0; i < len(fields); i += 2 {
+		name, want := fields[i], fields[i+1]
+		var got any
+		switch name {
+		case "turns":
+			got = d.turns
+		case "connections":
+			got = len(d.connections())
+		default:
+			if a, ok := aliases[name]; ok {
+				name = a
+			}
+			f := stats.FieldByNameFunc(func(n string) bool { return strings.ToLower(n) == name })
+			if !f.IsValid() {
+				return s.errorf("nothing is called %s", name)
+			}
+			got = f.Interface()
+		}
+		if g := fmt.Sprint(got); g != want {
+			return s.errorf("%s is %s, not %s", fields[i], g, want)
+		}
+	}
+	return nil
+}
+
+// A call is one use of the client's public interface, running in the background.
+type call struct {
+	name    string
+	kind    string // send, ping, shutdown or close
+	message smtprelay.Message
+	wire    string // the body as DATA must carry it; empty if it is meant to fail
+	cancel  context.CancelFunc
+
+	// Guarded by the dialogue's lock.
+	returned int
+	when     int // it returned, by the dialogue's count of events
+	receipt  smtprelay.Receipt
+	err      error
+	panicked any
+	seen     bool // by a < line
+
+	ended chan struct{} // closed when it has returned
+}
+
+// begin is a > line.
+func (d *dialogue) begin(s step) error {
+	ws := words(s.text)
+	var bare []string
+	o := settings{values: map[string]string{}}
+	for i, w := range ws {
+		if i < 2 && w.value == "" && len(bare) == i {
+			bare = append(bare, w.key)
+			if w.key == "shutdown" || w.key == "close" {
+				bare = []string{w.key, w.key}
+			}
+		} else {
+			o.values[w.key] = w.value
+		}
+	}
+	if len(bare) < 2 {
+		return s.errorf("want a name and a verb, or a verb")
+	}
+	d.logf(0, "> %s", s.text)
+	if bare[0] == "cancel" {
+		c := d.call(bare[1])
+		if c == nil {
+			return s.errorf("there is no call %q", bare[1])
+		}
+		c.cancel()
+		return nil
+	}
+	c := &call{name: bare[0], kind: bare[1], ended: make(chan struct{})}
+	if d.call(c.name) != nil {
+		return s.errorf("there is a call %q already", c.name)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	if t := o.duration("timeout"); t != 0 {
+		ctx, cancel = context.WithTimeout(context.Background(), t)
+	}
+	c.cancel = cancel
+	var work func() error
+	switch c.kind {
+	case "send":
+		if err := d.compose(c, &o); err != nil {
+			return s.errorf("%v", err)
+		}
+		work = func() error {
+			r, err := d.client.Send(ctx, c.message)
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			c.receipt = r
+			return err
+		}
+	case "ping":
+		work = func() error { return d.client.Ping(ctx) }
+	case "shutdown":
+		work = func() error { return d.client.Shutdown(ctx) }
+	case "close":
+		work = d.client.Close
+	default:
+		return s.errorf("%q is no call", c.kind)
+	}
+	if err := o.rest(); err != nil {
+		return s.errorf("%v", err)
+	}
+	d.mu.Lock()
+	for _, b := range d.calls {
+		if b.kind == "send" && b.message.From == c.message.From && slices.ContainsFunc(b.message.To, func(to string) bool { return slices.Contains(c.message.To, to) }) {
+			d.mu.Unlock()
+			return s.errorf("calls %s and %s have sender and a recipient in common, so that their transactions could not be told apart", b.name, c.name)
+		}
+	}
+	d.calls = append(d.calls, c)
+	d.played = append(d.played, c.wire)
+	d.mu.Unlock()
+	go func() { // ends with the call
+		defer close(c.ended)
+		defer func() {
+			d.mu.Lock()
+			c.panicked = recover()
+			d.mu.Unlock()
+		}()
+		err := work()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		c.returned++
+		c.err = err
+		d.events++
+		c.when = d.events
+		d.log = append(d.log, fmt.Sprintf("%8s    < %s %s", time.Since(d.began), c.name, c.outcome()))
+	}()
+	return nil
+}
+
+func (d *dialogue) call(name string) *call {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.calls {
+		if c.name == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// compose fills in the message of c.
+func (d *dialogue) compose(c *call, o *settings) error {
+	list := func(v string) []string {
+		if v == "" {
+			return nil
+		}
+		return strings.Split(v, ",")
+	}
+	unescaped := func(key string) string {
+		v, err := unescape(o.text(key, ""))
+		if err != nil {
+			o.err = err
+		}
+		return v
+	}
+	m := &c.message
+	m.From = unescaped("from")
+	m.To = list(unescaped("to"))
+	m.To = append(m.To, moreRecipients(o.number("more", 0))...)
+	m.AllOrNothing = o.flag("all-or-nothing")
+
+	opt := &smtp.MailOptions{
+		Body:       smtp.BodyType(o.text("bodytype", "")),
+		Size:       int64(o.number("size", 0)),
+		UTF8:       o.flag("smtputf8"),
+		Return:     smtp.DSNReturn(o.text("ret", "")),
+		EnvelopeID: o.text("envid", ""),
+		RequireTLS: o.flag("requiretls"),
+	}
+	if v, ok := o.take("auth"); ok {
+		opt.Auth = &v
+	}
+	if *opt != (smtp.MailOptions{}) {
+		m.MailOptions = opt
+	}
+	rcpt := &smtp.RcptOptions{}
+	for _, v := range list(o.text("notify", "")) {
+		rcpt.Notify = append(rcpt.Notify, smtp.DSNNotify(v))
+	}
+	if v, ok := o.take("orcpt"); ok {
+		rcpt.OriginalRecipientType, rcpt.OriginalRecipient = smtp.DSNAddressTypeRFC822, v
+	}
+	if rcpt.Notify != nil || rcpt.OriginalRecipient != "" {
+		m.RcptOptions = map[string]*smtp.RcptOptions{}
+		for _, to := range m.To {
+			m.RcptOptions[to] = rcpt
+		}
+	}
+
+	text, err := d.script.body(o.text("body", c.name))
+	if err != nil {
+		return err
+	}
+	b := &testBody{text: text, failAt: o.number("fail-at", -1), short: o.number("short", -1), pieces: o.number("pieces", 0)}
+	c.wire = onTheWire(text)
+	switch {
+	case b.failAt >= 0 || b.short >= 0:
+		m.Body, c.wire = b, ""
+	case o.flag("writer") || b.pieces > 0:
+		m.Body = b
+	case o.flag("reader"):
+		m.Body = smtprelay.Reader(strings.NewReader(text))
+	default:
+		m.Body = smtprelay.Bytes([]byte(text))
+	}
+	if text == "" {
+		c.wire = ""
+	}
+	return o.err
+}
+
+var errBody = errors.New("the template failed")
+
+// testBody is a body of which the client cannot know the size, and which can fail.
+type testBody struct {
+	text   string
+	failAt int // octets after which writing fails; negative: never
+	short  int // octets after which writing stops, and claims success; negative: never
+	pieces int // octets of each write; 0: all in one
+}
+
+func (b *testBody) WriteTo(w io.Writer) (int64, error) {
+	if b.failAt >= 0 {
+		n, err := io.WriteString(w, b.text[:b.failAt])
+		if err == nil {
+			err = errBody
+		}
+		return int64(n), err
+	}
+	if b.short >= 0 {
+		_, err := io.WriteString(w, b.text[:b.short])
+		return int64(len(b.text)), err
+	}
+	for i := 0; b.pieces > 0 && i < len(b.text); i += b.pieces {
+		n, err := io.WriteString(w, b.text[i:min(i+b.pieces, len(b.text))])
+		if err != nil {
+			return int64(i + n), err
+		}
+	}
+	if b.pieces > 0 {
+		return int64(len(b.text)), nil
+	}
+	n, err := io.WriteString(w, b.text)
+	return int64(n), err
+}
+
+// outcome is how a < line would tell it.
+func (c *call) outcome() string {
+	if c.kind != "send" {
+		if c.err == nil {
+			return "ok"
+		}
+		return fmt.Sprintf("failed (%v)", c.err)
+	}
+	if c.err == nil {
+		return fmt.Sprintf("accepted %d", c.receipt.Code)
+	}
+	e, ok := errors.AsType[*smtprelay.Error](c.err)
+	if !ok {
+		return fmt.Sprintf("with an error that is no *Error: %v", c.err)
+	}
+	word := map[smtprelay.Outcome]string{
+		smtprelay.Accepted: "accepted", smtprelay.NotAccepted: "refused", smtprelay.Unknown: "unknown",
+	}[e.Outcome]
+	if code := c.code(); code != 0 {
+		word += " " + strconv.Itoa(code)
+	}
+	return fmt.Sprintf("%s (%v)", word, c.err)
+}
+
+// code is that of the reply which decided.
+func (c *call) code() int {
+	if e, ok := errors.AsType[*smtprelay.Error](c.err); ok && e.Outcome != smtprelay.Accepted {
+		return e.Code
+	}
+	return c.receipt.Code
+}
+
+// unseen returns an error if a call has ended and the script did not say so.
+func (d *dialogue) unseen(s step) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.calls {
+		if c.panicked != nil {
+			return s.errorf("call %s panicked: %v", c.name, c.panicked)
+		}
+		if c.returned > 0 && !c.seen {
+			return s.errorf("before this line call %s ended: %s", c.name, c.outcome())
+		}
+		if c.returned == 0 && strings.HasPrefix(s.text, "(end") {
+			return s.errorf("call %s has not ended", c.name)
+		}
+	}
+	return nil
+}
+
+// ended is a < line.
+func (d *dialogue) ended(s step) error {
+	ws := words(s.text)
+	if len(ws) < 2 {
+		return s.errorf("want a name and an outcome")
+	}
+	c := d.call(ws[0].key)
+	if c == nil {
+		return s.errorf("there is no call %q", ws[0].key)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if c.returned == 0 {
+		return s.errorf("call %s has not ended", c.name)
+	}
+	if c.seen {
+		return s.errorf("call %s has ended before", c.name)
+	}
+	c.seen = true
+	if err := c.check(ws[1:]); err != nil {
+		return s.errorf("%v; it ended: %s", err, c.outcome())
+	}
+	return nil
+}
+
+// check compares how c ended with the words of a < line.
+func (c *call) check(ws []word) error {
+	got, _, _ := strings.Cut(c.outcome(), " ")
+	if got != ws[0].key {
+		return fmt.Errorf("not %s", ws[0].key)
+	}
+	e, _ := errors.AsType[*smtprelay.Error](c.err)
+	code, refused, text := 0, "", fmt.Sprint(c.err)
+	if c.err == nil {
+		text = c.receipt.Message
+	} else {
+		if e != nil {
+			var names []string
+			for _, r := range e.Refused {
+				names = append(names, r.To)
+			}
+			refused = strings.Join(names, ",")
+		}
+	}
+	wantRefused := ""
+	is := func(err error) error {
+		if !errors.Is(c.err, err) {
+			return fmt.Errorf("errors.Is does not find %v", err)
+		}
+		return nil
+	}
+	for _, w := range ws[1:] {
+		var err error
+		bad := false
+		switch w.key {
+		case "temporary":
+			bad = e == nil || !e.Temporary()
+		case "permanent":
+			bad = e == nil || e.Temporary()
+		case "timeout":
+			bad = e == nil || !e.Timeout()
+		case "closed":
+			err = is(smtprelay.ErrClosed)
+		case "canceled":
+			err = is(context.Canceled)
+		case "deadline":
+			err = is(context.DeadlineExceeded)
+		case "body-failed":
+			err = is(errBody)
+		case "op":
+			bad = e == nil || string(e.Op) != w.value
+		case "text":
+			bad = !strings.Contains(text, w.value)
+		case "enhanced":
+			enhanced := c.receipt.EnhancedCode
+			if e != nil && e.Outcome != smtprelay.Accepted {
+				enhanced = e.EnhancedCode
+			}
+			bad = fmt.Sprintf("%d.%d.%d", enhanced[0], enhanced[1], enhanced[2]) != w.value
+		case "refused":
+			wantRefused = w.value
+		case "queued":
+			bad = c.receipt.QueueID != w.value
+		case "attempts":
+			bad = e == nil || strconv.Itoa(e.Attempts) != w.value
+		case "rcpt": // rcpt=b@y.example:250
+			bad = !slices.ContainsFunc(c.receipt.Recipients, func(r smtprelay.RecipientReceipt) bool {
+				return fmt.Sprintf("%s:%d", r.To, r.Code) == w.value
+			})
+		default:
+			if n, convErr := strconv.Atoi(w.key); convErr == nil && w.value == "" {
+				code = n
+			} else {
+				err = fmt.Errorf("unknown word %q", w.key)
+			}
+		}
+		if bad {
+			err = fmt.Errorf("not %s", strings.TrimSuffix(w.key+"="+w.value, "="))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if c.code() != code {
+		return fmt.Errorf("code %d, not %d", c.code(), code)
+	}
+	if refused != wantRefused && (got == "accepted" || wantRefused != "") {
+		return fmt.Errorf("refused=%s, not refused=%s", refused, wantRefused)
+	}
+	return c.consistent()
+}
+
+// consistent checks what holds of every result, whatever the script.
+func (c *call) consistent() error {
+	if c.err == nil {
+		if c.kind != "send" {
+			return nil
+		}
+		if c.receipt.Code/100 != 2 {
+			return fmt.Errorf("accepted, and the receipt has code %d", c.receipt.Code)
+		}
+		if len(c.receipt.Recipients) != len(c.message.To) {
+			return fmt.Errorf("the receipt tells of %d recipients, not %d", len(c.receipt.Recipients), len(c.message.To))
+		}
+		for i, r := range c.receipt.Recipients {
+			if r.To != c.message.To[i] || r.Outcome != smtprelay.Accepted || r.Code/100 != 2 {
+				return fmt.Errorf("no error, and recipient %d is %+v", i+1, r)
+			}
+		}
+		return nil
+	}
+	if c.kind == "shutdown" {
+		return nil // the context's error as it is
+	}
+	e, ok := errors.AsType[*smtprelay.Error](c.err)
+	if !ok {
+		return errors.New("the error is no *Error")
+	}
+	if got, want := smtprelay.SafeToRetry(c.err), e.Outcome == smtprelay.NotAccepted; got != want {
+		return fmt.Errorf("SafeToRetry is %t", got)
+	}
+	if _, ok := errors.AsType[net.Error](c.err); !ok {
+		return errors.New("errors.As finds no net.Error")
+	}
+	if e.Code != 0 {
+		if p, ok := errors.AsType[*textproto.Error](c.err); !ok || p.Code != e.Code {
+			return fmt.Errorf("errors.As finds the *textproto.Error %v", p)
+		}
+		if p, ok := errors.AsType[*smtp.SMTPError](c.err); !ok || p.Code != e.Code {
+			return fmt.Errorf("errors.As finds the *smtp.SMTPError %v", p)
+		}
+	}
+	if e.Outcome == smtprelay.Accepted && len(e.Refused) == 0 {
+		return errors.New("an error that names nobody, for what was accepted")
+	}
+	return nil
+}
+
+// finish closes everything, after which nothing may be left.
+func (d *dialogue) finish() error {
+	if err := d.client.Close(); err != nil {
+		return fmt.Errorf("Close: %v", err)
+	}
+	synctest.Wait()
+	var errs []error
+	for _, c := range d.connections() {
+		c.drain()
+		if !c.link.closed.Load() {
+			errs = append(errs, fmt.Errorf("after Close connection %d is open", c.n))
+		}
+		c.close()
+		c.link.Conn.Close()
+	}
+	for _, c := range d.calls {
+		c.cancel()
+	}
+	synctest.Wait()
+	if s := d.client.Stats(); s.OpenConns != 0 || s.IdleConns != 0 || s.Waiting != 0 {
+		errs = append(errs, fmt.Errorf("after Close the Stats are %+v", s))
+	}
+	errs = append(errs, d.truths(), d.leaks())
+	return errors.Join(errs...)
+}
+
+// leaks looks for the secret in all that somebody might print.
+func (d *dialogue) leaks() error {
+	if d.secret == "" {
+		return nil
+	}
+	texts := []string{d.logged.String()}
+	for _, c := range d.calls {
+		texts = append(texts, fmt.Sprintf("%v %+v %#v", c.err, c.err, c.err), fmt.Sprintf("%+v", c.receipt))
+	}
+	for _, text := range texts {
+		for _, s := range []string{d.secret, base64.StdEncoding.EncodeToString([]byte(d.secret)), base64.StdEncoding.EncodeToString([]byte("\x00apikey\x00" + d.secret))} {
+			if i := strings.Index(text, s); i >= 0 {
+				return fmt.Errorf("the secret is told: %q", text[max(0, i-100):i+len(s)])
+			}
+		}
+	}
+	return nil
+}
+
+func (d *dialogue) logf(conn int, format string, args ...any) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	name := ""
+	if conn > 0 {
+		name = strconv.Itoa(conn)
+	}
+	d.log = append(d.log, fmt.Sprintf("%8s %2s ", time.Since(d.began), name)+fmt.Sprintf(format, args...))
+}
+
+// transcript is what was said and done, with the time since the beginning.
+func (d *dialogue) transcript() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return "transcript of " + d.script.name + "\n" + strings.Join(d.log, "\n")
+}
+
+// dial gives the client one end of a connection in memory, whose other end is the relay's.
+func (d *dialogue) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	d.mu.Lock()
+	mode := d.dialing
+	d.mu.Unlock()
+	switch mode {
+	case "refuse":
+		d.logf(0, "(a dial is refused)")
+		return nil, &net.OpError{Op: "dial", Net: network, Err: syscall.ECONNREFUSED}
+	case "hang":
+		d.logf(0, "(a dial hangs)")
+		<-ctx.Done()
+		return nil, &net.OpError{Op: "dial", Net: network, Err: ctx.Err()}
+	}
+	client, relay := netpipe.New(d.buffer)
+	c := &relayConn{d: d, raw: relay}
+	c.link = &link{Conn: client, relay: c}
+	c.ledger.expect("greeting", nil)
+	c.ledger.event = func() int {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.events++
+		return d.events
+	}
+	d.mu.Lock()
+	d.conns = append(d.conns, c)
+	c.n = len(d.conns)
+	off := d.off
+	d.mu.Unlock()
+	d.logf(c.n, "(connected)")
+	if off {
+		go c.improvise() // ends with the connection
+	}
+	return c.link, nil
+}
