@@ -449,7 +449,6 @@ func (s *Server) Close() {
 	}
 	s.backends.Close() // go-smtp knows of the listener only once Serve has run
 	s.backend.Shutdown(context.Background())
-	s.backends.Close() // Shutdown does not know it yet if Serve has only just been started
 	<-s.served
 }
 
