@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -104,9 +105,10 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 		}
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
 			if name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
-				s.lead, s.leadMark = []byte(full), mark
+				s.lead, s.leadMark, s.secrets = []byte(full), mark, []string{string(ir)}
 				return nil
 			}
+			s.secrets = append(s.secrets, string(ir))
 			line, ir = line+" "+encoded, nil
 		}
 	}
@@ -124,11 +126,12 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 				if r, gone := d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command); gone == nil && r.Class() >= 4 {
 					s.cfg.countAuth(false)
 					e.Reply = publicReply(r)
-					e.Message = s.cfg.scrub(e.Message)
+					e.Message = s.scrub(e.Message)
 				}
 				return e
 			}
 		}
+		s.secrets = append(s.secrets, string(answer))
 		reply, e = d.command(OpAuth, redacted, base64.StdEncoding.EncodeToString(answer), s.cfg.Timeouts.Command)
 	}
 	if e != nil {
@@ -136,21 +139,25 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 	}
 	s.cfg.countAuth(reply.Class() == 2)
 	if reply.Class() != 2 {
-		return s.cfg.authError(reply, mark)
+		return s.authError(reply, mark)
 	}
+	s.secrets = nil
 	return nil
 }
 
 // authError is the relay's refusal of credentials, of which mark is the mark.
-func (c *settings) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
+func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
-	e.Message = c.scrub(e.Message)
+	e.Message = s.scrub(e.Message)
 	if e.Code/100 == 5 && !tooManyConns(e) {
-		e.Err = fmt.Errorf("check Username and Password: at SendGrid the user name is the word apikey and the password an API key that may send mail")
-		c.learnt.refuse(mark, e)
+		e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
+		s.cfg.learnt.refuse(mark, e)
 	}
 	return e
 }
+
+// scrub takes what AUTH said, and the password, out of a reply to it.
+func (s *session) scrub(text string) string { return s.cfg.password.scrub(text, s.secrets...) }
 
 // authenticate sends the AUTH that was to lead the first transaction alone.
 func (s *session) authenticate(ctx context.Context) *Error {

@@ -165,9 +165,8 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 				default:
 				}
 				sending.Go(func() {
-					r := c.result(ctx, m)
-					senders.Release(1)
-					results <- r
+					results <- c.result(ctx, m)
+					senders.Release(1) // not before: who is slow with the results slows the sending
 				})
 				if ctx.Err() != nil {
 					return

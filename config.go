@@ -124,10 +124,6 @@ func (c *settings) authenticates() bool {
 	return c.Auth != nil || c.Username != "" || c.password.reveal() != ""
 }
 
-func (c *settings) scrub(text string, others ...string) string {
-	return c.password.scrub(text, append(others, "\x00"+c.Username+"\x00"+c.password.reveal())...)
-}
-
 func validPort(port string) bool {
 	n, err := strconv.ParseUint(port, 10, 16)
 	return err == nil && n > 0

@@ -227,7 +227,7 @@ func (t *transaction) verdict() *Error {
 		return e
 	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil):
 		// With no cause the dot may still be in the buffer, but it will leave.
-		err := context.Cause(t.ctx)
+		err := ended(t.ctx)
 		if err == nil {
 			err = lost(s.cause)
 		}
@@ -260,7 +260,7 @@ func (t *transaction) verdict() *Error {
 		e.Op, e.Err = OpBody, t.bodyErr
 		_, e.permanent = t.bodyErr.(*sizeError)
 	}
-	if err := context.Cause(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
+	if err := ended(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
 		e.Err = err
 	}
 	return e

@@ -42,7 +42,7 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, e *Error) {
 func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 	conn, err := c.dialTCP(ctx)
 	if err != nil {
-		return nil, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
+		return nil, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: fmt.Errorf("%w; check host and port in Addr", err)}
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, func() {
@@ -54,12 +54,12 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 	d := &dialogue{s: s, ctx: ctx}
 	e := d.open(ctx)
 	if e == nil && !stop() {
-		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: context.Cause(ctx)}
+		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: ended(ctx)}
 	}
 	if e != nil {
 		stop()
 		if e.Err != nil && ctx.Err() != nil {
-			e.Err = context.Cause(ctx)
+			e.Err = ended(ctx)
 		}
 		wait := c.Timeouts.Quit // a relay that does not answer counts the connection all the same, until it has closed
 		if ctx.Err() != nil {
@@ -242,7 +242,7 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	}
 	s.raw.SetReadDeadline(deadline)
 	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
-		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: context.Cause(d.ctx)}
+		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: ended(d.ctx)}
 	}
 	r, err := s.replies.ReadReply()
 	switch {
@@ -255,7 +255,7 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	if t := s.cfg.Trace; t != nil && t.Reply != nil {
 		shown := publicReply(r)
 		if op == OpAuth {
-			shown.Message = s.cfg.scrub(shown.Message)
+			shown.Message = s.scrub(shown.Message)
 			if r.Code == 334 {
 				shown.Message = redacted
 			}

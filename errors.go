@@ -90,7 +90,8 @@ type Error struct {
 	Reply
 
 	// Outcome tells whether the message may be sent again. It is Accepted where the relay took the message for some
-	// recipients: those who did not get it are in Refused.
+	// recipients: those who did not get it are in Refused. It is Unknown if that is the fate of one recipient at least;
+	// the Receipt tells of each.
 	Outcome Outcome
 
 	// Refused are the recipients for whom the message was not accepted, in the envelope's order, where the relay's

@@ -43,7 +43,7 @@ func (g *gate) failed(e *Error, round int, cfg *settings, now time.Time) bool {
 	}
 	g.round++
 	g.failures++
-	g.last = e
+	g.last = e.clone()
 	wait := cfg.Retry.backoff(g.failures)
 	g.paused = e.Op == OpAuth && e.Code/100 == 5 && !tooManyConns(e)
 	if g.paused && cfg.Auth == nil {

@@ -1,7 +1,6 @@
 package smtprelay
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -98,7 +97,7 @@ type RecipientReceipt struct {
 
 // begin checks the message and fills in what the delivery needs to know of it.
 func (d *delivery) begin() error {
-	if err := context.Cause(d.ctx); err != nil {
+	if err := ended(d.ctx); err != nil {
 		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err}
 	}
 	if err := d.m.check(); err != nil {

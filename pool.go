@@ -79,7 +79,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 		p.mu.Unlock()
 		return nil, errClosed()
 	}
-	if err := context.Cause(ctx); err != nil {
+	if err := ended(ctx); err != nil {
 		p.mu.Unlock()
 		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
 	}
@@ -163,7 +163,7 @@ func (p *pool) forget(w *waiter) *Error {
 	}
 	p.waiters = slices.Delete(p.waiters, i, i+1)
 	p.waiting.Add(-1)
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.gate.explain(context.Cause(w.ctx))}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.gate.explain(ended(w.ctx))}
 }
 
 // wanted implements keeper.
@@ -338,6 +338,7 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
 	p.mu.Lock()
 	p.dialling--
+	p.spreadLocked(s)
 	p.sessions[s] = &place{owned: true}
 	p.running.Go(s.readLoop)
 	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
@@ -353,6 +354,15 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 		}
 	}
 	p.giveBack(s)
+}
+
+// spreadLocked spreads rotations. Sessions that are opened together are used up together under load, and so would be those
+// that follow them, for ever: so the first that follow have a growing part of the usual number of transactions.
+func (p *pool) spreadLocked(s *session) {
+	founders := int64(p.cfg.Limits.MaxConns)
+	if n := s.id - founders; n > 0 && n < founders && len(p.waiters) > 0 {
+		s.limit = max(int(int64(s.limit)*n/founders), min(s.limit, 1))
+	}
 }
 
 // sessionClosed is told by a session that the relay has closed it.
@@ -556,7 +566,7 @@ func (p *pool) shutdown(ctx context.Context) error {
 	select {
 	case <-p.empty:
 	case <-ctx.Done():
-		err = context.Cause(ctx)
+		err = ended(ctx)
 	}
 	p.shut()
 	return err

@@ -54,6 +54,7 @@ type session struct {
 	line     []byte              // scratch
 	lead     []byte              // an AUTH command that is still to be sent, in front of the first transaction
 	leadMark [sha256.Size]byte   // of the credentials in lead
+	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
 
 	written int64 // octets that were handed to the connection
@@ -278,7 +279,7 @@ func (s *session) traceReply(r wire.Reply) {
 	s.mu.Unlock()
 	shown := publicReply(r)
 	if x.op == OpAuth {
-		shown.Message = s.cfg.scrub(shown.Message)
+		shown.Message = s.scrub(shown.Message)
 	}
 	t.Reply(ctx, s.id, x.op, shown)
 }

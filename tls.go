@@ -130,7 +130,7 @@ func (c *settings) tlsHint(err error) string {
 	)
 	switch {
 	case errors.As(err, &header) && c.implicit():
-		return fmt.Sprintf("the relay does not speak TLS from the first byte on port %s; use TLSStartTLS, or port 465", c.port)
+		return fmt.Sprintf("the relay does not speak TLS from the first byte on port %s; use TLSStartTLS", c.port)
 	case errors.As(err, &name):
 		return fmt.Sprintf("the relay's certificate is not for %q; check the host in Addr, or set TLSConfig.ServerName", c.tls.ServerName)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:

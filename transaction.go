@@ -78,6 +78,9 @@ func (t *transaction) recycle() {
 	t.s.mu.Unlock()
 	if !known {
 		cfg := t.s.cfg
+		if t.chunked.buffer != nil {
+			chunkPool.Put(t.chunked.buffer)
+		}
 		*t = transaction{signal: t.signal, rcpt: t.rcpt[:0]}
 		cfg.transactions.Put(t)
 	}
@@ -196,7 +199,7 @@ func (t *transaction) guard() (unguard func() bool) {
 	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		t.cancelled = s.cause == nil
-		s.doomLocked(context.Cause(ctx))
+		s.doomLocked(ended(ctx))
 		s.armLocked()
 		s.mu.Unlock()
 		s.raw.interrupt() // second, so that a write which it ends is known to be a consequence
@@ -356,7 +359,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		t.auth = r
 		s.cfg.countAuth(r.Class() == 2)
 		if r.Class() != 2 {
-			t.authErr = s.cfg.authError(r, s.leadMark)
+			t.authErr = s.authError(r, s.leadMark)
 			s.doomLocked(t.authErr)
 		}
 		if r.Class() == 3 {
@@ -522,7 +525,7 @@ func (t *transaction) Write(p []byte) (n int, err error) {
 	case t.sinkErr != nil:
 		return 0, t.sinkErr
 	case t.ctx.Err() != nil:
-		t.sinkErr = context.Cause(t.ctx)
+		t.sinkErr = ended(t.ctx)
 		return 0, t.sinkErr
 	}
 	n, err = s.body.Write(p)
