@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -502,4 +503,23 @@ func TestWaitForHits(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+func TestResetOverSockets(t *testing.T) {
+	for _, delay := range []time.Duration{0, time.Millisecond} {
+		s := NewUnstartedServer()
+		s.Delay = delay
+		start(t, s)
+		s.Fault(Fault{At: FinalDot, Reset: true})
+		r := open(t, s)
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
+		r.want("250 ", "250 ", "354 ")
+		r.say("text", ".")
+		if _, err := r.br.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("got %v", err)
+		}
+		if s.Accepted() != 0 || s.Open() != 0 {
+			t.Errorf("%d accepted, %d open", s.Accepted(), s.Open())
+		}
+	}
 }
