@@ -62,7 +62,8 @@ const (
 	inFlightDeep    = 32
 )
 
-// key are the peers that the targets name; lines are drawn in the plot; few are measured where lockstep costs minutes.
+// key are the peers that the targets name; lines those of the plot and of most cells; few those where lockstep costs
+// minutes.
 var (
 	key   = []string{"smtprelay", "raw DATA", "two round trips", "nodemailer"}
 	lines = []string{"smtprelay", "raw DATA", "mox", "nodemailer", "net/smtp kept", "net/smtp SendMail"}
@@ -81,7 +82,7 @@ func all() []string {
 }
 
 // chunkers are the peers of the cells whose relay offers CHUNKING.
-var chunkers = []string{"smtprelay", "smtprelay deep", "raw CHUNKING", "raw CHUNKING deep", "two round trips", "mox", "nodemailer"}
+var chunkers = []string{"smtprelay", "smtprelay deep", "raw CHUNKING", "raw CHUNKING deep", "two round trips"}
 
 // base is the cell that the others differ from in one respect.
 func base(rtt int) cell {
@@ -122,10 +123,10 @@ func matrix(quick, full bool) []cell {
 		add(base(50), func(c *cell) { c.Peers, c.Reps = few, 3 })
 		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 }) // whole lives of ours only
 		for _, rtt := range []int{0, 20} {
-			add(base(rtt), func(c *cell) { c.TLS, c.Peers = tlsNone, few })
-			add(base(rtt), func(c *cell) { c.Senders, c.Peers = 1, few })
-			add(base(rtt), func(c *cell) { c.Size, c.Peers = kilo, few })
-			add(base(rtt), func(c *cell) { c.Size, c.Peers = mega, few })
+			add(base(rtt), func(c *cell) { c.TLS, c.Peers = tlsNone, lines })
+			add(base(rtt), func(c *cell) { c.Senders, c.Peers = 1, lines })
+			add(base(rtt), func(c *cell) { c.Size, c.Peers = kilo, lines })
+			add(base(rtt), func(c *cell) { c.Size, c.Peers = mega, lines })
 		}
 		for _, rtt := range []int{0, 20, 50} {
 			add(base(rtt), func(c *cell) { chunking(c); c.Reps = 3 })
@@ -145,17 +146,17 @@ func (c cell) messages(p *peer) int {
 	switch {
 	case p.each:
 		n = conns * 20
-	case p.oneTurn() && c.RTT > 0 && c.Senders > 1:
+	case p.oneTurn() && c.RTT > 0 && c.Senders > 1 && c.Size < mega:
 		n *= 2
 		if c.Chunking {
 			n = n * 5 / 2 // so that it takes some time at all
 		}
 	}
-	if c.RTT == 0 {
+	switch {
+	case c.Size >= mega:
+		n /= 2 // half a life, of everybody
+	case c.RTT == 0:
 		n *= 5
-		if c.Size >= mega {
-			n /= 10
-		}
 	}
 	n = n * c.Scale / 100
 	return max(n, conns)
@@ -166,7 +167,7 @@ func (p *peer) oneTurn() bool { return p.kind == ours || p.kind == limit }
 
 // reps returns how often a peer is measured in the cell.
 func (c cell) reps(p *peer) int {
-	if !p.oneTurn() && (c.Chunking || !slices.Contains(key, p.name)) {
+	if !p.oneTurn() && (c.Chunking || c.RTT > 20 || !slices.Contains(key, p.name)) {
 		return 1
 	}
 	return c.Reps

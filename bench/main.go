@@ -102,7 +102,15 @@ func measure(quick, full bool, match, only string) (*report, error) {
 	}
 	defer d.stop()
 	start := time.Now()
-	r := &report{Machine: machine(d.node)}
+	r := &report{Kind: "each dimension varied alone", Machine: machine(d.node)}
+	switch {
+	case match != "" || only != "":
+		r.Kind = "a selection"
+	case quick:
+		r.Kind = "a quick look"
+	case full:
+		r.Kind = "the product of all dimensions"
+	}
 	progress := func(what string) { fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), what) }
 	for _, c := range matrix(quick, full) {
 		if !strings.Contains(c.String(), match) {
