@@ -1,0 +1,257 @@
+// Bulk sends one mail to each address of a list, as many at a time as the relay's connections can carry, and shows how far
+// it is.
+//
+//	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run . -from news@example.com -list addresses.txt -text news.txt
+//
+// Ctrl-C takes no further address, finishes what is under way, and tells what was sent and what not; so does the end of
+// the list. Ctrl-C again ends the program at once. With -o a line is written for each address: what became of it, the
+// relay's reply, its queue ID. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
+// are made up, so that it can be tried without an account.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/csv"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+func main() {
+	var (
+		from     = flag.String("from", "news@example.com", "reverse-path and From of the mails")
+		listFile = flag.String("list", "", "file with one address on each line; empty lines and lines that begin with # do not count")
+		subject  = flag.String("subject", "News", "subject of the mails")
+		textFile = flag.String("text", "", "file with the text of the mails")
+		outFile  = flag.String("o", "", "file for the outcome of each address, as CSV")
+	)
+	flag.Parse()
+
+	// The first Ctrl-C ends ctx; from then on signals do what they usually do.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+
+	if err := run(ctx, os.Getenv("SMTP_URL"), *from, *listFile, *subject, *textFile, *outFile); err != nil {
+		fmt.Fprintln(os.Stderr, "bulk:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, url, from, listFile, subject, textFile, outFile string) (err error) {
+	list, err := readList(listFile)
+	if err != nil {
+		return err
+	}
+	text := []byte("There is news.\r\n")
+	if textFile != "" {
+		if text, err = os.ReadFile(textFile); err != nil {
+			return err
+		}
+	}
+	cfg, done, err := relayConfig(url)
+	if err != nil {
+		return err
+	}
+	defer done()
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	if err := client.Ping(ctx); err != nil { // one clear line now instead of one for each address
+		return err
+	}
+
+	var out io.Writer = io.Discard
+	if outFile != "" {
+		f, err2 := os.Create(outFile)
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		out = f
+	}
+	bar := progressbar.NewOptions(len(list),
+		progressbar.OptionSetWriter(os.Stderr),
+		progressbar.OptionSetVisibility(term.IsTerminal(int(os.Stderr.Fd()))),
+		progressbar.OptionSetDescription("sending"),
+		progressbar.OptionShowCount(),
+		progressbar.OptionShowIts(),
+		progressbar.OptionSetItsString("mails"),
+		progressbar.OptionThrottle(100*time.Millisecond),
+	)
+	job := job{client: client, from: from, subject: subject, text: text}
+	report, err := job.send(ctx, list, out, func() { _ = bar.Add(1) })
+	_ = bar.Exit()
+	fmt.Fprintln(os.Stderr)
+	report.print(os.Stdout)
+
+	quit, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, client.Shutdown(quit))
+}
+
+func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
+	if url == "" {
+		relay := smtptest.NewUnstartedServer()
+		relay.Delay = 20 * time.Millisecond
+		relay.DropBodies = true
+		relay.Start()
+		return relay.Config(), relay.Close, nil
+	}
+	cfg, err = smtprelay.ParseURL(url)
+	return cfg, func() {}, err
+}
+
+// readList returns the addresses of the file, or made up ones without a file.
+func readList(file string) ([]string, error) {
+	var list []string
+	if file == "" {
+		for i := range 5000 {
+			list = append(list, fmt.Sprintf("reader%d@example.org", i+1))
+		}
+		return list, nil
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if line := strings.TrimSpace(lines.Text()); line != "" && !strings.HasPrefix(line, "#") {
+			list = append(list, line)
+		}
+	}
+	return list, lines.Err()
+}
+
+// job is what all the mails have in common.
+type job struct {
+	client        *smtprelay.Client
+	from, subject string
+	text          []byte
+}
+
+// send mails everybody on list and calls step after each. When ctx ends it takes no further address from list and
+// finishes what is under way: cancelling that would leave mails of which nobody knows whether they were accepted.
+func (j job) send(ctx context.Context, list []string, out io.Writer, step func()) (report, error) {
+	taken := 0
+	messages := func(yield func(smtprelay.Message) bool) {
+		for _, to := range list {
+			if ctx.Err() != nil {
+				return
+			}
+			taken++
+			if !yield(j.message(to)) {
+				return
+			}
+		}
+	}
+
+	r := report{addresses: len(list), interrupted: func() bool { return ctx.Err() != nil }}
+	w := csv.NewWriter(out)
+	for result := range j.client.SendAll(context.WithoutCancel(ctx), messages) {
+		r.add(result)
+		_ = w.Write(row(result)) // its error is found by w.Error
+		step()
+	}
+	// SendAll has returned from messages by now, so nobody writes taken any more.
+	for _, to := range list[taken:] {
+		r.untried = append(r.untried, to)
+		_ = w.Write([]string{to, "not tried", "", "", ""})
+	}
+	w.Flush()
+	return r, w.Error()
+}
+
+func (j job) message(to string) smtprelay.Message {
+	header := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: %s\r\nDate: %s\r\n\r\n",
+		j.from, to, j.subject, time.Now().Format(time.RFC1123Z))
+	return smtprelay.Message{
+		From: j.from,
+		To:   []string{to},
+		Body: smtprelay.Bytes(append([]byte(header), j.text...)),
+	}
+}
+
+// row is what the CSV file says about a mail: address, outcome, code, queue ID, error.
+func row(r smtprelay.Result) []string {
+	to := r.Message.To[0]
+	if r.Err == nil {
+		return []string{to, smtprelay.Accepted.String(), strconv.Itoa(r.Receipt.Code), r.Receipt.QueueID, ""}
+	}
+	var e *smtprelay.Error
+	if !errors.As(r.Err, &e) {
+		return []string{to, smtprelay.Unknown.String(), "", "", r.Err.Error()}
+	}
+	code := ""
+	if e.Code != 0 {
+		code = strconv.Itoa(e.Code)
+	}
+	return []string{to, e.Outcome.String(), code, "", r.Err.Error()}
+}
+
+// report is what became of the list.
+type report struct {
+	addresses   int
+	accepted    int
+	notAccepted []smtprelay.Result // safe to send again
+	unknown     []smtprelay.Result
+	untried     []string
+	interrupted func() bool
+}
+
+func (r *report) add(result smtprelay.Result) {
+	switch {
+	case result.Err == nil:
+		r.accepted++
+	case smtprelay.SafeToRetry(result.Err):
+		r.notAccepted = append(r.notAccepted, result)
+	default:
+		r.unknown = append(r.unknown, result)
+	}
+}
+
+func (r *report) print(w io.Writer) {
+	if r.interrupted() {
+		fmt.Fprintln(w, "Interrupted: no further address was taken, and what was under way was finished.")
+	}
+	fmt.Fprintf(w, "%7d addresses\n%7d accepted\n%7d not accepted\n%7d unknown\n%7d not tried\n",
+		r.addresses, r.accepted, len(r.notAccepted), len(r.unknown), len(r.untried))
+	list(w, "Not accepted; safe to send again:", r.notAccepted, describe)
+	list(w, "Unknown; the relay may have accepted them:", r.unknown, describe)
+	list(w, "Not tried:", r.untried, func(to string) string { return to })
+}
+
+func describe(r smtprelay.Result) string { return r.Message.To[0] + ": " + r.Err.Error() }
+
+// list prints the first few of items under a title.
+func list[T any](w io.Writer, title string, items []T, text func(T) string) {
+	const most = 5
+	if len(items) == 0 {
+		return
+	}
+	fmt.Fprintln(w, title)
+	for _, item := range items[:min(most, len(items))] {
+		fmt.Fprintf(w, "  %s\n", text(item))
+	}
+	if more := len(items) - most; more > 0 {
+		fmt.Fprintf(w, "  and %d more: -o writes them all\n", more)
+	}
+}

@@ -1,0 +1,40 @@
+// Quickstart shows what the library does, on one command and without an account: it sends 1,000 mails to a fake relay in
+// its own process, and 100 of them in the usual way for comparison, and prints what a person wants to know of both.
+//
+//	go run ./examples/quickstart
+//
+// With SMTP_URL set it sends one mail through that relay instead and prints the receipt.
+//
+//	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run ./examples/quickstart -from you@your.domain -to you@example.com
+//
+// The go:debug line is for net/smtp.SendMail, which cannot be given roots to trust; see sendTheUsualWay.
+//
+//go:debug x509usefallbackroots=1
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+)
+
+func main() {
+	from := flag.String("from", "", "with SMTP_URL: your address, one that the relay lets you send from")
+	to := flag.String("to", "", "with SMTP_URL: where to send the mail")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var err error
+	if url := os.Getenv("SMTP_URL"); url != "" {
+		err = sendOne(ctx, os.Stdout, url, *from, *to)
+	} else {
+		err = demo(ctx, os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "quickstart:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// sendOne sends one mail through the relay that url names and prints the receipt.
+func sendOne(ctx context.Context, out io.Writer, url, from, to string) error {
+	if from == "" || to == "" {
+		return errors.New("say -from and -to: an address that the relay lets you send from, and one to send to")
+	}
+	cfg, err := smtprelay.ParseURL(url)
+	if err != nil {
+		return fmt.Errorf("SMTP_URL: %s", oneLine(err.Error()))
+	}
+	// Somebody is waiting: a mistake is told at the first try and soon. A service leaves these as they are.
+	cfg.Retry.MaxAttempts = 1
+	cfg.Timeouts.Dial = 10 * time.Second
+	cfg.Timeouts.Greeting = 15 * time.Second
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+
+	m, err := compose(from, to, "A mail from smtprelay's quickstart", nil)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	receipt, err := client.Send(ctx, smtprelay.Message{From: m.from, To: []string{m.to}, Body: smtprelay.Bytes(m.data)})
+	if err != nil {
+		return advise(err)
+	}
+	fmt.Fprintf(out, "Accepted in %v.\n", time.Since(start).Round(time.Millisecond))
+	fmt.Fprintf(out, "  relay      %s\n", cfg.Addr)
+	fmt.Fprintf(out, "  reply      %d %s\n", receipt.Code, oneLine(receipt.Message))
+	if receipt.QueueID != "" {
+		fmt.Fprintf(out, "  queue ID   %s\n", receipt.QueueID)
+	}
+	for _, r := range receipt.Recipients {
+		fmt.Fprintf(out, "  recipient  %s: %v, %d %s\n", r.To, r.Outcome, r.Code, oneLine(r.Message))
+	}
+	return client.Shutdown(ctx)
+}
+
+// advise adds to an error what to change, in terms of this program's settings.
+func advise(err error) error {
+	var e *smtprelay.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	var advice string
+	var noHost *net.DNSError
+	switch {
+	case errors.As(err, &noHost):
+		advice = "; check the host in SMTP_URL"
+	case e.Op == smtprelay.OpDial:
+		advice = "; check host and port in SMTP_URL (587, 465 or 2525; many networks block 25)"
+	case e.Op == smtprelay.OpGreeting, e.Op == smtprelay.OpSTARTTLS, e.Op == smtprelay.OpTLS:
+		advice = "; in SMTP_URL, smtps:// is for a port with TLS from the first byte (465), smtp:// for one with STARTTLS (587, 2525, 25)"
+	case e.Op == smtprelay.OpAuth && !e.Temporary():
+		advice = "; both stand in SMTP_URL"
+	case e.Op == smtprelay.OpMail && !e.Temporary():
+		advice = "; -from must be an address that the relay lets you send from"
+	}
+	return errors.New(oneLine(err.Error()) + advice)
+}
+
+// oneLine joins the lines of a multiline reply.
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }

@@ -1,0 +1,51 @@
+// Package invite is a small service that sends mail. Its test shows how such a service is tested: with smtptest as the
+// relay, and with its faults where a real relay would have its bad days.
+package invite
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// State is what is known of an invitation.
+type State string
+
+const (
+	Sent    State = "sent"
+	Bounced State = "bounced" // there is no such mailbox: ask for another address
+	Waiting State = "waiting" // not sent: try again later
+	Unclear State = "unclear" // perhaps sent: a person decides, since two invitations are worse than none
+)
+
+// Service invites people.
+type Service struct {
+	Mail *smtprelay.Client // shared with the rest of the program
+	From string
+}
+
+// Invite mails an invitation to the address and tells what became of it. The error is what to log; it is nil if the
+// invitation was sent.
+func (s *Service) Invite(ctx context.Context, to string) (State, error) {
+	text := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: You are invited\r\nDate: %s\r\n\r\nDo come.\r\n",
+		s.From, to, time.Now().Format(time.RFC1123Z))
+	_, err := s.Mail.Send(ctx, smtprelay.Message{
+		From: s.From,
+		To:   []string{to},
+		Body: smtprelay.Bytes([]byte(text)),
+	})
+
+	var e *smtprelay.Error
+	switch {
+	case err == nil:
+		return Sent, nil
+	case !smtprelay.SafeToRetry(err):
+		return Unclear, err
+	case errors.As(err, &e) && e.Op == smtprelay.OpRcpt && !e.Temporary():
+		return Bounced, err
+	}
+	return Waiting, err
+}
