@@ -1,0 +1,653 @@
+package smtprelay_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// These tests hold what the README promises. They believe the relay's own counters and nothing else, and time nothing:
+// where a test speaks of time, it is the fake time of a synctest bubble.
+
+// newRelay returns a started relay with STARTTLS that is closed at the end of the test.
+func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
+	t.Helper()
+	relay := smtptest.NewUnstartedServer()
+	for _, f := range set {
+		f(relay)
+	}
+	relay.Start()
+	t.Cleanup(relay.Close)
+	return relay
+}
+
+func newClient(t *testing.T, cfg smtprelay.Config) *smtprelay.Client {
+	t.Helper()
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+// far is a relay in memory, for use in a synctest bubble, at a distance of 20 ms.
+func far(s *smtptest.Server) {
+	s.InMemory = true
+	s.Delay = 20 * time.Millisecond
+	s.DropBodies = true
+}
+
+// numbered returns the ith of many messages that all differ.
+func numbered(i int) smtprelay.Message {
+	return smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{fmt.Sprintf("customer%d@example.org", i)},
+		Body: smtprelay.Bytes(fmt.Appendf(nil, "Subject: order %d\r\n\r\nIt is ready.\r\n", i)),
+	}
+}
+
+// sendNumbered sends n messages from so many goroutines and fails the test if one of them is not accepted.
+func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
+	t.Helper()
+	numbers := make(chan int)
+	var senders sync.WaitGroup
+	for range goroutines {
+		senders.Go(func() {
+			for i := range numbers {
+				if _, err := client.Send(t.Context(), numbered(i)); err != nil {
+					t.Errorf("message %d: %v", i, err)
+				}
+			}
+		})
+	}
+	for i := range n {
+		numbers <- i
+	}
+	close(numbers)
+	senders.Wait()
+}
+
+// want fails the test if a figure is not what it should be.
+func want(t *testing.T, what string, got, want int) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: got %d, want %d", what, got, want)
+	}
+}
+
+func atMost(t *testing.T, what string, got, most int) {
+	t.Helper()
+	if got > most {
+		t.Errorf("%s: got %d, want at most %d", what, got, most)
+	}
+}
+
+// mostOnOne is the largest number of transactions that a connection has had.
+func mostOnOne(relay *smtptest.Server) int {
+	most := 0
+	for _, c := range relay.Conns() {
+		most = max(most, c.Mails)
+	}
+	return most
+}
+
+func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, far)
+		client := newClient(t, relay.Config())
+		sendNumbered(t, client, 1000, 100)
+
+		want(t, "accepted by the relay", relay.Accepted(), 1000)
+		want(t, "duplicates", relay.Duplicates(), 0)
+		want(t, "refused for a limit", relay.Refused421(), 0)
+		atMost(t, "open at once", relay.MaxOpen(), 10)
+		want(t, "connections opened", len(relay.Conns()), 10)
+		atMost(t, "messages on one connection", mostOnOne(relay), 100)
+		atMost(t, "turns for 1,000 messages, once a connection is up", relay.MessageTurns(), 1050)
+		want(t, "NOOPs", relay.Noops(), 0)
+		want(t, "AUTHs", relay.Auths(), 10)
+
+		s := client.Stats()
+		want(t, "Stats().Accepted", int(s.Accepted), 1000)
+		want(t, "Stats().NotAccepted", int(s.NotAccepted), 0)
+		want(t, "Stats().Unknown", int(s.Unknown), 0)
+		want(t, "Stats().Retries", int(s.Retries), 0)
+		want(t, "Stats().Dials", int(s.Dials), 10)
+	})
+}
+
+func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, far)
+		client := newClient(t, relay.Config())
+		sendNumbered(t, client, 25, 1)
+
+		want(t, "accepted by the relay", relay.Accepted(), 25)
+		want(t, "connections opened", len(relay.Conns()), 1)
+		want(t, "turns for 25 messages, once the connection is up", relay.MessageTurns(), 50)
+		want(t, "RSETs", relay.Rsets(), 0)
+		want(t, "NOOPs", relay.Noops(), 0)
+	})
+}
+
+// Two of nine pipelining servers that were tried do not take commands that arrive together with a final dot. No caller
+// may notice, and the second time it may not be tried.
+func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		habit smtptest.Habit
+		waits int // short waits (Timeouts.Overlap) that it may cost
+		why   string
+	}{
+		{"503 to what stands behind a final dot", smtptest.HabitRefuse, 0, "the replies are in step: the session goes on"},
+		{"silence to what stands behind a final dot", smtptest.HabitDiscard, 1, "only a timer tells, but one is enough to know"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, far, func(s *smtptest.Server) { s.Behind = test.habit })
+				cfg := relay.Config()
+				cfg.Timeouts.Overlap = time.Hour // stands out among all else that takes time
+				client := newClient(t, cfg)
+
+				start := time.Now()
+				sendNumbered(t, client, 500, 50)
+				want(t, "accepted by the relay", relay.Accepted(), 500)
+				want(t, "duplicates", relay.Duplicates(), 0)
+				atMost(t, "open at once", relay.MaxOpen(), 10)
+				atMost(t, "short waits: "+test.why, int(time.Since(start)/cfg.Timeouts.Overlap), test.waits)
+				if s := client.Stats(); s.Accepted != 500 || s.NotAccepted+s.Unknown != 0 {
+					t.Errorf("accepted %d, not accepted %d, unknown %d; want 500, 0, 0", s.Accepted, s.NotAccepted, s.Unknown)
+				}
+
+				learnt := client.Stats().Overlapped
+				if learnt == 0 {
+					t.Error("nothing was ever overlapped: this test shows nothing")
+				}
+				start = time.Now()
+				sendNumbered(t, client, 500, 50)
+				want(t, "accepted by the relay", relay.Accepted(), 1000)
+				want(t, "overlaps after it was known", int(client.Stats().Overlapped-learnt), 0)
+				want(t, "short waits after it was known", int(time.Since(start)/cfg.Timeouts.Overlap), 0)
+			})
+		})
+	}
+}
+
+func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
+	for _, limit := range []int{1, 2, 5, 7} {
+		t.Run(fmt.Sprintf("%d on a connection", limit), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, far, func(s *smtptest.Server) {
+					s.MaxMessages = limit
+					s.NoTLS = true // 1,000 handshakes are not what this is about
+				})
+				cfg := relay.Config()
+				cfg.Limits.MaxMessagesPerConn = limit
+				client := newClient(t, cfg)
+				sendNumbered(t, client, 1000, 100)
+
+				want(t, "accepted by the relay", relay.Accepted(), 1000)
+				want(t, "duplicates", relay.Duplicates(), 0)
+				want(t, "refused for a limit", relay.Refused421(), 0)
+				atMost(t, "messages on one connection", mostOnOne(relay), limit)
+				atMost(t, "open at once", relay.MaxOpen(), 10)
+				s := client.Stats()
+				want(t, "Stats().Retries", int(s.Retries), 0)
+				want(t, "Stats().DialErrors", int(s.DialErrors), 0)
+				if per := 1000 / limit; len(relay.Conns()) < per || len(relay.Conns()) > per+10 {
+					t.Errorf("%d connections for 1,000 messages, want about %d", len(relay.Conns()), per)
+				}
+			})
+		})
+	}
+}
+
+// generator is a body of size bytes that fails behind failAt of them, if that is not negative. While it writes it looks at
+// the memory in use.
+type generator struct {
+	size, failAt int64
+	look         func()
+}
+
+var errGenerator = errors.New("the generator is broken")
+
+func (g *generator) WriteTo(w io.Writer) (written int64, err error) {
+	const lookEvery = 64 << 20
+	block := bytes.Repeat([]byte("Seventy-seven octets and a line end, so that this is a mail like any other..\r\n"), 420)
+	end := g.size
+	if g.failAt >= 0 {
+		end = g.failAt
+	}
+	for next := int64(0); written < end; {
+		n, err := w.Write(block[:min(int64(len(block)), end-written)])
+		written += int64(n)
+		if err != nil {
+			return written, err
+		}
+		if written >= next && g.look != nil {
+			g.look()
+			next = written + lookEvery
+		}
+	}
+	if g.failAt >= 0 {
+		return written, errGenerator
+	}
+	return written, nil
+}
+
+// sinkConn is a connection to a relay that takes one message and keeps nothing of it: what memory is in use is the client's.
+type sinkConn struct {
+	net.Conn // nil: whatever else is called panics
+	dialogue []line
+	replies  chan string
+
+	unread   string // of a reply; the reader's
+	tail     []byte // the last octets that came; the writer's, like the next
+	received int64
+}
+
+// line is what a relay waits for, and what it says then.
+type line struct{ end, reply string }
+
+func newSinkConn() *sinkConn {
+	s := &sinkConn{dialogue: []line{
+		{"\r\n", "250-sink\r\n250-PIPELINING\r\n250 SIZE\r\n"},
+		{"DATA\r\n", "250 ok\r\n250 ok\r\n354 go\r\n"},
+		{"\r\n.\r\n", "250 ok: queued as 1\r\n"},
+		{"QUIT\r\n", "221 bye\r\n"},
+	}}
+	s.replies = make(chan string, 1+len(s.dialogue))
+	s.replies <- "220 sink ESMTP\r\n"
+	return s
+}
+
+func (s *sinkConn) Write(p []byte) (int, error) {
+	s.received += int64(len(p))
+	const most = 6 // octets of the longest end
+	s.tail = append(s.tail, p[max(0, len(p)-most):]...)
+	s.tail = append(s.tail[:0], s.tail[max(0, len(s.tail)-most):]...)
+	if len(s.dialogue) > 0 && bytes.HasSuffix(s.tail, []byte(s.dialogue[0].end)) {
+		s.replies <- s.dialogue[0].reply
+		if s.dialogue = s.dialogue[1:]; len(s.dialogue) == 0 {
+			close(s.replies)
+		}
+	}
+	return len(p), nil
+}
+
+func (s *sinkConn) Read(p []byte) (int, error) {
+	if s.unread == "" {
+		if s.unread = <-s.replies; s.unread == "" {
+			return 0, io.EOF // behind the last reply
+		}
+	}
+	n := copy(p, s.unread)
+	s.unread = s.unread[n:]
+	return n, nil
+}
+
+func (s *sinkConn) Close() error                     { return nil }
+func (s *sinkConn) SetReadDeadline(time.Time) error  { return nil }
+func (s *sinkConn) SetWriteDeadline(time.Time) error { return nil }
+func (s *sinkConn) LocalAddr() net.Addr              { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
+	conn := newSinkConn()
+	client := newClient(t, smtprelay.Config{
+		Addr: "sink.example:25",
+		TLS:  smtprelay.TLSNone,
+		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
+	})
+
+	inUse := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	const size = 1 << 30
+	var before, peak uint64
+	body := &generator{size: size, failAt: -1, look: func() {
+		if before == 0 {
+			before = inUse() // the connection is up and the first block is written
+		}
+		peak = max(peak, inUse())
+	}}
+	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
+		t.Fatal(err)
+	}
+	if conn.received < size {
+		t.Errorf("the relay received %d bytes, want at least %d", conn.received, size)
+	}
+	if grown := int64(peak) - int64(before); grown >= 1<<20 {
+		t.Errorf("memory grew by %d KiB while 1 GiB was sent, want less than 1 MiB", grown>>10)
+	}
+}
+
+func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
+	const size = 200_000
+	for _, test := range []struct {
+		name   string
+		failAt int64
+	}{
+		{"fails at byte 0", 0},
+		{"fails in the middle", size / 2},
+		{"fails at the last byte", size - 1},
+		{"fails behind the last byte", size},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			relay := newRelay(t)
+			client := newClient(t, relay.Config())
+			m := numbered(0)
+			m.Body = &generator{size: size, failAt: test.failAt}
+			_, err := client.Send(t.Context(), m)
+			if !errors.Is(err, errGenerator) || !smtprelay.SafeToRetry(err) {
+				t.Errorf("got %v, want the writer's error and that nothing was accepted", err)
+			}
+			t.Log(err)
+
+			// The relay's count is final once another message has gone through and all is closed.
+			sendNumbered(t, client, 1, 1)
+			if err := client.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+			relay.Close()
+			want(t, "accepted by the relay", relay.Accepted(), 1)
+		})
+	}
+}
+
+// recorder keeps what a client writes to its connections, beneath TLS.
+type recorder struct {
+	dial func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	mu  sync.Mutex // guards the field below
+	raw bytes.Buffer
+}
+
+func (r *recorder) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := r.dial(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	return &recordedConn{conn, r}, nil
+}
+
+type recordedConn struct {
+	net.Conn
+	r *recorder
+}
+
+func (c *recordedConn) Write(p []byte) (int, error) {
+	c.r.mu.Lock()
+	c.r.raw.Write(p)
+	c.r.mu.Unlock()
+	return c.Conn.Write(p)
+}
+
+func (r *recorder) written() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.raw.String()
+}
+
+// What a user sees who got the address, the port, the TLS mode, the certificate or the key wrong: one error, which names
+// the cure, and no secret sent to anybody who should not have it.
+func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
+	const password = "the-real-key-0123456789"
+	otherName := func(s *smtptest.Server) { s.CertNames = []string{"mail.example.net"} }
+	expired := func(s *smtptest.Server) { s.CertNotAfter = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC) }
+	noTLS := func(s *smtptest.Server) { s.NoTLS = true }
+
+	for _, test := range []struct {
+		name     string
+		relay    func(*smtptest.Server)
+		implicit bool // the relay speaks TLS from the first byte
+		client   func(*smtprelay.Config)
+		op       smtprelay.Op
+		says     []string
+		isTLS    bool // a TLS connection may have been set up, and credentials have gone through it
+	}{
+		{
+			name:  "certificate for another name",
+			relay: otherName,
+			op:    smtprelay.OpTLS,
+			says:  []string{"relay.example.com", "mail.example.net"},
+		},
+		{
+			name:     "certificate for another name, implicit TLS",
+			relay:    otherName,
+			implicit: true,
+			client:   func(c *smtprelay.Config) { c.Addr = "relay.example.com:465" },
+			op:       smtprelay.OpTLS,
+			says:     []string{"relay.example.com", "mail.example.net"},
+		},
+		{
+			name:  "expired certificate",
+			relay: expired,
+			op:    smtprelay.OpTLS,
+			says:  []string{"expired", "2020-01-01"},
+		},
+		{
+			name:   "certificate of an unknown authority",
+			client: func(c *smtprelay.Config) { c.TLSConfig.RootCAs = x509.NewCertPool() },
+			op:     smtprelay.OpTLS,
+			says:   []string{"unknown authority", "RootCAs"},
+		},
+		{
+			name:  "STARTTLS stripped",
+			relay: noTLS,
+			op:    smtprelay.OpSTARTTLS,
+			says:  []string{"does not offer STARTTLS", "465", "TLSNone"},
+		},
+		{
+			name:     "plain text on a TLS port",
+			implicit: true,
+			client: func(c *smtprelay.Config) {
+				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and says nothing
+			},
+			op:   smtprelay.OpGreeting,
+			says: []string{"TLSImplicit"},
+		},
+		{
+			name:   "wrong password",
+			client: func(c *smtprelay.Config) { c.Password = "the-wrong-key-9876543210" },
+			op:     smtprelay.OpAuth,
+			says:   []string{"535", "Password"},
+			isTLS:  true,
+		},
+		{
+			name:   "nobody listens",
+			client: func(c *smtprelay.Config) { c.Addr = closedPort(t); c.Dial = nil },
+			op:     smtprelay.OpDial,
+			says:   []string{"127.0.0.1:", "refused"},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			relay := smtptest.NewUnstartedServer()
+			relay.Password = password
+			relay.CertNames = []string{"relay.example.com"}
+			if test.relay != nil {
+				test.relay(relay)
+			}
+			if test.implicit {
+				relay.StartTLS()
+			} else {
+				relay.Start()
+			}
+			defer relay.Close()
+
+			wire := &recorder{dial: relay.Dial}
+			cfg := smtprelay.Config{
+				Addr:      "relay.example.com:587",
+				Username:  relay.Config().Username,
+				Password:  password,
+				TLSConfig: &tls.Config{RootCAs: relay.Roots()},
+				Retry:     smtprelay.Retry{MaxAttempts: 1},
+				Dial:      wire.Dial,
+			}
+			if test.client != nil {
+				test.client(&cfg)
+			}
+			client := newClient(t, cfg)
+			m := numbered(0)
+			_, err := client.Send(t.Context(), m)
+			e, ok := errors.AsType[*smtprelay.Error](err)
+			if !ok {
+				t.Fatalf("got %T %v, want an *Error", err, err)
+			}
+			t.Logf("%v", err)
+			if e.Op != test.op || e.Outcome != smtprelay.NotAccepted {
+				t.Errorf("op %q, outcome %v; want %q, not accepted", e.Op, e.Outcome, test.op)
+			}
+			for _, words := range test.says {
+				if !strings.Contains(err.Error(), words) {
+					t.Errorf("%q does not say %q", err, words)
+				}
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q is more than one line", err)
+			}
+			if err := client.Ping(t.Context()); err == nil {
+				t.Error("Ping finds nothing wrong")
+			}
+			client.Close()
+			relay.Close()
+
+			want(t, "messages at the relay", relay.Accepted(), 0)
+			if !test.isTLS {
+				want(t, "AUTHs at the relay", relay.Auths(), 0)
+			}
+			raw := wire.written()
+			for _, secret := range []string{
+				password, base64.StdEncoding.EncodeToString([]byte(password)),
+				base64.StdEncoding.EncodeToString([]byte("\x00" + cfg.Username + "\x00" + password)),
+				"AUTH", "MAIL", "RCPT", m.From, m.To[0],
+			} {
+				if strings.Contains(raw, secret) {
+					t.Errorf("%q went over the wire in the clear: %q", secret, raw)
+				}
+			}
+		})
+	}
+}
+
+// closedPort returns an address of this machine at which nobody listens.
+func closedPort(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func TestSendMailIsAllOrNothing(t *testing.T) {
+	relay := newRelay(t, func(s *smtptest.Server) {
+		s.Reject = map[string]string{"gone@example.org": "550 5.1.1 no such user"}
+	})
+	client := newClient(t, relay.Config())
+	msg := []byte("Subject: hello\r\n\r\nHello.\r\n")
+
+	err := client.SendMail("shop@example.com", []string{"ann@example.org", "gone@example.org"}, msg)
+	if err == nil || !smtprelay.SafeToRetry(err) || !strings.Contains(err.Error(), "gone@example.org") {
+		t.Errorf("got %v, want the refusal of gone@example.org and nothing accepted", err)
+	}
+	want(t, "accepted by the relay", relay.Accepted(), 0)
+	if err := client.SendMail("shop@example.com", []string{"ann@example.org", "bob@example.org"}, msg); err != nil {
+		t.Error(err)
+	}
+	want(t, "accepted by the relay", relay.Accepted(), 1)
+	want(t, "connections opened", len(relay.Conns()), 1)
+}
+
+func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, far, func(s *smtptest.Server) {
+			s.Reject = map[string]string{"customer7@example.org": "550 5.1.1 no such user"}
+		})
+		client := newClient(t, relay.Config())
+
+		taken, yielded, most := 0, 0, 0
+		var mu sync.Mutex // guards the three above
+		messages := func(yield func(smtprelay.Message) bool) {
+			for i := range 500 {
+				mu.Lock()
+				taken++
+				most = max(most, taken-yielded)
+				mu.Unlock()
+				if !yield(numbered(i)) {
+					return
+				}
+			}
+		}
+		var seen []string
+		for r := range client.SendAll(t.Context(), messages) {
+			mu.Lock()
+			yielded++
+			mu.Unlock()
+			to := r.Message.To[0]
+			seen = append(seen, to)
+			if refused := to == "customer7@example.org"; refused != (r.Err != nil) {
+				t.Errorf("%s: %v", to, r.Err)
+			}
+		}
+		slices.Sort(seen)
+		want(t, "different messages among the results", len(slices.Compact(seen)), 500)
+		want(t, "results", yielded, 500)
+		want(t, "accepted by the relay", relay.Accepted(), 499)
+		atMost(t, "taken and not yet yielded", most, 100)
+	})
+}
+
+// Shutdown finishes what is under way, says goodbye, and leaves nothing behind.
+func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, far)
+		client := newClient(t, relay.Config())
+		slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Minute, Count: 5})
+		errs := make(chan error, 5)
+		for i := range 5 {
+			go func() { // until Send returns, which Shutdown waits for
+				_, err := client.Send(t.Context(), numbered(i))
+				errs <- err
+			}()
+		}
+		if err := slow.Wait(t.Context(), 5); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.Shutdown(t.Context()); err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
+		for range 5 {
+			if err := <-errs; err != nil {
+				t.Errorf("a Send that was under way: %v", err)
+			}
+		}
+		if _, err := client.Send(t.Context(), numbered(5)); !errors.Is(err, smtprelay.ErrClosed) {
+			t.Errorf("a Send afterwards: %v, want ErrClosed", err)
+		}
+		want(t, "accepted by the relay", relay.Accepted(), 5)
+		want(t, "connections open", relay.Open(), 0)
+		for _, c := range relay.Conns() {
+			want(t, fmt.Sprintf("QUITs on connection %d", c.Conn), c.Commands["QUIT"], 1)
+		}
+	})
+}
