@@ -274,6 +274,11 @@ func (l *Listener) Dial() (*Conn, error) {
 	}
 	select {
 	case l.accepted <- server:
+		select {
+		case <-l.closed: // maybe since Close has looked for connections that nobody accepted
+			l.resetUnaccepted()
+		default:
+		}
 		return client, nil
 	case <-l.closed:
 		return nil, refused
@@ -297,12 +302,17 @@ func (l *Listener) Close() error {
 		close(l.closed)
 		err = nil
 	})
+	l.resetUnaccepted()
+	return err
+}
+
+func (l *Listener) resetUnaccepted() {
 	for {
 		select {
 		case c := <-l.accepted:
 			c.Reset()
 		default:
-			return err
+			return
 		}
 	}
 }
