@@ -35,6 +35,7 @@ type pool struct {
 	draining bool          // nothing is handed out any more
 	empty    chan struct{} // closed when draining and no slot is in use
 	idleTime *time.Timer   // runs while there are idle sessions
+	patience *time.Timer   // runs while somebody waits for a session near its end
 }
 
 // place is what the pool knows of a session.
@@ -270,24 +271,31 @@ func (p *pool) quitLocked(s *session) {
 // mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
 	return !p.draining && p.slots.open < p.slots.limit() &&
-		len(p.waiters)+more > p.dialling+p.endingLocked() && p.gate.open(now, p.dialling)
+		p.gate.open(now, p.dialling) && len(p.waiters)+more > p.dialling &&
+		len(p.waiters)+more > p.dialling+p.endingLocked(now)
 }
 
 // endingLocked is how many transactions are left on the sessions that are near their last. While those have room for
 // everyone who waits, one more connection would hardly be used: at the end of a burst, ten sessions that are almost used
-// up are not followed by an eleventh.
-func (p *pool) endingLocked() (room int) {
+// up are not followed by an eleventh. A session that has said nothing for a while is not relied on.
+func (p *pool) endingLocked(now time.Time) (room int) {
 	near := p.cfg.Limits.MaxMessagesPerConn / 5
 	if near == 0 {
 		return 0
 	}
 	for s := range p.sessions {
-		if left := s.roomLeft(); left <= near {
+		if left := s.roomLeft(now.Add(-endingTrust)); left <= near {
 			room += left
 		}
 	}
+	if room > 0 && p.patience == nil {
+		p.patience = time.AfterFunc(endingTrust, p.wake)
+	}
 	return room
 }
+
+// endingTrust is how long somebody may wait for a session near its end, rather than for a new connection.
+const endingTrust = time.Second
 
 // fillLocked opens connections for those who wait, as far as the cap and the gate allow, and has the others overlap. It is
 // called whenever one of these may have changed.
@@ -316,6 +324,10 @@ func (p *pool) wake() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
+	if p.patience != nil {
+		p.patience.Stop()
+		p.patience = nil
+	}
 	p.gate.awake(now, p)
 	p.fillLocked(now)
 }
@@ -395,7 +407,7 @@ func (p *pool) workingLocked() bool {
 		case statusFree, statusOverlappable:
 			return true
 		case statusBusy:
-			if s.roomLeft() > 0 {
+			if s.roomLeft(time.Time{}) > 0 {
 				return true
 			}
 		}
@@ -543,6 +555,10 @@ func (p *pool) drain() {
 	if p.idleTime != nil {
 		p.idleTime.Stop()
 		p.idleTime = nil
+	}
+	if p.patience != nil {
+		p.patience.Stop()
+		p.patience = nil
 	}
 	p.gate.stop()
 	now := time.Now()

@@ -76,6 +76,7 @@ type session struct {
 	cause     error       // why it was doomed
 	writeErr  error       // what a write failed with
 	closeBy   time.Time   // when the relay's last words must be in
+	heard     time.Time   // when the relay last answered
 	deadline  time.Time   // the read deadline in force
 	abort     bool        // closed by Close: the relay is not waited for
 	hangingUp bool        // the read loop is through, and has a deadline of its own for the relay's close
@@ -149,12 +150,12 @@ func (s *session) inFlight() int {
 	return 2
 }
 
-// roomLeft is how many more transactions may be begun; a large number if any.
-func (s *session) roomLeft() int {
+// roomLeft is how many more transactions may be begun; a large number if any, 0 if the relay was not heard of since.
+func (s *session) roomLeft(since time.Time) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.retired != "":
+	case s.retired != "", s.heard.Before(since):
 		return 0
 	case s.limit == 0:
 		return 1 << 30
@@ -226,6 +227,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		s.mu.Unlock()
 		return false
 	}
+	s.heard = time.Now()
 	x := s.waiting[s.head]
 	s.waiting[s.head] = exchange{}
 	s.head++
