@@ -4,10 +4,13 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // delivery is one Send: the transactions that it takes until each recipient's fate is known.
@@ -104,18 +107,15 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 	for i, to := range t.rcpts {
 		r := &d.receipt.Recipients[to]
 		r.Reply = publicReply(replies[i])
-		if replies[i].Code == 0 || !mailed {
-			open = append(open, to)
-			continue
-		}
 		switch code := r.Code; {
-		case code/100 == 2 && outcome == NotAccepted:
+		case outcome == Unknown && (code == 0 || code/100 == 2):
+			// In chunks the message leaves with its envelope, whose replies may be missing.
+			r.Outcome = Unknown
+			d.unknown = e
+		case outcome == Accepted && code/100 == 2:
+			r.Outcome, r.QueueID = Accepted, queueID
+		case code == 0 || code/100 == 2 || !mailed:
 			open = append(open, to)
-		case code/100 == 2:
-			r.Outcome, r.QueueID = outcome, queueID
-			if outcome == Unknown {
-				d.unknown = e
-			}
 		case d.m.AllOrNothing || code == 421 || code/100 == 3:
 			open = append(open, to)
 		case tooManyRcpts(r.Reply) && accepted > 0:
@@ -225,7 +225,7 @@ func (t *transaction) verdict() *Error {
 		}
 		e.Outcome = NotAccepted
 		return e
-	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil):
+	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil) && !t.hopelessLocked():
 		// With no cause the dot may still be in the buffer, but it will leave.
 		err := ended(t.ctx)
 		if err == nil {
@@ -264,6 +264,13 @@ func (t *transaction) verdict() *Error {
 		e.Err = err
 	}
 	return e
+}
+
+// hopelessLocked reports whether the relay has refused MAIL or all recipients, and so cannot have accepted a message that
+// went with them in chunks.
+func (t *transaction) hopelessLocked() bool {
+	possible := func(r wire.Reply) bool { return r.Code == 0 || r.Class() == 2 }
+	return !possible(t.mailed) || !slices.ContainsFunc(t.rcpt, possible)
 }
 
 // isWord reports whether s consists of letters, digits, hyphens and underscores.
