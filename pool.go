@@ -171,16 +171,31 @@ func (p *pool) forget(w *waiter) *Error {
 func (p *pool) wanted() bool { return p.waiting.Load() > 0 }
 
 // giveBack implements keeper. If a waiter can go on with s at once, what is still in the buffer leaves with its envelope;
-// else it leaves now.
+// else it leaves now, in a goroutine that ends when it has: a relay that reads nothing must not hold up a Send whose
+// context ends.
 func (p *pool) giveBack(s *session) {
-	if s.out.Buffered() > 0 {
-		if p.handOver(s) {
-			return
-		}
-		s.flush()
+	if s.out.Buffered() > 0 && p.handOver(s) {
+		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.sessions[s] == nil {
+		return
+	}
+	if s.out.Buffered() > 0 {
+		p.running.Go(func() {
+			s.flush()
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.releaseLocked(s)
+		})
+		return
+	}
+	p.releaseLocked(s)
+}
+
+// releaseLocked takes the write side of s back.
+func (p *pool) releaseLocked(s *session) {
 	if at := p.sessions[s]; at != nil {
 		at.owned = false
 		p.settleLocked(s, time.Now())
