@@ -45,10 +45,7 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 		return nil, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: fmt.Errorf("%w; check host and port in Addr", err)}
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
-	stop := context.AfterFunc(ctx, func() {
-		raw.interrupt()
-		raw.SetReadDeadline(longAgo)
-	})
+	stop := context.AfterFunc(ctx, raw.abandon)
 	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), doomed: make(chan struct{}), done: make(chan struct{})}
 	s.wrote.L = &s.mu
 	d := &dialogue{s: s, ctx: ctx}
@@ -57,7 +54,7 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: ended(ctx)}
 	}
 	if e != nil {
-		stop()
+		defer stop()
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ended(ctx)
 		}

@@ -81,18 +81,24 @@ func tlsConfig(user *tls.Config, host string) *tls.Config {
 
 // handshake begins TLS on conn.
 func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Error) {
-	if c.Timeouts.TLS > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeouts.TLS, &timeoutError{op: OpTLS, after: c.Timeouts.TLS})
-		defer cancel()
+	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
+	// before the relay has closed it too.
+	limit := c.Timeouts.TLS
+	if limit > 0 {
+		conn.SetReadDeadline(time.Now().Add(limit))
 	}
 	tc := tls.Client(conn, c.tls)
-	err := tc.HandshakeContext(ctx)
+	err := context.Cause(ctx) // whose deadline may just have been overwritten
 	if err == nil {
-		return tc, nil
+		err = tc.HandshakeContext(context.WithoutCancel(ctx))
 	}
-	if ctx.Err() != nil {
+	switch {
+	case err == nil:
+		return tc, nil
+	case ctx.Err() != nil:
 		err = context.Cause(ctx)
+	case isTimeout(err):
+		err = &timeoutError{op: OpTLS, after: limit}
 	}
 	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
 	if code := clearReply(err); code >= 400 {
