@@ -91,6 +91,12 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 	if e.Op == OpRset {
 		return again // the session was at fault, not the message
 	}
+	if e.Code/100 < 4 {
+		if t.overlapped {
+			return elsewhere // a part of what stood behind the final dot was thrown away; that will not be tried again
+		}
+		return again // no refusal, but a relay that is out of step
+	}
 	if e.Op == OpMail && e.Code == 503 && !t.firstOnSession() {
 		return again // our idea of the session's state was wrong
 	}

@@ -386,6 +386,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		positive = 3
 	}
 	if r.Class() < 4 && r.Class() != positive {
+		if t.overlapped {
+			s.cfg.learnt.noOverlap.Store(true)
+		}
 		s.doomLocked(&replyError{x.op, r})
 	}
 }
