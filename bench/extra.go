@@ -58,6 +58,7 @@ type steadiness struct {
 	Peer             string `json:"peer"`
 	Messages         int    `json:"messages"`
 	Min, Median, Max int
+	Later            int    `json:"later"` // the least once all connections were replaced for the first time
 	Slices           []int  `json:"slices"`
 	Err              string `json:"err,omitempty"`
 }
@@ -74,6 +75,14 @@ func (d *driver) steadiness(progress func(string)) []steadiness {
 		if n := len(s.Slices); n > 2 {
 			inner := slices.Sorted(slices.Values(s.Slices[1 : n-1]))
 			s.Min, s.Median, s.Max = inner[0], inner[len(inner)/2], inner[len(inner)-1]
+			s.Later = s.Max
+			accepted := 0
+			for _, slice := range s.Slices[:n-1] {
+				if accepted > 3*maxConns*maxMessages/2 {
+					s.Later = min(s.Later, slice)
+				}
+				accepted += slice
+			}
 		}
 		all = append(all, s)
 	}

@@ -38,8 +38,8 @@ func benchMain() error {
 	quick := flag.Bool("quick", false, "a few cells with little work each")
 	full := flag.Bool("all", false, "the product of all dimensions")
 	only := flag.String("peers", "", "comma-separated names; default all")
-	match := flag.String("cells", "", "measure only the cells whose name contains this, and nothing beside the matrix")
-	plot := flag.String("svg", "", `file for the plot; default throughput.svg, with -quick or -cells none`)
+	match := flag.String("cells", "", "measure only the cells whose name contains this, and nothing beside the matrix; - means no cell, and all that is beside it")
+	plot := flag.String("svg", "", "file for the plot; default throughput.svg, but none with -quick or -cells")
 	update := flag.String("update", "", "file in which to replace the lines between the marks of the tables, for instance ../BENCHMARKS.md")
 	save := flag.String("json", "", "file for all figures")
 	load := flag.String("from", "", "measure nothing; take the figures from such a file")
@@ -113,7 +113,7 @@ func measure(quick, full bool, match, only string) (*report, error) {
 	}
 	progress := func(what string) { fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), what) }
 	for _, c := range matrix(quick, full) {
-		if !strings.Contains(c.String(), match) {
+		if match == "-" || !strings.Contains(c.String(), match) {
 			continue
 		}
 		if only != "" {
@@ -123,7 +123,7 @@ func measure(quick, full bool, match, only string) (*report, error) {
 		}
 		r.Cells = append(r.Cells, cellResult{c, d.runCell(c, func(peer string) { progress(c.String() + ": " + peer) })})
 	}
-	if match == "" && only == "" {
+	if match == "-" || match == "" && only == "" {
 		r.Openings = d.openings(progress)
 		r.Large = d.large(progress)
 		r.Waiting = d.waiting(progress)
