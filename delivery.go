@@ -4,13 +4,10 @@ import (
 	"context"
 	"fmt"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/emersion/go-smtp"
-
-	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // delivery is one Send: the transactions that it takes until each recipient's fate is known.
@@ -218,24 +215,23 @@ func (t *transaction) verdict() *Error {
 		return nil
 	case t.finalIn && t.final.Class() == 3:
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
-	case t.finalIn:
-		e := t.refusalLocked()
-		if e == nil {
-			e = &Error{Op: t.endOp(), Reply: publicReply(t.final)}
-		}
+	}
+	// What the relay has refused in the envelope it does not accept at the end. That it refuses RSET says nothing of what
+	// stands behind, unless it leaves.
+	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || e.Op != OpRset || e.Code == 421) {
 		e.Outcome = NotAccepted
 		return e
-	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil) && !t.hopelessLocked():
+	}
+	switch {
+	case t.finalIn:
+		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: NotAccepted}
+	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil):
 		// With no cause the dot may still be in the buffer, but it will leave.
 		err := ended(t.ctx)
 		if err == nil {
 			err = lost(s.cause)
 		}
 		return &Error{Op: t.endOp(), Outcome: Unknown, Err: err}
-	}
-	if e := t.refusalLocked(); e != nil {
-		e.Outcome = NotAccepted
-		return e
 	}
 	e := &Error{Op: OpFinalDot, Outcome: NotAccepted}
 	switch {
@@ -264,13 +260,6 @@ func (t *transaction) verdict() *Error {
 		e.Err = err
 	}
 	return e
-}
-
-// hopelessLocked reports whether the relay has refused MAIL or all recipients, and so cannot have accepted a message that
-// went with them in chunks.
-func (t *transaction) hopelessLocked() bool {
-	possible := func(r wire.Reply) bool { return r.Code == 0 || r.Class() == 2 }
-	return !possible(t.mailed) || !slices.ContainsFunc(t.rcpt, possible)
 }
 
 // isWord reports whether s consists of letters, digits, hyphens and underscores.

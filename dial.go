@@ -16,13 +16,15 @@ import (
 
 // dial opens a connection and takes it to the point where a transaction can begin: TCP, TLS or greeting, EHLO, STARTTLS,
 // TLS, EHLO again, and AUTH if that cannot lead the first transaction. The end of ctx ends it.
-func (c *settings) dial(ctx context.Context, id int64) (s *session, e *Error) {
+//
+// Who gets an error calls leave, which returns when the relay has closed the connection.
+func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func(), e *Error) {
 	began := time.Now()
 	if t := c.Trace; t != nil && t.DialStart != nil {
 		t.DialStart(ctx, c.Addr)
 	}
 	c.stats.dials.Add(1)
-	s, e = c.connect(ctx, id)
+	s, leave, e = c.connect(ctx, id)
 	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
@@ -36,13 +38,13 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, e *Error) {
 	if t := c.Trace; t != nil && t.DialDone != nil {
 		t.DialDone(ctx, info)
 	}
-	return s, e
+	return s, leave, e
 }
 
-func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
+func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error) {
 	conn, err := c.dialTCP(ctx)
 	if err != nil {
-		return nil, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: fmt.Errorf("%w; check host and port in Addr", err)}
+		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: fmt.Errorf("%w; check host and port in Addr", err)}
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
@@ -58,17 +60,15 @@ func (c *settings) connect(ctx context.Context, id int64) (*session, *Error) {
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ended(ctx)
 		}
-		wait := c.Timeouts.Quit // a relay that does not answer counts the connection all the same, until it has closed
-		if ctx.Err() != nil {
-			wait = 0
-		}
-		d.leave(e)
-		raw.hangUp(wait)
-		return nil, e
+		return nil, func() {
+			defer context.AfterFunc(ctx, raw.abandon)()
+			d.leave(e)
+			raw.hangUp(c.Timeouts.Quit) // a relay that does not answer counts the connection all the same
+		}, e
 	}
 	raw.SetReadDeadline(time.Time{})
 	s.prepare()
-	return s, nil
+	return s, nil, nil
 }
 
 func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {

@@ -16,7 +16,7 @@ import (
 // dial) goes to the oldest one.
 type pool struct {
 	cfg     *settings
-	dial    func(ctx context.Context, id int64) (*session, *Error)
+	dial    func(ctx context.Context, id int64) (s *session, leave func(), e *Error)
 	waiting atomic.Int32    // len(waiters), for those who only want a hint
 	closing context.Context // ends with Close: dials in progress are given up
 	cancel  context.CancelFunc
@@ -54,7 +54,7 @@ type waiter struct {
 	attempts int // that its Send has made, and dials that failed while it waited
 }
 
-func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, *Error)) *pool {
+func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, func(), *Error)) *pool {
 	p := &pool{
 		cfg:      cfg,
 		dial:     dial,
@@ -353,13 +353,16 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(p.closing, cancel)()
-	s, err := p.dial(ctx, id)
+	s, leave, err := p.dial(ctx, id)
 	if err != nil {
 		p.mu.Lock()
-		defer p.mu.Unlock()
 		p.dialling--
-		p.failedLocked(err, round) // first, so that the place is not filled again without a wait
+		p.failedLocked(err, round)
+		p.mu.Unlock()
+		leave()
+		p.mu.Lock()
 		p.freeLocked()
+		p.mu.Unlock()
 		return
 	}
 	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round

@@ -70,6 +70,7 @@ type session struct {
 	wrote     sync.Cond   // on mu: writing is over
 	pending   int         // final replies outstanding
 	used      int         // transactions begun
+	failed    int         // transactions that came to nothing, in a row
 	open      bool        // the relay may have a transaction open: RSET leads the next
 	quitting  bool        // QUIT was written
 	retired   closeReason // no further transaction is begun; "" while it may be used

@@ -277,10 +277,13 @@ func (t *transaction) begin() (rset bool) {
 	defer s.mu.Unlock()
 	rset = s.open
 	t.overlapped = s.pending > 0
+	if s.failed++; t.overlapped || !rset {
+		s.failed = 0
+	}
 	s.open = true
 	s.used++
 	t.seq = s.used
-	if s.limit > 0 && s.used >= s.limit && s.retired == "" {
+	if (s.limit > 0 && s.used >= s.limit || s.failed >= maxFailed) && s.retired == "" {
 		s.retired = closeFull
 	}
 	if t.overlapped {
@@ -288,6 +291,10 @@ func (t *transaction) begin() (rset bool) {
 	}
 	return rset
 }
+
+// maxFailed is how many transactions in a row may come to nothing before their session is replaced: relays count what was
+// refused, and leave in the middle of something at 10 (Exim) or 20 (Postfix).
+const maxFailed = 8
 
 // explained waits for the session to end after a write has failed, so that the relay's last words are known.
 func (t *transaction) explained() bool {
