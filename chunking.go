@@ -179,6 +179,7 @@ func (t *transaction) startChunk(n int, last bool) bool {
 	}
 	end := s.position() + int64(len(s.line)+n)
 	if last {
+		x.end = end
 		t.endAt = end // ahead of time, since a full buffer may leave while the chunk is put into it
 	}
 	if !s.expect(x) {

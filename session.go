@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 type exchange struct {
 	op    Op
 	final bool          // its reply decides over the message
+	end   int64         // of a final one: the position behind the octets that must leave for a reply to come
 	tx    *transaction  // told of the reply; nil for QUIT
 	rcpt  int           // which recipient, for OpRcpt
 	limit time.Duration // for the reply, counted from when no other is awaited before it; 0 means none
@@ -256,7 +258,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		s.pending--
 	}
 	s.armLocked()
-	more = s.cause == nil || s.pending > 0
+	more = s.cause == nil || s.dueLocked()
 	s.mu.Unlock()
 
 	if x.final && more {
@@ -294,7 +296,7 @@ func (s *session) armLocked() {
 	}
 	var at time.Time
 	switch {
-	case s.cause != nil && s.pending == 0:
+	case s.cause != nil && !s.dueLocked():
 		at = longAgo
 	case s.head < len(s.waiting):
 		if limit := s.waiting[s.head].limit; limit > 0 {
@@ -308,6 +310,12 @@ func (s *session) armLocked() {
 		s.deadline = at
 		s.raw.SetReadDeadline(at)
 	}
+}
+
+// dueLocked reports whether a doomed session still has a final reply to come: not to a final dot that never left, or left
+// in part.
+func (s *session) dueLocked() bool {
+	return slices.ContainsFunc(s.waiting[s.head:], func(x exchange) bool { return x.final && x.end <= s.attempted })
 }
 
 // hurryLocked bounds how long the relay is listened to from now on.

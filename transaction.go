@@ -486,7 +486,7 @@ func (t *transaction) dataIsDue() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
 // answers, so the answer is not awaited here.
 func (t *transaction) loneDot() {
-	if !t.s.expect(exchange{op: OpFinalDot, final: true, limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
+	if !t.s.expect(exchange{op: OpFinalDot, final: true, end: t.s.position() + int64(len(".\r\n")), limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
 		return
 	}
 	t.s.out.WriteString(".\r\n")
@@ -559,7 +559,7 @@ func (t *transaction) end() bool {
 	} else {
 		// Set ahead of time, since a full buffer may leave while the dot is put into it.
 		t.endAt = s.position() + int64(len(".\r\n"))
-		if !s.expect(exchange{op: OpFinalDot, final: true, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
+		if !s.expect(exchange{op: OpFinalDot, final: true, end: t.endAt, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
 			t.endAt = 0
 			return false
 		}
