@@ -171,39 +171,44 @@ func (d *dialogue) truths() error {
 		var accepted, open int
 		taken := map[string]bool{} // recipients of whom some relay may have taken the message
 		for _, x := range d.offered() {
-			if x.anyAccepted() && c.owns(x) {
-				if strings.Contains(x.body, "\n") || x.dot { // enough to tell it from an empty one
-					for i, to := range x.to {
-						if x.rcpt[i]/100 == 2 && taken[to] {
-							wrong(c, "it was offered to %s again", to)
-						}
+			var offered []string
+			for i, to := range x.to {
+				if x.possible(i) {
+					offered = append(offered, to)
+				}
+			}
+			if len(offered) == 0 || !c.owns(x) {
+				continue
+			}
+			if strings.Contains(x.body, "\n") || x.dot { // enough to tell it from an empty one
+				for _, to := range offered {
+					if taken[to] {
+						wrong(c, "it was offered to %s again", to)
 					}
 				}
-				if !x.dot {
-					continue
+			}
+			if !x.dot {
+				continue
+			}
+			if !c.whole {
+				wrong(c, "a message whose body fails got its final dot")
+			} else if x.body != c.form(x) {
+				wrong(c, "what the relay got is not the body: %q", x.body)
+			}
+			switch {
+			case x.final == 0 || x.when > c.when:
+				open++ // as far as the call could know
+			case x.final/100 == 2:
+				accepted++
+			case x.final/100 == 4 || x.final/100 == 5:
+				if _, again := d.script.config["temporary"]; again || x.final == 421 {
+					continue // it may be tried again
 				}
-				switch {
-				case x.final == 0 || x.when > c.when:
-					open++ // as far as the call could know
-				case x.final/100 == 2:
-					accepted++
-				case x.final/100 == 4 || x.final/100 == 5:
-					if _, again := d.script.config["temporary"]; again || x.final == 421 {
-						continue // it may be tried again
-					}
-				default:
-					open++
-				}
-				for i, to := range x.to {
-					if x.rcpt[i]/100 == 2 {
-						taken[to] = true
-					}
-				}
-				if c.wire == "" {
-					wrong(c, "a message whose body fails got its final dot")
-				} else if x.body != c.wire {
-					wrong(c, "what the relay got is not the body: %q", x.body)
-				}
+			default:
+				open++
+			}
+			for _, to := range offered {
+				taken[to] = true
 			}
 		}
 		var outcome smtprelay.Outcome
@@ -249,9 +254,13 @@ func (c *call) owns(x *transaction) bool {
 			return false
 		}
 	}
-	wire := c.wire
-	if b, ok := c.message.Body.(*testBody); ok && wire == "" {
-		wire = onTheWire(b.text)
+	return x.dot || strings.HasPrefix(c.form(x), x.body)
+}
+
+// form is the body as x must carry it.
+func (c *call) form(x *transaction) string {
+	if x.bdat {
+		return c.chunks
 	}
-	return x.dot || strings.HasPrefix(wire, x.body)
+	return c.wire
 }

@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -116,15 +117,21 @@ func (c *relayConn) take() []byte {
 	return text
 }
 
-// clientEnded reports, once, that the client has closed a connection that the relay had not.
-func (c *relayConn) clientEnded() bool {
+// clientEnded tells, once, how the client has closed a connection that the relay had not: "close", "reset" or not at all.
+func (c *relayConn) clientEnded() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.noted || !c.link.ended.Load() {
-		return false
+		return ""
 	}
 	c.noted = true
-	return !c.ended.Load()
+	switch {
+	case c.ended.Load():
+		return ""
+	case c.link.reset.Load():
+		return "reset"
+	}
+	return "close"
 }
 
 // say writes text. The ledger is told how much of it the client gets: a cut may lie in it.
@@ -259,6 +266,8 @@ type link struct {
 	relay   *relayConn
 	ended   atomic.Bool // nothing more is written
 	closed  atomic.Bool
+	reset   atomic.Bool // by SetLinger
+	orderly atomic.Bool // by the client, without a reset, before the relay had ended it
 	deaf    atomic.Bool // writes are refused
 	read    atomic.Int64
 	written atomic.Int64
@@ -296,20 +305,29 @@ func (l *link) Write(p []byte) (int, error) {
 }
 
 func (l *link) Close() error {
-	l.ended.Store(true)
+	l.orderlyEnd()
 	l.closed.Store(true)
 	return l.Conn.Close()
 }
 
+func (l *link) orderlyEnd() {
+	if !l.ended.Swap(true) && !l.relay.ended.Load() {
+		l.orderly.Store(true)
+	}
+}
+
 // CloseWrite is the end of what the client says, which is what a script calls its close.
 func (l *link) CloseWrite() error {
-	l.ended.Store(true)
+	l.orderlyEnd()
 	return l.Conn.CloseWrite()
 }
 
 func (l *link) SetLinger(sec int) error {
-	l.ended.Store(true)
-	l.closed.Store(true)
+	if sec == 0 {
+		l.reset.Store(true)
+		l.ended.Store(true)
+		l.closed.Store(true)
+	}
 	return l.Conn.SetLinger(sec)
 }
 
@@ -456,6 +474,9 @@ func (d *dialogue) answer(c *relayConn) (text string, last bool) {
 		if d.secret != "" {
 			text += "250-AUTH PLAIN LOGIN\r\n"
 		}
+		if d.script.offers("CHUNKING") {
+			text += "250-CHUNKING\r\n"
+		}
 		return text + "250 ENHANCEDSTATUSCODES\r\n", false
 	case "STARTTLS":
 		return "220 go ahead\r\n", false
@@ -472,7 +493,12 @@ func (d *dialogue) answer(c *relayConn) (text string, last bool) {
 		return "354 go\r\n", false
 	case "QUIT":
 		return "221 bye\r\n", true
-	case "MAIL", "RCPT", "RSET", "NOOP", "HELO", ".":
+	case ".", "BDAT":
+		if w.tx == nil || !w.tx.anyAccepted() {
+			return "554 no valid recipients\r\n", false
+		}
+		return "250 ok\r\n", false
+	case "MAIL", "RCPT", "RSET", "NOOP", "HELO":
 		return "250 ok\r\n", false
 	}
 	return "500 what?\r\n", false
@@ -487,6 +513,8 @@ type ledger struct {
 	held     bool // what the client says next means nothing before a reply
 	inData   bool
 	inAuth   bool
+	inChunk  int  // octets of it still to come
+	last     bool // the chunk is the last one
 	starting bool // the relay has said yes to STARTTLS
 	prompts  int  // that AUTH still needs
 	lost     bool // what the relay says does not arrive
@@ -503,12 +531,14 @@ type waiting struct {
 
 type transaction struct {
 	from  string
-	mail  int
+	mail  int // the reply that arrived; 0 is none
 	to    []string
-	rcpt  []int  // replies, in the order of to; 0 is none
+	rcpt  []int  // replies, in the order of to
+	heard []int  // those that arrived; 0 is none
 	data  int    // when 354 was said, by the dialogue's count of events; 0 is never
+	bdat  bool   // the body goes in chunks
 	body  string // as it crossed, final dot included
-	dot   bool   // the final dot was written in full
+	dot   bool   // the final dot or the last chunk was written in full
 	final int    // the reply to it: 0 if none arrived, -1 for what is no reply
 	when  int    // of the final reply, by the dialogue's count of events
 }
@@ -520,6 +550,12 @@ func (x *transaction) anyAccepted() bool {
 		}
 	}
 	return false
+}
+
+// possible tells whether, as far as the client can know, a recipient of x may have got what was sent.
+func (x *transaction) possible(rcpt int) bool {
+	open := func(code int) bool { return code == 0 || code/100 == 2 }
+	return open(x.mail) && open(x.heard[rcpt])
 }
 
 func (l *ledger) expect(verb string, tx *transaction) {
@@ -553,12 +589,33 @@ func (l *ledger) hear(text []byte) {
 			l.expect(".", x)
 			continue
 		}
+		if l.inChunk > 0 {
+			n := min(l.inChunk, len(l.in))
+			l.chunk(l.in[:n])
+			l.in = l.in[n:]
+			continue
+		}
 		line, rest, whole := strings.Cut(l.in, "\r\n")
 		if !whole {
 			return
 		}
 		l.in = rest
 		l.command(line)
+	}
+}
+
+// chunk takes octets of a chunk.
+func (l *ledger) chunk(text string) {
+	x := l.tx()
+	x.body += text
+	l.inChunk -= len(text)
+	switch {
+	case l.inChunk > 0:
+	case l.last:
+		x.dot = true
+		l.expect(".", x)
+	default:
+		l.expect("BDAT", x)
 	}
 }
 
@@ -585,11 +642,24 @@ func (l *ledger) command(line string) {
 		if x == nil {
 			return
 		}
-		x.to, x.rcpt = append(x.to, path()), append(x.rcpt, 0)
+		x.to, x.rcpt, x.heard = append(x.to, path()), append(x.rcpt, 0), append(x.heard, 0)
 		l.waiting = append(l.waiting, waiting{verb, x, len(x.to) - 1})
 	case "DATA":
 		l.expect(verb, l.tx())
 		l.held = true
+	case "BDAT":
+		x := l.tx()
+		size, last, _ := strings.Cut(arg, " ")
+		n, err := strconv.Atoi(size)
+		if x == nil || err != nil {
+			l.expect(verb, x)
+			return
+		}
+		if x.data == 0 {
+			x.data, x.bdat = l.event(), true
+		}
+		l.inChunk, l.last = n, last == "LAST"
+		l.chunk("")
 	case "STARTTLS":
 		l.expect(verb, nil)
 		l.held = true
@@ -639,9 +709,13 @@ func (l *ledger) replied(code int) {
 	l.waiting = l.waiting[1:]
 	switch w.verb {
 	case "MAIL":
-		w.tx.mail = code
+		if !l.lost {
+			w.tx.mail = code
+		}
 	case "RCPT":
-		w.tx.rcpt[w.rcpt] = code
+		if w.tx.rcpt[w.rcpt] = code; !l.lost {
+			w.tx.heard[w.rcpt] = code
+		}
 	case "DATA":
 		l.held = false
 		if code == 354 && w.tx != nil {

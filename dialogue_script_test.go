@@ -232,44 +232,52 @@ func escape(text string) string {
 	return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
 }
 
-// onTheWire returns body as DATA must carry it: every line end a CRLF, leading dots doubled, the final dot behind.
-// It goes character by character where the client goes by buffers, so that the two can disagree.
-func onTheWire(body string) string {
+// offers tells whether the relay of the script offers an extension.
+func (s *script) offers(keyword string) bool {
+	return slices.ContainsFunc(s.steps, func(st step) bool {
+		return st.kind == 'S' && strings.HasPrefix(st.text, "250") && strings.HasPrefix(strings.TrimLeft(st.text[3:], " -"), keyword)
+	})
+}
+
+// canonical returns body as BDAT must carry it: every line end a CRLF. It goes character by character where the client goes
+// by buffers, so that the two can disagree.
+func canonical(body string) string {
 	var b strings.Builder
-	start := true
 	for i := 0; i < len(body); i++ {
 		switch ch := body[i]; {
 		case ch == '\r' && i+1 < len(body) && body[i+1] == '\n':
 			// told by the LF
 		case ch == '\r', ch == '\n':
 			b.WriteString("\r\n")
-			start = true
-			continue
 		default:
-			if start && ch == '.' {
-				b.WriteByte('.')
-			}
 			b.WriteByte(ch)
-			start = false
 		}
 	}
-	if !start {
-		b.WriteString("\r\n")
+	if text := b.String(); text == "" || strings.HasSuffix(text, "\n") {
+		return text
 	}
-	return b.String() + ".\r\n"
+	return b.String() + "\r\n"
 }
 
-// said returns the bytes that a C or S line stands for: itself, or what its braces say.
-func (s *script) said(st step) (string, error) {
+// onTheWire returns body as DATA must carry it: leading dots doubled, the final dot behind.
+func onTheWire(body string) string {
+	body = "\r\n" + canonical(body)
+	return strings.ReplaceAll(body, "\r\n.", "\r\n..")[2:] + ".\r\n"
+}
+
+// said returns the bytes that a C or S line stands for: itself, or what its braces say. behind is the line before it.
+func (s *script) said(st, behind step) (string, error) {
 	var n int
 	switch {
 	case st.form == '!' || st.form == '*':
 		return "", nil
-	case st.form == '-':
-		if _, err := fmt.Sscanf(st.text, "{%d octets}", &n); err == nil {
-			return strings.Repeat("x", n), nil
-		}
+	case st.form == '-' && !strings.HasPrefix(st.text, "{"):
 		return unescape(st.text)
+	case st.form == '-' && st.kind == 'S':
+		if _, err := fmt.Sscanf(st.text, "{%d octets}", &n); err != nil {
+			return "", st.errorf("%v", err)
+		}
+		return strings.Repeat("x", n), nil
 	case st.kind == 'S':
 		if _, err := fmt.Sscanf(st.text, "{%d times ", &n); err == nil {
 			_, line, _ := strings.Cut(st.text, " times ")
@@ -291,6 +299,9 @@ func (s *script) said(st step) (string, error) {
 			return "", st.errorf("%v", err)
 		}
 		wire := onTheWire(text)
+		if strings.HasPrefix(behind.text, "BDAT ") {
+			wire = canonical(text)
+		}
 		if !ranged {
 			return wire, nil
 		}

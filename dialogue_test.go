@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/textproto"
 	"os"
@@ -250,7 +251,7 @@ func (d *dialogue) play() error {
 			var text string
 			ends := false
 			for ; ; i++ {
-				line, err := d.script.said(steps[i])
+				line, err := d.script.said(steps[i], step{})
 				if err != nil {
 					return err
 				}
@@ -346,7 +347,7 @@ func (d *dialogue) quiet(expected []step, next *step) error {
 func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []string, err error) {
 	got := string(c.take())
 	var want strings.Builder
-	any, ends, from := false, false, next
+	any, ends, from := false, "", next
 	for i, s := range expected {
 		if i == 0 {
 			from = s
@@ -355,9 +356,13 @@ func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []stri
 		case '*':
 			any = true
 		case '!':
-			ends = true
+			ends = s.text
 		default:
-			text, err := d.script.said(s)
+			var behind step
+			if i > 0 {
+				behind = expected[i-1]
+			}
+			text, err := d.script.said(s, behind)
 			if err != nil {
 				return nil, err
 			}
@@ -372,11 +377,7 @@ func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []stri
 		err = from.errorf("connection %d: the client said\n%s\nbut the script has\n%s", c.n, indent(got), indent(want.String()))
 	}
 	if err == nil && ended != ends {
-		if ended {
-			err = from.errorf("the client closed connection %d", c.n)
-		} else {
-			err = from.errorf("the client did not close connection %d", c.n)
-		}
+		err = from.errorf("connection %d: the client's end is %q, in the script it is %q", c.n, ended, ends)
 	}
 	head := "C"
 	if c.n > 1 {
@@ -394,8 +395,8 @@ func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []stri
 		}
 		got = rest
 	}
-	if ended {
-		lines = append(lines, head+"! close")
+	if ended != "" {
+		lines = append(lines, head+"! "+ended)
 	}
 	return lines, err
 }
@@ -559,7 +560,10 @@ func (d *dialogue) fault(s step) error {
 		if err != nil {
 			return s.errorf("%v", err)
 		}
-		c.read(n)
+		for k := 1; n > 0 && k > 0; n -= k {
+			synctest.Wait()
+			k = c.read(n)
+		}
 	case "tls":
 		err := c.handshake(arg)
 		if fails := arg != ""; fails != (err != nil) {
@@ -609,7 +613,9 @@ type call struct {
 	name    string
 	kind    string // send, ping, shutdown or close
 	message smtprelay.Message
-	wire    string // the body as DATA must carry it; empty if it is meant to fail
+	whole   bool   // the body is not meant to fail
+	wire    string // the body as DATA must carry it
+	chunks  string // the body as BDAT must carry it
 	cancel  context.CancelFunc
 
 	// Guarded by the dialogue's lock.
@@ -778,19 +784,17 @@ func (d *dialogue) compose(c *call, o *settings) error {
 		return err
 	}
 	b := &testBody{text: text, failAt: o.number("fail-at", -1), short: o.number("short", -1), pieces: o.number("pieces", 0)}
-	c.wire = onTheWire(text)
+	c.wire, c.chunks = onTheWire(text), canonical(text)
+	c.whole = text != "" && b.failAt < 0 && b.short < 0
 	switch {
 	case b.failAt >= 0 || b.short >= 0:
-		m.Body, c.wire = b, ""
+		m.Body = b
 	case o.flag("writer") || b.pieces > 0:
 		m.Body = b
 	case o.flag("reader"):
 		m.Body = smtprelay.Reader(strings.NewReader(text))
 	default:
 		m.Body = smtprelay.Bytes([]byte(text))
-	}
-	if text == "" {
-		c.wire = ""
 	}
 	return o.err
 }
@@ -1046,9 +1050,12 @@ func (d *dialogue) finish() error {
 	synctest.Wait()
 	var errs []error
 	for _, c := range d.connections() {
-		c.drain()
+		c.read(math.MaxInt)
 		if !c.link.closed.Load() {
 			errs = append(errs, fmt.Errorf("after Close connection %d is open", c.n))
+		}
+		if c.ledger.inChunk > 0 && c.link.orderly.Load() {
+			errs = append(errs, fmt.Errorf("connection %d ended in order within a chunk, which a relay may take for the message", c.n))
 		}
 		c.close()
 		c.link.Conn.Close()
