@@ -147,6 +147,11 @@ var scenarios = []scenario{
 	{name: "refused at the final dot", faults: []smtptest.Fault{{At: smtptest.FinalDot, Reply: "554 no", Count: -1}}},
 	{name: "lost at the final dot", faults: []smtptest.Fault{{At: smtptest.FinalDot, Drop: true, Count: -1}}},
 	{name: "key given by Config.Auth", client: keyByAuth},
+	{name: "key given by Config.Auth and said back", client: keyByAuth, faults: []smtptest.Fault{{
+		At: smtptest.Auth, Count: -1,
+		Reply: "500 5.5.1 Command unrecognized: \"AUTH PLAIN " +
+			base64.StdEncoding.EncodeToString([]byte("\x00"+secretUser+"\x00"+secretKey)) + "\"",
+	}}},
 }
 
 func keyByAuth(c *smtprelay.Config) {
