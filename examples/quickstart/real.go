@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
 	"time"
 
@@ -59,12 +58,9 @@ func advise(err error) error {
 		return err
 	}
 	var advice string
-	var noHost *net.DNSError
 	switch {
-	case errors.As(err, &noHost):
-		advice = "; check the host in SMTP_URL"
 	case e.Op == smtprelay.OpDial:
-		advice = "; check host and port in SMTP_URL (587, 465 or 2525; many networks block 25)"
+		advice = "; they stand in SMTP_URL (ports: 587, 465 or 2525; many networks block 25)"
 	case e.Op == smtprelay.OpGreeting, e.Op == smtprelay.OpSTARTTLS, e.Op == smtprelay.OpTLS:
 		advice = "; in SMTP_URL, smtps:// is for a port with TLS from the first byte (465), smtp:// for one with STARTTLS (587, 2525, 25)"
 	case e.Op == smtprelay.OpAuth && !e.Temporary():
@@ -75,5 +71,5 @@ func advise(err error) error {
 	return errors.New(oneLine(err.Error()) + advice)
 }
 
-// oneLine joins the lines of a multiline reply.
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+// oneLine joins the lines of a reply, or of several mistakes.
+func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
