@@ -1,0 +1,356 @@
+package smtprelay_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// stormTold is what one Send was told, and when.
+type stormTold struct {
+	m            *stormMessage
+	receipt      smtprelay.Receipt
+	err          error
+	viaSendMail  bool // which has no receipt
+	together     bool // SendAll: how long it took depends on who asks for the results
+	untold       bool // the loop over the results ended before this one
+	began, ended time.Time
+	gaveUp       time.Time // when the context ended; zero means that it had not when Send returned
+	closing      bool      // Close or Shutdown was called before it ended
+	closed       bool      // Close or Shutdown had returned before it began
+}
+
+// stormJudge holds what was told against what the relay has.
+type stormJudge struct {
+	p        *stormPlan
+	relay    *stormRelay
+	problems []string
+}
+
+func (j *stormJudge) fail(told *stormTold, format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if told != nil {
+		text = fmt.Sprintf("message %d: %s", told.m.id, text)
+	}
+	j.problems = append(j.problems, text)
+}
+
+// judge looks at one message. The relay must have finished.
+func (j *stormJudge) judge(told *stormTold) {
+	attempts := j.relay.attempts[told.m.id]
+	copies := map[string][]*stormAttempt{} // by recipient
+	for _, a := range attempts {
+		if !a.taken {
+			continue
+		}
+		if a.problem != "" {
+			j.fail(told, "the relay has accepted what nobody sent: %s", a.problem)
+		}
+		for _, r := range a.rcpts {
+			if r.accepted {
+				copies[r.to] = append(copies[r.to], a)
+			}
+		}
+	}
+	for to, as := range copies {
+		if len(as) > 1 {
+			j.fail(told, "%s has %d copies", to, len(as))
+		}
+		if !slices.Contains(told.m.to, to) {
+			j.fail(told, "%s was never a recipient", to)
+		}
+	}
+	j.repeated(told, attempts)
+	if told.untold {
+		return
+	}
+	outcomes := j.outcomes(told)
+	if outcomes == nil {
+		return // and that was told
+	}
+	accepted := 0
+	for i, to := range told.m.to {
+		switch n := len(copies[to]); {
+		case outcomes[i] == smtprelay.Accepted && n == 0:
+			j.fail(told, "%s was reported as accepted, the relay has nothing", to)
+		case outcomes[i] == smtprelay.NotAccepted && n > 0:
+			j.fail(told, "%s was reported as not accepted, the relay has it", to)
+		}
+		if outcomes[i] == smtprelay.Accepted {
+			accepted++
+		}
+	}
+	if told.m.all && accepted > 0 && accepted < len(told.m.to) {
+		j.fail(told, "AllOrNothing, and accepted for %d of %d", accepted, len(told.m.to))
+	}
+	j.justified(told, outcomes, attempts)
+	j.replies(told, outcomes, copies)
+	if j.p.weather.calm() {
+		j.served(told, outcomes, attempts)
+	}
+	if !told.gaveUp.IsZero() && !told.together && told.ended.Sub(told.gaveUp) > 2*time.Second {
+		j.fail(told, "Send returned %v after its context had ended", told.ended.Sub(told.gaveUp))
+	}
+	if told.closed && (told.err == nil || !errors.Is(told.err, smtprelay.ErrClosed)) {
+		j.fail(told, "sent on a closed client, and told: %v", told.err)
+	}
+}
+
+// dotted tells whether the client has written the final dot. Through TLS that is seen only if the relay has read it.
+func (a *stormAttempt) dotted() bool { return a.dotRead || a.sent != nil && a.sent.dot.Load() > 0 }
+
+// refused tells whether the relay has said, in a way that can be relied on, that it has not taken the message: in reply to
+// the final dot, or with 421 to all that was outstanding.
+func (a *stormAttempt) refused() bool {
+	return a.answered && a.final.code/100 != 2 || !a.dotRead && a.conn.leaving
+}
+
+func (a *stormAttempt) carries(to string) bool {
+	return slices.ContainsFunc(a.rcpts, func(r stormRcpt) bool { return r.to == to && r.accepted })
+}
+
+// repeated finds a message that was sent again although the relay may have had it.
+func (j *stormJudge) repeated(told *stormTold, attempts []*stormAttempt) {
+	for _, a := range attempts {
+		if !a.dotted() || a.refused() || a.sent == nil {
+			continue
+		}
+		for _, again := range attempts {
+			if again == a || again.sent == nil || again.sent.mail < a.sent.dot.Load() {
+				continue
+			}
+			for _, r := range again.rcpts {
+				if a.carries(r.to) {
+					j.fail(told, "%s was sent again on connection %d although connection %d may have taken it", r.to, again.conn.n, a.conn.n)
+				}
+			}
+		}
+	}
+}
+
+// outcomes returns what was told of each recipient, and finds what does not fit together in that.
+func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
+	m := told.m
+	all := func(o smtprelay.Outcome) []smtprelay.Outcome { return slices.Repeat([]smtprelay.Outcome{o}, len(m.to)) }
+	if told.err == nil && told.viaSendMail {
+		return all(smtprelay.Accepted)
+	}
+	e, ok := errors.AsType[*smtprelay.Error](told.err)
+	if told.err != nil && !ok {
+		j.fail(told, "the error is a %T: %v", told.err, told.err)
+		return nil
+	}
+	var byReceipt []smtprelay.Outcome
+	if rs := told.receipt.Recipients; len(rs) > 0 {
+		for i, r := range rs {
+			if len(rs) != len(m.to) || r.To != m.to[i] {
+				j.fail(told, "the receipt is for %v, sent was it to %v", rs, m.to)
+				return nil
+			}
+			byReceipt = append(byReceipt, r.Outcome)
+		}
+	}
+	if told.err == nil {
+		if !slices.Equal(byReceipt, all(smtprelay.Accepted)) {
+			j.fail(told, "no error, and a receipt that says %v", byReceipt)
+		}
+		return all(smtprelay.Accepted)
+	}
+	if strings.Contains(fmt.Sprintf("%v %+v %#v", told.err, told.err, e), stormPassword) {
+		j.fail(told, "the error shows the password")
+	}
+	if smtprelay.SafeToRetry(told.err) != (e.Outcome == smtprelay.NotAccepted) {
+		j.fail(told, "SafeToRetry says otherwise than the outcome %v", e.Outcome)
+	}
+	byError := all(e.Outcome)
+	if len(e.Refused) > 0 { // they are all for whom it was not accepted
+		byError = all(smtprelay.Accepted)
+	}
+	for _, r := range e.Refused {
+		i := slices.Index(m.to, r.To)
+		if i < 0 || r.Outcome == smtprelay.Accepted {
+			j.fail(told, "refused is %s, which was %v", r.To, r.Outcome)
+			return nil
+		}
+		byError[i] = r.Outcome
+	}
+	switch e.Outcome {
+	case smtprelay.Accepted:
+		if len(e.Refused) == 0 {
+			j.fail(told, "an error that says accepted and names nobody: %v", e)
+		}
+		if !told.viaSendMail && byReceipt == nil {
+			j.fail(told, "accepted for some, and no receipt: %v", e)
+		}
+	case smtprelay.NotAccepted:
+		if !slices.Equal(byError, all(smtprelay.NotAccepted)) {
+			j.fail(told, "not accepted, and by recipient %v", byError)
+		}
+	case smtprelay.Unknown:
+		if !slices.Contains(byError, smtprelay.Unknown) {
+			j.fail(told, "unknown, and by recipient %v", byError)
+		}
+	}
+	if byReceipt != nil && !slices.Equal(byReceipt, byError) {
+		j.fail(told, "the receipt says %v, the error %v", byReceipt, byError)
+	}
+	return byError
+}
+
+// justified finds caution that had no reason, and the lack of it where there was one.
+func (j *stormJudge) justified(told *stormTold, outcomes []smtprelay.Outcome, attempts []*stormAttempt) {
+	for i, to := range told.m.to {
+		dotted, clear := false, true // clear: whatever was dotted had an answer that must have arrived
+		for _, a := range attempts {
+			if !a.carries(to) {
+				continue
+			}
+			mayBe := a.dotted() || a.sent == nil && a.data == 354
+			dotted = dotted || mayBe
+			clear = clear && (!mayBe || a.answered && a.conn.faults == 0)
+			if outcomes[i] == smtprelay.NotAccepted && a.dotted() && !a.answered && !a.refused() {
+				j.fail(told, "%s was reported as not accepted although connection %d has not answered the final dot", to, a.conn.n)
+			}
+		}
+		if outcomes[i] != smtprelay.Unknown {
+			continue
+		}
+		if !dotted {
+			j.fail(told, "%s is unknown although no final dot was written: %v", to, told.err)
+		}
+		if clear && told.gaveUp.IsZero() && !told.closing && j.p.weather.leaves == leavesPolitely {
+			j.fail(told, "%s is unknown although the relay has answered: %v", to, told.err)
+		}
+	}
+}
+
+// saysWhose finds what a refusal says that it is about.
+var saysWhose = regexp.MustCompile(`of message (\d+)$`)
+
+// replies holds the replies that were told against those that were said.
+func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copies map[string][]*stormAttempt) {
+	refused := func(to string, r smtprelay.Reply) {
+		if r.Code == 0 {
+			return
+		}
+		said := stormUnderstood(r)
+		if !j.relay.said[said] {
+			if !j.relay.garbled(said) {
+				j.fail(told, "%s: the relay has never said %v", to, said)
+			}
+			return
+		}
+		if said.code == 421 {
+			return // that is for all who had something on the connection
+		}
+		if of := saysWhose.FindStringSubmatch(said.text); of != nil && of[1] != strconv.Itoa(told.m.id) {
+			j.fail(told, "%s was told what was said %s", to, of[0])
+		}
+		if whose := stormID(said.text); whose >= 0 && whose != told.m.id {
+			j.fail(told, "%s was told what was said to message %d: %v", to, whose, said)
+		}
+	}
+	if e, ok := errors.AsType[*smtprelay.Error](told.err); ok {
+		refused("the error", e.Reply)
+		for _, r := range e.Refused {
+			refused(r.To, r.Reply)
+		}
+	}
+	if told.viaSendMail {
+		return
+	}
+	var last []*stormAttempt // those that were taken
+	for i, r := range told.receipt.Recipients {
+		if outcomes[i] != smtprelay.Accepted {
+			refused(r.To, r.Reply)
+			continue
+		}
+		if len(copies[r.To]) != 1 {
+			continue // and that was told
+		}
+		a := copies[r.To][0]
+		last = append(last, a)
+		for _, was := range a.rcpts {
+			if was.to == r.To && stormUnderstood(r.Reply) != was.said && !a.conn.confused {
+				j.fail(told, "%s was answered %v, the receipt says %v", r.To, was.said, r.Reply)
+			}
+		}
+		if a.answered && r.QueueID != a.queueID {
+			j.fail(told, "%s was queued as %s, the receipt says %q", r.To, a.queueID, r.QueueID)
+		}
+	}
+	ofThat := func(a *stormAttempt) bool {
+		return !a.answered || stormUnderstood(told.receipt.Reply) == a.final && told.receipt.QueueID == a.queueID
+	}
+	if len(last) > 0 && !slices.ContainsFunc(last, ofThat) {
+		j.fail(told, "the receipt says %v, queued as %q, which is the reply to none of its transactions", told.receipt.Reply, told.receipt.QueueID)
+	}
+}
+
+// garbled tells whether a reply may stem from a fault that sends replies of no known text.
+func (r *stormRelay) garbled(said stormSaid) bool {
+	return r.faults[garbage]+r.faults[longLine]+r.faults[manyLines] > 0
+}
+
+var enhancedCode = regexp.MustCompile(`(?m)^[245]\.\d\.\d+ `)
+
+// stormUnderstood takes the enhanced codes off the lines where they were left.
+func stormUnderstood(r smtprelay.Reply) stormSaid {
+	return stormSaid{r.Code, enhancedCode.ReplaceAllString(r.Message, "")}
+}
+
+// served holds in calm weather: whoever did not give up got all that the relay had for him.
+func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attempts []*stormAttempt) {
+	m := told.m
+	if told.closing {
+		return
+	}
+	if !told.gaveUp.IsZero() {
+		e, ok := errors.AsType[*smtprelay.Error](told.err)
+		if ok && e.Code == 0 && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
+			j.fail(told, "its context has ended, and it was told %v", e)
+		}
+		return
+	}
+	refused := 0
+	want := make([]smtprelay.Outcome, len(m.to))
+	for i, to := range m.to {
+		want[i] = smtprelay.Accepted
+		if strings.HasPrefix(to, "gone") || strings.HasPrefix(to, "grey") && !j.patient(m) {
+			want[i] = smtprelay.NotAccepted
+			refused++
+		}
+	}
+	if !m.sound() || m.all && refused > 0 {
+		want = slices.Repeat([]smtprelay.Outcome{smtprelay.NotAccepted}, len(m.to))
+	}
+	if m.all && j.split(len(m.to)) {
+		return // what cannot go in one transaction cannot be all or nothing
+	}
+	if m.kind == bodyReader && (j.split(len(m.to)) || j.patient(m)) {
+		return // it can be sent once only, and that to some
+	}
+	if !slices.Equal(outcomes, want) {
+		j.fail(told, "in calm weather it was told %v, not %v: %v", outcomes, want, told.err)
+	}
+	if told.err != nil && !m.sound() && m.kind != bodyNothing && refused == 0 && !errors.Is(told.err, errStormBody) {
+		j.fail(told, "its body has failed, and it was told %v", told.err)
+	}
+}
+
+// patient tells whether a recipient that is put off twice is tried often enough.
+func (j *stormJudge) patient(m *stormMessage) bool { return j.p.config.Retry.Temporary }
+
+// split tells whether so many recipients need several transactions.
+func (j *stormJudge) split(n int) bool {
+	w := &j.p.weather
+	most := least(w.maxRcpts(false), w.rcptCap)
+	return most > 0 && n > most
+}

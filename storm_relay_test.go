@@ -1,0 +1,1108 @@
+package smtprelay_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// stormRelay is a strict SMTP server that breaks in every way its weather lays down. It holds the client to the grammar, to
+// the caps and to RFC 2920, and keeps a ledger: a message is in it once its final dot was read and the relay has decided
+// to take it, whatever becomes of the reply. What it draws at random it draws from the seed and the number of the
+// connection, so that one seed meets the same faults each time as far as the scheduler lets it.
+type stormRelay struct {
+	seed    uint64
+	w       stormWeather
+	happens func(at stormStage, msg int) // told of each step before its reply; msg is -1 where there is none
+	log     *stormLog
+	over    chan struct{} // closed at the end of a run: stalls end, and what was sent is read
+	writes  atomic.Int64  // what clients have written: transactions begun, final dots
+	serving sync.WaitGroup
+
+	mu         sync.Mutex // guards the fields below; never held across I/O
+	conns      []*stormConn
+	mostOpen   int                     // the most connections that were open at once
+	faults     map[stormFault]int      // what went wrong on purpose
+	attempts   map[int][]*stormAttempt // by message, oldest first
+	said       map[stormSaid]bool      // every reply
+	violations []string
+}
+
+// stormStage is a step of the dialogue at which something can go wrong.
+type stormStage string
+
+const (
+	atDial     stormStage = "dial"
+	atGreeting stormStage = "greeting"
+	atEHLO     stormStage = "EHLO"
+	atTLS      stormStage = "STARTTLS"
+	atAuth     stormStage = "AUTH"
+	atMail     stormStage = "MAIL"
+	atRcpt     stormStage = "RCPT"
+	atData     stormStage = "DATA"
+	atBody     stormStage = "body"
+	atDot      stormStage = "final dot"
+	atRset     stormStage = "RSET"
+	atQuit     stormStage = "QUIT"
+)
+
+// stormSaid is a reply as the client should understand it.
+type stormSaid struct {
+	code int
+	text string // the lines without enhanced codes, joined by "\n"
+}
+
+// stormAttempt is one transaction as the relay saw it. It is written by the goroutine of its connection, and its recipients
+// under the relay's lock; it is read when that goroutine has ended.
+type stormAttempt struct {
+	msg      int // -1 until an address has named it
+	conn     *stormConn
+	sent     *stormSending // nil if it came through TLS
+	mail     stormSaid
+	rcpts    []stormRcpt
+	data     int // the code of the reply to DATA; 0 means none
+	dotRead  bool
+	taken    bool
+	problem  string // what is wrong with the body that was taken
+	queueID  string
+	final    stormSaid
+	answered bool // final was sent, whole and well-formed, to somebody who could hear it
+}
+
+type stormRcpt struct {
+	to       string
+	said     stormSaid
+	accepted bool
+}
+
+func (a *stormAttempt) accepted() (n int) {
+	for _, r := range a.rcpts {
+		if r.accepted {
+			n++
+		}
+	}
+	return n
+}
+
+func newStormRelay(seed uint64, w stormWeather) *stormRelay {
+	return &stormRelay{
+		seed:     seed,
+		w:        w,
+		happens:  func(stormStage, int) {},
+		log:      &stormLog{began: time.Now()},
+		over:     make(chan struct{}),
+		faults:   map[stormFault]int{},
+		attempts: map[int][]*stormAttempt{},
+		said:     map[stormSaid]bool{},
+	}
+}
+
+// finish ends all stalls and waits until every connection is gone; the client must have closed its ends.
+func (r *stormRelay) finish() {
+	close(r.over)
+	r.serving.Wait()
+}
+
+// dial is the client's Config.Dial.
+func (r *stormRelay) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	client, server := netpipe.New(r.w.buffer)
+	c := &stormConn{r: r, nc: server, up: -1, down: -1}
+	c.rd, c.wr = stormWire{server, c}, stormWire{server, c}
+	c.client = &stormClientConn{Conn: client, c: c, sendings: map[int][]*stormSending{}}
+	r.mu.Lock()
+	r.conns = append(r.conns, c)
+	c.n = len(r.conns)
+	c.open = r.openConnsLocked()
+	r.mostOpen = max(r.mostOpen, c.open)
+	r.mu.Unlock()
+	c.rng = stormRand(r.seed, 1000+uint64(c.n))
+	if c.open > r.w.maxConns {
+		c.violation("%d connections open, the cap is %d", c.open, r.w.maxConns)
+	}
+	pause := c.latency()
+	switch c.roll(atDial) {
+	case refuseDial:
+		return nil, c.refuseDial(syscall.ECONNREFUSED)
+	case stall:
+		pause = c.stallTime()
+	}
+	if pause > 0 {
+		timer := time.NewTimer(pause)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil, c.refuseDial(context.Cause(ctx))
+		case <-r.over:
+			return nil, c.refuseDial(syscall.ECONNREFUSED)
+		}
+	}
+	c.log("--", "connected")
+	r.serving.Go(c.serve) // ends with the connection
+	return c.client, nil
+}
+
+// openConnsLocked counts connections in the way a relay does: from the first packet until the relay itself has closed. But
+// the client need not wait for that longer than its time-out after QUIT or its own close, and a reset leaves nothing open.
+func (r *stormRelay) openConnsLocked() (n int) {
+	for _, c := range r.conns {
+		left := c.client.whenLeft()
+		if !c.gone && (left.IsZero() || time.Since(left) < r.w.quit) {
+			n++
+		}
+	}
+	return n
+}
+
+// stormClientConn is the client's end of a connection, watched.
+type stormClientConn struct {
+	*netpipe.Conn
+	c *stormConn
+
+	mu       sync.Mutex // guards the fields below
+	looked   int        // octets that were handed to Write
+	wrote    int        // octets of them that have left
+	dots     []stormDot // of those, the ones that have not
+	quitEnd  int        // like stormDot's end, of QUIT; 0 means none
+	line     []byte     // the beginning of the line that is being written
+	current  *stormSending
+	sendings map[int][]*stormSending // by message
+	left     time.Time               // when the client gave the connection up
+	closed   bool
+}
+
+// stormSending is a transaction as the client wrote it. The numbers count what clients write, over all connections; 0 means
+// not yet.
+type stormSending struct {
+	mail int64
+	dot  atomic.Int64
+}
+
+// Write notes when transactions begin, and when their final dots have left the client. Of what goes through TLS it sees
+// nothing.
+func (e *stormClientConn) Write(p []byte) (int, error) {
+	e.look(p)
+	n, err := e.Conn.Write(p)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.wrote += n
+	for len(e.dots) > 0 && e.dots[0].end <= e.wrote {
+		e.dots[0].of.dot.Store(e.c.r.writes.Add(1))
+		e.dots = e.dots[1:]
+	}
+	if e.quitEnd > 0 && e.quitEnd <= e.wrote && e.left.IsZero() {
+		e.left = time.Now()
+	}
+	return n, err
+}
+
+// stormDot is a final dot that is about to be written.
+type stormDot struct {
+	of  *stormSending
+	end int // counted in octets of the connection
+}
+
+// look finds transactions in what is about to be written, so that they are known when the relay reads of them. What a write
+// that stopped half-way has left is looked at once only.
+func (e *stormClientConn) look(p []byte) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	begin := func(line string) {
+		if id := stormID(line); id >= 0 {
+			e.current = &stormSending{mail: e.c.r.writes.Add(1)}
+			e.sendings[id] = append(e.sendings[id], e.current)
+		}
+	}
+	for at := e.looked - e.wrote; at < len(p); at = e.looked - e.wrote {
+		text, _, ended := bytes.Cut(p[at:], []byte("\n"))
+		e.line = append(e.line, text[:min(len(text), 100)]...)
+		if e.looked += len(text); !ended {
+			break
+		}
+		e.looked++
+		switch line := string(e.line); {
+		case strings.HasPrefix(line, "MAIL FROM:<"):
+			e.current = nil
+			begin(line)
+		case strings.HasPrefix(line, "RCPT TO:<") && e.current == nil:
+			begin(line)
+		case line == ".\r" && e.current != nil:
+			e.dots = append(e.dots, stormDot{e.current, e.looked})
+		case line == "QUIT\r":
+			e.quitEnd = e.looked
+		}
+		e.line = e.line[:0]
+	}
+}
+
+// sending returns the oldest sending of a message that was not asked for yet; nil if there is none.
+func (e *stormClientConn) sending(msg int) (s *stormSending) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if all := e.sendings[msg]; len(all) > 0 {
+		s, e.sendings[msg] = all[0], all[1:]
+	}
+	return s
+}
+
+func (e *stormClientConn) leave(closed bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.closed = e.closed || closed
+	if e.left.IsZero() {
+		e.left = time.Now()
+	}
+}
+
+func (e *stormClientConn) whenLeft() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.left
+}
+
+func (e *stormClientConn) Close() error {
+	e.leave(true)
+	return e.Conn.Close()
+}
+
+func (e *stormClientConn) CloseWrite() error {
+	e.leave(false)
+	return e.Conn.CloseWrite()
+}
+
+// stormConn is one connection, served by one goroutine, which alone uses what no comment says otherwise of.
+type stormConn struct {
+	r      *stormRelay
+	n      int // counts from 1
+	rng    *rand.Rand
+	nc     *netpipe.Conn
+	client *stormClientConn
+	open   int  // how many there were when this one came
+	gone   bool // guarded by r.mu: the relay has closed, or said FIN, which is all that a client can see of it
+
+	rd       io.Reader // a stormWire, or TLS over one
+	wr       io.Writer
+	up, down int        // octets from the client and to it until the connection is cut; negative means never
+	drip     bool       // replies leave a few octets at a time
+	deaf     bool       // the client cannot hear us any more
+	space    [2048]byte // to read into
+	buf      []byte     // read, not handled yet
+	behind   int        // how much of buf came in one piece with a final dot, which this relay dislikes
+	unasked  time.Time  // when 421 will be said without being asked; zero means never
+
+	secure, authed, greeted bool // TLS; AUTH; EHLO or HELO
+	ehloRefused, helo       bool
+	authRefused             bool // so that what was sent along with AUTH is not the client's fault
+	mailRefused             bool // the same for RCPT and DATA
+	rsetRefused             bool // the same for MAIL
+	confused                bool // commands and replies may be out of step, for which the relay is to blame
+	leaving                 bool // 421 was said, or the like: nothing is taken any more
+	quit                    bool // QUIT was answered: nothing may come any more
+	stalled                 bool
+	faults                  int           // what went wrong on purpose on this connection
+	mails, taken            int           // MAIL commands; final dots
+	tx                      *stormAttempt // begun by MAIL, ended by RSET or a message taken
+	unnamed                 *stormAttempt // begun by MAIL FROM:<>
+}
+
+var errStormOver = errors.New("the relay ends the connection")
+
+func (c *stormConn) log(dir, text string) { c.r.log.add(c.n, dir, text) }
+
+func (c *stormConn) violation(format string, args ...any) {
+	text := fmt.Sprintf("connection %d: ", c.n) + fmt.Sprintf(format, args...)
+	c.log("!!", text)
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	if len(c.r.violations) < 10 {
+		c.r.violations = append(c.r.violations, text)
+	}
+}
+
+// grammar is a violation that the relay cannot have brought about itself.
+func (c *stormConn) grammar(excused bool, format string, args ...any) {
+	if !excused && !c.confused {
+		c.violation(format, args...)
+	}
+}
+
+// roll draws what goes wrong at this step; mostly nothing does.
+func (c *stormConn) roll(at stormStage) stormFault {
+	w := &c.r.w
+	if len(w.faults) == 0 || w.only != "" && w.only != at || c.rng.IntN(1000) >= w.rate {
+		return noFault
+	}
+	f := w.faults[c.rng.IntN(len(w.faults))]
+	if !f.fits(at) {
+		return noFault
+	}
+	c.wrong(f, string(at))
+	return f
+}
+
+func (c *stormConn) wrong(f stormFault, at string) {
+	c.faults++
+	c.log("**", f.String()+" at "+at)
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	c.r.faults[f]++
+}
+
+func (c *stormConn) refuseDial(err error) error {
+	c.client.Close()
+	c.end("dial: " + err.Error())
+	return &net.OpError{Op: "dial", Net: "pipe", Err: err}
+}
+
+func (c *stormConn) end(why string) {
+	c.goes()
+	c.nc.Close()
+	c.log("--", why)
+}
+
+// goes notes that the relay is closing; before the client can see it.
+func (c *stormConn) goes() {
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	c.gone = true
+}
+
+func (c *stormConn) closeWrite() {
+	c.goes()
+	c.nc.CloseWrite()
+}
+
+func (c *stormConn) latency() time.Duration {
+	if c.r.w.latency == 0 {
+		return 0
+	}
+	return time.Duration(c.rng.Int64N(int64(c.r.w.latency)))
+}
+
+func (c *stormConn) stallTime() time.Duration {
+	c.stalled = true
+	return []time.Duration{2 * time.Second, 20 * time.Second, 4 * time.Minute, time.Hour}[c.rng.IntN(4)]
+}
+
+// sleep waits, or less at the end of the run.
+func (c *stormConn) sleep(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-c.r.over:
+	}
+}
+
+// drop ends the connection without a word.
+func (c *stormConn) drop(why string) {
+	c.goes()
+	if c.rng.IntN(2) == 0 {
+		c.log("--", why+": reset")
+		c.nc.Reset()
+	} else {
+		c.log("--", why+": closed")
+		c.nc.Close()
+	}
+	c.deaf = true
+}
+
+// halfClose says nothing any more but goes on listening, and taking.
+func (c *stormConn) halfClose() {
+	c.log("--", "half-closed")
+	c.closeWrite()
+	c.deaf = true
+}
+
+func (c *stormConn) serve() {
+	err := c.greet()
+	for err == nil {
+		err = c.next()
+	}
+	if errors.Is(err, io.EOF) || c.quit {
+		c.sleep(c.r.w.linger) // until then the relay counts the connection
+	}
+	c.end("gone: " + err.Error())
+}
+
+func (c *stormConn) greet() error {
+	w := &c.r.w
+	if c.rng.IntN(1000) < w.cuts { // anywhere in the life of the connection, early as likely as late
+		c.wrong(cutAnywhere, "some octet")
+		octet := 1 << c.rng.IntN(14)
+		octet = octet/2 + c.rng.IntN(octet)
+		if c.rng.IntN(2) == 0 {
+			c.up = octet
+		} else {
+			c.down = octet
+		}
+	}
+	if c.rng.IntN(1000) < w.unasked {
+		c.wrong(unasked421, "some time")
+		c.unasked = time.Now().Add(time.Duration(c.rng.Int64N(int64(30 * time.Second))))
+	}
+	if w.connCap > 0 && c.open > w.connCap {
+		c.sleep(c.latency())
+		return c.bye(stormReply{421, "4.7.0", "too many connections from you"})
+	}
+	yes, err := c.answer(atGreeting, stormReply{220, "", "relay.example ESMTP storm"})
+	c.leaving = c.leaving || !yes
+	return err
+}
+
+// next reads a command and answers it.
+func (c *stormConn) next() error {
+	line, err := c.command()
+	if err != nil {
+		return err
+	}
+	c.log("<", strings.TrimRight(line, "\r\n"))
+	text, ended := strings.CutSuffix(line, "\r\n")
+	c.grammar(ended && !strings.ContainsAny(text, "\r\n\x00"), "the command %q does not end in CRLF", line)
+	line = text
+	verb, _, _ := strings.Cut(line, " ")
+	switch {
+	case c.quit:
+		return errStormOver // a violation, as line has told
+	case c.leaving && verb == "QUIT":
+		return c.quitReceived()
+	case c.leaving: // like Exim, which says it again and again
+		return c.bye(stormReply{421, "4.3.2", "leaving, as was said"})
+	case c.behind > 0: // like Haraka
+		c.behind = max(0, c.behind-len(line)-len("\r\n"))
+		switch verb {
+		case "MAIL":
+			c.note(&stormAttempt{conn: c}, line) // that it was none tells its lack of everything
+		case "RCPT":
+			c.named(line)
+		case "QUIT":
+			c.client.leave(false)
+		}
+		c.mailRefused, c.rsetRefused = true, true
+		return c.write(stormReply{503, "5.5.1", "pipelined after end of DATA"})
+	case !c.greeted && verb != "EHLO" && verb != "HELO" && verb != "QUIT":
+		c.grammar(c.ehloRefused, "%q before EHLO", line)
+		return c.write(stormReply{503, "5.5.1", "EHLO first"})
+	}
+	switch verb {
+	case "EHLO", "HELO":
+		return c.ehlo(line)
+	case "STARTTLS":
+		return c.startTLS(line)
+	case "AUTH":
+		return c.auth(line)
+	case "MAIL":
+		return c.mail(line)
+	case "RCPT":
+		return c.rcpt(line)
+	case "DATA":
+		return c.data(line)
+	case "RSET":
+		return c.rset(line)
+	case "QUIT":
+		return c.quitReceived()
+	}
+	c.grammar(false, "unexpected command %q", line)
+	return c.write(stormReply{500, "5.5.2", "what"})
+}
+
+func (c *stormConn) ehlo(line string) error {
+	w := &c.r.w
+	c.grammar(line == "EHLO client.example" || line == "HELO client.example" && c.ehloRefused, "%q", line)
+	c.grammar(!c.greeted, "EHLO again")
+	offers := []string{"relay.example"}
+	if c.helo = strings.HasPrefix(line, "HELO"); !c.helo {
+		offers = append(offers, "8BITMIME", "SIZE 100000000", "ENHANCEDSTATUSCODES")
+		if w.pipelining {
+			offers = append(offers, "PIPELINING")
+		}
+		if w.tls && !c.secure {
+			offers = append(offers, "STARTTLS")
+		} else if w.auth != "" {
+			offers = append(offers, "AUTH "+w.auth)
+		}
+		if limits := w.announced(); limits != "" {
+			offers = append(offers, limits)
+		}
+		c.rng.Shuffle(len(offers)-1, func(i, j int) { offers[i+1], offers[j+1] = offers[j+1], offers[i+1] })
+	}
+	yes, err := c.answer(atEHLO, stormReply{250, "", strings.Join(offers, "\n")})
+	c.greeted, c.ehloRefused = yes, !yes
+	return err
+}
+
+func (c *stormConn) startTLS(line string) error {
+	c.grammar(line == "STARTTLS" && !c.secure && c.r.w.tls && !c.helo, "STARTTLS was not offered")
+	yes, err := c.answer(atTLS, stormReply{220, "2.0.0", "go ahead"})
+	if err != nil || !yes {
+		return err
+	}
+	server := tls.Server(stormWire{c.nc, c}, stormTLS().server.Clone())
+	if err := server.Handshake(); err != nil {
+		c.log("--", "TLS handshake: "+err.Error())
+		return errStormOver
+	}
+	c.rd, c.wr, c.secure, c.greeted, c.buf = server, server, true, false, nil
+	return nil
+}
+
+func (c *stormConn) auth(line string) error {
+	c.grammar(!c.authed && c.tx == nil && c.mayTalk() && c.r.w.auth != "" && !c.helo, "AUTH is out of place")
+	want := "AUTH PLAIN " + base64.StdEncoding.EncodeToString([]byte("\x00"+stormUser+"\x00"+stormPassword))
+	if !strings.Contains(c.r.w.auth, "PLAIN") {
+		want = "AUTH LOGIN"
+	}
+	c.grammar(line == want, "%q, want %q", line, want)
+	if want == "AUTH LOGIN" {
+		for _, step := range []struct{ ask, want string }{{"VXNlcm5hbWU6", stormUser}, {"UGFzc3dvcmQ6", stormPassword}} {
+			c.alone(atAuth, 0)
+			if err := c.write(stormReply{334, "", step.ask}); err != nil {
+				return err
+			}
+			got, err := c.line()
+			if err != nil {
+				return err
+			}
+			c.grammar(got == base64.StdEncoding.EncodeToString([]byte(step.want))+"\r\n", "AUTH LOGIN: %q", got)
+		}
+		c.alone(atAuth, 0)
+	}
+	yes, err := c.answer(atAuth, stormReply{235, "2.7.0", "welcome"})
+	c.authed, c.authRefused = yes, !yes
+	return err
+}
+
+// mayTalk tells whether TLS is there if it has to be.
+func (c *stormConn) mayTalk() bool { return c.secure || !c.r.w.tls }
+
+func (c *stormConn) countMail() {
+	c.mails++
+	if most := c.r.w.maxMails(c.helo); most > 0 && c.mails > most {
+		c.violation("MAIL number %d, the cap is %d", c.mails, most)
+	}
+}
+
+// note files a transaction under the message that an address names; the null reverse-path names none, but the first
+// recipient will.
+func (c *stormConn) note(a *stormAttempt, line string) {
+	if a.msg, c.unnamed = stormID(line), nil; a.msg < 0 {
+		c.unnamed = a
+		return
+	}
+	a.sent = c.client.sending(a.msg)
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	c.r.attempts[a.msg] = append(c.r.attempts[a.msg], a)
+}
+
+// named tells the number of the message that a RCPT command is about.
+func (c *stormConn) named(line string) int {
+	if c.unnamed != nil {
+		c.note(c.unnamed, line)
+	}
+	return stormID(line)
+}
+
+func (c *stormConn) mail(line string) error {
+	c.countMail()
+	a := &stormAttempt{conn: c}
+	c.note(a, line)
+	refuse := func(r stormReply) error {
+		c.mailRefused = true
+		a.mail = r.said()
+		return c.write(r)
+	}
+	switch {
+	case !c.mayTalk():
+		c.grammar(false, "MAIL without TLS")
+		return refuse(stormReply{530, "5.7.0", "STARTTLS first"})
+	case c.r.w.auth != "" && !c.authed && !c.helo:
+		c.grammar(c.authRefused, "MAIL without AUTH")
+		return refuse(stormReply{530, "5.7.0", "AUTH first"})
+	case c.tx != nil:
+		c.grammar(c.rsetRefused, "MAIL in an open transaction: %s", line)
+		return refuse(stormReply{503, "5.5.1", "nested MAIL"})
+	case c.r.w.mailCap > 0 && c.mails > c.r.w.mailCap:
+		r := stormReply{421, "4.7.0", "too many messages in this connection"}
+		a.mail = r.said()
+		return c.bye(r)
+	}
+	params := []string{"SIZE=", "BODY=8BITMIME", "BODY=7BIT"}
+	if c.helo {
+		params = nil
+	}
+	c.wellFormed(line, "MAIL FROM:<", params...)
+	r := c.yes("2.1.0", "sender of "+strconv.Itoa(a.msg)+" ok")
+	f := c.roll(atMail)
+	if no, ok := f.refusal(c, atMail, a.msg); ok {
+		r = no
+	}
+	c.rsetRefused = false
+	if c.mailRefused = r.code/100 != 2; !c.mailRefused {
+		c.tx = a
+	}
+	a.mail = r.said()
+	return c.deliver(atMail, a.msg, r, f)
+}
+
+// wellFormed holds MAIL and RCPT to the letter of RFC 5321, 4.1.2, and their parameters to what was offered.
+func (c *stormConn) wellFormed(line, prefix string, params ...string) {
+	rest, ok := strings.CutPrefix(line, prefix)
+	path, rest, closed := strings.Cut(rest, ">")
+	ok = ok && closed && !strings.ContainsAny(path, " <\t") && (rest == "" || rest[0] == ' ')
+	for p := range strings.FieldsSeq(rest) {
+		ok = ok && slices.ContainsFunc(params, func(q string) bool {
+			return p == q || strings.HasSuffix(q, "=") && strings.HasPrefix(p, q) && len(p) > len(q)
+		})
+	}
+	c.grammar(ok, "malformed: %q", line)
+}
+
+func (c *stormConn) rcpt(line string) error {
+	a, w, msg := c.tx, &c.r.w, c.named(line)
+	if a == nil || a.dotRead {
+		c.grammar(c.mailRefused, "RCPT outside a transaction: %s", line)
+		return c.write(stormReply{503, "5.5.1", "MAIL first"})
+	}
+	c.wellFormed(line, "RCPT TO:<")
+	path, _, _ := strings.Cut(strings.TrimPrefix(line, "RCPT TO:<"), ">")
+	c.grammar(msg == a.msg || c.mailRefused, "recipient %s in the transaction of message %d", path, a.msg)
+	if most := w.maxRcpts(c.helo); most > 0 && len(a.rcpts) >= most {
+		c.grammar(c.mailRefused, "RCPT number %d in a transaction, the cap is %d", len(a.rcpts)+1, most)
+	}
+	r := c.yes("2.1.5", path+" ok")
+	var f stormFault
+	switch {
+	case strings.HasPrefix(path, "gone"):
+		r = stormReply{550, "5.1.1", path + " is unknown here"}
+	case strings.HasPrefix(path, "grey") && c.triesOf(a.msg, path) < 2:
+		r = stormReply{450, "4.2.1", path + " later"}
+	case w.rcptCap > 0 && a.accepted() >= w.rcptCap:
+		r = stormReply{w.rcptCapCode, fmt.Sprintf("%d.5.3", w.rcptCapCode/100), "too many recipients"}
+	default:
+		f = c.roll(atRcpt)
+		if no, ok := f.refusal(c, atRcpt, a.msg); ok {
+			r = no
+		}
+	}
+	c.r.mu.Lock()
+	a.rcpts = append(a.rcpts, stormRcpt{path, r.said(), r.code/100 == 2})
+	c.r.mu.Unlock()
+	return c.deliver(atRcpt, a.msg, r, f)
+}
+
+// triesOf tells how often this recipient was named before.
+func (c *stormConn) triesOf(msg int, path string) (n int) {
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	for _, a := range c.r.attempts[msg] {
+		for _, r := range a.rcpts {
+			if r.to == path {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func (c *stormConn) data(line string) error {
+	a := c.tx
+	c.grammar(line == "DATA", "%q", line)
+	switch {
+	case a == nil || a.dotRead || len(a.rcpts) == 0:
+		c.grammar(c.mailRefused, "DATA outside a transaction")
+		return c.write(stormReply{503, "5.5.1", "MAIL first"})
+	case a.accepted() == 0 && !c.r.w.goesOn:
+		a.data = 554
+		return c.deliver(atData, a.msg, stormReply{554, "5.5.1", "no valid recipients"}, noFault)
+	}
+	r := stormReply{354, "", "go ahead"}
+	f := c.roll(atData)
+	if no, ok := f.refusal(c, atData, a.msg); ok {
+		r = no
+	}
+	a.data = r.code
+	if err := c.deliver(atData, a.msg, r, f); err != nil || r.code != 354 {
+		return err
+	}
+	return c.body(a)
+}
+
+// body reads a message to its final dot, and answers that.
+func (c *stormConn) body(a *stormAttempt) error {
+	trouble, when := c.roll(atBody), c.rng.IntN(600)
+	var got bytes.Buffer
+	for lines := 0; ; lines++ {
+		if trouble != noFault && got.Len() >= when {
+			switch trouble {
+			case say421:
+				if err := c.bye(stormReply{421, "4.3.0", "unwell"}); err != nil {
+					return err
+				}
+				return errStormOver
+			case stall:
+				c.sleep(c.stallTime())
+			case dropConn:
+				c.drop("in the body")
+				return errStormOver
+			case halfClose:
+				c.halfClose()
+			}
+			trouble = noFault
+		}
+		line, err := c.line()
+		if err != nil {
+			c.log("<", fmt.Sprintf("[%d octets of a body]", got.Len()))
+			return err
+		}
+		if lines == 3 {
+			c.r.happens(atBody, a.msg)
+		}
+		text, ended := strings.CutSuffix(line, "\r\n")
+		c.grammar(ended && !strings.ContainsAny(text, "\r\n"), "a line of the body ends in %q", line[max(0, len(line)-3):])
+		if text == "." {
+			break
+		}
+		text, dot := strings.CutPrefix(text, ".")
+		c.grammar(!dot || strings.HasPrefix(text, "."), "the line %q of the body is not dot-stuffed", "."+text)
+		got.WriteString(text + "\r\n")
+	}
+	a.dotRead = true
+	c.log("<", fmt.Sprintf("[%d octets of body, and the final dot of %d]", got.Len(), a.msg))
+	if n := len(c.buf); n > 0 {
+		switch c.r.w.habit {
+		case refusesOverlap:
+			c.behind = n
+		case discardsOverlap:
+			c.log("--", fmt.Sprintf("throws away %q", c.buf))
+			if bytes.Contains(c.buf, []byte("QUIT\r\n")) {
+				c.client.leave(false)
+			}
+			c.buf, c.confused = nil, true
+		}
+	}
+	return c.verdict(a, got.Bytes())
+}
+
+// verdict takes the message or refuses it, and only then answers.
+func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
+	c.taken++
+	queueID := fmt.Sprintf("Q%d.%d", c.n, c.taken)
+	r := c.yes("2.0.0", "Ok: queued as "+queueID)
+	f := c.roll(atDot)
+	if no, ok := f.refusal(c, atDot, a.msg); ok {
+		r = no
+	}
+	if a.accepted() == 0 {
+		c.grammar(len(body) == 0, "a body for nobody in the transaction of message %d", a.msg)
+		if r.code == 250 && c.rng.IntN(2) == 0 {
+			r = stormReply{554, "5.5.1", "no valid recipients"}
+		}
+	}
+	taken := r.code/100 == 2 || f == oddReply && c.rng.IntN(2) == 0
+	if a.taken = taken && a.accepted() > 0; a.taken {
+		a.queueID = queueID
+		if id, err := stormCheckBody(body); err != nil {
+			a.problem = err.Error()
+		} else if id != a.msg {
+			a.problem = fmt.Sprintf("the body is that of message %d", id)
+		}
+		c.log("++", fmt.Sprintf("%d is taken as %s for %d", a.msg, queueID, a.accepted()))
+	}
+	if taken {
+		c.tx = nil // one that failed stays open until RSET: RFC 5321, 4.1.4
+	}
+	err := c.deliver(atDot, a.msg, r, f)
+	if a.answered = (err == nil || f == say421) && f.speaks() && !c.deaf; a.answered {
+		a.final = r.said()
+	}
+	return err
+}
+
+func (c *stormConn) rset(line string) error {
+	c.grammar(line == "RSET", "%q", line)
+	c.grammar(c.mails > 0, "RSET before the first MAIL")
+	r := c.yes("2.0.0", "forgotten")
+	f := c.roll(atRset)
+	if no, ok := f.refusal(c, atRset, -1); ok {
+		r = no
+	}
+	if c.rsetRefused = r.code/100 != 2; !c.rsetRefused {
+		c.tx, c.mailRefused = nil, false
+	}
+	return c.deliver(atRset, -1, r, f)
+}
+
+func (c *stormConn) quitReceived() error {
+	c.client.leave(false) // through TLS it could not be seen before
+	yes, err := c.answer(atQuit, stormReply{221, "2.0.0", "bye"})
+	if err != nil {
+		return err
+	}
+	if c.quit = true; yes && c.rng.IntN(2) == 0 { // close at once; else when the client does
+		return errStormOver
+	}
+	return nil
+}
+
+// stormReply is what the relay is going to say.
+type stormReply struct {
+	code int
+	enh  string // the enhanced code; "" means none
+	text string // lines separated by "\n"
+}
+
+func (r stormReply) said() stormSaid { return stormSaid{r.code, r.text} }
+
+func (r stormReply) String() string {
+	var b strings.Builder
+	lines := strings.Split(r.text, "\n")
+	for i, text := range lines {
+		sep := "-"
+		if i == len(lines)-1 {
+			sep = " "
+		}
+		b.WriteString(strconv.Itoa(r.code) + sep)
+		if r.enh != "" {
+			b.WriteString(r.enh + " ")
+		}
+		b.WriteString(text + "\r\n")
+	}
+	return b.String()
+}
+
+// yes is a positive reply in one of the shapes that relays give it.
+func (c *stormConn) yes(enh, text string) stormReply {
+	r := stormReply{250, enh, text}
+	switch c.rng.IntN(30) {
+	case 0:
+		r.code = 251
+	case 1:
+		r.code = 200
+	case 2:
+		r.text += "\nand more of it"
+	case 3, 4:
+		r.enh = ""
+	}
+	return r
+}
+
+// answer is for commands outside of transactions; it reports whether the relay said yes.
+func (c *stormConn) answer(at stormStage, r stormReply) (bool, error) {
+	f := c.roll(at)
+	if no, ok := f.refusal(c, at, -1); ok {
+		r = no
+	}
+	err := c.deliver(at, -1, r, f)
+	return r.code/100 == 2 && f.speaks(), err
+}
+
+// deliver says r in the way that the fault leaves.
+func (c *stormConn) deliver(at stormStage, msg int, r stormReply, f stormFault) error {
+	c.r.happens(at, msg)
+	c.sleep(c.latency())
+	switch w := &c.r.w; {
+	case at == atDot && w.acrossOK():
+	case at == atDot:
+		c.alone(at, len("QUIT\r\n")) // which the relay sees too late to mind
+	case at == atGreeting, at == atEHLO, at == atTLS, at == atData, at == atQuit, !w.withinOK(), c.helo:
+		c.alone(at, 0)
+	}
+	if at != atDot && !c.unasked.IsZero() && !time.Now().Before(c.unasked) { // at the dot 421 would unsay what was decided
+		return c.bye(stormReply{421, "4.3.2", "shutting down"})
+	}
+	switch f {
+	case say421:
+		return c.bye(r)
+	case dropConn:
+		c.drop("before the reply")
+		return errStormOver
+	case cutReply:
+		c.down = c.rng.IntN(len(r.String()))
+		if _, err := io.WriteString(c.wr, r.String()); err == nil {
+			c.drop("within the reply")
+		}
+		return errStormOver
+	case halfClose:
+		c.halfClose()
+		return nil
+	case stall:
+		c.sleep(c.stallTime())
+	case drip:
+		c.drip = true
+	case garbage:
+		c.confused = true
+		return c.raw(stormGarbage[c.rng.IntN(len(stormGarbage))])
+	case longLine:
+		c.confused = true // the client may take it or leave it
+		return c.raw(strconv.Itoa(r.code) + " " + strings.Repeat("x", 1<<c.rng.IntN(20)) + "\r\n")
+	case manyLines:
+		c.confused = true
+		return c.raw(strings.Repeat(strconv.Itoa(r.code)+"-more\r\n", 1<<c.rng.IntN(14)) + strconv.Itoa(r.code) + " done\r\n")
+	case oddReply:
+		c.confused = true
+	}
+	return c.write(r)
+}
+
+// write says r as it is.
+func (c *stormConn) write(r stormReply) error {
+	c.r.mu.Lock()
+	c.r.said[r.said()] = true
+	c.r.mu.Unlock()
+	return c.raw(r.String())
+}
+
+func (c *stormConn) raw(text string) error {
+	if len(text) > 400 {
+		c.log(">", fmt.Sprintf("%q and %d octets more", text[:40], len(text)-40))
+	} else {
+		c.log(">", strings.TrimSuffix(text, "\r\n"))
+	}
+	_, err := io.WriteString(c.wr, text)
+	if errors.Is(err, syscall.EPIPE) {
+		c.deaf = true
+		return nil // nobody hears it, but what was sent is read, and taken, all the same
+	}
+	return err
+}
+
+// bye says 421 and has done with the client: nothing is taken on this connection from here on.
+func (c *stormConn) bye(r stormReply) error {
+	c.leaving = true
+	if err := c.write(r); err != nil {
+		return err
+	}
+	switch c.r.w.leaves {
+	case leavesOpen:
+		return nil
+	case leavesAtOnce:
+		return errStormOver
+	}
+	c.closeWrite() // politely: nothing that was said before is lost
+	c.nc.SetReadDeadline(time.Now().Add(10 * time.Second))
+	io.Copy(io.Discard, c.nc)
+	return errStormOver
+}
+
+// alone finds what the client has sent behind something that must be answered first.
+func (c *stormConn) alone(at stormStage, but int) {
+	if c.secure || c.leaving || c.behind > 0 {
+		return
+	}
+	n := len(c.buf) + c.nc.Unread()
+	c.grammar(n == 0 || n == but, "%d octets were sent behind %v without waiting for its reply", n, at)
+}
+
+// command reads the next command. Meanwhile the connection is idle, which relays do not like for long.
+func (c *stormConn) command() (string, error) {
+	var until time.Time
+	if idle := c.r.w.idle; idle > 0 {
+		until = time.Now().Add(idle)
+	}
+	if !c.unasked.IsZero() && (until.IsZero() || c.unasked.Before(until)) {
+		until = c.unasked
+	}
+	c.nc.SetReadDeadline(until)
+	line, err := c.line()
+	if t, ok := errors.AsType[net.Error](err); ok && t.Timeout() && !c.quit && !c.leaving {
+		switch c.rng.IntN(3) {
+		case 0:
+			c.bye(stormReply{421, "4.4.2", "timeout exceeded"})
+		case 1:
+			c.bye(stormReply{451, "4.4.2", "Timeout - closing connection"})
+		}
+		return "", errStormOver
+	}
+	c.nc.SetReadDeadline(time.Time{})
+	return line, err
+}
+
+// line returns the next line with its end, whatever that is.
+func (c *stormConn) line() (string, error) {
+	for {
+		if i := bytes.IndexByte(c.buf, '\n'); i >= 0 {
+			line := string(c.buf[:i+1])
+			c.buf = c.buf[i+1:]
+			return line, nil
+		}
+		n, err := c.rd.Read(c.space[:])
+		if c.quit && n > 0 {
+			c.violation("%q after QUIT", c.space[:n])
+		}
+		c.buf = append(c.buf, c.space[:n]...)
+		if err != nil {
+			return "", err
+		}
+	}
+}
+
+// stormWire lies below TLS. It cuts the connection at a given octet of either direction, and the stream into pieces.
+type stormWire struct {
+	*netpipe.Conn
+	c *stormConn
+}
+
+func (w stormWire) Read(p []byte) (int, error) {
+	c := w.c
+	if c.up == 0 {
+		c.drop("cut while reading")
+		return 0, errStormOver
+	}
+	if c.up > 0 {
+		p = p[:min(len(p), c.up)]
+	}
+	if seg := c.r.w.segment; seg > 0 {
+		p = p[:min(len(p), 1+c.rng.IntN(seg))]
+	}
+	n, err := w.Conn.Read(p)
+	if c.up > 0 {
+		c.up -= n
+	}
+	return n, err
+}
+
+func (w stormWire) Write(p []byte) (sent int, err error) {
+	c := w.c
+	for sent < len(p) {
+		piece := p[sent:]
+		if c.drip {
+			piece = piece[:min(len(piece), 1+c.rng.IntN(7))]
+			c.sleep(time.Duration(c.rng.IntN(400)) * time.Millisecond)
+		}
+		if c.down == 0 {
+			c.drop("cut while writing")
+			return sent, errStormOver
+		}
+		if c.down > 0 {
+			piece = piece[:min(len(piece), c.down)]
+		}
+		n, err := w.Conn.Write(piece)
+		sent += n
+		if c.down > 0 {
+			c.down -= n
+		}
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
