@@ -6,6 +6,8 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/emersion/go-smtp"
@@ -142,6 +144,9 @@ func (m *Message) check() error {
 		mistake("To is empty: no recipients")
 	}
 	for _, to := range m.To {
+		if strings.EqualFold(to, "postmaster") {
+			continue // the only forward-path without a domain (RFC 5321, 4.1.1.3)
+		}
 		if err := checkPath(to); err != nil {
 			mistake("To %q: %w", to, err)
 		}
@@ -156,11 +161,11 @@ func (m *Message) check() error {
 	}
 	for to, o := range m.RcptOptions {
 		if !slices.Contains(m.To, to) {
-			mistake("RcptOptions for <%s>, who is not in To", to)
+			mistake("RcptOptions for %q, who is not in To", to)
 		}
 		if o != nil {
 			for _, err := range checkRcptOptions(o) {
-				mistake("RcptOptions of <%s>: %w", to, err)
+				mistake("RcptOptions of %q: %w", to, err)
 			}
 		}
 	}
@@ -184,9 +189,6 @@ func checkPath(addr string) error {
 	}
 	at := strings.LastIndexByte(addr, '@')
 	if at < 0 {
-		if strings.EqualFold(addr, "postmaster") {
-			return nil // RFC 5321, 4.1.1.3
-		}
 		return errors.New("no @")
 	}
 	local, domain := addr[:at], addr[at+1:]
@@ -299,6 +301,9 @@ func checkRcptOptions(o *smtp.RcptOptions) (mistakes []error) {
 		if !utf8.ValidString(o.OriginalRecipient) {
 			mistake("OriginalRecipient is not valid UTF-8")
 		}
+		if strings.ContainsFunc(o.OriginalRecipient, unicode.IsControl) {
+			mistake("OriginalRecipient %q has a control character in it", o.OriginalRecipient)
+		}
 	default:
 		mistake("OriginalRecipientType %q is unknown", o.OriginalRecipientType)
 	}
@@ -309,8 +314,8 @@ func checkRcptOptions(o *smtp.RcptOptions) (mistakes []error) {
 		if by.Mode != smtp.DeliverByNotify && by.Mode != smtp.DeliverByReturn {
 			mistake("DeliverBy.Mode %q: want N or R", by.Mode)
 		}
-		if by.Mode == smtp.DeliverByReturn && by.Time <= 0 {
-			mistake("DeliverBy.Time must be positive with mode R (RFC 2852, 4)")
+		if by.Mode == smtp.DeliverByReturn && by.Time < time.Second {
+			mistake("DeliverBy.Time must be a second at least with mode R (RFC 2852, 4)")
 		}
 	}
 	if p := o.MTPriority; p != nil && (*p < -9 || *p > 9) {
