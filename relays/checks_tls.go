@@ -66,8 +66,8 @@ func brokenTLS(b *bench) error {
 
 // nothingInClear looks for what must cross TLS only.
 func (b *bench) nothingInClear() error {
-	for line := range strings.Lines(b.dialogue.String()) {
-		if strings.HasPrefix(line, "C") && !strings.HasSuffix(line, " bytes\n") && !strings.Contains(line, ": EHLO ") &&
+	for line := range strings.SplitSeq(b.dialogue.String(), "\n") {
+		if strings.HasPrefix(line, "C") && !strings.HasSuffix(line, " bytes") && !strings.Contains(line, ": EHLO ") &&
 			!strings.Contains(line, ": STARTTLS") && !strings.Contains(line, ": QUIT") {
 			return fmt.Errorf("crossed in the clear: %s", line)
 		}
