@@ -215,7 +215,9 @@ func (c *Client) Ping(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		attempts++
+		if s != nil { // else the pool has counted
+			attempts++
+		}
 		if s == nil || !err.Temporary() || ctx.Err() != nil || c.cfg.Retry.exhausted(attempts) {
 			err.Attempts = max(attempts, 1)
 			return err

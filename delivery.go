@@ -151,7 +151,7 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	}
 	wait := d.c.cfg.Retry.backoff(d.attempts)
 	d.traceRetry(wait, e)
-	if err := sleep(d.ctx, wait); err != nil {
+	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
 		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Err: err}
 	}
 	return nil
@@ -243,8 +243,12 @@ func (t *transaction) verdict() *Error {
 		e.Op = OpBody
 	}
 	switch cause := s.cause.(type) {
-	case *unexpectedReply: // the relay says why it does not take the body
-		e.Reply = publicReply(cause.reply)
+	case *unexpectedReply:
+		if cause.reply.Class() >= 4 { // the relay says why it does not take the body
+			e.Reply = publicReply(cause.reply)
+		} else {
+			e.Err = cause
+		}
 	case *replyError: // to what another transaction had asked: only 421 is for all
 		if e.Err = cause; cause.reply.Code == 421 {
 			e.Err, e.Reply = nil, publicReply(cause.reply)

@@ -33,6 +33,7 @@ type pool struct {
 	dialling int
 	lastID   int64
 	draining bool          // nothing is handed out any more
+	ending   chan struct{} // closed when draining is set
 	empty    chan struct{} // closed when draining and no slot is in use
 	idleTime *time.Timer   // runs while there are idle sessions
 	patience *time.Timer   // runs while somebody waits for a session near its end
@@ -60,6 +61,7 @@ func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, 
 		dial:     dial,
 		slots:    newSlots(cfg.Limits.MaxConns),
 		sessions: make(map[*session]*place),
+		ending:   make(chan struct{}),
 		empty:    make(chan struct{}),
 	}
 	p.spare.New = func() any { return &waiter{served: make(chan struct{}, 1)} }
@@ -569,6 +571,7 @@ func (p *pool) drain() {
 		return
 	}
 	p.draining = true
+	close(p.ending)
 	p.failAllLocked(errClosed())
 	if p.idleTime != nil {
 		p.idleTime.Stop()

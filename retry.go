@@ -119,8 +119,8 @@ func (t *transaction) late(e *Error) bool {
 
 func (t *transaction) firstOnSession() bool { return t.seq == 1 }
 
-// sleep waits for d or the end of ctx.
-func sleep(ctx context.Context, d time.Duration) error {
+// sleep waits for d or the end of ctx or of the Client.
+func sleep(ctx context.Context, d time.Duration, closed <-chan struct{}) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
@@ -128,6 +128,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 		return nil
 	case <-ctx.Done():
 		return ended(ctx)
+	case <-closed:
+		return ErrClosed
 	}
 }
 
