@@ -88,10 +88,12 @@ func (t *transaction) beginChunks(size int64) bool {
 		t.mail.Size = size
 	}
 	t.chunked.begun = true
+	led := t.s.lead != nil
 	if !t.envelope() {
 		return false
 	}
-	if !t.m.AllOrNothing || len(t.rcpts) == 1 {
+	// Behind an AUTH that is refused a relay may take mail all the same, as from anybody. With DATA there would be no body.
+	if !led && (!t.m.AllOrNothing || len(t.rcpts) == 1) {
 		return true
 	}
 	return t.sendNow() && t.awaitEnvelope() && t.dataIsDue()
