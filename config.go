@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -41,12 +42,16 @@ func (c Config) check() (*settings, error) {
 	}
 	var err error
 	switch s.host, s.port, err = net.SplitHostPort(s.Addr); {
+	case strings.Contains(s.Addr, "@") || strings.Contains(s.Addr, "://"):
+		mistake("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
 	case err != nil && !strings.Contains(s.Addr, ":"):
 		mistake("Addr %q has no port; try %q", s.Addr, s.Addr+":587")
 	case err != nil:
-		mistake("Addr %q is not host:port: %v", s.Addr, errors.Unwrap(err))
+		mistake("Addr %q is not host:port: %s", s.Addr, err.(*net.AddrError).Err)
 	case s.host == "":
 		mistake("Addr %q has no host", s.Addr)
+	case strings.Contains(s.host, ":") && !isAddress(s.host):
+		mistake("Addr %q: the host has colons but is not an IPv6 address", s.Addr)
 	case !validPort(s.port):
 		mistake("Addr %q: the port is not a number from 1 to 65535", s.Addr)
 	}
@@ -56,7 +61,7 @@ func (c Config) check() (*settings, error) {
 		mistake("Auth is set together with Username or Password: leave one out")
 	case c.Auth != nil:
 	case c.Password == "" && c.Username != "":
-		mistake("Password is empty, but Username is %q", c.Username)
+		mistake("Password is empty, but Username is set") // to the key, maybe
 	case c.Password == "" && sendGrid:
 		mistake("Password is empty: SendGrid wants an API key")
 	case c.Username == "" && c.Password != "":
@@ -129,6 +134,11 @@ func validPort(port string) bool {
 	return err == nil && n > 0
 }
 
+func isAddress(host string) bool {
+	_, err := netip.ParseAddr(host)
+	return err == nil
+}
+
 // validDomain reports whether s may stand in EHLO as a domain (RFC 5321, 4.1.2).
 func validDomain(s string) bool {
 	if s == "" || len(s) > 255 {
@@ -184,6 +194,15 @@ func ParseURL(rawURL string) (Config, error) {
 		mistake("the URL cannot be parsed; want smtps://user:password@host:port with special characters in user and password percent-encoded")
 		return fail()
 	}
+	switch {
+	case u.Scheme == "" || u.Opaque != "": // the scheme of user:password@host is the user
+		mistake("the URL has no scheme: want smtps://, smtp:// or smtp+insecure://")
+		return fail()
+	case u.Path != "" && u.Path != "/" || u.Fragment != "" || strings.Contains(u.RawQuery, "@"):
+		// Nothing else is said: whatever there is may be a piece of the password.
+		mistake("the URL has a path, a fragment or an @ in its query, which mean nothing here (is a / # or ? in the password not percent-encoded?)")
+		return fail()
+	}
 	var cfg Config
 	port := u.Port()
 	switch u.Scheme {
@@ -193,16 +212,11 @@ func ParseURL(rawURL string) (Config, error) {
 		cfg.TLS, port = TLSByPort, orPort(port, "587")
 	case "smtp+insecure":
 		cfg.TLS, port = TLSNone, orPort(port, "25")
-	case "":
-		mistake("the URL has no scheme: want smtps://, smtp:// or smtp+insecure://")
 	default:
 		mistake("scheme %q: want smtps, smtp or smtp+insecure", u.Scheme)
 	}
 	if u.Hostname() == "" {
 		mistake("the URL has no host")
-	}
-	if u.Path != "" && u.Path != "/" || u.Fragment != "" {
-		mistake("the URL has a path or fragment, which mean nothing here (is a / or # in the password not percent-encoded?)")
 	}
 	cfg.Addr = net.JoinHostPort(u.Hostname(), port)
 	if u.User != nil {
@@ -214,7 +228,9 @@ func ParseURL(rawURL string) (Config, error) {
 		mistake("the query cannot be parsed")
 	}
 	for _, key := range slices.Sorted(maps.Keys(query)) {
-		if err := cfg.setParam(key, query.Get(key)); err != nil {
+		if len(query[key]) > 1 {
+			mistake("%q stands twice", key)
+		} else if err := cfg.setParam(key, query.Get(key)); err != nil {
 			mistakes = append(mistakes, err)
 		}
 	}
@@ -232,7 +248,7 @@ func (c *Config) setParam(key, value string) error {
 	number := func(to *int) error {
 		n, err := strconv.Atoi(value)
 		if err != nil {
-			return fmt.Errorf("%s=%s: want a whole number", key, value)
+			return fmt.Errorf("%s=%q: want a whole number", key, value)
 		}
 		*to = n
 		return nil
@@ -240,7 +256,7 @@ func (c *Config) setParam(key, value string) error {
 	duration := func(to *time.Duration) error {
 		d, err := time.ParseDuration(value)
 		if err != nil {
-			return fmt.Errorf("%s=%s: want a duration such as 30s", key, value)
+			return fmt.Errorf("%s=%q: want a duration such as 30s", key, value)
 		}
 		*to = d
 		return nil
@@ -266,7 +282,7 @@ func (c *Config) setParam(key, value string) error {
 		modes := map[string]Pipelining{"across": PipelineAcross, "within": PipelineWithin, "off": PipelineOff}
 		mode, ok := modes[value]
 		if !ok {
-			return fmt.Errorf("pipelining=%s: want across, within or off", value)
+			return fmt.Errorf("pipelining=%q: want across, within or off", value)
 		}
 		c.Pipelining = mode
 	default:

@@ -34,23 +34,27 @@ func (s secret) scrub(text string, others ...string) string {
 	return text
 }
 
-// hidden is a Config without its secret and without methods, for printing.
-func (c Config) hidden() any {
-	type plain Config
-	p := plain(c)
-	if p.Password != "" {
-		p.Password = redacted
+// hidden returns c without its secret, for printing.
+func (c Config) hidden() Config {
+	if c.Password == "" {
+		return c
 	}
-	return p
+	if c.Username == c.Password { // Postmark wants its token in both
+		c.Username = redacted
+	}
+	c.Password = redacted
+	return c
 }
 
 // Format implements fmt.Formatter: it prints the Config without its password.
 func (c Config) Format(f fmt.State, verb rune) {
-	fmt.Fprintf(f, fmt.FormatString(f, verb), c.hidden())
+	type plain Config // has no Format
+	fmt.Fprintf(f, fmt.FormatString(f, verb), plain(c.hidden()))
 }
 
 // LogValue implements slog.LogValuer: it logs the Config without its password.
 func (c Config) LogValue() slog.Value {
+	c = c.hidden()
 	return slog.GroupValue(
 		slog.String("addr", c.Addr),
 		slog.String("username", c.Username),
@@ -63,14 +67,11 @@ func (c Config) LogValue() slog.Value {
 
 // MarshalJSON implements json.Marshaler: it writes what can be written of the Config, without its password.
 func (c Config) MarshalJSON() ([]byte, error) {
-	password := c.Password
-	if password != "" {
-		password = redacted
-	}
+	c = c.hidden()
 	return json.Marshal(struct {
 		Addr, Username, Password, TLS, LocalName string
 		Limits                                   Limits
 		Retry                                    Retry
 		Timeouts                                 Timeouts
-	}{c.Addr, c.Username, password, c.TLS.String(), c.LocalName, c.Limits, c.Retry, c.Timeouts})
+	}{c.Addr, c.Username, c.Password, c.TLS.String(), c.LocalName, c.Limits, c.Retry, c.Timeouts})
 }

@@ -1,0 +1,504 @@
+package smtprelay
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/emersion/go-sasl"
+)
+
+func TestNewReportsEachMistake(t *testing.T) {
+	const key = "SG.s3cret-k3y"
+	mechanism := func(context.Context, ServerInfo) (sasl.Client, error) { return nil, nil }
+	for _, tt := range []struct {
+		why  string
+		edit func(*Config)
+		says []string // in the error; none means that the configuration is good
+	}{
+		{"a key is all that SendGrid needs", func(c *Config) { *c = Config{Password: key} }, nil},
+		{"another relay may need no credentials", func(c *Config) { *c = Config{Addr: "relay.example:25"} }, nil},
+		{"an IPv6 address", func(c *Config) { c.Addr = "[2001:db8::1]:587" }, nil},
+		{"no key for SendGrid", func(c *Config) { *c = Config{} }, []string{"Password is empty", "SendGrid"}},
+		{"nor for its host in the EU", func(c *Config) { *c = Config{Addr: "smtp.eu.sendgrid.net:587"} }, []string{"Password is empty", "SendGrid"}},
+		{"Auth in the place of a key", func(c *Config) { *c = Config{Auth: mechanism} }, nil},
+
+		{"no port", func(c *Config) { c.Addr = "relay.example" }, []string{`"relay.example" has no port`, `"relay.example:587"`}},
+		{"no host", func(c *Config) { c.Addr = ":587" }, []string{`":587" has no host`}},
+		{"an IPv6 address without brackets", func(c *Config) { c.Addr = "2001:db8::1" }, []string{"not host:port", "too many colons"}},
+		{"a bracket that is not closed", func(c *Config) { c.Addr = "[::1:25" }, []string{"not host:port", "missing ']'"}},
+		{"an IPv6 address with a zone", func(c *Config) { c.Addr = "[fe80::1%eth0]:587" }, nil},
+		{"brackets around something else", func(c *Config) { c.Addr = "[relay:example]:587" }, []string{"IPv6"}},
+		{"a port by name", func(c *Config) { c.Addr = "relay.example:submission" }, []string{"1 to 65535"}},
+		{"port 0", func(c *Config) { c.Addr = "relay.example:0" }, []string{"1 to 65535"}},
+		{"a port of more than 16 bits", func(c *Config) { c.Addr = "relay.example:65536" }, []string{"1 to 65535"}},
+		{"a URL, with the key in it", func(c *Config) { c.Addr = "smtps://apikey:" + key + "@relay.example:465" }, []string{"ParseURL"}},
+		{"a URL without its scheme", func(c *Config) { c.Addr = "apikey:" + key + "@relay.example" }, []string{"ParseURL"}},
+
+		{"a user name without a password, which may be the key in the wrong place", func(c *Config) { c.Username, c.Password = key, "" },
+			[]string{"Password is empty"}},
+		{"Auth and a password", func(c *Config) { c.Auth = mechanism }, []string{"Auth is set together with Username or Password"}},
+		{"Auth and a user name", func(c *Config) { *c = Config{Addr: "relay.example:25", Auth: mechanism, Username: "u"} }, []string{"Auth is set together"}},
+		{"NUL in the password, which ends it in PLAIN", func(c *Config) { c.Password = key + "\x00x" }, []string{"NUL"}},
+		{"NUL in the user name", func(c *Config) { c.Username = "a\x00b" }, []string{"NUL"}},
+		{"a line end behind the password, as of a file", func(c *Config) { c.Password = key + "\n" }, []string{"white space"}},
+		{"a space before it", func(c *Config) { c.Password = " " + key }, []string{"white space"}},
+
+		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 4"}},
+		{"a mode of TLS too low", func(c *Config) { c.TLS = -1 }, []string{"TLS is -1"}},
+		{"no TLS on a port of TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:465", TLSNone }, []string{"TLSNone", "465"}},
+		{"nor on the other one", func(c *Config) { c.Addr, c.TLS = "relay.example:2465", TLSNone }, []string{"TLSNone", "2465"}},
+		{"TLS 1.1 at most", func(c *Config) { c.TLSConfig = &tls.Config{MaxVersion: tls.VersionTLS11} }, []string{"MaxVersion"}},
+		{"TLS 1.2 at most", func(c *Config) { c.TLSConfig = &tls.Config{MaxVersion: tls.VersionTLS12} }, nil},
+		{"a mode of pipelining too high", func(c *Config) { c.Pipelining = PipelineOff + 1 }, []string{"Pipelining is 3"}},
+		{"a mode of pipelining too low", func(c *Config) { c.Pipelining = -1 }, []string{"Pipelining is -1"}},
+
+		{"a name of this host", func(c *Config) { c.LocalName = "web-1.example.com" }, nil},
+		{"an IPv4 literal", func(c *Config) { c.LocalName = "[192.0.2.1]" }, nil},
+		{"an IPv6 literal", func(c *Config) { c.LocalName = "[IPv6:2001:db8::1]" }, nil},
+		{"an address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", "[192.0.2.1]"}},
+		{"a literal of no address", func(c *Config) { c.LocalName = "[web]" }, []string{"LocalName"}},
+		{"a command behind the name", func(c *Config) { c.LocalName = "web\r\nMAIL FROM:<>" }, []string{"LocalName", `web\r\n`}},
+		{"a name too long", func(c *Config) { c.LocalName = strings.Repeat("x.", 127) + "xx" }, []string{"LocalName"}},
+
+		{"fewer than no connections", func(c *Config) { c.Limits.MaxConns = -1 }, []string{"Limits.MaxConns is -1"}},
+		{"too many connections", func(c *Config) { c.Limits.MaxConns = 10001 }, []string{"Limits.MaxConns is 10001"}},
+		{"the most connections", func(c *Config) { c.Limits.MaxConns = 10000 }, nil},
+		{"fewer than no messages in flight", func(c *Config) { c.Limits.MaxInFlight = -1 }, []string{"Limits.MaxInFlight is -1"}},
+		{"too many in flight", func(c *Config) { c.Limits.MaxInFlight = 1001 }, []string{"Limits.MaxInFlight is 1001"}},
+		{"a negative wait", func(c *Config) { c.Retry.MinBackoff = -1 }, []string{"MinBackoff"}},
+		{"another negative wait", func(c *Config) { c.Retry.MaxBackoff = -1 }, []string{"MaxBackoff"}},
+		{"waits the wrong way round", func(c *Config) { c.Retry = Retry{MinBackoff: 2 * time.Second, MaxBackoff: time.Second} }, []string{"1s", "2s"}},
+		{"negative limits and times, which mean none", func(c *Config) {
+			c.Limits = Limits{MaxMessagesPerConn: -1, MaxRecipients: -1, MaxConnAge: -1, MaxIdleTime: -1}
+			c.Retry.MaxAttempts = -1
+			c.Timeouts = Timeouts{Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Overlap: -1, Quit: -1}
+		}, nil},
+		{"all mistakes at once", func(c *Config) {
+			*c = Config{Addr: "x", Password: key, TLS: 9, LocalName: "?", Limits: Limits{MaxConns: -3}}
+		},
+			[]string{`"x" has no port`, "TLS is 9", "LocalName", "MaxConns is -3"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			cfg := Config{Addr: "relay.example:587", Username: "u", Password: key}
+			tt.edit(&cfg)
+			client, err := New(cfg)
+			if len(tt.says) == 0 {
+				if err != nil {
+					t.Fatalf("got %v, want it taken", err)
+				}
+				client.Close()
+				return
+			}
+			e, ok := errors.AsType[*Error](err)
+			if !ok || client != nil {
+				t.Fatalf("got %v, %v, want no Client and an *Error", client, err)
+			}
+			if e.Op != OpConfig || e.Outcome != NotAccepted || e.Temporary() {
+				t.Errorf("got op %q, %v, temporary %v, want the configuration, not accepted, for good", e.Op, e.Outcome, e.Temporary())
+			}
+			for _, words := range tt.says {
+				if !strings.Contains(err.Error(), words) {
+					t.Errorf("got %q, which does not say %q", err, words)
+				}
+			}
+			if strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("got %q, with the key in it", err)
+			}
+			if strings.Contains(err.Error(), "<nil>") || strings.Contains(err.Error(), "%!") {
+				t.Errorf("got %q, which says nothing somewhere", err)
+			}
+		})
+	}
+}
+
+func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
+	s, err := Config{Password: "k"}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Addr != "smtp.sendgrid.net:587" || s.Username != "apikey" || s.host != "smtp.sendgrid.net" || s.port != "587" {
+		t.Errorf("got %q, %q, %q, %q, want SendGrid's", s.Addr, s.Username, s.host, s.port)
+	}
+	if want := (Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxInFlight: 4, MaxConnAge: 5 * time.Minute, MaxIdleTime: 30 * time.Second}); s.Limits != want {
+		t.Errorf("got %+v, want %+v", s.Limits, want)
+	}
+	if want := (Retry{MaxAttempts: 4, MinBackoff: 500 * time.Millisecond, MaxBackoff: 30 * time.Second}); s.Retry != want {
+		t.Errorf("got %+v, want %+v", s.Retry, want)
+	}
+	want := Timeouts{Dial: 30 * time.Second, Greeting: 5 * time.Minute, TLS: 30 * time.Second, Command: 5 * time.Minute, Data: 2 * time.Minute,
+		Write: 3 * time.Minute, FinalReply: 10 * time.Minute, Overlap: 5 * time.Second, Quit: 5 * time.Second}
+	if s.Timeouts != want {
+		t.Errorf("got %+v, want %+v", s.Timeouts, want)
+	}
+
+	s, err = Config{
+		Addr:     "relay.example:25",
+		Limits:   Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: -1, MaxConnAge: -1, MaxIdleTime: -1},
+		Retry:    Retry{MaxAttempts: -1, MinBackoff: time.Minute},
+		Timeouts: Timeouts{Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Overlap: -1, Quit: time.Second},
+	}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Username != "" || s.authenticates() {
+		t.Errorf("got user %q, authenticates %v, want no credentials", s.Username, s.authenticates())
+	}
+	if want := (Limits{MaxConns: 3, MaxInFlight: 4}); s.Limits != want {
+		t.Errorf("got %+v, want %+v", s.Limits, want)
+	}
+	if want := (Retry{MinBackoff: time.Minute, MaxBackoff: time.Minute}); s.Retry != want {
+		t.Errorf("got %+v, want %+v", s.Retry, want)
+	}
+	if want := (Timeouts{Quit: time.Second}); s.Timeouts != want {
+		t.Errorf("got %+v, want %+v", s.Timeouts, want)
+	}
+}
+
+func TestNewCopiesWhatItIsGiven(t *testing.T) {
+	theirs := &tls.Config{}
+	s, err := Config{Addr: "relay.example:587", TLSConfig: theirs}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if theirs.ServerName != "" || theirs.MinVersion != 0 || theirs.ClientSessionCache != nil {
+		t.Errorf("the caller's tls.Config has become %q, %x, %v", theirs.ServerName, theirs.MinVersion, theirs.ClientSessionCache)
+	}
+	if s.tls.ServerName != "relay.example" || s.tls.MinVersion != tls.VersionTLS12 || s.tls.ClientSessionCache == nil {
+		t.Errorf("got %q, %x, %v, want the host, TLS 1.2 and a cache", s.tls.ServerName, s.tls.MinVersion, s.tls.ClientSessionCache)
+	}
+	cache := tls.NewLRUClientSessionCache(1)
+	theirs = &tls.Config{ServerName: "other.example", MinVersion: tls.VersionTLS13, ClientSessionCache: cache}
+	if s, err = (Config{Addr: "relay.example:587", TLSConfig: theirs}).check(); err != nil {
+		t.Fatal(err)
+	}
+	if s.tls.ServerName != "other.example" || s.tls.MinVersion != tls.VersionTLS13 || s.tls.ClientSessionCache != cache {
+		t.Errorf("got %q, %x, %v, want what was set", s.tls.ServerName, s.tls.MinVersion, s.tls.ClientSessionCache)
+	}
+}
+
+func TestPortAndHostDecideTheTLSThatIsNotSet(t *testing.T) {
+	for _, tt := range []struct {
+		why, addr       string
+		mode            TLSMode
+		implicit, clear bool // TLS from the first byte; the clear is allowed
+	}{
+		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false},
+		{"the one beside it", "relay.example:2465", TLSByPort, true, false},
+		{"the port of submission", "relay.example:587", TLSByPort, false, false},
+		{"any other port", "relay.example:25", TLSByPort, false, false},
+		{"this machine by name", "localhost:25", TLSByPort, false, true},
+		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true},
+		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true},
+		{"and of IPv6", "[::1]:25", TLSByPort, false, true},
+		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true},
+		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false},
+		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false},
+		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false},
+		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false},
+		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false},
+		{"none when asked for", "relay.example:25", TLSNone, false, true},
+	} {
+		s, err := Config{Addr: tt.addr, TLS: tt.mode}.check()
+		if err != nil {
+			t.Errorf("%s: %v", tt.why, err)
+			continue
+		}
+		if s.implicit() != tt.implicit || s.clearAllowed() != tt.clear {
+			t.Errorf("%s: %s, %v: got implicit %v, clear allowed %v, want %v, %v", tt.why, tt.addr, tt.mode, s.implicit(), s.clearAllowed(), tt.implicit, tt.clear)
+		}
+	}
+}
+
+func TestURLBecomesAConfig(t *testing.T) {
+	for _, tt := range []struct {
+		why, url string
+		want     Config
+	}{
+		{"smtps is TLS from the first byte", "smtps://apikey:SG.x@smtp.sendgrid.net", Config{Addr: "smtp.sendgrid.net:465", Username: "apikey", Password: "SG.x", TLS: TLSImplicit}},
+		{"smtp is STARTTLS", "smtp://u:p@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p"}},
+		{"smtp+insecure is neither", "smtp+insecure://relay.example", Config{Addr: "relay.example:25", TLS: TLSNone}},
+		{"schemes are the same in any case (RFC 3986, 3.1)", "SMTP://relay.example", Config{Addr: "relay.example:587"}},
+		{"a port of its own", "smtps://u:p@relay.example:2465", Config{Addr: "relay.example:2465", Username: "u", Password: "p", TLS: TLSImplicit}},
+		{"no port behind the colon", "smtps://relay.example:", Config{Addr: "relay.example:465", TLS: TLSImplicit}},
+		{"a slash behind the host", "smtp://relay.example/", Config{Addr: "relay.example:587"}},
+		{"an IPv6 address", "smtp://[2001:db8::1]:25", Config{Addr: "[2001:db8::1]:25"}},
+		{"no user name: apikey comes later", "smtp://:p@relay.example", Config{Addr: "relay.example:587", Password: "p"}},
+		{"percent-encoding in both", "smtp://a%40x.example:p%2F%3F%23%25%20%3A%40@relay.example",
+			Config{Addr: "relay.example:587", Username: "a@x.example", Password: "p/?#% :@"}},
+		{"an at sign in a password is found by the last one", "smtp://u:p@ss@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p@ss"}},
+		{"a plus is a plus", "smtp://u:a+b@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "a+b"}},
+		{"numbers", "smtp://relay.example?max_conns=3&max_messages=-1&max_recipients=50&max_in_flight=2&max_attempts=1",
+			Config{Addr: "relay.example:587", Limits: Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: 50, MaxInFlight: 2}, Retry: Retry{MaxAttempts: 1}}},
+		{"durations", "smtp://relay.example?max_idle=45s&max_age=-1s",
+			Config{Addr: "relay.example:587", Limits: Limits{MaxIdleTime: 45 * time.Second, MaxConnAge: -time.Second}}},
+		{"words", "smtp://relay.example?local_name=web.example&pipelining=within",
+			Config{Addr: "relay.example:587", LocalName: "web.example", Pipelining: PipelineWithin}},
+		{"other words", "smtp://relay.example?local_name=[192.0.2.1]&pipelining=off", Config{Addr: "relay.example:587", LocalName: "[192.0.2.1]", Pipelining: PipelineOff}},
+		{"the default in words", "smtp://relay.example?pipelining=across", Config{Addr: "relay.example:587"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			got, err := ParseURL(tt.url)
+			if err != nil {
+				t.Fatalf("%s: %v", tt.url, err)
+			}
+			if !reflect.DeepEqual(got, tt.want) {
+				type plain Config // prints the password
+				t.Errorf("%s: got %+v, want %+v", tt.url, plain(got), plain(tt.want))
+			}
+		})
+	}
+}
+
+func TestURLIsRefusedForAReason(t *testing.T) {
+	for _, tt := range []struct {
+		why, url string // a secret, if there is one, has the word s3cret in it
+		says     []string
+	}{
+		{"nothing", "", []string{"no scheme"}},
+		{"a host alone", "relay.example", []string{"no scheme"}},
+		{"host and port alone, whose host looks like a scheme", "relay.example:587", []string{"no scheme"}},
+		{"user and password without scheme, whose user is the key too (Postmark)", "s3cret:s3cret@relay.example", []string{"no scheme"}},
+		{"another scheme", "https://u:s3cret@relay.example", []string{`"https"`, "smtps"}},
+		{"no host", "smtp://u:s3cret@", []string{"no host"}},
+		{"no host but a port", "smtp://:587", []string{"no host"}},
+		{"a port that is no number", "smtp://u:s3cret@relay.example:submission", []string{"cannot be parsed", "percent-encoded"}},
+		{"an IPv6 address without brackets, whose end is taken for the port", "smtp://u:s3cret@2001:db8::1", []string{"IPv6"}},
+		{"a port too high", "smtp://u:s3cret@relay.example:65536", []string{"1 to 65535"}},
+		{"port 0", "smtp://u:s3cret@relay.example:0", []string{"1 to 65535"}},
+		{"a path", "smtp://u:s3cret@relay.example/x", []string{"path"}},
+		{"a fragment", "smtp://u:s3cret@relay.example#x", []string{"fragment"}},
+		{"a user without a password, who may be the key", "smtp://s3cret@relay.example", []string{"Password is empty"}},
+		{"no password for SendGrid", "smtp://smtp.sendgrid.net", []string{"Password is empty"}},
+		{"a parameter that is unknown", "smtp://u:s3cret@relay.example?max_con=1", []string{`"max_con"`}},
+		{"a parameter in upper case", "smtp://relay.example?MAX_CONNS=1", []string{`"MAX_CONNS"`}},
+		{"a parameter that stands twice", "smtp://relay.example?max_conns=1&max_conns=2", []string{"max_conns", "twice"}},
+		{"a number that is none", "smtp://relay.example?max_conns=ten", []string{"max_conns", "ten", "whole number"}},
+		{"a number of nothing", "smtp://relay.example?max_conns", []string{"max_conns", "whole number"}},
+		{"a number out of bounds", "smtp://relay.example?max_conns=-1", []string{"Limits.MaxConns is -1"}},
+		{"a duration without its unit", "smtp://relay.example?max_idle=30", []string{"max_idle", "30s"}},
+		{"another mode of pipelining", "smtp://relay.example?pipelining=on", []string{"pipelining", "across, within or off"}},
+		{"a name that is none", "smtp://relay.example?local_name=a%0Db", []string{"LocalName", `a\rb`}},
+		{"a line end in a number", "smtp://relay.example?max_conns=1%0A", []string{"max_conns", `1\n`}},
+		{"all mistakes at once", "ftp://?max_conns=x&no=1", []string{`"ftp"`, "no host", "max_conns", `"no"`}},
+
+		// Passwords that are not percent-encoded: the URL ends early, and the rest of the password stands where it may be shown.
+		{"a slash", "smtp://u:1/s3cret@relay.example", []string{"percent-encoded"}},
+		{"a number sign", "smtp://u:1#s3cret@relay.example", []string{"percent-encoded"}},
+		{"a question mark", "smtp://u:1?s3cret@relay.example", []string{"percent-encoded"}},
+		{"a question mark and what looks like a parameter", "smtp://u:1?max_conns=s3cret@relay.example", []string{"percent-encoded"}},
+		{"a question mark and a number sign", "smtp://u:1?max_conns=s3cret#@relay.example", []string{"percent-encoded"}},
+		{"a slash and a question mark", "smtp://u:1/?no=s3cret@relay.example", []string{"percent-encoded"}},
+		{"a percent sign", "smtp://u:s3cret%zz@relay.example", []string{"percent-encoded"}},
+		{"a percent sign in what looks like a query", "smtp://u:1?s3cret=%zz@relay.example", []string{"percent-encoded"}},
+		{"a bracket", "smtp://u:[s3cret@relay.example", []string{"percent-encoded"}},
+		{"a space", "smtp://u:s3cret x@relay.example", []string{"percent-encoded"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			cfg, err := ParseURL(tt.url)
+			e, ok := errors.AsType[*Error](err)
+			if !ok {
+				t.Fatalf("%s: got %v, %v, want an *Error", tt.url, cfg, err)
+			}
+			if e.Op != OpConfig || e.Outcome != NotAccepted || e.Temporary() || !reflect.DeepEqual(cfg, Config{}) {
+				t.Errorf("got %v, op %q, %v, temporary %v, want nothing, the configuration, not accepted, for good", cfg, e.Op, e.Outcome, e.Temporary())
+			}
+			for _, words := range tt.says {
+				if !strings.Contains(err.Error(), words) {
+					t.Errorf("%s: got %q, which does not say %q", tt.url, err, words)
+				}
+			}
+			if strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("%s: got %q, with the secret in it", tt.url, err)
+			}
+		})
+	}
+}
+
+// printed is c in every form in which a program may print it, and as a part of something else.
+func printed(c Config) string {
+	var b strings.Builder
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+		fmt.Fprintf(&b, verb+"\n"+verb+"\n"+verb+"\n", c, &c, struct{ Relay Config }{c})
+	}
+	asJSON, err := json.Marshal(map[string]any{"relay": c, "pointer": &c})
+	fmt.Fprintln(&b, string(asJSON), err)
+	slog.New(slog.NewTextHandler(&b, nil)).Info("relay", "cfg", c, "pointer", &c)
+	slog.New(slog.NewJSONHandler(&b, nil)).Info("relay", "cfg", c, "pointer", &c)
+	return b.String()
+}
+
+func TestConfigIsPrintedWithoutItsSecret(t *testing.T) {
+	for _, tt := range []struct {
+		why string
+		cfg Config
+	}{
+		{"a password", Config{Addr: "relay.example:587", Username: "ann", Password: "s3cret"}},
+		{"a token that is user name and password, as at Postmark", Config{Addr: "relay.example:587", Username: "s3cret", Password: "s3cret"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			got := printed(tt.cfg)
+			for line := range strings.SplitSeq(got, "\n") {
+				if strings.Contains(line, "s3cret") || strings.Contains(line, fmt.Sprintf("%x", "s3cret")) {
+					t.Errorf("the secret is in %s", line)
+				}
+			}
+			if !strings.Contains(got, "[redacted]") || !strings.Contains(got, "relay.example:587") {
+				t.Errorf("got\n%s\nwithout [redacted] or the address", got)
+			}
+			if tt.cfg.Username != tt.cfg.Password && !strings.Contains(got, "ann") {
+				t.Errorf("got\n%s\nwithout the user name", got)
+			}
+		})
+	}
+	if got := printed(Config{Addr: "relay.example:587"}); strings.Contains(got, "redacted") {
+		t.Errorf("got\n%s\nas if there were a password", got)
+	}
+}
+
+func TestSecretDoesNotPrint(t *testing.T) {
+	s := newSecret("s3cret")
+	if s.reveal() != "s3cret" {
+		t.Errorf("got %q, want what it was made of", s.reveal())
+	}
+	var b strings.Builder
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+		fmt.Fprintf(&b, verb+" "+verb+"\n", s, struct{ s secret }{s})
+	}
+	b.WriteString(s.String() + s.GoString())
+	asJSON, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Write(asJSON)
+	slog.New(slog.NewTextHandler(&b, nil)).Info("secret", "s", s)
+	if got := b.String(); strings.Contains(got, "s3cret") || strings.Contains(got, "7333637265") {
+		t.Errorf("got\n%s", got)
+	}
+}
+
+func TestSecretIsTakenOutOfWhatARelaySays(t *testing.T) {
+	for _, tt := range []struct {
+		why, secret string
+		others      []string
+		text, want  string
+	}{
+		{"as it is", "s3cret", nil, "bad password s3cret, s3cret", "bad password [redacted], [redacted]"},
+		{"in base64", "s3cret", nil, `unknown command "czNjcmV0"`, `unknown command "[redacted]"`},
+		{"within what AUTH PLAIN said", "s3cret", []string{"\x00u\x00s3cret"}, "AUTH PLAIN AHUAczNjcmV0 unknown", "AUTH PLAIN [redacted] unknown"},
+		{"what else was said", "s3cret", []string{"token"}, "token or dG9rZW4=", "[redacted] or [redacted]"},
+		{"nothing of the kind", "s3cret", nil, "no", "no"},
+		{"no secret takes nothing out", "", nil, "no secret", "no secret"},
+		{"a word of three letters stands in every text", "the", nil, "the end", "the end"},
+	} {
+		if got := newSecret(tt.secret).scrub(tt.text, tt.others...); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.why, got, tt.want)
+		}
+	}
+}
+
+func TestLoginAnswersWhateverItIsAsked(t *testing.T) {
+	for _, tt := range []struct {
+		why     string
+		prompts []string
+		want    []string // one less than prompts: the last is an error
+	}{
+		{"the prompts of nearly all", []string{"Username:", "Password:"}, []string{"ann", "s3cret"}},
+		{"other words", []string{"User Name\x00", "Password\x00"}, []string{"ann", "s3cret"}},
+		{"no words at all", []string{"", ""}, []string{"ann", "s3cret"}},
+		{"another language", []string{"Benutzer:", "Kennwort:"}, []string{"ann", "s3cret"}},
+		{"the password is asked for first, and the name was not", []string{"Password:"}, []string{"s3cret"}},
+		{"in lower case", []string{"password"}, []string{"s3cret"}},
+		{"a third question has no answer", []string{"Username:", "Password:", "Realm:"}, []string{"ann", "s3cret"}},
+		{"nor has a second one after the password", []string{"Username:", "Password:", "Password:"}, []string{"ann", "s3cret"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			l := &loginClient{username: "ann", password: newSecret("s3cret")}
+			mechanism, ir, err := l.Start()
+			if mechanism != "LOGIN" || ir != nil || err != nil {
+				t.Errorf("Start: got %q, %q, %v, want LOGIN and no initial response", mechanism, ir, err)
+			}
+			for i, prompt := range tt.prompts {
+				got, err := l.Next([]byte(prompt))
+				if i < len(tt.want) {
+					if string(got) != tt.want[i] || err != nil {
+						t.Errorf("%q: got %q, %v, want %q", prompt, got, err, tt.want[i])
+					}
+				} else if got != nil || !errors.Is(err, sasl.ErrUnexpectedServerChallenge) {
+					t.Errorf("%q: got %q, %v, want ErrUnexpectedServerChallenge", prompt, got, err)
+				}
+			}
+			if got := fmt.Sprintf("%v %+v %#v", l, l, l); strings.Contains(got, "s3cret") {
+				t.Errorf("it prints as %s", got)
+			}
+		})
+	}
+}
+
+// FuzzParseURL puts a password into a URL with anything around it, percent-encoded or not. Whatever is made of it, an error
+// does not show the password, and a Config has it where it is not printed, and is good for New.
+func FuzzParseURL(f *testing.F) {
+	for _, seed := range []struct{ scheme, user, before, after, rest string }{
+		{"smtps://", "apikey", "SG.", "_x-y", "smtp.sendgrid.net:465?max_conns=10"},
+		{"smtp://", "u", "1?max_conns=", "", "relay.example"},
+		{"smtp://", "u", "1?local_name=", "#", "relay.example"},
+		{"smtp://", "u", "1/", "", "relay.example?max_idle=30s&pipelining=off"},
+		{"smtp://", "", "@", "?", "relay.example"},
+		{"smtp+insecure://", "u", "%40", "%zz", "[::1]:25"},
+		{"", "u", "", "", "relay.example:587"},
+		{"ftp://", "u:", " ", "\n", "relay.example/#x"},
+		{"smtp:", "u", "", "", "relay"},
+		{"smtp://", "u", "", "", "[fe80::1%25eth0]:25"},
+		{"smtp://", "u", "", "", "relay::::example"},
+	} {
+		f.Add(seed.scheme, seed.user, seed.before, seed.after, seed.rest)
+	}
+	const password = "s3cretPassw0rd"
+	f.Fuzz(func(t *testing.T, scheme, user, before, after, rest string) {
+		raw := scheme + user + ":" + before + password + after + "@" + rest
+		cfg, err := ParseURL(raw)
+		if err != nil {
+			if _, ok := errors.AsType[*Error](err); !ok {
+				t.Errorf("%q: got %T, want an *Error", raw, err)
+			}
+			if strings.Contains(strings.ToLower(err.Error()), strings.ToLower(password)) {
+				t.Errorf("%q: the password is in %q", raw, err)
+			}
+			for line := range strings.SplitSeq(err.Error(), "\n") { // of errors.Join
+				if strings.ContainsFunc(line, unicode.IsControl) {
+					t.Errorf("%q: a control character is in %q", raw, err)
+				}
+			}
+			return
+		}
+		if !strings.Contains(cfg.Password, password) {
+			type plain Config
+			t.Errorf("%q: the password is not in that of %+v", raw, plain(cfg))
+		}
+		if got := printed(cfg); strings.Contains(got, password) {
+			t.Errorf("%q: printed as\n%s", raw, got)
+		}
+		client, err := New(cfg)
+		if err != nil {
+			t.Fatalf("%q: New says %v", raw, err)
+		}
+		client.Close()
+
+		// The parts, well encoded, make the same Config.
+		again := &url.URL{Scheme: "smtp", User: url.UserPassword(cfg.Username, cfg.Password), Host: cfg.Addr}
+		got, err := ParseURL(again.String())
+		if err != nil || got.Addr != cfg.Addr || got.Username != cfg.Username || got.Password != cfg.Password {
+			type plain Config
+			t.Errorf("%q, written and parsed again: got %+v, %v, want %+v", raw, plain(got), err, plain(cfg))
+		}
+	})
+}
