@@ -159,6 +159,15 @@ func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 // scrub takes what AUTH said, and the password, out of a reply to it.
 func (s *session) scrub(text string) string { return s.cfg.password.scrub(text, s.secrets...) }
 
+// unquoted takes the words of the relay out of err where it has answered AUTH with something that is no reply: it may be
+// what AUTH said, cut short so that scrub would not know it.
+func unquoted(op Op, err error) error {
+	if op == OpAuth && errors.Is(err, wire.ErrMalformed) {
+		return wire.ErrMalformed
+	}
+	return err
+}
+
 // authenticate sends the AUTH that was to lead the first transaction alone.
 func (s *session) authenticate(ctx context.Context) *Error {
 	if s.lead == nil {

@@ -406,44 +406,6 @@ func TestSecretIsTakenOutOfWhatARelaySays(t *testing.T) {
 	}
 }
 
-func TestLoginAnswersWhateverItIsAsked(t *testing.T) {
-	for _, tt := range []struct {
-		why     string
-		prompts []string
-		want    []string // one less than prompts: the last is an error
-	}{
-		{"the prompts of nearly all", []string{"Username:", "Password:"}, []string{"ann", "s3cret"}},
-		{"other words", []string{"User Name\x00", "Password\x00"}, []string{"ann", "s3cret"}},
-		{"no words at all", []string{"", ""}, []string{"ann", "s3cret"}},
-		{"another language", []string{"Benutzer:", "Kennwort:"}, []string{"ann", "s3cret"}},
-		{"the password is asked for first, and the name was not", []string{"Password:"}, []string{"s3cret"}},
-		{"in lower case", []string{"password"}, []string{"s3cret"}},
-		{"a third question has no answer", []string{"Username:", "Password:", "Realm:"}, []string{"ann", "s3cret"}},
-		{"nor has a second one after the password", []string{"Username:", "Password:", "Password:"}, []string{"ann", "s3cret"}},
-	} {
-		t.Run(tt.why, func(t *testing.T) {
-			l := &loginClient{username: "ann", password: newSecret("s3cret")}
-			mechanism, ir, err := l.Start()
-			if mechanism != "LOGIN" || ir != nil || err != nil {
-				t.Errorf("Start: got %q, %q, %v, want LOGIN and no initial response", mechanism, ir, err)
-			}
-			for i, prompt := range tt.prompts {
-				got, err := l.Next([]byte(prompt))
-				if i < len(tt.want) {
-					if string(got) != tt.want[i] || err != nil {
-						t.Errorf("%q: got %q, %v, want %q", prompt, got, err, tt.want[i])
-					}
-				} else if got != nil || !errors.Is(err, sasl.ErrUnexpectedServerChallenge) {
-					t.Errorf("%q: got %q, %v, want ErrUnexpectedServerChallenge", prompt, got, err)
-				}
-			}
-			if got := fmt.Sprintf("%v %+v %#v", l, l, l); strings.Contains(got, "s3cret") {
-				t.Errorf("it prints as %s", got)
-			}
-		})
-	}
-}
-
 // FuzzParseURL puts a password into a URL with anything around it, percent-encoded or not. Whatever is made of it, an error
 // does not show the password, and a Config has it where it is not printed, and is good for New.
 func FuzzParseURL(f *testing.F) {

@@ -247,7 +247,7 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 		err = &timeoutError{op: op, after: limit}
 		fallthrough
 	case err != nil:
-		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(err)}
+		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(unquoted(op, err))}
 	}
 	if t := s.cfg.Trace; t != nil && t.Reply != nil {
 		shown := publicReply(r)

@@ -336,8 +336,8 @@ func (p *parser) Data(io.Reader) error { return nil }
 func (p *parser) Reset()               {}
 func (p *parser) Logout() error        { return nil }
 
-// unquoted is the address without the quoting of its local part, as go-smtp tells it.
-func unquoted(addr string) string {
+// unescaped is the address without the quoting of its local part, as go-smtp tells it.
+func unescaped(addr string) string {
 	quoted, ok := strings.CutPrefix(addr, `"`)
 	if !ok {
 		return addr
@@ -401,7 +401,7 @@ func FuzzCheckPath(f *testing.F) {
 				t.Fatal(err)
 			}
 			p.must(t, line)
-			if want := unquoted(addr); p.path != want {
+			if want := unescaped(addr); p.path != want {
 				t.Errorf("go-smtp reads %q of %q, want %q", p.path, line, want)
 			}
 		}
@@ -469,10 +469,10 @@ func FuzzAppendCommands(f *testing.F) {
 		p.must(t, mailLine)
 		want := *mail
 		if hasAuth {
-			plain := unquoted(auth)
+			plain := unescaped(auth)
 			want.Auth = &plain
 		}
-		if got := p.mail; p.path != unquoted(addr) || !reflect.DeepEqual(*got, want) {
+		if got := p.mail; p.path != unescaped(addr) || !reflect.DeepEqual(*got, want) {
 			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, *got, mailLine, want)
 		}
 		p.must(t, rcptLine)
@@ -487,7 +487,7 @@ func FuzzAppendCommands(f *testing.F) {
 			t.Errorf("go-smtp reads %+v of %q, want %+v", got, rcptLine, wantRcpt)
 		}
 		got.RequireRecipientValidSince, got.Notify = wantRcpt.RequireRecipientValidSince, wantRcpt.Notify
-		if p.path != unquoted(addr) || !reflect.DeepEqual(got, wantRcpt) {
+		if p.path != unescaped(addr) || !reflect.DeepEqual(got, wantRcpt) {
 			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, got, rcptLine, wantRcpt)
 		}
 	})

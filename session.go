@@ -330,10 +330,13 @@ func (s *session) lossLocked(err error) error {
 	if s.writeErr != nil && (err == nil || isTimeout(err) || closedByPeer(err)) {
 		return s.writeErr // the cause, of which the end of reading is a consequence
 	}
-	if err == nil || !isTimeout(err) || s.head == len(s.waiting) {
+	if err == nil || s.head == len(s.waiting) {
 		return err
 	}
 	x := s.waiting[s.head]
+	if !isTimeout(err) {
+		return unquoted(x.op, err)
+	}
 	if x.first {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
 		s.cfg.learnt.noOverlap.Store(true)
