@@ -287,11 +287,6 @@ type stormMessage struct {
 	giveUpInBody bool          // or by the body itself, half-way
 }
 
-// stubborn tells that the sender neither gives up nor fails.
-func (m *stormMessage) stubborn() bool {
-	return m.giveUpAfter == 0 && m.deadline == 0 && m.giveUpAt == "" && !m.giveUpInBody && m.sound()
-}
-
 // sound tells that the body is whole.
 func (m *stormMessage) sound() bool { return m.kind < bodyFails }
 
