@@ -114,7 +114,9 @@ func (t *transaction) late(e *Error) bool {
 	if t.seq == 1 || t.mailed.Class() == 2 {
 		return false
 	}
-	return e.Code == 0 || e.Code == 421 || t.mailed.Code != 0 && tooManyMails(t.mailed)
+	// 451 4.4.2 is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
+	idle := t.mailed.Code == 451 && t.mailed.Enhanced == [3]int{4, 4, 2}
+	return e.Code == 0 || e.Code == 421 || idle || t.mailed.Code != 0 && tooManyMails(t.mailed)
 }
 
 func (t *transaction) firstOnSession() bool { return t.seq == 1 }
