@@ -225,8 +225,8 @@ func (t *transaction) verdict() *Error {
 	switch {
 	case t.finalIn:
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: NotAccepted}
-	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil):
-		// With no cause the dot may still be in the buffer, but it will leave.
+	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil && s.writeErr == nil):
+		// On a session that works the dot may still be in the buffer, but it will leave.
 		err := ended(t.ctx)
 		if err == nil {
 			err = lost(s.cause)
