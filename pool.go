@@ -172,9 +172,9 @@ func (p *pool) forget(w *waiter) *Error {
 // wanted implements keeper.
 func (p *pool) wanted() bool { return p.waiting.Load() > 0 }
 
-// giveBack implements keeper. If a waiter can go on with s at once, what is still in the buffer leaves with its envelope;
-// else it leaves now, in a goroutine that ends when it has: a relay that reads nothing must not hold up a Send whose
-// context ends.
+// giveBack implements keeper. What is still in the buffer is another transaction's final dot: it leaves with the envelope of
+// a waiter who can go on with s at once, else now, in a goroutine that ends when it has, since a relay that reads nothing
+// must not hold up a Send that has nothing to do with it.
 func (p *pool) giveBack(s *session) {
 	if s.out.Buffered() > 0 && p.handOver(s) {
 		return
@@ -204,7 +204,7 @@ func (p *pool) releaseLocked(s *session) {
 	}
 }
 
-// handOver gives the write side of s to the oldest waiter, if there is one and a transaction may be begun.
+// handOver implements keeper.
 func (p *pool) handOver(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -38,6 +38,7 @@ type transaction struct {
 	sinkErr     error // why no more of the body is taken
 	lostWriting bool  // because the connection takes no more
 	bodyErr     error // why the body was given up
+	handedOver  bool  // somebody else has the write side already
 	shared      bool  // the guard's function may still run, and look at the transaction
 
 	// Guarded by s.mu.
@@ -53,8 +54,9 @@ type transaction struct {
 
 // keeper hands out the write sides of sessions.
 type keeper interface {
-	wanted() bool        // somebody waits for a session
-	giveBack(s *session) // takes the write side back; what is still in the buffer leaves soon
+	wanted() bool             // somebody waits for a session
+	handOver(s *session) bool // gives the write side to one who waits and can go on at once, if there is one
+	giveBack(s *session)      // takes the write side back; what is still in the buffer leaves soon
 }
 
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
@@ -96,7 +98,11 @@ func (t *transaction) run(k keeper) {
 // write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
 func (t *transaction) write(k keeper) (dotted bool) {
 	s := t.s
-	defer k.giveBack(s)
+	defer func() {
+		if !t.handedOver {
+			k.giveBack(s)
+		}
+	}()
 	t.carrying = s.out.Buffered() > 0
 	if t.ctx.Err() != nil {
 		return false // nothing was written of this one; giveBack sees to the other's final dot
@@ -166,7 +172,16 @@ func (t *transaction) converse(k keeper) (due bool) {
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
 func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
 	if k.wanted() && t.remaining() <= outBuffer {
-		return unguard() && t.end()
+		if !unguard() || !t.end() {
+			return false
+		}
+		if t.handedOver = k.handOver(t.s); t.handedOver {
+			return true
+		}
+		unguard = t.guard() // nobody goes on here
+		t.s.flush()
+		unguard()
+		return true
 	}
 	if !t.end() {
 		return false
