@@ -208,6 +208,7 @@ const recordFile = "/var/spool/relay/queue"
 
 // record is such a line.
 type record struct {
+	ID   string   `json:"id"` // empty where the relay's reply names none
 	From string   `json:"from"`
 	To   []string `json:"to"`
 	Data []byte   `json:"data"` // base64
@@ -230,7 +231,7 @@ func recorded(root string) ([]entry, error) {
 		if err := json.Unmarshal(line, &r); err != nil {
 			return nil, fmt.Errorf("%s: %w", recordFile, err)
 		}
-		all = append(all, entry{from: r.From, to: r.To, data: bytes.ReplaceAll(r.Data, []byte("\r\n"), []byte("\n"))})
+		all = append(all, entry{id: r.ID, from: r.From, to: r.To, data: bytes.ReplaceAll(r.Data, []byte("\r\n"), []byte("\n"))})
 	}
 	return all, nil
 }

@@ -102,7 +102,7 @@ func TestRecordBeingWrittenIsNotRead(t *testing.T) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	text := `{"from":"","to":["bob@relay.example"],"data":"YQ0KYg0K"}` + "\n" + `{"from":"a@b`
+	text := `{"id":"7","from":"","to":["bob@relay.example"],"data":"YQ0KYg0K"}` + "\n" + `{"from":"a@b`
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestRecordBeingWrittenIsNotRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []entry{{to: []string{"bob@relay.example"}, data: []byte("a\nb\n")}}
+	want := []entry{{id: "7", to: []string{"bob@relay.example"}, data: []byte("a\nb\n")}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}

@@ -44,10 +44,11 @@ exports.hook_rcpt = function (next, connection, params) {
 exports.hook_queue = keep
 exports.hook_queue_outbound = keep
 
-function keep (next, connection) {
-    const { mail_from, rcpt_to, message_stream } = connection.transaction
+function keep(next, connection) {
+    const { mail_from, rcpt_to, message_stream, uuid } = connection.transaction
     message_stream.get_data((data) => {
         const line = {
+            id: uuid,
             from: text(mail_from),
             to: rcpt_to.map(text),
             data: data.toString('base64'),
