@@ -168,8 +168,8 @@ func (d *dialogue) truths() error {
 		if c.kind != "send" {
 			continue
 		}
-		var accepted, open int
-		taken := map[string]bool{} // recipients of whom some relay may have taken the message
+		taken := map[string]bool{} // recipients for whom the message is not to be offered again
+		accepted, open := map[string]bool{}, map[string]bool{}
 		for _, x := range d.offered() {
 			var offered []string
 			for i, to := range x.to {
@@ -195,20 +195,19 @@ func (d *dialogue) truths() error {
 			} else if x.body != c.form(x) {
 				wrong(c, "what the relay got is not the body: %q", x.body)
 			}
+			told := open // as far as the call could know
 			switch {
 			case x.final == 0 || x.when > c.when:
-				open++ // as far as the call could know
 			case x.final/100 == 2:
-				accepted++
+				told = accepted
 			case x.final/100 == 4 || x.final/100 == 5:
 				if _, again := d.script.config["temporary"]; again || x.final == 421 {
 					continue // it may be tried again
 				}
-			default:
-				open++
+				told = map[string]bool{}
 			}
 			for _, to := range offered {
-				taken[to] = true
+				taken[to], told[to] = true, true
 			}
 		}
 		var outcome smtprelay.Outcome
@@ -218,14 +217,26 @@ func (d *dialogue) truths() error {
 			outcome = e.Outcome
 		}
 		switch {
-		case outcome == smtprelay.Unknown && open == 0:
+		case outcome == smtprelay.Unknown && len(open) == 0:
 			wrong(c, "but no final dot of it was written in full and left without a reply")
-		case outcome == smtprelay.Accepted && accepted == 0:
+		case outcome == smtprelay.Accepted && len(accepted) == 0:
 			wrong(c, "but the relay has not said so")
-		case outcome == smtprelay.NotAccepted && accepted > 0:
+		case outcome == smtprelay.NotAccepted && len(accepted) > 0:
 			wrong(c, "but the relay has accepted it")
-		case outcome == smtprelay.NotAccepted && open > 0:
+		case outcome == smtprelay.NotAccepted && len(open) > 0:
 			wrong(c, "but its final dot was written and has no reply")
+		}
+		for _, r := range c.receipt.Recipients {
+			want := smtprelay.NotAccepted
+			switch {
+			case accepted[r.To]:
+				want = smtprelay.Accepted
+			case open[r.To]:
+				want = smtprelay.Unknown
+			}
+			if r.Outcome != want {
+				wrong(c, "the receipt says %v for %s, and it was %v", r.Outcome, r.To, want)
+			}
 		}
 	}
 	return errors.Join(errs...)

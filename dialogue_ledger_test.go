@@ -1,0 +1,238 @@
+package smtprelay_test
+
+import (
+	"strconv"
+	"strings"
+)
+
+// A ledger is what was said on one connection, understood: which transactions were begun, which final dots were written in
+// full, what was answered. It counts replies, as a client must.
+type ledger struct {
+	in       string // said by the client and not understood yet
+	out      string // said by the relay and not understood yet
+	waiting  []waiting
+	held     bool // what the client says next means nothing before a reply
+	inData   bool
+	inAuth   bool
+	inChunk  int  // octets of it still to come
+	last     bool // the chunk is the last one
+	starting bool // the relay has said yes to STARTTLS
+	prompts  int  // that AUTH still needs
+	lost     bool // what the relay says does not arrive
+	txs      []*transaction
+	event    func() int // counts the events of the dialogue
+}
+
+// A waiting command has no reply yet.
+type waiting struct {
+	verb string
+	tx   *transaction
+	rcpt int
+}
+
+type transaction struct {
+	from  string
+	mail  int // the reply that arrived; 0 is none
+	to    []string
+	rcpt  []int  // replies, in the order of to
+	heard []int  // those that arrived; 0 is none
+	data  int    // when 354 was said, by the dialogue's count of events; 0 is never
+	bdat  bool   // the body goes in chunks
+	body  string // as it crossed, final dot included
+	dot   bool   // the final dot or the last chunk was written in full
+	final int    // the reply to it: 0 if none arrived, -1 for what is no reply
+	when  int    // of the final reply, by the dialogue's count of events
+}
+
+func (x *transaction) anyAccepted() bool {
+	for _, code := range x.rcpt {
+		if code/100 == 2 {
+			return true
+		}
+	}
+	return false
+}
+
+// possible tells whether, as far as the client can know, a recipient of x may have got what was sent.
+func (x *transaction) possible(rcpt int) bool {
+	open := func(code int) bool { return code == 0 || code/100 == 2 }
+	return open(x.mail) && open(x.heard[rcpt])
+}
+
+func (l *ledger) expect(verb string, tx *transaction) {
+	l.waiting = append(l.waiting, waiting{verb: verb, tx: tx})
+}
+
+func (l *ledger) tx() *transaction {
+	if len(l.txs) == 0 {
+		return nil
+	}
+	return l.txs[len(l.txs)-1]
+}
+
+// secured forgets what was said in the clear.
+func (l *ledger) secured() { l.in, l.starting = "", false }
+
+func (l *ledger) hear(text []byte) {
+	l.in += string(text)
+	for !l.held && l.in != "" {
+		if l.inData {
+			x := l.tx()
+			body, _, whole := strings.Cut("\r\n"+l.in, "\r\n.\r\n")
+			if !whole {
+				x.body = l.in
+				return
+			}
+			x.body = (body + "\r\n.\r\n")[2:]
+			x.dot = true
+			l.in = l.in[len(x.body):]
+			l.inData = false
+			l.expect(".", x)
+			continue
+		}
+		if l.inChunk > 0 {
+			n := min(l.inChunk, len(l.in))
+			l.chunk(l.in[:n])
+			l.in = l.in[n:]
+			continue
+		}
+		line, rest, whole := strings.Cut(l.in, "\r\n")
+		if !whole {
+			return
+		}
+		l.in = rest
+		l.command(line)
+	}
+}
+
+// chunk takes octets of a chunk.
+func (l *ledger) chunk(text string) {
+	x := l.tx()
+	x.body += text
+	l.inChunk -= len(text)
+	switch {
+	case l.inChunk > 0:
+	case l.last:
+		x.dot = true
+		l.expect(".", x)
+	default:
+		l.expect("BDAT", x)
+	}
+}
+
+func (l *ledger) command(line string) {
+	if l.inAuth {
+		l.inAuth = false
+		l.held = true
+		l.expect("AUTH", nil)
+		return
+	}
+	verb, arg, _ := strings.Cut(line, " ")
+	verb = strings.ToUpper(verb)
+	path := func() string {
+		_, p, _ := strings.Cut(arg, "<")
+		p, _, _ = strings.Cut(p, ">")
+		return p
+	}
+	switch verb {
+	case "MAIL":
+		l.txs = append(l.txs, &transaction{from: path()})
+		l.expect(verb, l.tx())
+	case "RCPT":
+		x := l.tx()
+		if x == nil {
+			return
+		}
+		x.to, x.rcpt, x.heard = append(x.to, path()), append(x.rcpt, 0), append(x.heard, 0)
+		l.waiting = append(l.waiting, waiting{verb, x, len(x.to) - 1})
+	case "DATA":
+		l.expect(verb, l.tx())
+		l.held = true
+	case "BDAT":
+		x := l.tx()
+		size, last, _ := strings.Cut(arg, " ")
+		n, err := strconv.Atoi(size)
+		if x == nil || err != nil {
+			l.expect(verb, x)
+			return
+		}
+		if x.data == 0 {
+			x.data, x.bdat = l.event(), true
+		}
+		l.inChunk, l.last = n, last == "LAST"
+		l.chunk("")
+	case "STARTTLS":
+		l.expect(verb, nil)
+		l.held = true
+	case "AUTH":
+		mechanism, initial, ok := strings.Cut(arg, " ")
+		l.prompts = 1
+		if mechanism == "LOGIN" {
+			l.prompts = 2
+		}
+		if ok && initial != "" {
+			l.prompts--
+		}
+		l.held = l.prompts > 0
+		l.expect(verb, nil)
+	default:
+		l.expect(verb, nil)
+	}
+}
+
+func (l *ledger) say(text string) {
+	l.out += text
+	for {
+		line, rest, whole := strings.Cut(l.out, "\n")
+		if !whole {
+			return
+		}
+		l.out = rest
+		code := -1
+		line = strings.TrimSuffix(line, "\r")
+		if len(line) >= 3 && line[0] >= '2' && line[0] <= '5' && strings.Trim(line[1:3], "0123456789") == "" {
+			if len(line) > 3 && line[3] == '-' {
+				continue
+			}
+			if len(line) == 3 || line[3] == ' ' {
+				code = int(line[0]-'0')*100 + int(line[1]-'0')*10 + int(line[2]-'0')
+			}
+		}
+		l.replied(code)
+	}
+}
+
+func (l *ledger) replied(code int) {
+	if len(l.waiting) == 0 {
+		return // unasked
+	}
+	w := l.waiting[0]
+	l.waiting = l.waiting[1:]
+	switch w.verb {
+	case "MAIL":
+		if !l.lost {
+			w.tx.mail = code
+		}
+	case "RCPT":
+		if w.tx.rcpt[w.rcpt] = code; !l.lost {
+			w.tx.heard[w.rcpt] = code
+		}
+	case "DATA":
+		l.held = false
+		if code == 354 && w.tx != nil {
+			l.inData = true
+			w.tx.data = l.event()
+		}
+	case ".":
+		if !l.lost {
+			w.tx.final, w.tx.when = code, l.event()
+		}
+	case "STARTTLS":
+		l.held = false
+		l.starting = code == 220
+	case "AUTH":
+		l.held = false
+		l.inAuth = code == 334
+	}
+	l.hear(nil)
+}
