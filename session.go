@@ -261,8 +261,15 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	more = s.cause == nil || s.dueLocked()
 	s.mu.Unlock()
 
-	if x.final && more {
-		s.changed(s)
+	if x.final {
+		if more {
+			s.changed(s)
+		}
+		// Second: a sender who has another message at once is to find this session idle, and not to open one more.
+		s.mu.Lock()
+		x.tx.told = true
+		x.tx.wake()
+		s.mu.Unlock()
 	}
 	return more
 }

@@ -49,6 +49,7 @@ type transaction struct {
 	authErr         *Error       // the credentials are refused
 	final           wire.Reply
 	finalIn         bool
+	told            bool // it is in, and the keeper knows
 	cancelled       bool // the end of ctx is why the session was doomed
 }
 
@@ -76,7 +77,7 @@ func newTransaction(ctx context.Context, s *session, m *Message, size int64, mai
 // recycle may be called once nobody else knows t.
 func (t *transaction) recycle() {
 	t.s.mu.Lock()
-	known := t.shared || t.asked != t.answered || (t.endAt > 0 && !t.finalIn)
+	known := t.shared || t.asked != t.answered || (t.endAt > 0 && !t.told)
 	t.s.mu.Unlock()
 	if !known {
 		cfg := t.s.cfg
@@ -349,11 +350,9 @@ func (t *transaction) askLine(x exchange) bool {
 	return t.awaitEnvelope()
 }
 
-// replyLocked takes a reply and tells who waits for it. The lock is the session's; once it is free the transaction may be
-// gone.
+// replyLocked takes a reply and, unless it is the final one, tells who waits for it. The lock is the session's.
 func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	s := t.s
-	defer t.wake()
 	if x.final {
 		t.final, t.finalIn = r, true
 		if r.Code == 432 && s.retired == "" {
@@ -369,6 +368,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		}
 		return
 	}
+	defer t.wake()
 	t.answered++
 	if r.Code == 432 && s.retired == "" {
 		s.retired = closeFault // one connection too many, and this is it
@@ -594,7 +594,7 @@ func (t *transaction) end() bool {
 func (t *transaction) awaitFinal() {
 	for {
 		t.s.mu.Lock()
-		in := t.finalIn
+		in := t.told
 		t.s.mu.Unlock()
 		if in {
 			return
