@@ -225,7 +225,7 @@ func (t *transaction) verdict() *Error {
 	switch {
 	case t.finalIn:
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: NotAccepted}
-	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil && s.writeErr == nil):
+	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil && s.writeErr == nil) && !t.behind421Locked():
 		// On a session that works the dot may still be in the buffer, but it will leave.
 		err := ended(t.ctx)
 		if err == nil {
@@ -274,6 +274,13 @@ func isWord(s string) bool {
 		}
 	}
 	return s != ""
+}
+
+// behind421Locked reports whether the relay has said 421 to a transaction before t, and nothing more until the connection
+// ended: replies come in order (RFC 2920, 3.2), so it was leaving when it came to t, and has taken nothing of it.
+func (t *transaction) behind421Locked() bool {
+	cause, ok := t.s.cause.(*replyError)
+	return ok && cause.reply.Code == 421 && t.answered == 0 && t.s.hangingUp
 }
 
 // endOp is the step that ends the message.

@@ -71,7 +71,7 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 	if t.late(e) {
 		return elsewhere // the session was used up or dead before this message came: not its fault
 	}
-	if e.Code == 0 || (e.Code == 421 && e.Op != OpAuth) {
+	if e.Code == 0 || t.asked == 0 || (e.Code == 421 && e.Op != OpAuth) {
 		return again // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
 	}
 	if e.Op == OpRset && t.overlapped {
@@ -111,8 +111,11 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 func (t *transaction) late(e *Error) bool {
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
-	if t.seq == 1 || t.mailed.Class() == 2 {
+	if t.s.used <= 1 || t.mailed.Class() == 2 {
 		return false
+	}
+	if t.asked == 0 {
+		return true // the session has ended before a word of this one, whatever the relay has said about that
 	}
 	// 451 4.4.2 is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
 	idle := t.mailed.Code == 451 && t.mailed.Enhanced == [3]int{4, 4, 2}
