@@ -206,7 +206,7 @@ func TestStormJudgeFinds(t *testing.T) {
 			change: func(told *stormTold, _ []*stormAttempt) { told.closed = true }, want: "on a closed client"},
 		{why: "late", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), weather: stormWeather{cuts: 1},
 			change: func(told *stormTold, _ []*stormAttempt) {
-				told.gaveUp, told.ended = time.Unix(1, 0), time.Unix(60, 0)
+				told.gaveUp, told.ended = time.Unix(1, 0), time.Unix(600, 0)
 			}, want: "after its context had ended"},
 	} {
 		t.Run(test.why, func(t *testing.T) {

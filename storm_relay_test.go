@@ -55,8 +55,9 @@ const (
 	atMail     stormStage = "MAIL"
 	atRcpt     stormStage = "RCPT"
 	atData     stormStage = "DATA"
-	atBody     stormStage = "body"
-	atDot      stormStage = "final dot"
+	atBdat     stormStage = "BDAT"
+	atBody     stormStage = "body"      // in the middle of it, or of a chunk
+	atDot      stormStage = "final dot" // or the last chunk
 	atRset     stormStage = "RSET"
 	atQuit     stormStage = "QUIT"
 )
@@ -75,8 +76,12 @@ type stormAttempt struct {
 	sent     *stormSending // nil if it came through TLS
 	mail     stormSaid
 	rcpts    []stormRcpt
-	data     int // the code of the reply to DATA; 0 means none
+	declared int // SIZE; 0 means not
+	data     int // the code of the reply to DATA, or 354 if there was a chunk; 0 means none
 	dotRead  bool
+	chunks   []byte // of the body, so far
+	chunked  bool
+	failed   bool // a chunk was refused: only RSET helps
 	taken    bool
 	problem  string // what is wrong with the body that was taken
 	queueID  string
@@ -161,8 +166,8 @@ func (r *stormRelay) dial(ctx context.Context, network, addr string) (net.Conn, 
 // the client need not wait for that longer than its time-out after QUIT or its own close, and a reset leaves nothing open.
 func (r *stormRelay) openConnsLocked() (n int) {
 	for _, c := range r.conns {
-		left := c.client.whenLeft()
-		if !c.gone && (left.IsZero() || time.Since(left) < r.w.quit) {
+		left, over := c.client.whenLeft()
+		if !c.gone && !over && (left.IsZero() || time.Since(left) < r.w.quit) {
 			n++
 		}
 	}
@@ -180,10 +185,13 @@ type stormClientConn struct {
 	dots     []stormDot // of those, the ones that have not
 	quitEnd  int        // like stormDot's end, of QUIT; 0 means none
 	line     []byte     // the beginning of the line that is being written
+	chunk    int        // octets of a chunk that are still to be written
+	last     bool       // it is the last
 	current  *stormSending
 	sendings map[int][]*stormSending // by message
 	left     time.Time               // when the client gave the connection up
 	closed   bool
+	reset    bool
 }
 
 // stormSending is a transaction as the client wrote it. The numbers count what clients write, over all connections; 0 means
@@ -229,6 +237,12 @@ func (e *stormClientConn) look(p []byte) {
 		}
 	}
 	for at := e.looked - e.wrote; at < len(p); at = e.looked - e.wrote {
+		if e.chunk > 0 {
+			k := min(e.chunk, len(p)-at)
+			e.looked, e.chunk = e.looked+k, e.chunk-k
+			e.endOfChunk()
+			continue
+		}
 		text, _, ended := bytes.Cut(p[at:], []byte("\n"))
 		e.line = append(e.line, text[:min(len(text), 100)]...)
 		if e.looked += len(text); !ended {
@@ -243,11 +257,32 @@ func (e *stormClientConn) look(p []byte) {
 			begin(line)
 		case line == ".\r" && e.current != nil:
 			e.dots = append(e.dots, stormDot{e.current, e.looked})
+		case strings.HasPrefix(line, "BDAT "):
+			e.chunk, e.last = stormChunk(line)
+			e.endOfChunk()
 		case line == "QUIT\r":
 			e.quitEnd = e.looked
 		}
 		e.line = e.line[:0]
 	}
+}
+
+// endOfChunk takes the end of a last chunk for a final dot.
+func (e *stormClientConn) endOfChunk() {
+	if e.chunk == 0 && e.last && e.current != nil {
+		e.dots = append(e.dots, stormDot{e.current, e.looked})
+	}
+}
+
+// stormChunk reads a BDAT command; a negative size means that it is malformed.
+func stormChunk(line string) (size int, last bool) {
+	line = strings.TrimSuffix(line, "\r")
+	number, last := strings.CutSuffix(strings.TrimPrefix(line, "BDAT "), " LAST")
+	size, err := strconv.Atoi(number)
+	if err != nil {
+		return -1, last
+	}
+	return size, last
 }
 
 // sending returns the oldest sending of a message that was not asked for yet; nil if there is none.
@@ -269,10 +304,18 @@ func (e *stormClientConn) leave(closed bool) {
 	}
 }
 
-func (e *stormClientConn) whenLeft() time.Time {
+func (e *stormClientConn) whenLeft() (at time.Time, over bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.left
+	return e.left, e.reset || e.closed && e.c.r.w.tls // where QUIT may have been said long before
+}
+
+// SetLinger is how a client resets.
+func (e *stormClientConn) SetLinger(sec int) error {
+	e.mu.Lock()
+	e.reset = true
+	e.mu.Unlock()
+	return e.Conn.SetLinger(sec)
 }
 
 func (e *stormClientConn) Close() error {
@@ -485,6 +528,9 @@ func (c *stormConn) next() error {
 	case c.leaving && verb == "QUIT":
 		return c.quitReceived()
 	case c.leaving: // like Exim, which says it again and again
+		if err := c.swallow(line); err != nil {
+			return err
+		}
 		return c.bye(stormReply{421, "4.3.2", "leaving, as was said"})
 	case c.behind > 0: // like Haraka
 		c.behind = max(0, c.behind-len(line)-len("\r\n"))
@@ -515,6 +561,8 @@ func (c *stormConn) next() error {
 		return c.rcpt(line)
 	case "DATA":
 		return c.data(line)
+	case "BDAT":
+		return c.bdat(line)
 	case "RSET":
 		return c.rset(line)
 	case "QUIT":
@@ -533,6 +581,9 @@ func (c *stormConn) ehlo(line string) error {
 		offers = append(offers, "8BITMIME", "SIZE 100000000", "ENHANCEDSTATUSCODES")
 		if w.pipelining {
 			offers = append(offers, "PIPELINING")
+		}
+		if w.chunking {
+			offers = append(offers, "CHUNKING")
 		}
 		if w.tls && !c.secure {
 			offers = append(offers, "STARTTLS")
@@ -650,6 +701,10 @@ func (c *stormConn) mail(line string) error {
 		params = nil
 	}
 	c.wellFormed(line, "MAIL FROM:<", params...)
+	if _, size, ok := strings.Cut(line, " SIZE="); ok {
+		size, _, _ = strings.Cut(size, " ")
+		a.declared, _ = strconv.Atoi(size)
+	}
 	r := c.yes("2.1.0", "sender of "+strconv.Itoa(a.msg)+" ok")
 	f := c.roll(atMail)
 	if no, ok := f.refusal(c, atMail, a.msg); ok {
@@ -727,7 +782,7 @@ func (c *stormConn) data(line string) error {
 	a := c.tx
 	c.grammar(line == "DATA", "%q", line)
 	switch {
-	case a == nil || a.dotRead || len(a.rcpts) == 0:
+	case a == nil || a.dotRead || a.chunked || len(a.rcpts) == 0:
 		c.grammar(c.mailRefused, "DATA outside a transaction")
 		return c.write(stormReply{503, "5.5.1", "MAIL first"})
 	case a.accepted() == 0 && !c.r.w.goesOn:
@@ -746,25 +801,118 @@ func (c *stormConn) data(line string) error {
 	return c.body(a)
 }
 
+// swallow reads the chunk that comes with a command which is answered otherwise.
+func (c *stormConn) swallow(line string) error {
+	if !strings.HasPrefix(line, "BDAT ") {
+		return nil
+	}
+	size, _ := stormChunk(line)
+	_, err := c.octets(size)
+	return err
+}
+
+// octets reads so many octets of a chunk, or as many as come.
+func (c *stormConn) octets(n int) (got []byte, err error) {
+	for {
+		k := min(len(c.buf), n-len(got))
+		got, c.buf = append(got, c.buf[:k]...), c.buf[k:]
+		if len(got) >= n {
+			return got, nil
+		}
+		if err := c.fill(); err != nil {
+			return got, err
+		}
+	}
+}
+
+// bdat reads a chunk (RFC 3030) and answers it.
+func (c *stormConn) bdat(line string) error {
+	a := c.tx
+	size, last := stormChunk(line)
+	c.grammar(size >= 0 && c.r.w.chunking && !c.helo, "%q", line)
+	if a == nil || a.dotRead || len(a.rcpts) == 0 {
+		c.grammar(c.mailRefused, "BDAT outside a transaction")
+		if err := c.swallow(line); err != nil {
+			return err
+		}
+		return c.write(stormReply{503, "5.5.1", "MAIL first"})
+	}
+	if trouble := c.roll(atBody); trouble != noFault {
+		got, err := c.octets(c.rng.IntN(size + 1))
+		a.chunks, size = append(a.chunks, got...), size-len(got)
+		if err == nil {
+			err = c.trouble(trouble)
+		}
+		if err != nil {
+			return c.chunkLost(a, last, err)
+		}
+	}
+	a.chunked, a.data = true, 354
+	c.r.happens(atBody, a.msg)
+	got, err := c.octets(size)
+	a.chunks = append(a.chunks, got...)
+	if err != nil {
+		return c.chunkLost(a, last, err)
+	}
+	c.log("<", fmt.Sprintf("[chunk of %d, %d octets so far]", a.msg, len(a.chunks)))
+	c.grammar(a.declared == 0 || len(a.chunks) <= a.declared, "%d octets in chunks, declared were %d", len(a.chunks), a.declared)
+	switch {
+	case a.failed:
+		r := stormReply{503, "5.5.1", "a chunk before has failed"}
+		if a.dotRead = last; last {
+			a.answered, a.final = true, r.said()
+		}
+		return c.write(r)
+	case last:
+		a.dotRead = true
+		return c.verdict(a, a.chunks)
+	}
+	r := c.yes("2.0.0", strconv.Itoa(len(got))+" octets")
+	f := c.roll(atBdat)
+	if no, ok := f.refusal(c, atBdat, a.msg); ok {
+		r = no
+	}
+	a.failed = r.code/100 != 2 || a.accepted() == 0
+	return c.deliver(atBdat, a.msg, r, f)
+}
+
+// chunkLost ends a connection that was lost in a chunk. Some relays take what there is of the last one, if the connection
+// ends without a reset (seen in go-smtp).
+func (c *stormConn) chunkLost(a *stormAttempt, last bool, err error) error {
+	c.log("<", fmt.Sprintf("[chunk of %d, lost after %d octets]", a.msg, len(a.chunks)))
+	if last && c.r.w.takesTruncated && errors.Is(err, io.EOF) && !a.failed {
+		c.verdict(a, a.chunks)
+	}
+	return err
+}
+
+// trouble is what happens in the middle of a body.
+func (c *stormConn) trouble(f stormFault) error {
+	switch f {
+	case say421:
+		if err := c.bye(stormReply{421, "4.3.0", "unwell"}); err != nil {
+			return err
+		}
+		return errStormOver
+	case stall:
+		c.sleep(c.stallTime())
+	case dropConn:
+		c.drop("in the body")
+		return errStormOver
+	case halfClose:
+		c.halfClose()
+	}
+	return nil
+}
+
 // body reads a message to its final dot, and answers that.
 func (c *stormConn) body(a *stormAttempt) error {
 	trouble, when := c.roll(atBody), c.rng.IntN(600)
 	var got bytes.Buffer
 	for lines := 0; ; lines++ {
 		if trouble != noFault && got.Len() >= when {
-			switch trouble {
-			case say421:
-				if err := c.bye(stormReply{421, "4.3.0", "unwell"}); err != nil {
-					return err
-				}
-				return errStormOver
-			case stall:
-				c.sleep(c.stallTime())
-			case dropConn:
-				c.drop("in the body")
-				return errStormOver
-			case halfClose:
-				c.halfClose()
+			if err := c.trouble(trouble); err != nil {
+				return err
 			}
 			trouble = noFault
 		}
@@ -812,7 +960,7 @@ func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
 		r = no
 	}
 	if a.accepted() == 0 {
-		c.grammar(len(body) == 0, "a body for nobody in the transaction of message %d", a.msg)
+		c.grammar(len(body) == 0 || a.chunked, "a body for nobody in the transaction of message %d", a.msg)
 		if r.code == 250 && c.rng.IntN(2) == 0 {
 			r = stormReply{554, "5.5.1", "no valid recipients"}
 		}
@@ -1044,15 +1192,20 @@ func (c *stormConn) line() (string, error) {
 			c.buf = c.buf[i+1:]
 			return line, nil
 		}
-		n, err := c.rd.Read(c.space[:])
-		if c.quit && n > 0 {
-			c.violation("%q after QUIT", c.space[:n])
-		}
-		c.buf = append(c.buf, c.space[:n]...)
-		if err != nil {
+		if err := c.fill(); err != nil {
 			return "", err
 		}
 	}
+}
+
+// fill reads some more.
+func (c *stormConn) fill() error {
+	n, err := c.rd.Read(c.space[:])
+	if c.quit && n > 0 {
+		c.violation("%q after QUIT", c.space[:n])
+	}
+	c.buf = append(c.buf, c.space[:n]...)
+	return err
 }
 
 // stormWire lies below TLS. It cuts the connection at a given octet of either direction, and the stream into pieces.

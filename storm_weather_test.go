@@ -33,29 +33,32 @@ func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.IntN(len(from))]
 
 // stormWeather is what one seed makes of the relay and of the way to it.
 type stormWeather struct {
-	buffer      int           // of each direction of a connection, in octets
-	segment     int           // reads get a random number of octets up to this; 0 means what there is
-	latency     time.Duration // each reply takes a random time up to this
-	pipelining  bool          // offered
-	mode        smtprelay.Pipelining
-	habit       stormHabit
-	tls         bool   // STARTTLS is offered and required
-	auth        string // mechanisms; "" means none
-	mailMax     int    // LIMITS MAILMAX; 0 means not announced
-	rcptMax     int    // LIMITS RCPTMAX
-	goesOn      bool   // 354 although every recipient was refused (RFC 2920, 3.1)
-	rcptCap     int    // recipients of a transaction, not announced: 452 or 552 beyond
-	rcptCapCode int
-	mailCap     int           // messages of a connection, not announced: 421 beyond
-	connCap     int           // connections, not announced: 421 beyond
-	idle        time.Duration // how long a connection may be idle; 0 means for ever
-	linger      time.Duration // how long the relay takes to close after QUIT or FIN
-	leaves      stormLeave
-	faults      []stormFault
-	rate        int        // faults in a thousand steps
-	only        stormStage // where faults happen; "" means anywhere
-	cuts        int        // of a thousand connections, how many are cut at some octet
-	unasked     int        // the same for 421 at some time without being asked
+	buffer     int           // of each direction of a connection, in octets
+	segment    int           // reads get a random number of octets up to this; 0 means what there is
+	latency    time.Duration // each reply takes a random time up to this
+	pipelining bool          // offered
+	chunking   bool          // offered
+	mode       smtprelay.Pipelining
+	habit      stormHabit
+	// A last chunk is taken for the message although the client has closed in the middle of it.
+	takesTruncated bool
+	tls            bool   // STARTTLS is offered and required
+	auth           string // mechanisms; "" means none
+	mailMax        int    // LIMITS MAILMAX; 0 means not announced
+	rcptMax        int    // LIMITS RCPTMAX
+	goesOn         bool   // 354 although every recipient was refused (RFC 2920, 3.1)
+	rcptCap        int    // recipients of a transaction, not announced: 452 or 552 beyond
+	rcptCapCode    int
+	mailCap        int           // messages of a connection, not announced: 421 beyond
+	connCap        int           // connections, not announced: 421 beyond
+	idle           time.Duration // how long a connection may be idle; 0 means for ever
+	linger         time.Duration // how long the relay takes to close after QUIT or FIN
+	leaves         stormLeave
+	faults         []stormFault
+	rate           int        // faults in a thousand steps
+	only           stormStage // where faults happen; "" means anywhere
+	cuts           int        // of a thousand connections, how many are cut at some octet
+	unasked        int        // the same for 421 at some time without being asked
 
 	// What the client is set to, as far as the relay holds it to it.
 	maxConns, maxMessages, maxRecipients int
@@ -166,7 +169,7 @@ func (f stormFault) fits(at stormStage) bool {
 	case atBody:
 		return f == say421 || f == stall || f == dropConn || f == halfClose
 	}
-	return f != refuseDial
+	return f != refuseDial // which is for dials only
 }
 
 // speaks tells whether the reply arrives, well-formed and in its place.
@@ -224,6 +227,10 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 	w.mode = pick(rng, smtprelay.PipelineAcross, smtprelay.PipelineAcross, smtprelay.PipelineAcross, smtprelay.PipelineAcross,
 		smtprelay.PipelineWithin, smtprelay.PipelineOff)
 	w.habit = pick(rng, takesOverlap, takesOverlap, takesOverlap, refusesOverlap, discardsOverlap)
+	if w.chunking = chance(rng, 30); w.chunking {
+		w.habit = takesOverlap // nobody who offers it does otherwise
+		w.takesTruncated = chance(rng, 50)
+	}
 	w.tls = chance(rng, 3)
 	w.auth = pick(rng, "", "", "PLAIN LOGIN", "LOGIN")
 	w.leaves = pick(rng, leavesPolitely, leavesPolitely, leavesAtOnce, leavesOpen)
@@ -250,6 +257,9 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 	}
 	if chance(rng, 20) {
 		w.idle = pick(rng, time.Second, 8*time.Second, 20*time.Second)
+		if w.chunking {
+			w.idle = max(w.idle, 8*time.Second) // a slow body is made before its first chunk is written
+		}
 	}
 	if chance(rng, 35) {
 		w.leaves = leavesPolitely
