@@ -68,11 +68,10 @@ func (b *bench) client(change ...func(*smtprelay.Config)) (*smtprelay.Client, er
 
 // throughProxy makes the clients that are made afterwards talk to the relay through a proxy.
 func (b *bench) throughProxy(delay time.Duration) error {
-	p, err := newProxy(address(b.Plain))
+	p, err := newProxy(address(b.Plain), delay)
 	if err != nil {
 		return err
 	}
-	p.delay = delay
 	b.proxy = p
 	return nil
 }

@@ -13,7 +13,7 @@ import (
 type proxy struct {
 	listener net.Listener
 	target   string
-	delay    time.Duration // of what the relay says; set before the first connection
+	delay    time.Duration // of what the relay says
 	all      sync.WaitGroup
 
 	mu      sync.Mutex // guards the fields below
@@ -46,12 +46,12 @@ type answer struct {
 	behind int // bytes of fromUs
 }
 
-func newProxy(target string) (*proxy, error) {
+func newProxy(target string, delay time.Duration) (*proxy, error) {
 	l, err := listen()
 	if err != nil {
 		return nil, err
 	}
-	p := &proxy{listener: l, target: target}
+	p := &proxy{listener: l, target: target, delay: delay}
 	p.all.Go(p.serve)
 	return p, nil
 }

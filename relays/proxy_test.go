@@ -60,7 +60,7 @@ func (e *echo) serve(c net.Conn) {
 }
 
 func dialProxy(t *testing.T, e *echo) (*proxy, net.Conn, *bufio.Reader) {
-	p, err := newProxy(e.listener.Addr().String())
+	p, err := newProxy(e.listener.Addr().String(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
