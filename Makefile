@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench relays cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
 FUZZTIME ?= 30s
@@ -21,6 +21,9 @@ fuzz: ## FUZZTIME (30s) of each fuzz target of the root module
 
 bench: ## benchmarks; rtt/msg first, then ns and allocations
 	go test -run '^$$' -bench . -benchmem ./...
+
+peers: ## the same work by other SMTP clients, side by side: BENCHMARKS.md
+	cd bench && go run . -quick
 
 relays: ## the client against real relays that this machine can install
 	cd relays && go run .
