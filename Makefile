@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays soak storm cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
 FUZZTIME ?= 30s
@@ -27,6 +27,12 @@ peers: ## the same work by other SMTP clients, side by side: BENCHMARKS.md
 
 relays: ## the client against real relays that this machine can install
 	cd relays && go run .
+
+soak: ## five million messages over loopback, one in a hundred failing
+	go test -run '^TestSoak$$' -v -timeout 3h . -soak.messages=5000000
+
+storm: ## a hundred thousand storms from random seeds
+	go test -run '^TestStorm$$' -v -timeout 3h . -storm.seeds=100000
 
 cover: ## coverage of the root module, as a page in the browser
 	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof
