@@ -301,7 +301,7 @@ func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
 	}
 	if f.Stall {
 		c.is("stalled by a fault at " + at.String())
-		if !c.stall(h) {
+		if !c.stall(h, at) {
 			return blow{end: lost}, true
 		}
 	}
@@ -332,11 +332,15 @@ func (c *conn) pause(d time.Duration) bool {
 
 // stall waits until h is removed. It reports false if the connection ends first. It reads on as far as the buffer goes, to
 // learn when the client hangs up.
-func (c *conn) stall(h *FaultHandle) bool {
+func (c *conn) stall(h *FaultHandle, at Step) bool {
 	c.bw.Flush()
+	ahead := c.br
+	if at == TLSHandshake {
+		ahead = c.wire.in // where the handshake will read from
+	}
 	read := make(chan error, 1)
 	go func() { // ends when the buffer is full, the client has hung up, or the deadline set below
-		_, err := c.br.Peek(c.br.Size())
+		_, err := ahead.Peek(ahead.Size())
 		read <- err
 	}()
 	select {

@@ -221,6 +221,34 @@ func TestFaultsOfTLSAndAuth(t *testing.T) {
 	}
 }
 
+// What the client has said by the time that a stall is over is not lost, its ClientHello included.
+func TestStalledHandshakeGoesOn(t *testing.T) {
+	for _, implicit := range []bool{false, true} {
+		t.Run(fmt.Sprintf("implicit %t", implicit), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := NewUnstartedServer()
+				s.InMemory = true
+				s.start(implicit)
+				t.Cleanup(s.Close)
+				h := s.Fault(Fault{At: TLSHandshake, Stall: true})
+				time.AfterFunc(time.Minute, h.Remove)
+				r := dial(t, s)
+				if !implicit {
+					r.want("220 ")
+					r.say("STARTTLS")
+					r.want("220 ")
+				}
+				r.tls(clientTLS(s))
+				if implicit {
+					r.want("220 ")
+				}
+				r.say("EHLO client.test")
+				r.want("250-")
+			})
+		})
+	}
+}
+
 func TestPositiveReplyCarriesOut(t *testing.T) {
 	s := plainRelay()
 	bubble(t, s, func(t *testing.T) {
