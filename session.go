@@ -378,13 +378,13 @@ func (s *session) doomLocked(err error) {
 
 // kill ends the session now, awaiting nothing.
 func (s *session) kill(err error) {
-	s.raw.abandon()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.doomLocked(err)
 	s.abort = true
 	s.closeBy = longAgo
 	s.armLocked()
+	s.mu.Unlock()
+	s.raw.abandon() // second, so that the end of reading and writing is known to be a consequence
 }
 
 // lastWords is how long the relay may take to say why it does not take what is written.
