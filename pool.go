@@ -378,6 +378,9 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 		p.gate.opened()
 	}
 	p.mu.Unlock()
+	if p.closing.Err() != nil { // it got ready at the last moment, and whoever ends everything may have missed it
+		s.kill(ErrClosed)
+	}
 	if alone {
 		if err := s.authenticate(ctx); err != nil {
 			p.learn(s, err)
