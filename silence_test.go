@@ -1,0 +1,256 @@
+package smtprelay_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// These tests are about relays that fall silent, and callers who do not wait: each Send ends when it should, others on the
+// same connection are not harmed, and a reply that comes too late is given to nobody.
+
+// A relay falls silent at each step in turn, for ever, or until after the caller has gone.
+func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
+	limits := smtprelay.Timeouts{ // each its own, so that it can be told which one it was
+		Greeting: 11 * time.Second, TLS: 13 * time.Second, Command: 17 * time.Second, Data: 19 * time.Second,
+		Write: 23 * time.Second, FinalReply: 29 * time.Second, Quit: 3 * time.Second,
+	}
+	type expected struct {
+		op      smtprelay.Op
+		after   time.Duration
+		outcome smtprelay.Outcome
+	}
+	const not, unknown = smtprelay.NotAccepted, smtprelay.Unknown
+	for _, test := range []struct {
+		step             smtptest.Step
+		byData, inChunks expected
+		why              string
+	}{
+		{step: smtptest.Connect, byData: expected{smtprelay.OpGreeting, limits.Greeting, not}},
+		{step: smtptest.EHLO, byData: expected{smtprelay.OpEHLO, limits.Command, not}},
+		{step: smtptest.StartTLS, byData: expected{smtprelay.OpSTARTTLS, limits.Command, not}},
+		{step: smtptest.TLSHandshake, byData: expected{smtprelay.OpTLS, limits.TLS, not}},
+		{step: smtptest.Auth, byData: expected{smtprelay.OpAuth, limits.Command, not}},
+		{
+			step: smtptest.Mail, byData: expected{smtprelay.OpMail, limits.Command, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, unknown},
+			why: "in chunks the message has left with its envelope: the relay has all of it",
+		},
+		{
+			step: smtptest.Rcpt, byData: expected{smtprelay.OpRcpt, limits.Command, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, unknown},
+			why: "the same",
+		},
+		{
+			step: smtptest.Data, byData: expected{smtprelay.OpData, limits.Data, not}, inChunks: expected{smtprelay.OpBdat, limits.FinalReply, unknown},
+			why: "the same; in chunks that is BDAT",
+		},
+		{
+			step: smtptest.Body, byData: expected{smtprelay.OpBody, 2 * limits.Write, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, not},
+			why: "a buffer full is progress, from which the time counts; in chunks the first reply is due before",
+		},
+		{step: smtptest.FinalDot, byData: expected{smtprelay.OpFinalDot, limits.FinalReply, unknown}, inChunks: expected{smtprelay.OpBdat, limits.FinalReply, unknown}},
+	} {
+		for _, end := range []string{"time-out", "cancel", "deadline"} {
+			t.Run(fmt.Sprintf("%v, %s", test.step, end), func(t *testing.T) {
+				inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+					relay := newRelay(t, near, func(s *smtptest.Server) {
+						s.Buffer = 4096
+						s.NoTLS = test.step != smtptest.StartTLS && test.step != smtptest.TLSHandshake
+						s.NoAuth = test.step > smtptest.Auth // so that in chunks all of the first message leaves at once
+					})
+					want := test.byData
+					step := test.step
+					if relay.Chunking && test.inChunks != (expected{}) {
+						want = test.inChunks
+					}
+					if step == smtptest.Data {
+						step = bodyStep(relay)
+					}
+					cfg := relay.Config()
+					cfg.Limits.MaxConns = 2
+					cfg.Retry.MaxAttempts = 1
+					cfg.Timeouts = limits
+					client := newClient(t, cfg)
+
+					silent := relay.Fault(smtptest.Fault{At: step, Stall: true})
+					ctx, cancel := context.WithCancel(t.Context())
+					if end == "deadline" {
+						ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
+					}
+					defer cancel()
+					ended := make(chan sent, 1)
+					go func() { // until Send returns, which is waited for below
+						m := numbered(0)
+						if step == smtptest.Body {
+							m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than all buffers hold
+						}
+						s := sent{began: time.Now()}
+						s.receipt, s.err = client.Send(ctx, m)
+						s.took = time.Since(s.began)
+						ended <- s
+					}()
+					if err := silent.Wait(t.Context(), 1); err != nil {
+						t.Fatal(err)
+					}
+					var all []sent
+					if step > smtptest.TLSHandshake { // before, nobody would stay with a connection that is not ready
+						for i := range 5 {
+							all = append(all, sendOne(t.Context(), client, 1+i)) // next to it, on a connection of their own
+						}
+					}
+					for _, s := range all {
+						if s.err != nil || s.took != 0 {
+							t.Errorf("message %d, next to the silent one: %v after %v; want it accepted at once", s.number, s.err, s.took)
+						}
+					}
+					if end == "cancel" {
+						time.Sleep(5 * time.Second)
+						cancel()
+					}
+					victim := <-ended
+					e := failure(victim.err)
+					if e.Outcome != want.outcome {
+						t.Errorf("outcome %v, want %v: %s: %v", e.Outcome, want.outcome, test.why, victim.err)
+					}
+					switch {
+					case end == "time-out":
+						if e.Op != want.op || !e.Timeout() || errors.Is(victim.err, context.DeadlineExceeded) {
+							t.Errorf("%v; want a time-out at %q", victim.err, want.op)
+						}
+						if victim.took > want.after || victim.took < want.after && !(step == smtptest.Body && e.Op == smtprelay.OpBody) {
+							t.Errorf("ended after %v, want %v", victim.took, want.after)
+						}
+					case end == "cancel" && !errors.Is(victim.err, context.Canceled), end == "deadline" && !errors.Is(victim.err, context.DeadlineExceeded):
+						t.Errorf("%v; want the context's error", victim.err)
+					case end == "deadline" && !e.Timeout():
+						t.Errorf("%v is no time-out", victim.err)
+					case victim.took != 5*time.Second:
+						t.Errorf("ended after %v, want 5s", victim.took)
+					}
+
+					// Then the relay finds its voice again.
+					silent.Remove()
+					for i := range 5 {
+						s := sendOne(t.Context(), client, 10+i)
+						if s.err != nil || s.took > limits.Quit {
+							t.Errorf("message %d, afterwards: %v after %v", s.number, s.err, s.took)
+						}
+						all = append(all, s)
+					}
+					client.Close()
+					relay.Close()
+					checkLedger(t, relay, append(all, victim))
+					atMost(t, "open at once", relay.MaxOpen(), 2)
+				})
+			})
+		}
+	}
+}
+
+// A connection that does not get ready is made up for by the next one: whoever waits longest gets what is ready first.
+func TestSilentDialHoldsUpNobody(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO} {
+			relay := newRelay(t, near)
+			client := newClient(t, relay.Config())
+			silent := relay.Fault(smtptest.Fault{At: step, Stall: true})
+			all := sendAtOnce(t.Context(), client, 0, 2)
+			for _, s := range all {
+				if s.took != 0 {
+					t.Errorf("message %d took %v", s.number, s.took)
+				}
+			}
+			want(t, "connections that have fallen silent", silent.Hits(), 1)
+			allAccepted(t, relay, all)
+		}
+	})
+}
+
+// Many senders, of whom a part goes away at any moment: each of those ends at that moment, the others have all of their
+// messages accepted, and what the relay has is what everybody was told.
+func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
+	for seed := range uint64(8) {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
+			cfg := relay.Config()
+			cfg.Limits.MaxConns = 3
+			client := newClient(t, cfg)
+			random := rand.New(rand.NewPCG(seed, 0))
+			const senders, messages = 20, 10
+			var mu sync.Mutex // guards all
+			var all []sent
+			var running sync.WaitGroup
+			for i := range senders {
+				patience := make([]time.Duration, messages) // before the message is given up; 0 is never
+				for j := range patience {
+					if random.IntN(4) == 0 {
+						patience[j] = rand.N(300 * time.Millisecond)
+					}
+				}
+				running.Go(func() {
+					for j, p := range patience {
+						ctx, cancel := context.WithCancel(t.Context())
+						if p > 0 {
+							time.AfterFunc(p, cancel)
+						}
+						s := sendOne(ctx, client, messages*i+j)
+						cancel()
+						if s.err != nil && (p == 0 || s.took != p || !errors.Is(s.err, context.Canceled)) {
+							t.Errorf("seed %d: message %d, given up after %v (0s: not at all), ended after %v: %v", seed, s.number, p, s.took, s.err)
+						}
+						mu.Lock()
+						all = append(all, s)
+						mu.Unlock()
+					}
+				})
+			}
+			running.Wait()
+			if err := client.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+			relay.Close()
+			checkLedger(t, relay, all)
+			want(t, "sends that have ended", len(all), senders*messages)
+			atMost(t, "open at once", relay.MaxOpen(), 3)
+		})
+	}
+}
+
+// All ten connections are stuck: each Send ends at its own deadline, the places come back, and traffic goes on with the
+// relay.
+func TestTrafficGoesOnWhenAllConnectionsWereStuck(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
+		client := newClient(t, relay.Config())
+		all := sendAtOnce(t.Context(), client, 0, 50)
+		noneFailed(t, all)
+		stuck := relay.Fault(smtptest.Fault{Stall: true, Count: -1})
+		const patience = time.Minute
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		waited := sendAtOnce(ctx, client, 100, 50)
+		cancel()
+		for _, s := range waited {
+			if !errors.Is(s.err, context.DeadlineExceeded) || !failure(s.err).Timeout() || s.took != patience {
+				t.Errorf("message %d: %v after %v; want the deadline after %v", s.number, s.err, s.took, patience)
+			}
+		}
+		stuck.Remove()
+		after := sendAtOnce(t.Context(), client, 200, 50)
+		noneFailed(t, after)
+		for _, s := range after {
+			if s.took > 10*time.Second {
+				t.Errorf("message %d took %v when the relay was back", s.number, s.took)
+			}
+		}
+		client.Close()
+		relay.Close()
+		checkLedger(t, relay, append(append(all, waited...), after...))
+		atMost(t, "open at once", relay.MaxOpen(), 10)
+	})
+}
