@@ -47,7 +47,7 @@ func TestStorm(t *testing.T) {
 		workers.Go(func() { // until the seeds are used up
 			for {
 				n := next.Add(1) - 1
-				if n >= uint64(*stormSeeds) || t.Failed() && n > 5000 {
+				if n >= uint64(*stormSeeds) || t.Failed() && n > 50 {
 					return
 				}
 				all.add(stormReport(t, *stormFrom+n))
