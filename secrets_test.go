@@ -293,6 +293,7 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 	}
 	values["&Config"] = &cfg
 	values["a struct with a Config"] = struct{ Mail smtprelay.Config }{cfg}
+	values["a struct with a Client that is not exported"] = struct{ mail *smtprelay.Client }{client}
 	values["a slice of Configs"] = []smtprelay.Config{cfg}
 	values["a map of *Configs"] = map[string]*smtprelay.Config{"mail": &cfg}
 	for name, v := range values {
