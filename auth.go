@@ -126,7 +126,6 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 				if r, gone := d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command); gone == nil && r.Class() >= 4 {
 					s.cfg.countAuth(false)
 					e.Reply = publicReply(r)
-					e.Message = s.scrub(e.Message)
 				}
 				return e
 			}
@@ -148,7 +147,6 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 // authError is the relay's refusal of credentials, of which mark is the mark.
 func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
-	e.Message = s.scrub(e.Message)
 	if e.Code/100 == 5 && !tooManyConns(e) {
 		e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
 		s.cfg.learnt.refuse(mark, e)
@@ -174,14 +172,12 @@ func (s *session) authenticate(ctx context.Context) *Error {
 		return nil
 	}
 	t := newTransaction(ctx, s, &Message{}, 0, smtp.MailOptions{}, nil)
-	if t.lead() && s.flush() == nil && t.awaitEnvelope() {
+	unguard := t.guard()
+	defer unguard()
+	if t.lead() && t.sendNow() && t.awaitEnvelope() {
 		return nil
 	}
-	e := t.verdict()
-	if e == nil || e.Code == 0 {
-		return &Error{Op: OpAuth, Outcome: NotAccepted, Err: e}
-	}
-	return e
+	return t.verdict()
 }
 
 // refused credentials are not tried again for a while.

@@ -202,7 +202,7 @@ func (t *transaction) startChunk(n int, last bool) bool {
 func (t *transaction) lastChunks() bool {
 	c, s := &t.chunked, t.s
 	if c.buffer != nil {
-		if !t.startChunk(c.used, true) {
+		if t.unwanted() || !t.startChunk(c.used, true) {
 			return false
 		}
 		s.out.Write(c.buffer[:c.used])

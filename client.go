@@ -52,7 +52,9 @@ type Config struct {
 	// leave in one write.
 	NoChunking bool
 
-	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so.
+	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so. Like a
+	// *net.TCPConn's, its CloseWrite and SetLinger methods are used if it has them: to wait for the relay's close, and to
+	// give up a chunk (RFC 3030) so that nothing takes it for the whole.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Trace, if not nil, is told what happens; see [LogTrace].
@@ -91,7 +93,7 @@ type Timeouts struct {
 	Write      time.Duration // without any progress in writing: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit       time.Duration // the relay's close after QUIT: 5 s
+	Quit       time.Duration // the relay's close after QUIT: 5 s; not negative
 }
 
 // Result is the outcome of one message of [Client.SendAll].
@@ -177,11 +179,14 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 			sending.Wait()
 			close(results)
 		}()
-		more := true
+		defer func() { // also if the loop is left by a panic
+			close(enough)
+			for range results {
+			}
+		}()
 		for r := range results {
-			if more && !yield(r) {
-				more = false
-				close(enough)
+			if !yield(r) {
+				return
 			}
 		}
 	}

@@ -94,6 +94,9 @@ func (c Config) check() (*settings, error) {
 	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
 		mistake("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
 	}
+	if c.Timeouts.Quit < 0 {
+		mistake("Timeouts.Quit is negative: a relay that never closes would be waited for without end")
+	}
 	if c.Retry.MinBackoff < 0 || c.Retry.MaxBackoff < 0 {
 		mistake("Retry.MinBackoff and MaxBackoff must not be negative")
 	}

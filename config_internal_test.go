@@ -81,7 +81,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"negative limits and times, which mean none", func(c *Config) {
 			c.Limits = Limits{MaxMessagesPerConn: -1, MaxRecipients: -1, MaxConnAge: -1, MaxIdleTime: -1}
 			c.Retry.MaxAttempts = -1
-			c.Timeouts = Timeouts{Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Overlap: -1, Quit: -1}
+			c.Timeouts = Timeouts{Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Overlap: -1, Quit: time.Second}
 		}, nil},
 		{"all mistakes at once", func(c *Config) {
 			*c = Config{Addr: "x", Password: key, TLS: 9, LocalName: "?", Limits: Limits{MaxConns: -3}}

@@ -53,15 +53,17 @@ func (d *delivery) run() (Receipt, error) {
 		if e != nil {
 			d.c.pool.learn(s, e)
 		}
-		if kept := t.keepBody(); e != nil && kept != nil && oneShot(d.m.Body) {
-			d.m.Body, d.size = bytesBody(kept), int64(len(kept))
-		}
 		if t.authed() {
 			d.c.pool.worked()
 		}
 		wait := d.note(t, e)
 		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
 			e = nil // each of these recipients was refused for itself; the others have not been tried
+		}
+		if len(d.todo) > 0 && oneShot(d.m.Body) {
+			if kept := t.keepBody(); kept != nil {
+				d.m.Body, d.size = bytesBody(kept), int64(len(kept))
+			}
 		}
 		used := t.bodyBegun && oneShot(d.m.Body)
 		if e == nil && used && len(d.todo) > 0 {
@@ -167,7 +169,7 @@ func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 func (d *delivery) end(e *Error) (Receipt, error) {
 	if e != nil {
 		for _, to := range d.todo {
-			if r := &d.receipt.Recipients[to]; r.Code/100 < 4 || e.Code/100 == 4 || e.Code/100 == 5 {
+			if r := &d.receipt.Recipients[to]; r.Code/100 < 4 || e.Op != OpRcpt && e.Code/100 >= 4 {
 				r.Reply = e.Reply
 			}
 		}
@@ -211,14 +213,12 @@ func (t *transaction) verdict() *Error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case t.finalIn && t.final.Class() == 2 && t.acceptedRcpts() > 0:
+	case t.finalIn && t.final.Class() == 2 && t.acceptedRcpts() > 0 && t.data.Class() < 4:
 		return nil
-	case t.finalIn && t.final.Class() == 3:
+	case t.finalIn && (t.final.Class() == 3 || t.final.Class() == 2 && t.acceptedRcpts() > 0): // even behind a chunk refused
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
 	}
-	// What the relay has refused in the envelope it does not accept at the end. That it refuses RSET says nothing of what
-	// stands behind, unless it leaves.
-	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || e.Op != OpRset || e.Code == 421) {
+	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || t.decidesLocked(e)) {
 		e.Outcome = NotAccepted
 		return e
 	}
@@ -276,11 +276,24 @@ func isWord(s string) bool {
 	return s != ""
 }
 
+// decidesLocked reports whether e, a refusal in the envelope, means that what was sent behind it is not accepted, although
+// there is no reply to its end. That the relay refuses RSET says nothing of what stands behind, unless it leaves, nor does
+// it when one recipient is refused and another one not.
+func (t *transaction) decidesLocked(e *Error) bool {
+	switch e.Op {
+	case OpRset:
+		return e.Code == 421
+	case OpRcpt:
+		return t.acceptedRcpts() == 0
+	}
+	return true
+}
+
 // behind421Locked reports whether the relay has said 421 to a transaction before t, and nothing more until the connection
-// ended: replies come in order (RFC 2920, 3.2), so it was leaving when it came to t, and has taken nothing of it.
+// ended in order: replies come in order (RFC 2920, 3.2), so it was leaving when it came to t, and has taken nothing of it.
 func (t *transaction) behind421Locked() bool {
 	cause, ok := t.s.cause.(*replyError)
-	return ok && cause.reply.Code == 421 && t.answered == 0 && t.s.hangingUp
+	return ok && cause.reply.Code == 421 && t.answered == 0 && t.s.leftInOrder
 }
 
 // endOp is the step that ends the message.
@@ -426,8 +439,14 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 			most = min(most, limit)
 		}
 	}
-	if ext.Limits.RcptDomainMax > 0 {
-		most = s.admitDomains(d.m.To, d.todo[:most], ext.Limits.RcptDomainMax)
+	if limit := ext.Limits.RcptDomainMax; limit > 0 {
+		fresh := len(s.domains) == 0
+		if n := s.admitDomains(d.m.To, d.todo[:most], limit); n < most {
+			most = n
+			if !fresh {
+				most = 0 // another session has room for more of them
+			}
+		}
 	}
 	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
 		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
@@ -458,6 +477,7 @@ func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 // queueIDs find an identifier in a final reply, each in the words of some relays; the first that finds one counts.
 var queueIDs = []*regexp.Regexp{
 	regexp.MustCompile(`(?i)queued (?:as|with id)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),      // Postfix, SendGrid
+	regexp.MustCompile(`(?i)queued \(([A-Za-z0-9][\w.@+=/-]*)\)`),                        // Haraka
 	regexp.MustCompile(`(?i)\bid[ =:]+<?([A-Za-z0-9][\w.@+=/-]*)`),                       // Exim
 	regexp.MustCompile(`(?i)^<?([A-Za-z0-9][\w.@+/-]*)>? message accepted for delivery`), // OpenSMTPD, Sendmail
 	regexp.MustCompile(`(?i)message accepted for delivery[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),

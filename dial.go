@@ -249,10 +249,12 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	case err != nil:
 		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(unquoted(op, err))}
 	}
+	if op == OpAuth && r.Code != 334 {
+		r.Text = s.scrub(r.Text)
+	}
 	if t := s.cfg.Trace; t != nil && t.Reply != nil {
 		shown := publicReply(r)
 		if op == OpAuth {
-			shown.Message = s.scrub(shown.Message)
 			if r.Code == 334 {
 				shown.Message = redacted
 			}

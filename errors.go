@@ -172,7 +172,7 @@ func (e *Error) Unwrap() []error {
 // Temporary reports whether sending the message again later, as it is, can help. Where recipients were refused it is true
 // if it can help one of them.
 func (e *Error) Temporary() bool {
-	if e.permanent {
+	if e.permanent || errors.Is(e.Err, ErrClosed) {
 		return false
 	}
 	if len(e.Refused) > 0 {
@@ -218,3 +218,6 @@ func tooManyRcpts(r Reply) bool {
 func tooManyMails(r wire.Reply) bool {
 	return r.Class() == 4 && r.Enhanced[1] == 5 && r.Enhanced[2] == 3
 }
+
+// idleTooLong reports whether r, to MAIL, is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
+func idleTooLong(r wire.Reply) bool { return r.Code == 451 && r.Enhanced == [3]int{4, 4, 2} }

@@ -129,6 +129,7 @@ type learnt struct {
 	mu       sync.Mutex // guards the fields below
 	messages int        // after so many transactions the relay ended a session with 421; 0 means it never did
 	times    int        // in a row, with the same number
+	told     time.Time  // when it did so first
 	until    time.Time  // when that is forgotten
 
 	badAuth      [sha256.Size]byte // of the credentials that the relay has refused
@@ -138,14 +139,19 @@ type learnt struct {
 
 // sessionFull notes that the relay said 421 to a session that had had n transactions. The same number twice in a row is
 // taken for its limit: once may be a coincidence, such as a relay that is shut down.
-func (l *learnt) sessionFull(n int) {
+//
+// A session that was open already when another one was told so teaches nothing: a relay that is shut down tells them all.
+func (l *learnt) sessionFull(n int, born time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if n != l.messages {
-		l.messages, l.times = n, 0
+	now := time.Now()
+	switch {
+	case n != l.messages:
+		l.messages, l.times, l.told = n, 1, now
+	case !born.Before(l.told):
+		l.times++
 	}
-	l.times++
-	l.until = time.Now().Add(learntFor)
+	l.until = now.Add(learntFor)
 }
 
 // maxMessages is the number of transactions after which the relay ends a session; 0 means that it is not known.

@@ -36,6 +36,7 @@ type pool struct {
 	ending   chan struct{} // closed when draining is set
 	empty    chan struct{} // closed when draining and no slot is in use
 	idleTime *time.Timer   // runs while there are idle sessions
+	idleEnds time.Time     // when it runs out
 	patience *time.Timer   // runs while somebody waits for a session near its end
 }
 
@@ -296,14 +297,8 @@ func (p *pool) mayDialLocked(more int, now time.Time) bool {
 // everyone who waits, one more connection would hardly be used: at the end of a burst, ten sessions that are almost used
 // up are not followed by an eleventh. A session that has said nothing for a while is not relied on.
 func (p *pool) endingLocked(now time.Time) (room int) {
-	near := p.cfg.Limits.MaxMessagesPerConn / 5
-	if near == 0 {
-		return 0
-	}
 	for s := range p.sessions {
-		if left := s.roomLeft(now.Add(-endingTrust)); left <= near {
-			room += left
-		}
+		room += s.lastRoom(now.Add(-endingTrust))
 	}
 	if room > 0 && p.patience == nil {
 		p.patience = time.AfterFunc(endingTrust, p.wake)
@@ -375,7 +370,7 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 	p.running.Go(s.readLoop)
 	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
 	if s.lead == nil {
-		p.gate.opened()
+		p.workedLocked()
 	}
 	p.mu.Unlock()
 	if p.closing.Err() != nil { // it got ready at the last moment, and whoever ends everything may have missed it
@@ -430,7 +425,7 @@ func (p *pool) workingLocked() bool {
 		case statusFree, statusOverlappable:
 			return true
 		case statusBusy:
-			if s.roomLeft(time.Time{}) > 0 {
+			if s.usable() {
 				return true
 			}
 		}
@@ -463,7 +458,14 @@ func (p *pool) learn(s *session, e *Error) {
 func (p *pool) worked() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.gate.opened()
+	p.workedLocked()
+}
+
+func (p *pool) workedLocked() {
+	if p.gate.failures > 0 { // one dial at a time was all there was
+		p.gate.opened()
+		p.fillLocked(time.Now())
+	}
 }
 
 // failedLocked takes the failure of a dial, or of the AUTH that was part of it. As long as another session works, nobody
@@ -508,6 +510,9 @@ func (p *pool) failAllLocked(e *Error) {
 // crowdedLocked holds slots back for a while: the relay says that there are too many connections. Those that are open go
 // on.
 func (p *pool) crowdedLocked() {
+	if p.draining {
+		return
+	}
 	open := 0
 	now := time.Now()
 	for s := range p.sessions {
@@ -522,17 +527,20 @@ func (p *pool) crowdedLocked() {
 
 // watchIdleLocked sees to it that idle sessions end in time.
 func (p *pool) watchIdleLocked(now time.Time) {
-	if p.idleTime != nil || len(p.idle) == 0 {
-		return
-	}
 	var first time.Time
 	for _, s := range p.idle {
 		if at := p.idleUntilLocked(s); !at.IsZero() && (first.IsZero() || at.Before(first)) {
 			first = at
 		}
 	}
-	if !first.IsZero() {
+	switch {
+	case first.IsZero():
+	case p.idleTime == nil:
 		p.idleTime = time.AfterFunc(first.Sub(now), p.sweep)
+		p.idleEnds = first
+	case first.Before(p.idleEnds): // by age
+		p.idleTime.Reset(first.Sub(now))
+		p.idleEnds = first
 	}
 }
 

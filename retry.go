@@ -117,9 +117,7 @@ func (t *transaction) late(e *Error) bool {
 	if t.asked == 0 {
 		return true // the session has ended before a word of this one, whatever the relay has said about that
 	}
-	// 451 4.4.2 is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
-	idle := t.mailed.Code == 451 && t.mailed.Enhanced == [3]int{4, 4, 2}
-	return e.Code == 0 || e.Code == 421 || idle || t.mailed.Code != 0 && tooManyMails(t.mailed)
+	return e.Code == 0 || e.Code == 421 || idleTooLong(t.mailed) || t.mailed.Code != 0 && tooManyMails(t.mailed)
 }
 
 func (t *transaction) firstOnSession() bool { return t.seq == 1 }

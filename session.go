@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"sync"
@@ -64,26 +65,27 @@ type session struct {
 	doomed chan struct{} // closed when cause is set
 	done   chan struct{} // closed when no reply will be read any more
 
-	mu        sync.Mutex // guards the fields below; never held across I/O
-	waiting   []exchange // oldest first, from head on
-	head      int
-	attempted int64       // octets that were handed to the connection, or are just being
-	writing   bool        // they are just being
-	wrote     sync.Cond   // on mu: writing is over
-	pending   int         // final replies outstanding
-	used      int         // transactions begun
-	failed    int         // transactions that came to nothing, in a row
-	open      bool        // the relay may have a transaction open: RSET leads the next
-	quitting  bool        // QUIT was written
-	retired   closeReason // no further transaction is begun; "" while it may be used
-	cause     error       // why it was doomed
-	writeErr  error       // what a write failed with
-	closeBy   time.Time   // when the relay's last words must be in
-	heard     time.Time   // when the relay last answered
-	deadline  time.Time   // the read deadline in force
-	abort     bool        // closed by Close: the relay is not waited for
-	hangingUp bool        // the read loop is through, and has a deadline of its own for the relay's close
-	chunkEnd  int64       // the position behind the last chunk
+	mu          sync.Mutex // guards the fields below; never held across I/O
+	waiting     []exchange // oldest first, from head on
+	head        int
+	attempted   int64       // octets that were handed to the connection, or are just being
+	writing     bool        // they are just being
+	wrote       sync.Cond   // on mu: writing is over
+	pending     int         // final replies outstanding
+	used        int         // transactions begun
+	failed      int         // transactions that came to nothing, in a row
+	open        bool        // the relay may have a transaction open: RSET leads the next
+	quitting    bool        // QUIT was written
+	retired     closeReason // no further transaction is begun; "" while it may be used
+	cause       error       // why it was doomed
+	writeErr    error       // what a write failed with
+	closeBy     time.Time   // when the relay's last words must be in
+	heard       time.Time   // when the relay last answered
+	deadline    time.Time   // the read deadline in force
+	abort       bool        // closed by Close: the relay is not waited for
+	hangingUp   bool        // the read loop is through, and has a deadline of its own for the relay's close
+	leftInOrder bool        // the relay has closed the connection, and nothing that it said is missing
+	chunkEnd    int64       // the position behind the last chunk
 }
 
 // closeReason tells why a session takes no further transaction.
@@ -115,7 +117,7 @@ func (s *session) status(now time.Time) status {
 		s.retired = closeAge
 	}
 	switch {
-	case s.cause != nil:
+	case s.cause != nil, s.writeErr != nil:
 		return statusDoomed
 	case s.retired != "" && s.pending > 0:
 		return statusBusy
@@ -153,17 +155,23 @@ func (s *session) inFlight() int {
 	return 2
 }
 
-// roomLeft is how many more transactions may be begun; a large number if any, 0 if the relay was not heard of since.
-func (s *session) roomLeft(since time.Time) int {
+// usable reports whether transactions may be begun yet, now or later.
+func (s *session) usable() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.retired != "", s.heard.Before(since):
+	return s.retired == "" && (s.limit == 0 || s.used < s.limit)
+}
+
+// lastRoom is how many more transactions may be begun on a session that is in the last fifth of its life; 0 on another, and
+// on one that was not heard of since.
+func (s *session) lastRoom(since time.Time) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	left := s.limit - s.used
+	if s.retired != "" || s.limit == 0 || left > s.limit/5 || s.heard.Before(since) {
 		return 0
-	case s.limit == 0:
-		return 1 << 30
 	}
-	return s.limit - s.used
+	return left
 }
 
 // retire makes the session take no further transaction.
@@ -201,7 +209,7 @@ func (s *session) readLoop() {
 	}
 	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
 	rst := s.attempted < s.chunkEnd
-	s.hangingUp = true
+	s.hangingUp, s.leftInOrder = true, errors.Is(err, io.EOF)
 	s.mu.Unlock()
 	close(s.done)
 	s.changed(s)
@@ -223,7 +231,7 @@ func (s *session) readLoop() {
 
 // deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
 func (s *session) deliver(r wire.Reply) (more bool) {
-	s.traceReply(r)
+	r = s.traceReply(r)
 	s.mu.Lock()
 	if s.head == len(s.waiting) {
 		s.doomLocked(&unexpectedReply{r})
@@ -238,7 +246,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		s.waiting, s.head = s.waiting[:0], 0
 	}
 	if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == OpMail && tooManyMails(r)) {
-		s.cfg.learnt.sessionFull(x.tx.seq - 1)
+		s.cfg.learnt.sessionFull(x.tx.seq-1, s.born)
 	}
 	if r.Code == 421 && x.op != OpQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
@@ -274,11 +282,12 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
-// traceReply tells of a reply before anybody acts on it.
-func (s *session) traceReply(r wire.Reply) {
+// traceReply tells of a reply before anybody acts on it, and returns it without what must not be told.
+func (s *session) traceReply(r wire.Reply) wire.Reply {
 	t := s.cfg.Trace
-	if t == nil || t.Reply == nil {
-		return
+	traced := t != nil && t.Reply != nil
+	if !traced && len(s.secrets) == 0 {
+		return r
 	}
 	var x exchange
 	ctx := context.Background()
@@ -289,11 +298,14 @@ func (s *session) traceReply(r wire.Reply) {
 		}
 	}
 	s.mu.Unlock()
-	shown := publicReply(r)
 	if x.op == OpAuth {
-		shown.Message = s.scrub(shown.Message)
+		r.Text = s.scrub(r.Text)
+		s.secrets = nil
 	}
-	t.Reply(ctx, s.id, x.op, shown)
+	if traced {
+		t.Reply(ctx, s.id, x.op, publicReply(r))
+	}
+	return r
 }
 
 // armLocked sets the read deadline to that of the oldest exchange outstanding.
@@ -398,9 +410,11 @@ func (s *session) writeFailed(err error) {
 	if s.writeErr == nil {
 		s.writeErr = err
 	}
-	if isTimeout(err) {
+	switch {
+	case s.cause != nil: // the write was interrupted
+	case isTimeout(err):
 		s.doomLocked(err) // the relay stalls; it has not closed
-	} else {
+	default:
 		s.hurryLocked(lastWords)
 	}
 	s.armLocked()

@@ -179,6 +179,9 @@ func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
 		if t.handedOver = k.handOver(t.s); t.handedOver {
 			return true
 		}
+		if t.carrying {
+			return true // giveBack flushes: with it go messages of others, who have nothing to do with this one's context
+		}
 		unguard = t.guard() // nobody goes on here
 		t.s.flush()
 		unguard()
@@ -212,23 +215,28 @@ func (t *transaction) guard() (unguard func() bool) {
 		return func() bool { return true }
 	}
 	s, ctx := t.s, t.ctx
-	stop := context.AfterFunc(ctx, func() {
+	cancel := func() {
 		s.mu.Lock()
-		t.cancelled = s.cause == nil
-		s.doomLocked(ended(ctx))
+		t.cancelled = t.cancelled || s.cause == nil
+		s.doomLocked(errGivenUp) // which is what it is to others
 		s.armLocked()
 		s.mu.Unlock()
 		s.raw.interrupt() // second, so that a write which it ends is known to be a consequence
-	})
+	}
+	stop := context.AfterFunc(ctx, cancel)
 	first, result := true, false
 	return func() bool {
 		if first {
-			first, result = false, stop()
-			t.shared = t.shared || !result
+			if first, result = false, stop(); !result {
+				t.shared = true
+				cancel() // its goroutine may not have come to it, and the session must not go on
+			}
 		}
 		return result
 	}
 }
+
+var errGivenUp = errors.New("the connection was given up with a message that was cancelled")
 
 // envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
 // the conversation goes on.
@@ -241,7 +249,7 @@ func (t *transaction) envelope() bool {
 	}
 	if rset {
 		x := exchange{op: OpRset, limit: command, first: t.overlapped}
-		if t.overlapped {
+		if t.overlapped && !s.chunks() { // behind a final dot the message is untouched, behind a last chunk it may be on its way
 			x.limit = s.cfg.Timeouts.Overlap
 		}
 		if !t.ask(x, "RSET") {
@@ -373,7 +381,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	if r.Code == 432 && s.retired == "" {
 		s.retired = closeFault // one connection too many, and this is it
 	}
-	if x.op == OpMail && tooManyMails(r) && s.retired == "" {
+	if x.op == OpMail && (tooManyMails(r) || idleTooLong(r)) && s.retired == "" {
 		s.retired = closeFull
 	}
 	switch x.op {
@@ -399,8 +407,12 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		t.mailed = r
 	case OpRcpt:
 		t.rcpt[x.rcpt] = r
-	case OpData, OpBdat:
+	case OpData:
 		t.data = r
+	case OpBdat:
+		if t.data.Class() < 4 { // the first refusal is the reason for those that follow
+			t.data = r
+		}
 	}
 	// A reply of the wrong kind means that we are out of step with the relay.
 	positive := 2
@@ -454,7 +466,7 @@ func (t *transaction) overlapRefused() bool {
 	s.cfg.learnt.noOverlap.Store(true)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return t.mailed.Code == 503 && (s.limit == 0 || s.used < s.limit)
+	return t.mailed.Code == 503 && t.data.Class() != 3 && (s.limit == 0 || s.used < s.limit)
 }
 
 // repeat makes t as new, to be begun again on the same session.

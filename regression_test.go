@@ -1,0 +1,453 @@
+package smtprelay_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// answering dials a relay of which h gives the answer to each command line of the nth connection: to "" its greeting, to "."
+// and BDAT when the body is in.
+func answering(buf int, h func(n int, line string) string) func(ctx context.Context, _, _ string) (net.Conn, error) {
+	var n atomic.Int64
+	return func(context.Context, string, string) (net.Conn, error) {
+		id := int(n.Add(1))
+		c, s := netpipe.New(buf)
+		go func() {
+			defer s.Close()
+			say := func(t string) bool {
+				if t == "" {
+					return true
+				}
+				_, err := io.WriteString(s, strings.ReplaceAll(t, "\n", "\r\n")+"\r\n")
+				return err == nil
+			}
+			if !say(h(id, "")) {
+				return
+			}
+			br := bufio.NewReader(s)
+			data := false
+			for {
+				l, err := br.ReadString('\n')
+				if err != nil {
+					return
+				}
+				l = strings.TrimRight(l, "\r\n")
+				if data && l != "." {
+					continue
+				}
+				data = false
+				if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+					k, _ := strconv.Atoi(f[1])
+					if _, err := io.CopyN(io.Discard, br, int64(k)); err != nil {
+						return
+					}
+				}
+				r := h(id, l)
+				data = strings.HasPrefix(r, "354")
+				if !say(r) || l == "QUIT" {
+					return
+				}
+			}
+		}()
+		return c, nil
+	}
+}
+
+// agree is a relay that takes everything, and offers what ext says.
+func agree(ext, line string) string {
+	switch {
+	case line == "":
+		return "220 hi"
+	case strings.HasPrefix(line, "EHLO"):
+		return "250-hi\n" + ext
+	case line == "DATA":
+		return "354 go"
+	case line == "QUIT":
+		return "221 bye"
+	case strings.HasPrefix(line, "AUTH"):
+		return "235 ok"
+	}
+	return "250 ok"
+}
+
+func bubbleClient(t *testing.T, c smtprelay.Config) *smtprelay.Client {
+	c.Addr, c.TLS = "relay.example:587", smtprelay.TLSNone
+	cl, err := smtprelay.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cl.Close() })
+	return cl
+}
+
+func shortMessage(to ...string) smtprelay.Message {
+	return smtprelay.Message{From: "a@x.example", To: to, Body: smtprelay.Bytes([]byte("Subject: x\r\n\r\nhello\r\n"))}
+}
+
+func TestPingEndsWithItsContextAtASilentAuth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Dial: answering(0, func(_ int, l string) string {
+			if strings.HasPrefix(l, "AUTH") {
+				time.Sleep(time.Hour)
+			}
+			return agree("250-PIPELINING\n250 AUTH PLAIN", l)
+		})})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		began := time.Now()
+		err := c.Ping(ctx)
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || took != time.Second {
+			t.Errorf("got %v after %v, want the context's error after a second", err, took)
+		}
+		c.Close()
+		time.Sleep(2 * time.Hour)
+	})
+}
+
+func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
+	for i, ext := range []string{"250 AUTH PLAIN", "250-PIPELINING\n250 AUTH PLAIN"} {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b64 := base64.StdEncoding.EncodeToString([]byte("\x00u\x00secretkey"))
+				leak := func(where string, v any) {
+					if s := fmt.Sprintf("%v", v); strings.Contains(s, b64) || strings.Contains(s, "secretkey") {
+						t.Errorf("leak in %s: %s", where, s)
+					}
+				}
+				c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Retry: smtprelay.Retry{MaxAttempts: 1},
+					Trace: &smtprelay.Trace{
+						DialDone:   func(_ context.Context, d smtprelay.DialInfo) { leak("DialDone", d.Err) },
+						ConnClosed: func(_ context.Context, d smtprelay.CloseInfo) { leak("ConnClosed", d.Err) },
+					},
+					Dial: answering(0, func(_ int, l string) string {
+						if strings.HasPrefix(l, "AUTH") {
+							return "421 4.7.0 too many errors after: " + l
+						}
+						return agree(ext, l)
+					})})
+				_, err := c.Send(t.Context(), shortMessage("b@y.example"))
+				leak("Send", err)
+				c.Close()
+			})
+		})
+	}
+}
+
+func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var refused bool
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(1<<20, func(_ int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				if refused {
+					return "503 5.5.1 bad sequence"
+				}
+				refused = true
+				return "452 4.3.1 insufficient storage"
+			}
+			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+		})})
+		m := shortMessage("b@y.example")
+		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("hello world, this\r\n"), 12000))
+		_, err := c.Send(t.Context(), m)
+		e := err.(*smtprelay.Error)
+		if e.Code != 452 {
+			t.Errorf("code %d, want 452; temporary=%v", e.Code, e.Temporary())
+		}
+		c.Close()
+	})
+}
+
+func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var down atomic.Bool
+		down.Store(true)
+		inner := answering(0, func(n int, l string) string {
+			if l == "." && n == 1 {
+				time.Sleep(9 * time.Minute)
+			}
+			return agree("250 SIZE 1000", l)
+		})
+		c := bubbleClient(t, smtprelay.Config{Dial: func(ctx context.Context, a, b string) (net.Conn, error) {
+			if down.Load() {
+				return nil, errors.New("connection refused")
+			}
+			return inner(ctx, a, b)
+		}})
+		began := time.Now()
+		took := make(chan time.Duration, 5)
+		for range 5 {
+			go func() {
+				_, err := c.Send(t.Context(), shortMessage("b@y.example"))
+				if err != nil {
+					t.Log(err)
+				}
+				took <- time.Since(began)
+			}()
+		}
+		synctest.Wait()
+		down.Store(false)
+		for range 4 { // all but the one on the slow connection
+			if d := <-took; d > 10*time.Second {
+				t.Errorf("a message took %v", d)
+			}
+		}
+		<-took
+		c.Close()
+	})
+}
+
+func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var bd atomic.Int64
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				if bd.Add(1) == 1 {
+					time.Sleep(100 * time.Millisecond)
+				}
+			}
+			if l == "RSET" && bd.Load() == 1 {
+				time.Sleep(6 * time.Second)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		errs := make(chan error, 4)
+		for range 4 {
+			go func() { _, err := c.Send(t.Context(), shortMessage("b@y.example")); errs <- err }()
+		}
+		for range 4 {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		c.Close()
+	})
+}
+
+func TestAllOrNothingTakesASessionWithRoomForItsDomains(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			return agree("250-PIPELINING\n250 LIMITS RCPTDOMAINMAX=2", l)
+		})})
+		for i, to := range [][]string{{"b@x.example"}, {"b@y.example", "c@z.example"}} {
+			if err := c.SendMail("a@x.example", to, []byte("Subject: x\r\n\r\nx\r\n")); err != nil {
+				t.Errorf("%d: %v", i, err)
+			}
+		}
+		c.Close()
+	})
+}
+
+func TestEachRecipientKeepsItsOwnReplyInAllOrNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			switch {
+			case strings.Contains(l, "<b@"):
+				return "550 5.1.1 no b"
+			case strings.Contains(l, "<c@"):
+				return "451 4.7.1 c is greylisted"
+			}
+			return agree("250 PIPELINING", l)
+		})})
+		m := shortMessage("b@y.example", "c@y.example", "d@y.example")
+		m.AllOrNothing = true
+		r, err := c.Send(t.Context(), m)
+		if err == nil {
+			t.Error("no error")
+		}
+		if r.Recipients[1].Code != 451 {
+			t.Errorf("c: %v", r.Recipients[1].Reply)
+		}
+		c.Close()
+	})
+}
+
+func TestShortSessionsDoNotHoldBackOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var conns atomic.Int64
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			conns.Store(max(conns.Load(), int64(n)))
+			if l == "." {
+				time.Sleep(500 * time.Millisecond)
+			}
+			return agree("250-PIPELINING\n250 LIMITS MAILMAX=20", l)
+		})})
+		c.Send(t.Context(), shortMessage("b@y.example"))
+		done := make(chan bool, 15)
+		for range 15 {
+			go func() { c.Send(t.Context(), shortMessage("b@y.example")); done <- true }()
+		}
+		for range 15 {
+			<-done
+		}
+		if n := conns.Load(); n < 5 {
+			t.Errorf("15 messages at once on %d connections", n)
+		}
+		c.Close()
+	})
+}
+
+type slowBody struct{}
+
+func (slowBody) WriteTo(w io.Writer) (int64, error) {
+	time.Sleep(2 * time.Second)
+	n, err := w.Write(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 124))
+	return int64(n), err
+}
+
+func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stall := make(chan struct{})
+		dial := func(context.Context, string, string) (net.Conn, error) {
+			c, s := netpipe.New(600)
+			go func() {
+				defer s.Close()
+				br := bufio.NewReaderSize(s, 16)
+				io.WriteString(s, "220 hi\r\n")
+				n := 0
+				for {
+					l, err := br.ReadString('\n')
+					if err != nil {
+						return
+					}
+					l = strings.TrimSpace(l)
+					if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+						k, _ := strconv.Atoi(f[1])
+						io.CopyN(io.Discard, br, int64(k))
+						if n++; n == 1 {
+							<-stall
+						}
+					}
+					io.WriteString(s, strings.ReplaceAll(agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l), "\n", "\r\n")+"\r\n")
+				}
+			}()
+			return c, nil
+		}
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: dial})
+		big := func() smtprelay.Message {
+			m := shortMessage("b@y.example")
+			m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 30))
+			return m
+		}
+		res := make(chan string, 5)
+		send := func(ctx context.Context, name string, m smtprelay.Message) {
+			go func() { _, err := c.Send(ctx, m); res <- fmt.Sprintf("%s: %v", name, err) }()
+			synctest.Wait()
+		}
+		m := big()
+		m.Body = slowBody{}
+		send(t.Context(), "A", m)
+		send(t.Context(), "B", big())
+		send(t.Context(), "C", big())
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		send(ctx, "D", big())
+		send(t.Context(), "E", big())
+		time.Sleep(time.Minute)
+		close(stall)
+		for range 5 {
+			if r := <-res; !strings.HasPrefix(r, "D") && !strings.HasSuffix(r, ": <nil>") {
+				t.Error(r)
+			}
+		}
+		c.Close()
+	})
+}
+
+func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got atomic.Int64
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			if strings.Contains(l, "<c@") && n == 1 {
+				return "421 4.7.28 try c again later"
+			}
+			if strings.HasPrefix(l, "BDAT") {
+				got.Add(1)
+				time.Sleep(8 * time.Second)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		_, err := c.Send(t.Context(), shortMessage("b@y.example", "c@y.example"))
+		if n := got.Load(); n > 1 {
+			t.Errorf("the relay has it %d times; told %v", n, err)
+		}
+		c.Close()
+		time.Sleep(time.Minute)
+	})
+}
+
+func TestLastChunkIsNotSentOnceAChunkWasRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") && !strings.HasSuffix(l, "LAST") {
+				return "452 4.3.1 no room for this chunk"
+			}
+			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+		})})
+		m := shortMessage("b@y.example")
+		m.Body = slowChunks{}
+		_, err := c.Send(t.Context(), m)
+		if err == nil {
+			t.Error("truncated message, chunk known to be refused, reported accepted")
+		}
+		c.Close()
+	})
+}
+
+type slowChunks struct{}
+
+func (slowChunks) WriteTo(w io.Writer) (total int64, err error) {
+	for range 3 {
+		n, err := w.Write(bytes.Repeat([]byte("0123456789abcdef0123456789abcd\r\n"), 900))
+		total += int64(n)
+		if err != nil {
+			return total, err
+		}
+		time.Sleep(time.Second)
+	}
+	return total, nil
+}
+
+// B, a large message behind A, is cancelled while its write is blocked: A's final reply, due in 20 s, is awaited for 2 s only.
+func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: answering(600, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				time.Sleep(20 * time.Second)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		res := make(chan error, 1)
+		go func() {
+			_, err := c.Send(t.Context(), shortMessage("b@y.example"))
+			res <- err
+		}()
+		time.Sleep(time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		m := shortMessage("b@y.example")
+		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 3000))
+		if _, err := c.Send(ctx, m); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v, want the context's error", err)
+		}
+		if err := <-res; err != nil {
+			t.Errorf("its neighbour was told %v", err)
+		}
+		c.Close()
+		time.Sleep(time.Hour)
+	})
+}
