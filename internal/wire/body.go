@@ -15,7 +15,7 @@ type BodyWriter struct {
 	size int64 // octets of the canonical form that were written, without doubled dots
 	took int64 // octets taken by Write
 	cr   bool  // a CR was taken and its line is not ended yet: an LF may follow
-	text bool  // the current line is not empty
+	text bool  // the current line is not empty; says nothing while cr is set
 }
 
 // NewBodyWriter returns a BodyWriter that writes to w.
@@ -84,7 +84,6 @@ func (b *BodyWriter) step(p []byte) (int, error) {
 			return n, b.put(p[:n])
 		case cr >= 0:
 			b.cr = true
-			b.text = true
 			return n + cr + 1, b.put(p[:n+cr])
 		case end >= 0:
 			if err := b.put(p[:n+end]); err != nil {
