@@ -626,21 +626,32 @@ func TestListenerEndsThoseWhoWait(t *testing.T) {
 
 func TestDialThatRacesWithCloseIsRefusedOrReset(t *testing.T) {
 	// Else a client would wait for ever on a connection whose other end nobody has.
-	for range 2000 {
+	const rounds, dialers = 500, 64
+	for range rounds {
 		l := Listen(0)
-		var closing sync.WaitGroup
-		closing.Go(func() { l.Close() })
-		c, err := l.Dial()
-		closing.Wait()
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			continue
+		conns := make(chan *Conn, dialers)
+		var racing sync.WaitGroup
+		for i := range dialers {
+			racing.Go(func() {
+				c, err := l.Dial()
+				switch {
+				case err == nil:
+					conns <- c
+				case !errors.Is(err, syscall.ECONNREFUSED):
+					t.Errorf("got %v, want ECONNREFUSED", err)
+				}
+			})
+			if i == dialers/2 {
+				racing.Go(func() { l.Close() })
+			}
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.SetReadDeadline(time.Now().Add(10 * time.Second))
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-			t.Fatalf("got %v, want ECONNRESET", err)
+		racing.Wait()
+		close(conns)
+		for c := range conns {
+			c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Fatalf("got %v, want ECONNRESET", err)
+			}
 		}
 	}
 }
