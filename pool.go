@@ -387,11 +387,11 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 }
 
 // spreadLocked spreads rotations. Sessions that are opened together are used up together under load, and so would be those
-// that follow them, for ever: so the first that follow have a growing part of the usual number of transactions.
+// that follow them, for ever: so the first that follow have from half to all of the usual number of transactions.
 func (p *pool) spreadLocked(s *session) {
 	founders := int64(p.cfg.Limits.MaxConns)
 	if n := s.id - founders; n > 0 && n < founders && len(p.waiters) > 0 {
-		s.limit = max(int(int64(s.limit)*n/founders), min(s.limit, 1))
+		s.limit = max(int(int64(s.limit)*(founders+n)/(2*founders)), min(s.limit, 1))
 	}
 }
 
