@@ -370,7 +370,7 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 	p.running.Go(s.readLoop)
 	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
 	if s.lead == nil {
-		p.workedLocked()
+		p.gate.opened()
 	}
 	p.mu.Unlock()
 	if p.closing.Err() != nil { // it got ready at the last moment, and whoever ends everything may have missed it
@@ -384,6 +384,9 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 		}
 	}
 	p.giveBack(s)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fillLocked(time.Now()) // after a failure one dial at a time was all there was
 }
 
 // spreadLocked spreads rotations. Sessions that are opened together are used up together under load, and so would be those
@@ -458,13 +461,9 @@ func (p *pool) learn(s *session, e *Error) {
 func (p *pool) worked() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.workedLocked()
-}
-
-func (p *pool) workedLocked() {
-	if p.gate.failures > 0 { // one dial at a time was all there was
+	if p.gate.failures > 0 {
 		p.gate.opened()
-		p.fillLocked(time.Now())
+		p.fillLocked(time.Now()) // one dial at a time was all there was
 	}
 }
 

@@ -175,6 +175,7 @@ func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var down atomic.Bool
+		var dials atomic.Int64
 		down.Store(true)
 		inner := answering(0, func(n int, l string) string {
 			if l == "." && n == 1 {
@@ -183,6 +184,7 @@ func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 			return agree("250 SIZE 1000", l)
 		})
 		c := bubbleClient(t, smtprelay.Config{Dial: func(ctx context.Context, a, b string) (net.Conn, error) {
+			dials.Add(1)
 			if down.Load() {
 				return nil, errors.New("connection refused")
 			}
@@ -207,6 +209,9 @@ func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 			}
 		}
 		<-took
+		if n := dials.Load(); n > 1+5 {
+			t.Errorf("%d connections tried, want one that was refused and one for each message", n)
+		}
 		c.Close()
 	})
 }
