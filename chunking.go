@@ -92,8 +92,9 @@ func (t *transaction) beginChunks(size int64) bool {
 	if !t.envelope() {
 		return false
 	}
-	// Behind an AUTH that is refused a relay may take mail all the same, as from anybody. With DATA there would be no body.
-	if !led && (!t.m.AllOrNothing || len(t.rcpts) == 1) {
+	// Behind an AUTH that is refused a relay may take mail all the same, as from anybody; and behind a RSET that is refused the
+	// message would go to the recipients of the envelope that is still open. With DATA there would be no body.
+	if !led && !t.clearing && (!t.m.AllOrNothing || len(t.rcpts) == 1) {
 		return true
 	}
 	return t.sendNow() && t.awaitEnvelope() && t.dataIsDue()

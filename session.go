@@ -75,6 +75,7 @@ type session struct {
 	used        int         // transactions begun
 	failed      int         // transactions that came to nothing, in a row
 	open        bool        // the relay may have a transaction open: RSET leads the next
+	unended     bool        // the last one was given up before its end
 	quitting    bool        // QUIT was written
 	retired     closeReason // no further transaction is begun; "" while it may be used
 	cause       error       // why it was doomed
@@ -204,7 +205,7 @@ func (s *session) readLoop() {
 		s.wrote.Wait()
 	}
 	wait := s.cfg.Timeouts.Quit
-	if s.abort || s.quitting && s.writeErr == nil && isTimeout(err) {
+	if s.abort || s.quitting && s.writeErr == nil && isTimeout(err) && s.deadline != longAgo {
 		wait = 0 // after QUIT it was waited for already
 	}
 	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
@@ -460,6 +461,7 @@ func (s *session) expect(x exchange) bool {
 	switch {
 	case x.final:
 		s.pending++
+		s.unended = false
 	case x.tx != nil:
 		x.tx.asked++
 	}

@@ -30,6 +30,7 @@ type transaction struct {
 	signal      chan struct{} // told that a reply is in; has room for one
 	seq         int           // the how manieth transaction of its session
 	overlapped  bool          // begun behind a final dot without reply
+	clearing    bool          // RSET has to clear an envelope away
 	carrying    bool          // begun with another one's final dot still in the buffer
 	endAt       int64         // the position behind the final dot or the last chunk; 0 while that is not in the buffer
 	size        int64         // of the canonical form of Bytes
@@ -300,6 +301,7 @@ func (t *transaction) begin() (rset bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rset = s.open
+	t.clearing, s.unended = rset && s.unended, true
 	t.overlapped = s.pending > 0
 	if s.failed++; t.overlapped || !rset {
 		s.failed = 0
