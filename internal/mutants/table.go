@@ -40,7 +40,7 @@ var mutants = []mutant{
 		"if !b.text && b.dots && p[0] == '.' {",
 		"if !b.text && b.dots && p[0] == 0 {"},
 	{"bare CR is passed on", "internal/wire/body.go",
-		"			b.cr = true\n			b.text = true\n			return n + cr + 1, b.put(p[:n+cr])",
+		"			b.cr = true\n			return n + cr + 1, b.put(p[:n+cr])",
 		"			b.text = true\n			return n + cr + 1, b.put(p[:n+cr+1])"},
 
 	// In step with the relay.
@@ -89,8 +89,8 @@ var mutants = []mutant{
 
 	// Nobody hangs, nobody harms his neighbour, nothing is left.
 	{"a cancel does not wait for the others' final replies", "transaction.go",
-		"		t.cancelled = s.cause == nil\n",
-		"		t.cancelled, s.closeBy = s.cause == nil, longAgo\n"},
+		"		t.cancelled = t.cancelled || s.cause == nil\n",
+		"		t.cancelled, s.closeBy = t.cancelled || s.cause == nil, longAgo\n"},
 	{"the context of a Send that is over ends another's", "transaction.go",
 		"first, result = false, stop()",
 		"first, result = false, stop != nil"},
@@ -101,8 +101,8 @@ var mutants = []mutant{
 		"		s.doomLocked(&unexpectedReply{r})\n		s.mu.Unlock()\n		return false\n",
 		"		s.mu.Unlock()\n		return true\n"},
 	{"Close ends nothing", "pool.go",
-		"		s.kill(ErrClosed)\n",
-		"		s.retire(closeClosed)\n"},
+		"	for _, s := range all {\n		s.kill(ErrClosed)\n",
+		"	for _, s := range all {\n		s.retire(closeClosed)\n"},
 	{"a connection that never got ready is not waited for", "dial.go",
 		"raw.hangUp(c.Timeouts.Quit)",
 		"raw.hangUp(0)"},
@@ -122,7 +122,7 @@ var mutants = []mutant{
 		"if e.Err = cause; cause.reply.Code == 421 {",
 		"if e.Err = cause; cause.reply.Code > 0 {"},
 	{"a transaction that the relay has taken is begun again", "transaction.go",
-		"return t.mailed.Code == 503 && (s.limit",
+		"return t.mailed.Code == 503 && t.data.Class() != 3 && (s.limit",
 		"return t.data.Class() != 3 || t.mailed.Code == 503 && (s.limit"},
 	{"a reply of the wrong kind is a refusal", "retry.go",
 		"	if e.Code/100 < 4 {\n",
