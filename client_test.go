@@ -570,6 +570,45 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 	}
 }
 
+// Most relays greet whoever connects, so that a client which speaks TLS on a port for STARTTLS reads a 220 where it wants
+// a ServerHello.
+func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	heard := make(chan []byte, 1)
+	go func() { // until the client closes
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		_, _ = io.WriteString(conn, "220 relay.example.com ESMTP\r\n")
+		b, _ := io.ReadAll(conn)
+		heard <- b
+	}()
+	client := newClient(t, smtprelay.Config{
+		Addr:     l.Addr().String(),
+		TLS:      smtprelay.TLSImplicit,
+		Password: "the-real-key-0123456789",
+		Retry:    smtprelay.Retry{MaxAttempts: 1},
+	})
+	_, err = client.Send(t.Context(), numbered(0))
+	t.Log(err)
+	e, ok := errors.AsType[*smtprelay.Error](err)
+	if !ok || e.Op != smtprelay.OpTLS || e.Outcome != smtprelay.NotAccepted || e.Temporary() {
+		t.Errorf("got %v; want the TLS handshake to have failed for good", err)
+	}
+	if !strings.Contains(err.Error(), "use TLSStartTLS") {
+		t.Errorf("%q does not name the cure", err)
+	}
+	if b := <-heard; bytes.Contains(b, []byte("AUTH")) || bytes.Contains(b, []byte("MAIL")) {
+		t.Errorf("the relay was told %q in the clear", b)
+	}
+}
+
 // closedPort returns an address of this machine at which nobody listens.
 func closedPort(t *testing.T) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
