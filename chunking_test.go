@@ -1,0 +1,88 @@
+package smtprelay_test
+
+import (
+	"bytes"
+	"io"
+	"testing"
+	"testing/synctest"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// pieces writes a body in pieces of so many octets.
+type pieces struct {
+	text []byte
+	size int
+}
+
+func (p pieces) WriteTo(w io.Writer) (total int64, err error) {
+	for rest := p.text; len(rest) > 0; {
+		n, err := w.Write(rest[:min(p.size, len(rest))])
+		if total += int64(n); err != nil {
+			return total, err
+		}
+		rest = rest[n:]
+	}
+	return total, nil
+}
+
+// A body of unknown size goes by DATA where the relay has not said how large a message may be, although the decision falls
+// in the middle of the body: wherever that is, dots are doubled from there on and no line end is lost.
+func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
+	text := append([]byte("Subject: dots\r\n\r\n"), bytes.Repeat([]byte(".\r\n..x\r\nplain\r\n"), 6000)...)
+	for _, size := range []int{7, 100, 4096, 1 << 20} {
+		for shift := range 16 { // what the end of the buffer falls on
+			synctest.Test(t, func(t *testing.T) {
+				relay := smtptest.NewUnstartedServer()
+				relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
+				relay.Without = []string{"SIZE"}
+				relay.Start()
+				defer relay.Close()
+				client, err := smtprelay.New(relay.Config())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer client.Close()
+				body := append(bytes.Repeat([]byte("y"), shift), text...)
+				_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{body, size}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := relay.Messages()
+				if len(got) != 1 || !bytes.Equal(got[0].Body, body) {
+					t.Fatalf("pieces of %d, shifted by %d: the body came otherwise than it went", size, shift)
+				}
+				if n := relay.Conns()[0].Commands["DATA"]; n != 1 {
+					t.Errorf("%d DATA, want 1", n)
+				}
+			})
+		}
+	}
+}
+
+func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := smtptest.NewUnstartedServer()
+		relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
+		relay.Without = []string{"SIZE"}
+		relay.Start()
+		defer relay.Close()
+		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody"})
+		client, err := smtprelay.New(relay.Config())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{bytes.Repeat([]byte("text\r\n"), 20000), 1000}}
+		if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) {
+			t.Errorf("got %v, want the refusal of the recipient", err)
+		}
+		if _, err := client.Send(t.Context(), m); err != nil {
+			t.Errorf("the next message on the connection: %v", err)
+		}
+		if n := len(relay.Messages()); n != 1 {
+			t.Errorf("%d messages, want the second one", n)
+		}
+	})
+}
