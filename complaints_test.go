@@ -10,6 +10,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -654,4 +656,51 @@ func TestEveryErrorTellsItsOutcome(t *testing.T) {
 func sendErr(ctx context.Context, client *smtprelay.Client, m smtprelay.Message) error {
 	_, err := client.Send(ctx, m)
 	return err
+}
+
+// The table of complaints in TESTING.md has 78 of them, each with a reason why it cannot concern this module, or with tests
+// and transcripts, which must be there.
+func TestComplaintsAreHeldByTestsThatExist(t *testing.T) {
+	page, err := os.ReadFile("TESTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(page), "\n## Complaints of other clients\n")
+	if !found {
+		t.Fatal("TESTING.md has no section on the complaints of other clients")
+	}
+	var code strings.Builder
+	for _, dir := range []string{".", "smtptest", "internal/wire"} {
+		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			text, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			code.Write(text)
+		}
+	}
+	row := regexp.MustCompile(`(?m)^\| (\d+) \|.*\| ([^|]*) \|$`)
+	name := regexp.MustCompile("`([^`]+)`")
+	number := 0
+	for _, m := range row.FindAllStringSubmatch(section, -1) {
+		number++
+		if m[1] != strconv.Itoa(number) {
+			t.Errorf("complaint %d is numbered %s", number, m[1])
+		}
+		for _, n := range name.FindAllStringSubmatch(m[2], -1) {
+			_, err := os.Stat(filepath.Join(scriptDir, n[1]))
+			isFunc := strings.Contains(code.String(), "\nfunc "+n[1]+"(")
+			if script := strings.HasSuffix(n[1], ".txt"); script && err != nil || !script && !isFunc {
+				t.Errorf("complaint %d: there is no %s", number, n[1])
+			}
+		}
+		if strings.TrimSpace(m[2]) == "" {
+			t.Errorf("complaint %d is held by nothing", number)
+		}
+	}
+	want(t, "complaints", number, 78)
 }
