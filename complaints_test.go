@@ -420,7 +420,6 @@ type chunkSinkConn struct {
 	sinkConn
 	line []byte
 	left int  // of the chunk
-	last bool // of its message
 }
 
 func (s *chunkSinkConn) Write(p []byte) (int, error) {
