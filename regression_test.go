@@ -209,8 +209,8 @@ func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 			}
 		}
 		<-took
-		if n := dials.Load(); n > 1+5 {
-			t.Errorf("%d connections tried, want one that was refused and one for each message", n)
+		if n := dials.Load(); n > 5+5 { // those that were begun before the first was refused count too
+			t.Errorf("%d connections tried, want one that was refused and another one for each message at most", n)
 		}
 		c.Close()
 	})
