@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays soak storm cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays soak storm mutants cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
 FUZZTIME ?= 30s
@@ -32,7 +32,10 @@ soak: ## five million messages over loopback, one in a hundred failing
 	go test -run '^TestSoak$$' -v -timeout 3h . -soak.messages=5000000
 
 storm: ## a hundred thousand storms from random seeds
-	go test -run '^TestStorm$$' -v -timeout 3h . -storm.seeds=100000
+	go test -run '^TestStorm$$' -v -timeout 3h . -storm.seeds=100000 -storm.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+
+mutants: ## break the client on purpose, one line at a time, and see that the tests notice
+	go run ./internal/mutants
 
 cover: ## coverage of the root module, as a page in the browser
 	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof
