@@ -218,6 +218,14 @@ func (t *transaction) verdict() *Error {
 	case t.finalIn && (t.final.Class() == 3 || t.final.Class() == 2 && t.acceptedRcpts() > 0): // even behind a chunk refused
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
 	}
+	if t.dubiousLocked() {
+		clear(t.rcpt)
+		e := &Error{Op: OpData, Outcome: NotAccepted, Err: lost(s.cause)}
+		if cause, ok := s.cause.(*replyError); ok && cause.reply.Code == 421 {
+			e.Err, e.Reply = nil, publicReply(cause.reply)
+		}
+		return e
+	}
 	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || t.decidesLocked(e)) {
 		e.Outcome = NotAccepted
 		return e
@@ -287,6 +295,16 @@ func (t *transaction) decidesLocked(e *Error) bool {
 		return t.acceptedRcpts() == 0
 	}
 	return true
+}
+
+// dubiousLocked reports whether the replies to an envelope behind a final dot may be those to other commands: a relay that
+// throws away a part of what came with the dot is short of as many replies, until one side ends the connection.
+func (t *transaction) dubiousLocked() bool {
+	if !t.overlapped || t.s.chunks() || t.endAt > 0 || t.s.cause == nil || t.rset.Class() != 2 {
+		return false
+	}
+	_, ended := t.s.cause.(*replyError) // 421, or one that cannot be the reply to its command
+	return ended || t.answered < t.asked && isTimeout(t.s.cause)
 }
 
 // behind421Locked reports whether the relay has said 421 to a transaction before t, and nothing more until the connection
