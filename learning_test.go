@@ -269,6 +269,25 @@ func TestOne421TeachesNothing(t *testing.T) {
 	})
 }
 
+// Nor are several of them, after the same number of messages even, as long as other connections go further: a relay that says
+// 421 now and then, having too much to do, must not be given ever more connections to deal with.
+func TestRandom421sTeachNothing(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		busy := relay.Fault(smtptest.Fault{
+			At: smtptest.Mail, Reply: "421 4.3.2 too busy", Drop: true, Count: -1,
+			When: func(e smtptest.Event) bool { return e.Message == 6 && e.Conn%2 == 1 },
+		})
+		client := newClient(t, relay.Config())
+		sendNumbered(t, client, 5+100+5+100+5+100, 1)
+		want(t, "421s", busy.Hits(), 3)
+		for i, c := range relay.Conns() {
+			want(t, fmt.Sprintf("messages on connection %d", i+1), c.Accepted, []int{5, 100}[i%2])
+		}
+		want(t, "connections", len(relay.Conns()), 6)
+	})
+}
+
 func TestLIMITSLowerThanConfiguredWin(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) {

@@ -126,11 +126,12 @@ type learnt struct {
 	noOverlap atomic.Bool // the relay does not take what stands behind a final dot
 	authAlone atomic.Bool // it does not take commands behind AUTH
 
-	mu       sync.Mutex // guards the fields below
-	messages int        // after so many transactions the relay ended a session with 421; 0 means it never did
-	times    int        // in a row, with the same number
-	told     time.Time  // when it did so first
-	until    time.Time  // when that is forgotten
+	messages atomic.Int64 // after so many transactions the relay ended a session with 421; 0 means it never did. Written under mu
+
+	mu    sync.Mutex // guards the fields below
+	times int        // in a row, with the same number
+	told  time.Time  // when it did so first
+	until time.Time  // when that is forgotten
 
 	badAuth      [sha256.Size]byte // of the credentials that the relay has refused
 	badAuthError *Error            // what it said; nil if it has refused none
@@ -140,14 +141,17 @@ type learnt struct {
 // sessionFull notes that the relay said 421 to a session that had had n transactions. The same number twice in a row is
 // taken for its limit: once may be a coincidence, such as a relay that is shut down.
 //
-// A session that was open already when another one was told so teaches nothing: a relay that is shut down tells them all.
+// A session that was open already when another one was told so teaches nothing: a relay that is shut down tells them all. And
+// if one goes beyond that number in between, it is no limit: a relay that says 421 at random, being overloaded, would
+// otherwise teach smaller and smaller numbers.
 func (l *learnt) sessionFull(n int, born time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
 	switch {
-	case n != l.messages:
-		l.messages, l.times, l.told = n, 1, now
+	case int64(n) != l.messages.Load():
+		l.messages.Store(int64(n))
+		l.times, l.told = 1, now
 	case !born.Before(l.told):
 		l.times++
 	}
@@ -161,7 +165,20 @@ func (l *learnt) maxMessages() int {
 	if l.times < 2 || time.Now().After(l.until) {
 		return 0
 	}
-	return l.messages
+	return int(l.messages.Load())
+}
+
+// sessionGoesOn notes that the relay has taken MAIL as the nth of a session.
+func (l *learnt) sessionGoesOn(n int) {
+	if most := l.messages.Load(); most == 0 || int64(n) <= most {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if int64(n) > l.messages.Load() {
+		l.messages.Store(0)
+		l.times = 0
+	}
 }
 
 // learntFor is how long a limit that was learnt is believed without being met again.

@@ -248,6 +248,8 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	}
 	if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == OpMail && tooManyMails(r)) {
 		s.cfg.learnt.sessionFull(x.tx.seq-1, s.born)
+	} else if x.op == OpMail && r.Class() == 2 {
+		s.cfg.learnt.sessionGoesOn(x.tx.seq)
 	}
 	if r.Code == 421 && x.op != OpQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
