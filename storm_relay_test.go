@@ -197,8 +197,9 @@ type stormClientConn struct {
 // stormSending is a transaction as the client wrote it. The numbers count what clients write, over all connections; 0 means
 // not yet.
 type stormSending struct {
-	mail int64
-	dot  atomic.Int64
+	mail    int64
+	dot     atomic.Int64
+	carried atomic.Bool // the final dot was to leave in one write with the envelope of another message
 }
 
 // Write notes when transactions begin, and when their final dots have left the client. Of what goes through TLS it sees
@@ -234,6 +235,9 @@ func (e *stormClientConn) look(p []byte) {
 		if id := stormID(line); id >= 0 {
 			e.current = &stormSending{mail: e.c.r.writes.Add(1)}
 			e.sendings[id] = append(e.sendings[id], e.current)
+			for _, dot := range e.dots {
+				dot.of.carried.Store(true)
+			}
 		}
 	}
 	for at := e.looked - e.wrote; at < len(p); at = e.looked - e.wrote {
