@@ -99,6 +99,7 @@ func TestFaultsOfChunks(t *testing.T) {
 		wants []string
 	}{
 		{Fault{At: Bdat, Reply: "451 no"}, "BDAT 3\r\nabcNOOP\r\n", []string{"451 no", "250 2.0.0 I have"}},
+		{Fault{At: Bdat, Reply: "451 no"}, "BDAT 3\r\nabcBDAT 1 LAST\r\nd", []string{"451 no", "503 "}},
 		{Fault{At: Bdat, Reply: "250 yes"}, "BDAT 3\r\nabcBDAT 1 LAST\r\nd", []string{"250 yes", "250 Ok"}},
 		{Fault{At: Body, AfterBytes: 2, Reply: "452 full"}, "BDAT 3\r\nabcBDAT 1 LAST\r\nd", []string{"452 full", "554 "}},
 		{Fault{At: Body, AfterBytes: 4, Reply: "452 full"}, "BDAT 3\r\nabcBDAT 2 LAST\r\ndeNOOP\r\n", []string{"250 ", "452 full", "250 2.0.0 I have"}},

@@ -142,6 +142,10 @@ func (c *conn) bdat(line, arg string) ending {
 		if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
 			return lost
 		}
+		if b.refuses() { // a message without this chunk is no message (RFC 3030, 2)
+			c.ask("RSET")
+			c.env = envelope{}
+		}
 		return c.answer(b, func() string { return "503 5.5.1 Missing RCPT TO command" })
 	}
 
