@@ -1,9 +1,11 @@
 package smtprelay
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
-	"slices"
+	"io"
 	"strconv"
 	"sync"
 
@@ -29,7 +31,6 @@ type chunkedBody struct {
 	buffer *[maxChunk]byte // nil for Bytes
 	used   int             // octets in it
 	begun  bool            // the envelope is written
-	whole  bool            // the buffer has all of the body
 	byData bool            // the body goes by DATA
 	dots   wire.BodyWriter // on the way there
 	left   int64           // of Bytes: octets still to be written
@@ -59,6 +60,11 @@ func (t *transaction) remaining() int64 {
 
 // converseInChunks writes the envelope and the body, but for its last chunk, and reports whether that is due.
 func (t *transaction) converseInChunks() bool {
+	if oneShot(t.m.Body) {
+		if t.bodyErr = t.readAhead(); t.bodyErr != nil {
+			return false
+		}
+	}
 	if isBytes(t.m.Body) {
 		return t.beginChunks(t.size)
 	}
@@ -77,8 +83,64 @@ func (t *transaction) converseInChunks() bool {
 	case c.begun:
 		return true
 	}
-	c.whole = true
 	return t.beginChunks(int64(c.used))
+}
+
+// headAhead is how much of a body that can be written once only is read before it is written: more than a chunk, so that
+// the relay is asked before the rest is used up.
+const headAhead = maxChunk + 2
+
+// headedBody is a body that can be written once only, of which the beginning was read ahead. It can be written again as long
+// as nothing beyond that is used.
+type headedBody struct {
+	head []byte
+	rest io.Reader
+	used bool // rest was asked for more
+}
+
+// WriteTo implements io.WriterTo.
+func (b *headedBody) WriteTo(w io.Writer) (int64, error) {
+	n, err := w.Write(b.head)
+	if err != nil {
+		return int64(n), err
+	}
+	b.used = true
+	k, err := io.Copy(w, struct{ io.Reader }{b.rest})
+	return int64(n) + k, err
+}
+
+// readAhead replaces a body that can be written once only: a small one by its octets, another one by a [headedBody].
+func (t *transaction) readAhead() error {
+	r := t.m.Body.(io.Reader)
+	var head bytes.Buffer
+	switch n, err := io.CopyN(&head, readerUntil{t.ctx, r}, headAhead); {
+	case err == nil:
+		t.m.Body = &headedBody{head: head.Bytes(), rest: r}
+		return nil
+	case err != io.EOF:
+		t.bodyBegun = true
+		return err
+	case n == 0:
+		return errEmptyBody
+	}
+	t.m.Body, t.size = bytesBody(head.Bytes()), wire.CanonicalSize(head.Bytes())
+	if limit := t.s.ext.Size; limit > 0 && t.size > limit {
+		return &sizeError{limit}
+	}
+	return nil
+}
+
+// readerUntil reads until the context ends.
+type readerUntil struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u readerUntil) Read(p []byte) (int, error) {
+	if err := ended(u.ctx); err != nil {
+		return 0, err
+	}
+	return u.r.Read(p)
 }
 
 // beginChunks writes the envelope for a message of size octets, 0 if that is not known, and reports whether the body is to
@@ -138,6 +200,9 @@ func (t *transaction) overflow() error {
 		return errRefused
 	}
 	c.used = 0
+	if h, ok := t.m.Body.(*headedBody); ok && !h.used && (!t.awaitEnvelope() || t.unwanted()) {
+		return errRefused // and it can be written again
+	}
 	return nil
 }
 
@@ -245,13 +310,4 @@ func (cs *chunkSplitter) Write(p []byte) (int, error) {
 		}
 	}
 	return n, nil
-}
-
-// keepBody returns the body for another try if it was used up by writing but is still in the buffer as a whole.
-func (t *transaction) keepBody() []byte {
-	c := &t.chunked
-	if !c.whole {
-		return nil
-	}
-	return slices.Clone(c.buffer[:c.used])
 }

@@ -3,8 +3,10 @@ package smtprelay_test
 import (
 	"bytes"
 	"io"
+	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
@@ -83,6 +85,60 @@ func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
 		}
 		if n := len(relay.Messages()); n != 1 {
 			t.Errorf("%d messages, want the second one", n)
+		}
+	})
+}
+
+// A body that can be written once only is tried again as long as the relay says no before more than its first chunk is used.
+func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
+	const chunk = 64 << 10
+	for _, size := range []int{1, 1000, chunk - 1, chunk, chunk + 1, chunk + 2, chunk + 3, 3 * chunk} {
+		for _, fault := range []smtptest.Fault{
+			{At: smtptest.Mail, Reply: "421 4.7.0 too many messages on this connection", Drop: true},
+			{At: smtptest.Rcpt, Reply: "421 4.3.2 going down"},
+			{At: smtptest.Bdat, Reply: "421 4.3.2 going down", Drop: true},
+		} {
+			synctest.Test(t, func(t *testing.T) {
+				relay := smtptest.NewUnstartedServer()
+				relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth, relay.Delay = true, true, true, true, time.Second
+				relay.Start()
+				defer relay.Close()
+				relay.Fault(fault)
+				client, err := smtprelay.New(relay.Config())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer client.Close()
+				body := append(bytes.Repeat([]byte("x"), size-1), '\n')
+				_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(bytes.NewReader(body))})
+				if err != nil {
+					t.Fatalf("%d octets, %v at %v: %v", size, fault.Reply, fault.At, err)
+				}
+				want := append(body[:size-1:size-1], "\r\n"...)
+				if got := relay.Messages(); len(got) != 1 || !bytes.Equal(got[0].Body, want) {
+					t.Errorf("%d octets, %v at %v: %d messages, or another body than was sent", size, fault.Reply, fault.At, len(got))
+				}
+			})
+		}
+	}
+}
+
+func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := smtptest.NewUnstartedServer()
+		relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
+		relay.Start()
+		defer relay.Close()
+		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Reset: true})
+		client, err := smtprelay.New(relay.Config())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
+		_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
+		if !smtprelay.SafeToRetry(err) || len(relay.Messages()) != 0 {
+			t.Errorf("%v, and %d messages; want not accepted, and none", err, len(relay.Messages()))
 		}
 	})
 }

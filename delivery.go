@@ -60,11 +60,7 @@ func (d *delivery) run() (Receipt, error) {
 		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
 			e = nil // each of these recipients was refused for itself; the others have not been tried
 		}
-		if len(d.todo) > 0 && oneShot(d.m.Body) {
-			if kept := t.keepBody(); kept != nil {
-				d.m.Body, d.size = bytesBody(kept), int64(len(kept))
-			}
-		}
+		d.size = t.size
 		used := t.bodyBegun && oneShot(d.m.Body)
 		if e == nil && used && len(d.todo) > 0 {
 			err = &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}

@@ -30,8 +30,9 @@ type Message struct {
 	// wneessen/go-mail or a *gomail.Message is one.
 	//
 	// WriteTo may be called again for another try, from one goroutine at a time. A Body that is also an io.Reader, such as
-	// a *bytes.Buffer, is used up by writing: a message whose Body was asked to write is not tried again. If WriteTo
-	// fails, or writes nothing at all, nothing is accepted by the relay.
+	// a *bytes.Buffer, is used up by writing: a message whose Body was asked to write is not tried again, but for what
+	// [Reader] says of CHUNKING. Its Read and its WriteTo must tell the same, as for io.Copy. If either fails, or there is
+	// nothing at all to write, nothing is accepted by the relay.
 	Body io.WriterTo
 
 	// AllOrNothing sends the message to nobody if the relay refuses one of several recipients. By default those who were
@@ -50,7 +51,8 @@ type Message struct {
 func Bytes(b []byte) io.WriterTo { return bytesBody(b) }
 
 // Reader returns a Body that copies r. It can be written once only: if a try fails after the body was begun, the message
-// is not tried again.
+// is not tried again. Where the relay offers CHUNKING (RFC 3030) up to 64 KiB are read before the relay is asked, and kept:
+// there it is tried again until more than that was read.
 func Reader(r io.Reader) io.WriterTo { return &readerBody{r: r} }
 
 type bytesBody []byte
@@ -71,6 +73,9 @@ func (b *readerBody) WriteTo(w io.Writer) (int64, error) {
 
 // oneShot reports whether b is used up by writing.
 func oneShot(b io.WriterTo) bool {
+	if h, ok := b.(*headedBody); ok {
+		return h.used
+	}
 	_, ok := b.(io.Reader)
 	return ok
 }

@@ -78,6 +78,7 @@ func TestStormFound(t *testing.T) {
 		{"messages behind a 421 were unknown", []uint64{363, 407}},
 		{"354 to RCPT, from a relay that had thrown RSET away, was told as a refusal", []uint64{792}},
 		{"replies to an envelope of which RSET was thrown away were believed", []uint64{201533, 303793}},
+		{"a Reader was not tried again behind a 421 to MAIL, since its beginning had been read", []uint64{1057354}},
 		{"a message went to the recipients of another, behind a RSET that was refused", []uint64{33167, 40284}},
 	} {
 		t.Run(found.fault, func(t *testing.T) {
