@@ -332,7 +332,7 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 	}
 	if !told.gaveUp.IsZero() {
 		e, ok := errors.AsType[*smtprelay.Error](told.err)
-		if ok && e.Code == 0 && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
+		if ok && e.Code == 0 && e.Op != smtprelay.OpCheck && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
 			j.fail(told, "its context has ended, and it was told %v", e)
 		}
 		return
