@@ -205,8 +205,9 @@ func (s *session) readLoop() {
 		s.wrote.Wait()
 	}
 	wait := s.cfg.Timeouts.Quit
-	if s.abort || s.quitting && s.writeErr == nil && isTimeout(err) && s.deadline != longAgo {
-		wait = 0 // after QUIT it was waited for already
+	waited := s.quitting && (s.head == len(s.waiting) || s.waiting[s.head].op == OpQuit)
+	if s.abort || waited && s.writeErr == nil && isTimeout(err) && s.deadline != longAgo {
+		wait = 0 // QUIT had its time already
 	}
 	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
 	rst := s.attempted < s.chunkEnd

@@ -73,7 +73,7 @@ func TestStormFound(t *testing.T) {
 		{"one refused recipient ended the others, who were in another transaction", []uint64{9}},
 		{"a timer that had been set for an earlier failure let those who waited be forgotten", []uint64{21}},
 		{"the place of a connection that never got ready was free before the relay had closed it", []uint64{21}},
-		{"the place of a session that was given up behind QUIT was free too early", []uint64{163}},
+		{"the place of a session that was given up behind QUIT was free too early", []uint64{163, 3036004}},
 		{"a write that was under way counted as having left, and a truncated chunk ended with FIN", []uint64{134}},
 		{"messages behind a 421 were unknown", []uint64{363, 407}},
 		{"354 to RCPT, from a relay that had thrown RSET away, was told as a refusal", []uint64{792}},
