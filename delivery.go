@@ -306,8 +306,7 @@ func (t *transaction) dubiousLocked() bool {
 // behind421Locked reports whether the relay has said 421 to a transaction before t, and nothing more until the connection
 // ended in order: replies come in order (RFC 2920, 3.2), so it was leaving when it came to t, and has taken nothing of it.
 func (t *transaction) behind421Locked() bool {
-	cause, ok := t.s.cause.(*replyError)
-	return ok && cause.reply.Code == 421 && t.answered == 0 && t.s.leftInOrder
+	return t.s.said421 && t.answered == 0 && t.s.leftInOrder
 }
 
 // endOp is the step that ends the message.

@@ -83,6 +83,7 @@ type session struct {
 	closeBy     time.Time   // when the relay's last words must be in
 	heard       time.Time   // when the relay last answered
 	deadline    time.Time   // the read deadline in force
+	said421     bool        // the relay has, to a command
 	abort       bool        // closed by Close: the relay is not waited for
 	hangingUp   bool        // the read loop is through, and has a deadline of its own for the relay's close
 	leftInOrder bool        // the relay has closed the connection, and nothing that it said is missing
@@ -254,6 +255,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	}
 	if r.Code == 421 && x.op != OpQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
+		s.said421 = true
 		s.hurryLocked(s.cfg.Timeouts.Quit)
 		s.doomLocked(&replyError{x.op, r})
 	}
