@@ -245,17 +245,16 @@ func (t *transaction) startChunk(n int, last bool) bool {
 		x.final, x.limit = true, s.cfg.Timeouts.FinalReply
 		s.line = append(s.line[:len(s.line)-2], " LAST\r\n"...)
 	}
-	end := s.position() + int64(len(s.line)+n)
+	x.end = s.position() + int64(len(s.line)+n)
 	if last {
-		x.end = end
-		t.endAt = end // ahead of time, since a full buffer may leave while the chunk is put into it
+		t.endAt = x.end // ahead of time, since a full buffer may leave while the chunk is put into it
 	}
 	if !s.expect(x) {
 		t.endAt = 0
 		return false
 	}
 	s.mu.Lock()
-	s.chunkEnd = end
+	s.chunkEnd = x.end
 	s.mu.Unlock()
 	if tr := s.cfg.Trace; tr != nil && tr.Command != nil {
 		tr.Command(t.ctx, s.id, fmt.Sprintf("BDAT %d%s", n, map[bool]string{true: " LAST"}[last]))

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/textproto"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -371,6 +372,72 @@ func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
 		}
 		c.Close()
 	})
+}
+
+// A relay that takes 100 octets a second is slow, but moving: no limit for a reply runs while its message is being written.
+func TestSlowRelayIsNotGivenUpWhileItReads(t *testing.T) {
+	for _, extensions := range []string{"250-SIZE 1000000\n250 PIPELINING", "250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING"} {
+		synctest.Test(t, func(t *testing.T) {
+			var taken atomic.Int64
+			dial := func(context.Context, string, string) (net.Conn, error) {
+				c, s := netpipe.New(200)
+				go func() {
+					defer s.Close()
+					br := bufio.NewReader(slowReader{s})
+					io.WriteString(s, "220 hi\r\n")
+					for {
+						l, err := br.ReadString('\n')
+						if err != nil {
+							return
+						}
+						l = strings.TrimSpace(l)
+						switch f := strings.Fields(l); {
+						case l == "DATA":
+							io.WriteString(s, "354 go\r\n")
+							n, _ := io.Copy(io.Discard, textproto.NewReader(br).DotReader())
+							taken.Add(n)
+							l = "."
+						case len(f) > 1 && f[0] == "BDAT":
+							k, _ := strconv.ParseInt(f[1], 10, 64)
+							n, _ := io.CopyN(io.Discard, br, k)
+							taken.Add(n)
+						}
+						io.WriteString(s, strings.ReplaceAll(agree(extensions, l), "\n", "\r\n")+"\r\n")
+					}
+				}()
+				return c, nil
+			}
+			ten := 10 * time.Second
+			c := bubbleClient(t, smtprelay.Config{
+				Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: dial,
+				Timeouts: smtprelay.Timeouts{Command: ten, Data: ten, FinalReply: ten, Write: ten},
+			})
+			for _, size := range []int{10_000, 150_000} {
+				m := shortMessage("b@y.example")
+				m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), size/33))
+				if _, err := c.Send(t.Context(), m); err != nil {
+					t.Errorf("%d octets: %v", size, err)
+				}
+				m.Body = pieces{bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), size/33), 5000}
+				if _, err := c.Send(t.Context(), m); err != nil {
+					t.Errorf("%d octets of a size not known: %v", size, err)
+				}
+			}
+			c.Close()
+			time.Sleep(time.Minute)
+			if n := taken.Load(); n < 300_000 {
+				t.Errorf("the relay has %d octets", n)
+			}
+		})
+	}
+}
+
+// slowReader reads 100 octets a second.
+type slowReader struct{ net.Conn }
+
+func (r slowReader) Read(p []byte) (int, error) {
+	time.Sleep(time.Second)
+	return r.Conn.Read(p[:min(len(p), 100)])
 }
 
 func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {

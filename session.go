@@ -20,10 +20,10 @@ import (
 type exchange struct {
 	op    Op
 	final bool          // its reply decides over the message
-	end   int64         // of a final one: the position behind the octets that must leave for a reply to come
+	end   int64         // of a final dot or a chunk: the position behind the octets that must leave for a reply to come
 	tx    *transaction  // told of the reply; nil for QUIT
 	rcpt  int           // which recipient, for OpRcpt
-	limit time.Duration // for the reply, counted from when no other is awaited before it; 0 means none
+	limit time.Duration // for the reply, counted from when no other is awaited before it and end has left; 0 means none
 	first bool          // of what was written behind a final dot that had no reply yet
 }
 
@@ -68,7 +68,8 @@ type session struct {
 	mu          sync.Mutex // guards the fields below; never held across I/O
 	waiting     []exchange // oldest first, from head on
 	head        int
-	attempted   int64       // octets that were handed to the connection, or are just being
+	left        int64       // octets that were handed to the connection
+	attempted   int64       // those that are just being included
 	writing     bool        // they are just being
 	wrote       sync.Cond   // on mu: writing is over
 	pending     int         // final replies outstanding
@@ -324,8 +325,8 @@ func (s *session) armLocked() {
 	case s.cause != nil && !s.dueLocked():
 		at = longAgo
 	case s.head < len(s.waiting):
-		if limit := s.waiting[s.head].limit; limit > 0 {
-			at = time.Now().Add(limit)
+		if x := s.waiting[s.head]; x.limit > 0 && x.end <= s.left {
+			at = time.Now().Add(x.limit)
 		}
 	}
 	if !s.closeBy.IsZero() && (at.IsZero() || s.closeBy.Before(at)) {
@@ -442,8 +443,12 @@ func (s *session) Write(p []byte) (int, error) {
 	n, err := s.conn.Write(p)
 	s.written += int64(n)
 	s.mu.Lock()
-	s.attempted = s.written
+	before := s.left
+	s.attempted, s.left = s.written, s.written
 	s.writing = false
+	if s.head < len(s.waiting) && s.waiting[s.head].end > before {
+		s.armLocked() // until now the limit was that of writing
+	}
 	s.wrote.Broadcast()
 	s.mu.Unlock()
 	if err != nil {
