@@ -105,7 +105,7 @@ func (b *headedBody) WriteTo(w io.Writer) (int64, error) {
 		return int64(n), err
 	}
 	b.used = true
-	k, err := io.Copy(w, struct{ io.Reader }{b.rest})
+	k, err := (&readerBody{b.rest}).WriteTo(w)
 	return int64(n) + k, err
 }
 
@@ -118,7 +118,6 @@ func (t *transaction) readAhead() error {
 		t.m.Body = &headedBody{head: head.Bytes(), rest: r}
 		return nil
 	case err != io.EOF:
-		t.bodyBegun = true
 		return err
 	case n == 0:
 		return errEmptyBody

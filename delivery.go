@@ -216,10 +216,8 @@ func (t *transaction) verdict() *Error {
 	}
 	if t.dubiousLocked() {
 		clear(t.rcpt)
-		e := &Error{Op: OpData, Outcome: NotAccepted, Err: lost(s.cause)}
-		if cause, ok := s.cause.(*replyError); ok && cause.reply.Code == 421 {
-			e.Err, e.Reply = nil, publicReply(cause.reply)
-		}
+		e := &Error{Op: OpData, Outcome: NotAccepted}
+		e.blame(s.cause)
 		return e
 	}
 	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || t.decidesLocked(e)) {
@@ -246,7 +244,20 @@ func (t *transaction) verdict() *Error {
 	case t.endAt == 0:
 		e.Op = OpBody
 	}
-	switch cause := s.cause.(type) {
+	e.blame(s.cause)
+	if t.bodyErr != nil {
+		e.Op, e.Err = OpBody, t.bodyErr
+		_, e.permanent = t.bodyErr.(*sizeError)
+	}
+	if err := ended(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
+		e.Err = err
+	}
+	return e
+}
+
+// blame makes the end of a session the reason for e.
+func (e *Error) blame(cause error) {
+	switch cause := cause.(type) {
 	case *unexpectedReply:
 		if cause.reply.Class() >= 4 { // the relay says why it does not take the body
 			e.Reply = publicReply(cause.reply)
@@ -260,14 +271,6 @@ func (t *transaction) verdict() *Error {
 	default:
 		e.Err = lost(cause)
 	}
-	if t.bodyErr != nil {
-		e.Op, e.Err = OpBody, t.bodyErr
-		_, e.permanent = t.bodyErr.(*sizeError)
-	}
-	if err := ended(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
-		e.Err = err
-	}
-	return e
 }
 
 // isWord reports whether s consists of letters, digits, hyphens and underscores.

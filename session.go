@@ -52,7 +52,7 @@ type session struct {
 
 	replies *wire.ReplyReader // owned by the read loop
 
-	out      *bufio.Writer       // owned by the holder of the write side, as are the fields down to written
+	out      *bufio.Writer       // owned by the holder of the write side, as are the fields down to domains
 	body     wire.BodyWriter     // on out
 	line     []byte              // scratch
 	lead     []byte              // an AUTH command that is still to be sent, in front of the first transaction
@@ -60,17 +60,15 @@ type session struct {
 	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
 
-	written int64 // octets that were handed to the connection
-
 	doomed chan struct{} // closed when cause is set
 	done   chan struct{} // closed when no reply will be read any more
 
 	mu          sync.Mutex // guards the fields below; never held across I/O
 	waiting     []exchange // oldest first, from head on
 	head        int
-	left        int64       // octets that were handed to the connection
-	attempted   int64       // those that are just being included
-	writing     bool        // they are just being
+	written     int64       // octets that were handed to the connection; changed by the holder of the write side, who alone reads it without mu
+	attempted   int64       // the same, and those that are just being
+	writing     bool        // some are just being
 	wrote       sync.Cond   // on mu: writing is over
 	pending     int         // final replies outstanding
 	used        int         // transactions begun
@@ -325,7 +323,7 @@ func (s *session) armLocked() {
 	case s.cause != nil && !s.dueLocked():
 		at = longAgo
 	case s.head < len(s.waiting):
-		if x := s.waiting[s.head]; x.limit > 0 && x.end <= s.left {
+		if x := s.waiting[s.head]; x.limit > 0 && x.end <= s.written {
 			at = time.Now().Add(x.limit)
 		}
 	}
@@ -441,10 +439,10 @@ func (s *session) Write(p []byte) (int, error) {
 	s.writing = true
 	s.mu.Unlock()
 	n, err := s.conn.Write(p)
-	s.written += int64(n)
 	s.mu.Lock()
-	before := s.left
-	s.attempted, s.left = s.written, s.written
+	before := s.written
+	s.written += int64(n)
+	s.attempted = s.written
 	s.writing = false
 	if s.head < len(s.waiting) && s.waiting[s.head].end > before {
 		s.armLocked() // until now the limit was that of writing
