@@ -132,6 +132,9 @@ func (p *pool) takeLocked(now time.Time) *session {
 	for len(p.idle) > 0 {
 		s := p.idle[len(p.idle)-1]
 		p.unlistLocked(s)
+		if p.spentLocked(s, now.Round(0)) {
+			s.retire(closeIdle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
+		}
 		if s.status(now) == statusFree {
 			p.sessions[s].owned = true
 			return s
@@ -554,6 +557,12 @@ func (p *pool) idleUntilLocked(s *session) time.Time {
 	return at
 }
 
+// spentLocked reports whether the time of s, which is idle, has come.
+func (p *pool) spentLocked(s *session, now time.Time) bool {
+	at := p.idleUntilLocked(s)
+	return !at.IsZero() && !now.Before(at)
+}
+
 // sweep ends the idle sessions whose time has come.
 func (p *pool) sweep() {
 	p.mu.Lock()
@@ -561,7 +570,7 @@ func (p *pool) sweep() {
 	p.idleTime = nil
 	now := time.Now()
 	for _, s := range slices.Clone(p.idle) {
-		if at := p.idleUntilLocked(s); !at.IsZero() && !now.Before(at) {
+		if p.spentLocked(s, now) {
 			if s.status(now) != statusRetired { // not by age
 				s.retire(closeIdle)
 			}

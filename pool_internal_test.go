@@ -1,0 +1,78 @@
+package smtprelay
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+)
+
+// While a machine sleeps the monotonic clock stands still, and the timer that ends idle connections with it.
+func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
+	for _, slept := range []time.Duration{0, 29 * time.Second, 30 * time.Second, 8 * time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			var dials atomic.Int64
+			var relays sync.WaitGroup
+			c, err := New(Config{Addr: "relay.example:25", TLS: TLSNone, Dial: func(context.Context, string, string) (net.Conn, error) {
+				dials.Add(1)
+				near, far := netpipe.New(4096)
+				relays.Go(func() { acceptAll(far) })
+				return near, nil
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := Message{From: "a@x.example", To: []string{"b@y.example"}, Body: Bytes([]byte("Subject: x\r\n\r\nx\r\n"))}
+			for range 2 {
+				if _, err := c.Send(t.Context(), m); err != nil {
+					t.Fatal(err)
+				}
+				c.pool.mu.Lock()
+				for _, at := range c.pool.sessions {
+					at.idleSince = at.idleSince.Round(0).Add(-slept) // by the wall clock alone
+				}
+				c.pool.mu.Unlock()
+			}
+			want := int64(1)
+			if slept >= 30*time.Second {
+				want = 2
+			}
+			if n := dials.Load(); n != want {
+				t.Errorf("slept for %v: %d connections, want %d", slept, n, want)
+			}
+			c.Close()
+			relays.Wait()
+		})
+	}
+}
+
+// acceptAll is a relay that says yes to everything.
+func acceptAll(conn net.Conn) {
+	defer conn.Close()
+	fmt.Fprint(conn, "220 relay.example ESMTP\r\n")
+	inBody := false
+	for lines := bufio.NewScanner(conn); lines.Scan(); {
+		switch line := lines.Text(); {
+		case inBody && line != ".":
+		case line == "DATA":
+			inBody = true
+			fmt.Fprint(conn, "354 go ahead\r\n")
+		case line == "QUIT":
+			fmt.Fprint(conn, "221 bye\r\n")
+			return
+		case strings.HasPrefix(line, "EHLO"):
+			fmt.Fprint(conn, "250-relay.example\r\n250 PIPELINING\r\n")
+		default:
+			inBody = false
+			fmt.Fprint(conn, "250 ok\r\n")
+		}
+	}
+}
