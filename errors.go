@@ -170,9 +170,9 @@ func (e *Error) Unwrap() []error {
 }
 
 // Temporary reports whether sending the message again later, as it is, can help. Where recipients were refused it is true
-// if it can help one of them.
+// if it can help one of them. It is false where the outcome is unknown: that message may have been accepted.
 func (e *Error) Temporary() bool {
-	if e.permanent || errors.Is(e.Err, ErrClosed) {
+	if e.permanent || e.Outcome == Unknown || errors.Is(e.Err, ErrClosed) {
 		return false
 	}
 	if len(e.Refused) > 0 {

@@ -200,6 +200,9 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 		if !slices.Contains(byError, smtprelay.Unknown) {
 			j.fail(told, "unknown, and by recipient %v", byError)
 		}
+		if e.Temporary() {
+			j.fail(told, "unknown, and worth another try")
+		}
 	}
 	if byReceipt != nil && !slices.Equal(byReceipt, byError) {
 		j.fail(told, "the receipt says %v, the error %v", byReceipt, byError)
