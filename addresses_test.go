@@ -103,6 +103,6 @@ func TestDeadAddressesOfANameArePassedOver(t *testing.T) {
 		}
 	}
 	if e := failure(s.err); e.Attempts != 1 || e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
-		t.Errorf("%v, %d attempts; want one, not accepted, for now", s.err, e.Attempts)
+		t.Errorf("%v, %d attempts; want one, not accepted, temporary", s.err, e.Attempts)
 	}
 }

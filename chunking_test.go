@@ -12,6 +12,13 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
+// inChunks is a relay in memory that offers CHUNKING, and no TLS and AUTH.
+func inChunks(s *smtptest.Server) {
+	s.InMemory, s.Chunking, s.NoTLS, s.NoAuth = true, true, true, true
+}
+
+func withoutSize(s *smtptest.Server) { s.Without = []string{"SIZE"} }
+
 // pieces writes a body in pieces of so many octets.
 type pieces struct {
 	text []byte
@@ -36,18 +43,10 @@ func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
 	for _, size := range []int{7, 100, 4096, 1 << 20} {
 		for shift := range 16 { // what the end of the buffer falls on
 			synctest.Test(t, func(t *testing.T) {
-				relay := smtptest.NewUnstartedServer()
-				relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
-				relay.Without = []string{"SIZE"}
-				relay.Start()
-				defer relay.Close()
-				client, err := smtprelay.New(relay.Config())
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer client.Close()
+				relay := newRelay(t, inChunks, withoutSize)
+				client := newClient(t, relay.Config())
 				body := append(bytes.Repeat([]byte("y"), shift), text...)
-				_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{body, size}})
+				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{body, size}})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -65,17 +64,9 @@ func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
 
 func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		relay := smtptest.NewUnstartedServer()
-		relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
-		relay.Without = []string{"SIZE"}
-		relay.Start()
-		defer relay.Close()
+		relay := newRelay(t, inChunks, withoutSize)
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody"})
-		client, err := smtprelay.New(relay.Config())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
+		client := newClient(t, relay.Config())
 		m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{bytes.Repeat([]byte("text\r\n"), 20000), 1000}}
 		if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) {
 			t.Errorf("got %v, want the refusal of the recipient", err)
@@ -99,18 +90,11 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 			{At: smtptest.Bdat, Reply: "421 4.3.2 going down", Drop: true},
 		} {
 			synctest.Test(t, func(t *testing.T) {
-				relay := smtptest.NewUnstartedServer()
-				relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth, relay.Delay = true, true, true, true, time.Second
-				relay.Start()
-				defer relay.Close()
+				relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Delay = time.Second })
 				relay.Fault(fault)
-				client, err := smtprelay.New(relay.Config())
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer client.Close()
+				client := newClient(t, relay.Config())
 				body := append(bytes.Repeat([]byte("x"), size-1), '\n')
-				_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(bytes.NewReader(body))})
+				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(bytes.NewReader(body))})
 				if err != nil {
 					t.Fatalf("%d octets, %v at %v: %v", size, fault.Reply, fault.At, err)
 				}
@@ -125,18 +109,11 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 
 func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		relay := smtptest.NewUnstartedServer()
-		relay.InMemory, relay.Chunking, relay.NoTLS, relay.NoAuth = true, true, true, true
-		relay.Start()
-		defer relay.Close()
+		relay := newRelay(t, inChunks)
 		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Reset: true})
-		client, err := smtprelay.New(relay.Config())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
+		client := newClient(t, relay.Config())
 		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
-		_, err = client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
+		_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
 		if !smtprelay.SafeToRetry(err) || len(relay.Messages()) != 0 {
 			t.Errorf("%v, and %d messages; want not accepted, and none", err, len(relay.Messages()))
 		}

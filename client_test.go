@@ -336,7 +336,12 @@ func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
 		TLS:  smtprelay.TLSNone,
 		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 	})
+	sendOneGiB(t, client, conn)
+}
 
+// sendOneGiB sends a message of that size, and holds that it takes no memory.
+func sendOneGiB(t *testing.T, client *smtprelay.Client, conn *sinkConn) {
+	t.Helper()
 	inUse := func() uint64 {
 		var m runtime.MemStats
 		runtime.GC()

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,14 +56,8 @@ func TestWaitersAreServedWhenTheOnlyConnectionDies(t *testing.T) {
 			relay.CloseClientConnections()
 		}
 		all := <-done
-		unknown := 0
+		unknown := unknownOf(t, all)
 		for _, s := range all {
-			switch s.outcome() {
-			case smtprelay.Unknown:
-				unknown++
-			case smtprelay.NotAccepted:
-				t.Errorf("message %d: %v", s.number, s.err)
-			}
 			// 50 messages at a round trip each, five dials of four round trips, and a back-off of half a second behind each loss.
 			if s.took > 50*20*time.Millisecond+kills*(80+500)*time.Millisecond {
 				t.Errorf("message %d took %v", s.number, s.took)
@@ -463,29 +456,7 @@ func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
 		TLS:  smtprelay.TLSNone,
 		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 	})
-	inUse := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	const size = 1 << 30
-	var before, peak uint64
-	body := &generator{size: size, failAt: -1, look: func() {
-		if before == 0 {
-			before = inUse() // the connection is up and the first block is written
-		}
-		peak = max(peak, inUse())
-	}}
-	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
-		t.Fatal(err)
-	}
-	if conn.received < size {
-		t.Errorf("the relay received %d bytes, want at least %d", conn.received, size)
-	}
-	if grown := int64(peak) - int64(before); grown >= 1<<20 {
-		t.Errorf("memory grew by %d KiB while 1 GiB was sent, want less than 1 MiB", grown>>10)
-	}
+	sendOneGiB(t, client, &conn.sinkConn)
 }
 
 // byteReads lets no Read return more than one octet.

@@ -36,6 +36,20 @@ func inBothModes(t *testing.T, f func(t *testing.T, near func(*smtptest.Server))
 	}
 }
 
+// unknownOf counts those of unknown fate among all, of whom the others must have been accepted.
+func unknownOf(t *testing.T, all []sent) (n int) {
+	t.Helper()
+	for _, s := range all {
+		switch s.outcome() {
+		case smtprelay.Unknown:
+			n++
+		case smtprelay.NotAccepted:
+			t.Errorf("message %d: %v", s.number, s.err)
+		}
+	}
+	return n
+}
+
 // bodyStep is the step at which the relay is asked to take a body.
 func bodyStep(relay *smtptest.Server) smtptest.Step {
 	if relay.Chunking {
@@ -442,15 +456,7 @@ func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 		stall.Remove()
 		senders.Wait()
 
-		unknown := 0
-		for _, s := range all {
-			switch s.outcome() {
-			case smtprelay.Unknown:
-				unknown++
-			case smtprelay.NotAccepted:
-				t.Errorf("message %d: %v", s.number, s.err)
-			}
-		}
+		unknown := unknownOf(t, all)
 		want(t, "sends that have ended", len(all), 20*bursts)
 		// Those whose dot was out when all connections were reset: one on each of ten, with CHUNKING four.
 		atMost(t, "messages of unknown fate", unknown, 10*4)
