@@ -240,6 +240,57 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 	}
 }
 
+func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
+	const setUp = 5 * 20 * time.Millisecond // in the clear: SYN, greeting, EHLO, AUTH with the first envelope, and the body
+	run := func(t *testing.T, bursts ...int) (replaced []time.Time, client *smtprelay.Client) {
+		relay := newRelay(t, far, func(s *smtptest.Server) { s.NoTLS = true })
+		cfg := relay.Config()
+		var mu sync.Mutex // guards replaced
+		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
+			if c.Reason == "full" {
+				mu.Lock()
+				replaced = append(replaced, time.Now())
+				mu.Unlock()
+			}
+		}}
+		client = newClient(t, cfg)
+		for _, n := range bursts {
+			sendNumbered(t, client, n, 100)
+			time.Sleep(time.Second)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return replaced, client
+	}
+
+	t.Run("load goes on", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			replaced, _ := run(t, 6000)
+			if len(replaced) < 50 {
+				t.Fatalf("%d connections were used up, want some 60", len(replaced))
+			}
+			// The first two sets of ten are used up in unison.
+			later, most := replaced[20:], 0
+			for i, at := range later {
+				together := 0
+				for _, other := range later[i:] {
+					if other.Sub(at) < setUp {
+						together++
+					}
+				}
+				most = max(most, together)
+			}
+			atMost(t, "connections replaced during the set-up of one", most, 3)
+		})
+	})
+	t.Run("bursts open no connection for it", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, client := run(t, 1500, 1500, 2000, 1000)
+			want(t, "connections opened for 6,000 messages", int(client.Stats().Dials), 60)
+		})
+	})
+}
+
 // generator is a body of size bytes that fails behind failAt of them, if that is not negative. While it writes it looks at
 // the memory in use.
 type generator struct {

@@ -32,6 +32,7 @@ type pool struct {
 	waiters  []*waiter  // oldest first
 	dialling int
 	lastID   int64
+	usedUp   int           // sessions that were full when they ended, since one was last idle
 	draining bool          // nothing is handed out any more
 	ending   chan struct{} // closed when draining is set
 	empty    chan struct{} // closed when draining and no slot is in use
@@ -251,6 +252,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	case st == statusFree:
 		at.idleSince, at.listed = now, true
 		p.idle = append(p.idle, s)
+		p.usedUp = 0
 		p.watchIdleLocked(now)
 	default:
 		at.listed = true
@@ -319,8 +321,8 @@ func (p *pool) fillLocked(now time.Time) {
 		ctx := context.WithoutCancel(p.waiters[min(p.dialling, len(p.waiters)-1)].ctx)
 		p.dialling++
 		p.lastID++
-		id, round := p.lastID, p.gate.round
-		p.running.Go(func() { p.openSession(ctx, id, round) })
+		id, round, usedUp := p.lastID, p.gate.round, p.usedUp
+		p.running.Go(func() { p.openSession(ctx, id, round, usedUp) })
 	}
 	for len(p.waiters) > p.dialling {
 		s := p.overlapLocked(now)
@@ -349,7 +351,7 @@ func (p *pool) wake() {
 
 // openSession opens a connection, for which a slot was taken. It goes on if the Send it was begun for gives up, and serves
 // whoever waits longest when it is done.
-func (p *pool) openSession(ctx context.Context, id int64, round int) {
+func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(p.closing, cancel)()
@@ -366,9 +368,9 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 		return
 	}
 	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
+	s.limit = spread(s.limit, usedUp, p.cfg.Limits.MaxConns)
 	p.mu.Lock()
 	p.dialling--
-	p.spreadLocked(s)
 	p.sessions[s] = &place{owned: true}
 	p.running.Go(s.readLoop)
 	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
@@ -392,26 +394,32 @@ func (p *pool) openSession(ctx context.Context, id int64, round int) {
 	p.fillLocked(time.Now()) // after a failure one dial at a time was all there was
 }
 
-// spreadLocked spreads rotations. Sessions that are opened together are used up together under load, and so would be those
-// that follow them, for ever: so the first that follow have from half to all of the usual number of transactions.
-func (p *pool) spreadLocked(s *session) {
-	founders := int64(p.cfg.Limits.MaxConns)
-	if n := s.id - founders; n > 0 && n < founders && len(p.waiters) > 0 {
-		s.limit = max(int(int64(s.limit)*(founders+n)/(2*founders)), min(s.limit, 1))
+// spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
+// pause, of which conns at once. Sessions that are opened together are used up together under load, and so would be those
+// that follow them, for ever: so those that follow the second conns have from half to all of the limit. The earlier ones
+// have all of it, since a burst that ends soon would pay for the spread and have nothing of it.
+func spread(limit, usedUp, conns int) int {
+	if n := usedUp - conns; n > 0 && n < conns {
+		return max(limit*(conns+n)/(2*conns), min(limit, 1))
 	}
+	return limit
 }
 
 // sessionClosed is told by a session that the relay has closed it.
 func (p *pool) sessionClosed(s *session) {
+	info := s.closeInfo()
 	p.mu.Lock()
 	p.unlistLocked(s)
 	delete(p.sessions, s)
+	if closeReason(info.Reason) == closeFull {
+		p.usedUp++
+	}
 	p.freeLocked()
 	if err := p.gate.refusal(time.Now()); err != nil && !p.workingLocked() {
 		p.failAllLocked(err)
 	}
 	p.mu.Unlock()
-	p.traceClosed(s)
+	p.traceClosed(info)
 }
 
 // freeLocked gives back the slot of a connection that is no more.

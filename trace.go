@@ -120,15 +120,19 @@ func (p *pool) traceGot(ctx context.Context, s *session, waited time.Duration) {
 	t.GotConn(ctx, info)
 }
 
-func (p *pool) traceClosed(s *session) {
-	s.mu.Lock()
-	info := CloseInfo{Conn: s.id, Messages: s.used, Reason: string(s.retired)}
-	if s.retired == closeFault {
-		info.Err = s.cause
-	}
-	s.mu.Unlock()
+func (p *pool) traceClosed(info CloseInfo) {
 	p.cfg.stats.countClose(closeReason(info.Reason))
 	if t := p.cfg.Trace; t != nil && t.ConnClosed != nil {
 		t.ConnClosed(context.Background(), info)
 	}
+}
+
+func (s *session) closeInfo() CloseInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	info := CloseInfo{Conn: s.id, Messages: s.used, Reason: string(s.retired)}
+	if s.retired == closeFault {
+		info.Err = s.cause
+	}
+	return info
 }
