@@ -58,9 +58,10 @@ type steadiness struct {
 	Peer             string `json:"peer"`
 	Messages         int    `json:"messages"`
 	Min, Median, Max int
-	Later            int    `json:"later"` // the least once all connections were replaced for the first time
-	Slices           []int  `json:"slices"`
-	Err              string `json:"err,omitempty"`
+	Later            int     `json:"later"` // the least once all connections were replaced twice
+	Rate             float64 `json:"rate"`  // messages a second
+	Slices           []int   `json:"slices"`
+	Err              string  `json:"err,omitempty"`
 }
 
 func (d *driver) steadiness(progress func(string)) []steadiness {
@@ -71,14 +72,14 @@ func (d *driver) steadiness(progress func(string)) []steadiness {
 		j := c.job(peerNamed(name))
 		j.Messages = 5000
 		o := d.run(peerNamed(name), c.relay(), j)
-		s := steadiness{Peer: name, Messages: o.Client.Sent, Slices: o.Relay.Slices, Err: o.Err}
+		s := steadiness{Peer: name, Messages: o.Client.Sent, Rate: o.rate(), Slices: o.Relay.Slices, Err: o.Err}
 		if n := len(s.Slices); n > 2 {
 			inner := slices.Sorted(slices.Values(s.Slices[1 : n-1]))
 			s.Min, s.Median, s.Max = inner[0], inner[len(inner)/2], inner[len(inner)-1]
 			s.Later = s.Max
 			accepted := 0
 			for _, slice := range s.Slices[:n-1] {
-				if accepted > 3*maxConns*maxMessages/2 {
+				if accepted > 5*maxConns*maxMessages/2 {
 					s.Later = min(s.Later, slice)
 				}
 				accepted += slice

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -127,7 +128,7 @@ func TestTargetsAreJudgedByWhatWasMeasured(t *testing.T) {
 func TestPlotHasRoomForEveryLabel(t *testing.T) {
 	var svg bytes.Buffer
 	curves := sample().curves()
-	if err := writePlot(&svg, curves); err != nil {
+	if err := writeThroughput(&svg, curves); err != nil {
 		t.Fatal(err)
 	}
 	if len(curves) != len(drawn) {
@@ -144,7 +145,30 @@ func TestPlotHasRoomForEveryLabel(t *testing.T) {
 			}
 		}
 	}
-	if err := writePlot(io.Discard, nil); err == nil {
-		t.Error("a plot of nothing was drawn")
+	if err := writeThroughput(io.Discard, nil); err != errNothingToPlot {
+		t.Errorf("a plot of nothing: %v", err)
+	}
+}
+
+func TestRotationPlotHasAStepForEachTenth(t *testing.T) {
+	var svg bytes.Buffer
+	runs := []steadiness{
+		{Peer: "smtprelay", Messages: 100, Median: 50, Slices: []int{0, 25, 50, 100, 50}},
+		{Peer: "raw DATA", Err: "failed"},
+		{Peer: "nodemailer", Messages: 100, Median: 20, Slices: make([]int, 2*tenthsShown)},
+	}
+	if err := writeRotation(&svg, runs); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(svg.String(), "<path "); n != 2 {
+		t.Errorf("%d panels, want 2", n)
+	}
+	foot := plotTop + panelHeight
+	want := fmt.Sprintf("M%d %d.0V%d.0H74.9V%d.0H79.8V%d.0H84.7V%d.0H89.6V%d.0H94.5V%d.0Z", plotLeft, foot, foot, foot-30, foot-60, foot-84, foot-60, foot)
+	if !strings.Contains(svg.String(), want) {
+		t.Errorf("no path %s in\n%s", want, svg.String())
+	}
+	if err := writeRotation(io.Discard, runs[1:2]); err != errNothingToPlot {
+		t.Errorf("a plot of nothing: %v", err)
 	}
 }

@@ -1,7 +1,7 @@
 // Command bench measures smtprelay beside other SMTP clients, all at the same work against the same relay over the same
 // delay line, and prints tables of ratios and counts. See BENCHMARKS.md for the method.
 //
-//	go run .             the matrix, in some 12 minutes; writes the plot too
+//	go run .             the matrix, in a quarter of an hour; writes the plots too
 //	go run . -quick      a glance, in a minute
 //	go run . -all        the product of all dimensions, in hours
 //	go run . -peers smtprelay,nodemailer -cells '20 ms'
@@ -10,9 +10,12 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -39,7 +42,7 @@ func benchMain() error {
 	full := flag.Bool("all", false, "the product of all dimensions")
 	only := flag.String("peers", "", "comma-separated names; default all")
 	match := flag.String("cells", "", "measure only the cells whose name contains this, and nothing beside the matrix; - means no cell, and all that is beside it")
-	plot := flag.String("svg", "", "file for the plot; default throughput.svg, but none with -quick or -cells")
+	plots := flag.String("plots", "", "directory for throughput.svg and rotation.svg; default this one, but none with -quick, -cells or -peers")
 	update := flag.String("update", "", "file in which to replace the lines between the marks of the tables, for instance ../BENCHMARKS.md")
 	save := flag.String("json", "", "file for all figures")
 	load := flag.String("from", "", "measure nothing; take the figures from such a file")
@@ -72,17 +75,27 @@ func benchMain() error {
 			return err
 		}
 	}
-	if *plot == "" && !*quick && *match == "" {
-		*plot = "throughput.svg"
+	if *plots == "" && !*quick && *match == "" && *only == "" {
+		*plots = "."
 	}
-	if *plot == "" {
+	if *plots == "" {
 		return nil
 	}
-	var svg bytes.Buffer
-	if err := writePlot(&svg, r.curves()); err != nil {
-		return err
+	for name, write := range map[string]func(io.Writer) error{
+		"throughput.svg": func(w io.Writer) error { return writeThroughput(w, r.curves()) },
+		"rotation.svg":   func(w io.Writer) error { return writeRotation(w, r.Steady) },
+	} {
+		var svg bytes.Buffer
+		if err := write(&svg); errors.Is(err, errNothingToPlot) {
+			continue // of a selection
+		} else if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(*plots, name), svg.Bytes(), 0o644); err != nil {
+			return err
+		}
 	}
-	return os.WriteFile(*plot, svg.Bytes(), 0o644)
+	return nil
 }
 
 func loadReport(name string) (*report, error) {

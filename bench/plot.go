@@ -1,8 +1,9 @@
-// The plot of throughput against round-trip time, as SVG by hand.
+// The plots, as SVG by hand: throughput against round-trip time, and throughput over time.
 
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -65,6 +66,16 @@ const (
 	labelLeft, labelDistance = plotRight + 26, 19
 )
 
+// plotHead begins a plot; it takes width, height, title, left edge, heading and what stands below that.
+const plotHead = `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img" aria-labelledby="title">
+<title id="title">%s</title>
+<style>text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#1f2937}.t{font-size:15px;font-weight:600}.s{fill:#4b5563;font-size:12px}.g{stroke:#e5e7eb}.a{stroke:#6b7280}</style>
+<rect width="%[1]d" height="%[2]d" fill="#ffffff"/>
+<text class="t" x="%[4]d" y="26">%[5]s</text>
+<text class="s" x="%[4]d" y="46">%[6]s</text>`
+
+var conditions = fmt.Sprintf("%d connections, %d messages on each, %s bodies, STARTTLS", maxConns, maxMessages, sizeWord(10*kilo))
+
 // scale maps values to pixels, by their logarithm.
 type scale struct{ low, high, from, to float64 }
 
@@ -72,8 +83,8 @@ func (s scale) at(v float64) float64 {
 	return s.from + (s.to-s.from)*math.Log(v/s.low)/math.Log(s.high/s.low)
 }
 
-// writePlot writes the curves as SVG.
-func writePlot(w io.Writer, curves []curve) error {
+// writeThroughput plots the curves.
+func writeThroughput(w io.Writer, curves []curve) error {
 	low, high := math.Inf(1), math.Inf(-1)
 	rtts := []float64{}
 	for _, c := range curves {
@@ -85,7 +96,7 @@ func writePlot(w io.Writer, curves []curve) error {
 		}
 	}
 	if len(rtts) < 2 {
-		return fmt.Errorf("bench: nothing to plot")
+		return errNothingToPlot
 	}
 	slices.Sort(rtts)
 	x := scale{rtts[0] * 0.88, rtts[len(rtts)-1] * 1.06, plotLeft, plotRight}
@@ -93,12 +104,8 @@ func writePlot(w io.Writer, curves []curve) error {
 
 	var b strings.Builder
 	put := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	put(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img" aria-labelledby="title">`, plotWidth, plotHeight)
-	put(`<title id="title">Messages a second on each connection against round-trip time, for smtprelay and other clients</title>`)
-	put(`<style>text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#1f2937}.t{font-size:15px;font-weight:600}.s{fill:#4b5563;font-size:12px}.g{stroke:#e5e7eb}.a{stroke:#6b7280}</style>`)
-	put(`<rect width="%d" height="%d" fill="#ffffff"/>`, plotWidth, plotHeight)
-	put(`<text class="t" x="%d" y="26">Messages a second on each connection</text>`, plotLeft)
-	put(`<text class="s" x="%d" y="46">%d connections, %d messages on each, %d KB bodies, STARTTLS; both axes logarithmic</text>`, plotLeft, maxConns, maxMessages, 10)
+	put(plotHead, plotWidth, plotHeight, "Messages a second on each connection against round-trip time, for smtprelay and other clients",
+		plotLeft, "Messages a second on each connection", conditions+"; both axes logarithmic")
 
 	for _, tick := range ticks(y.low, y.high) {
 		at := y.at(tick)
@@ -139,6 +146,67 @@ func writePlot(w io.Writer, curves []curve) error {
 	_, err := io.WriteString(w, b.String())
 	return err
 }
+
+// The panels of the other plot, one below the other.
+const (
+	panelHeight, panelDistance = 84, 112
+	tenthWidth                 = 4.9
+	tenthsShown                = (plotRight - plotLeft) * 10 / 49
+)
+
+// writeRotation plots what the relay accepted in each tenth of a second of a long run, a panel for each peer.
+func writeRotation(w io.Writer, runs []steadiness) error {
+	runs = slices.DeleteFunc(slices.Clone(runs), func(s steadiness) bool { return s.Median == 0 })
+	if len(runs) == 0 {
+		return errNothingToPlot
+	}
+	var b strings.Builder
+	put := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	bottom := plotTop + panelDistance*(len(runs)-1) + panelHeight
+	put(plotHead, plotWidth, bottom+68, "Messages accepted in each tenth of a second, across the rotations of the connections", plotLeft,
+		"Messages accepted in each tenth of a second; 1 is the median of "+runs[0].Peer, conditions+fmt.Sprintf(", RTT 20 ms, %d messages", runs[0].Messages))
+	one := float64(runs[0].Median)
+	for i, s := range runs {
+		foot := float64(plotTop + panelDistance*i + panelHeight)
+		at := func(accepted float64) float64 { return foot - panelHeight*min(accepted/one, 1.4)/1.4 }
+		for _, part := range []float64{0.5, 1} {
+			y := at(part * one)
+			put(`<line class="g" x1="%d" x2="%d" y1="%.1f" y2="%.1f"/>`, plotLeft, plotRight, y, y)
+			put(`<text class="s" x="%d" y="%.1f" text-anchor="end">%g</text>`, plotLeft-8, y+4, part)
+		}
+		colour := colourOf(s.Peer)
+		shown := s.Slices[:min(len(s.Slices), tenthsShown)]
+		path := fmt.Sprintf("M%d %.1f", plotLeft, foot)
+		for tenth, accepted := range shown {
+			path += fmt.Sprintf("V%.1fH%.1f", at(float64(accepted)), plotLeft+float64(tenth+1)*tenthWidth)
+		}
+		put(`<path d="%sV%.1fZ" fill="%s" fill-opacity="0.25" stroke="%s"/>`, path, foot, colour, colour)
+		put(`<line class="a" x1="%d" x2="%d" y1="%.1f" y2="%.1f"/>`, plotLeft, plotRight, foot, foot)
+		put(`<text x="%d" y="%.1f" style="fill:%s">%s</text>`, plotRight+14, foot-panelHeight/2+4, colour, s.Peer)
+		if len(shown) < len(s.Slices) {
+			put(`<text class="s" x="%d" y="%.1f">and so on to %d s</text>`, plotRight+14, foot-panelHeight/2+21, (len(s.Slices)+9)/10)
+		}
+	}
+	for second := 0; second*10 <= tenthsShown; second++ {
+		put(`<text class="s" x="%.1f" y="%d" text-anchor="middle">%d</text>`, plotLeft+float64(second)*10*tenthWidth, bottom+20, second)
+	}
+	put(`<text class="s" x="%d" y="%d" text-anchor="middle">seconds since the first connection</text>`, (plotLeft+plotRight)/2, bottom+44)
+	put(`</svg>`)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// colourOf returns the colour of a peer with DATA.
+func colourOf(peer string) string {
+	for _, d := range drawn {
+		if d.peer == peer && !d.chunking {
+			return d.colour
+		}
+	}
+	return "#1f2937"
+}
+
+var errNothingToPlot = errors.New("bench: nothing to plot")
 
 // ticks returns 1, 2 and 5 times the powers of ten between low and high.
 func ticks(low, high float64) []float64 {
