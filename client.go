@@ -22,7 +22,9 @@ type Config struct {
 	Username string
 
 	// Password is the password or API key. Without Username, Password and Auth nothing is authenticated, which relays on
-	// a local network may allow.
+	// a local network may allow. Once the relay has refused it no connection is opened for half a minute, then for twice
+	// that, and in the end for five minutes, since some relays lock an account; a Send that needs one fails at once with
+	// the relay's words.
 	Password string
 
 	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
@@ -204,7 +206,8 @@ func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	return err
 }
 
-// Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right.
+// Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right. It tries
+// wrong ones once, where the first Sends of a Client, made at once, may each do so on a connection of its own.
 func (c *Client) Ping(ctx context.Context) error {
 	attempts := 0
 	for {

@@ -133,6 +133,53 @@ func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
 	})
 }
 
+// In fake time a turn takes 20 ms, and nothing else takes any.
+func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) {
+	const turn = 20 * time.Millisecond
+	for _, tc := range []struct {
+		name  string
+		start func(*smtptest.Server)
+		first int // turns to the first receipts
+	}{
+		// SYN, greeting, EHLO, AUTH with the envelope, body.
+		{"in the clear", func(s *smtptest.Server) { s.NoTLS = true; s.Start() }, 5},
+		// A TLS handshake before the greeting.
+		{"implicit TLS", (*smtptest.Server).StartTLS, 6},
+		// SYN, greeting, EHLO, STARTTLS, handshake, EHLO, AUTH with the envelope, body.
+		{"STARTTLS", (*smtptest.Server).Start, 8},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := smtptest.NewUnstartedServer()
+				far(relay)
+				tc.start(relay)
+				defer relay.Close()
+				client := newClient(t, relay.Config())
+				defer client.Close()
+				began := time.Now()
+				after := make(map[int]int) // messages accepted, by turns
+				var mu sync.Mutex
+				var senders sync.WaitGroup
+				for i := range 100 {
+					senders.Go(func() {
+						if _, err := client.Send(t.Context(), numbered(i)); err != nil {
+							t.Errorf("message %d: %v", i, err)
+						}
+						mu.Lock()
+						defer mu.Unlock()
+						after[int(time.Since(began)/turn)]++
+					})
+				}
+				senders.Wait()
+				for n := range 10 {
+					want(t, fmt.Sprintf("messages accepted after %d turns", tc.first+n), after[tc.first+n], 10)
+				}
+				want(t, "connections opened", len(relay.Conns()), 10)
+			})
+		})
+	}
+}
+
 func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
