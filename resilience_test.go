@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"strings"
 	"sync"
@@ -466,4 +467,30 @@ func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 
 func contains(err error, words string) bool {
 	return err != nil && strings.Contains(err.Error(), words)
+}
+
+func TestBackOffStaysAtItsCapHoweverLongTheRelayIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, r := range []smtprelay.Retry{
+			{MinBackoff: 20 * time.Second},
+			{MinBackoff: time.Nanosecond, MaxBackoff: time.Hour},
+			{MinBackoff: time.Nanosecond, MaxBackoff: math.MaxInt64},
+		} {
+			var nobody noRelay
+			cfg := nobody.config()
+			cfg.Retry = r
+			cfg.Retry.MaxAttempts = 60
+			ctx, cancel := context.WithTimeout(t.Context(), 24*time.Hour)
+			newClient(t, cfg).Send(ctx, numbered(0))
+			cancel()
+			dials := nobody.dials()
+			if len(dials) < 40 {
+				t.Errorf("%v: %d dials in a day, want 40 at least", r, len(dials))
+			}
+			late := dials[len(dials)-10:] // all at the cap, and together at nothing once in 10^12 runs
+			if r.MaxBackoff < math.MaxInt64 && late[9].Sub(late[0]) < max(r.MaxBackoff, 30*time.Second)/4 {
+				t.Errorf("%v: the last ten dials are within %v", r, late[9].Sub(late[0]))
+			}
+		}
+	})
 }

@@ -38,10 +38,10 @@ func (r Retry) exhausted(attempts int) bool { return r.MaxAttempts > 0 && attemp
 // together do not come back together.
 func (r Retry) backoff(failures int) time.Duration {
 	most := r.MaxBackoff
-	if shift := failures - 1; shift < 30 && r.MinBackoff<<shift < most {
+	if shift := failures - 1; r.MinBackoff < most>>min(shift, 63) { // the other way round it overflows after many failures
 		most = r.MinBackoff << shift
 	}
-	return rand.N(most + 1)
+	return rand.N(most) + 1
 }
 
 // next is what follows a transaction that did not end with its message accepted.
