@@ -523,3 +523,30 @@ func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
 		time.Sleep(time.Hour)
 	})
 }
+
+func TestConnectionThatIsOldBeforeItIsReadyCarriesAMessage(t *testing.T) {
+	for _, age := range []time.Duration{5 * time.Second, time.Nanosecond} {
+		synctest.Test(t, func(t *testing.T) {
+			var conns atomic.Int64
+			c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1, MaxConnAge: age}, Dial: answering(0, func(n int, l string) string {
+				conns.Store(int64(n))
+				if l == "" {
+					time.Sleep(6 * time.Second) // as a relay does that waits for who speaks first
+				}
+				return agree("250 PIPELINING", l)
+			})})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			for i := range 3 {
+				if _, err := c.Send(ctx, shortMessage("b@y.example")); err != nil {
+					t.Errorf("age %v, message %d: %v", age, i, err)
+				}
+			}
+			c.Close()
+			if n := conns.Load(); n != 3 {
+				t.Errorf("age %v: %d connections for 3 messages", age, n)
+			}
+			time.Sleep(time.Minute)
+		})
+	}
+}

@@ -114,8 +114,8 @@ const (
 func (s *session) status(now time.Time) status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.retired == "" && !s.expires.IsZero() && !now.Before(s.expires) {
-		s.retired = closeAge
+	if s.retired == "" && s.used > 0 && !s.expires.IsZero() && !now.Before(s.expires) {
+		s.retired = closeAge // one that took longer to get ready has its message all the same, or none ever got through
 	}
 	switch {
 	case s.cause != nil, s.writeErr != nil:
