@@ -361,12 +361,16 @@ func (s *session) lossLocked(err error) error {
 	if !isTimeout(err) {
 		return unquoted(x.op, err)
 	}
-	if x.first {
+	if x.first && (s.cause == nil || time.Since(s.heard) >= tellingSilence) {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
 		s.cfg.learnt.noOverlap.Store(true)
 	}
 	return &timeoutError{op: x.op, after: x.limit}
 }
+
+// tellingSilence is how long there must be no reply to what stood behind a final dot, once that has its own, to conclude
+// anything from it where the one who waited has given up. A caller may do so at any moment, whatever the relay is like.
+const tellingSilence = time.Second
 
 // Ending.
 

@@ -400,7 +400,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	case OpRset:
 		t.rset = r
 		if r.Class() != 2 && !(x.first && r.Code == 503 && !s.chunks()) {
-			if x.first {
+			if x.first && r.Code != 421 { // which is no answer to this command, but to all
 				s.cfg.learnt.noOverlap.Store(true)
 			}
 			s.doomLocked(&replyError{x.op, r})
