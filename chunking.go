@@ -37,10 +37,13 @@ type chunkedBody struct {
 	room   int             // of the chunk that is being written
 }
 
-// fitsBuffer reports whether all of the transaction can be put into the write buffer at once.
+// fitsBuffer reports whether all of the transaction can be put into the write buffer at once, with no reply to await before.
 func (t *transaction) fitsBuffer() bool {
-	return t.remaining() <= outBuffer && t.chunked.buffer == nil && isBytes(t.m.Body)
+	return t.remaining() <= outBuffer && t.chunked.buffer == nil && isBytes(t.m.Body) && !t.waitsForRcpts()
 }
+
+// waitsForRcpts reports whether the body is held back until each recipient has its reply.
+func (t *transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.rcpts) > 1 }
 
 func isBytes(b any) bool {
 	_, ok := b.(bytesBody)
@@ -155,7 +158,7 @@ func (t *transaction) beginChunks(size int64) bool {
 	}
 	// Behind an AUTH that is refused a relay may take mail all the same, as from anybody; and behind a RSET that is refused the
 	// message would go to the recipients of the envelope that is still open. With DATA there would be no body.
-	if !led && !t.clearing && (!t.m.AllOrNothing || len(t.rcpts) == 1) {
+	if !led && !t.clearing && !t.waitsForRcpts() {
 		return true
 	}
 	return t.sendNow() && t.awaitEnvelope() && t.dataIsDue()

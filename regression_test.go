@@ -626,3 +626,36 @@ func TestRelayThatBreaksOverlapIsNoticedByCallersInAHurry(t *testing.T) {
 		atMost(t, "messages that failed", failed, 1)
 	})
 }
+
+func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				time.Sleep(time.Minute)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		first := make(chan error, 1)
+		go func() {
+			m := shortMessage("b@y.example")
+			m.Body = slowBody{}
+			_, err := c.Send(t.Context(), m)
+			first <- err
+		}()
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		began := time.Now()
+		m := shortMessage("b@y.example", "c@y.example")
+		m.AllOrNothing = true
+		_, err := c.Send(ctx, m)
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || !smtprelay.SafeToRetry(err) || took != 10*time.Second {
+			t.Errorf("got %v after %v, want the context's error after 10 s", err, took)
+		}
+		if err := <-first; err != nil {
+			t.Errorf("the message before: %v", err)
+		}
+		c.Close()
+		time.Sleep(time.Minute)
+	})
+}

@@ -276,7 +276,7 @@ func (t *transaction) envelope() bool {
 
 // askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
 func (t *transaction) askData() bool {
-	if !t.s.pipelining() || t.m.AllOrNothing && len(t.rcpts) > 1 {
+	if !t.s.pipelining() || t.waitsForRcpts() {
 		return true
 	}
 	return t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA")
