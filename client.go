@@ -54,9 +54,10 @@ type Config struct {
 	// leave in one write.
 	NoChunking bool
 
-	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so. Like a
-	// *net.TCPConn's, its CloseWrite and SetLinger methods are used if it has them: to wait for the relay's close, and to
-	// give up a chunk (RFC 3030) so that nothing takes it for the whole.
+	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so. The
+	// connection must take deadlines, which one through SSH does not. Like a *net.TCPConn's, its CloseWrite and SetLinger
+	// methods are used if it has them: to wait for the relay's close, and to give up a chunk (RFC 3030) so that nothing takes
+	// it for the whole.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Trace, if not nil, is told what happens; see [LogTrace].

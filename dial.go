@@ -2,6 +2,7 @@ package smtprelay
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -78,7 +79,19 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 		defer cancel()
 	}
 	if c.Dial != nil {
-		return c.Dial(ctx, "tcp", c.Addr)
+		conn, err := c.Dial(ctx, "tcp", c.Addr)
+		if err == nil && conn == nil {
+			err = errors.New("Config.Dial has returned neither a connection nor an error")
+		}
+		if err != nil {
+			return nil, err
+		}
+		// All that bounds a wait is a deadline, and all that ends one.
+		if err := cmp.Or(conn.SetReadDeadline(time.Time{}), conn.SetWriteDeadline(time.Time{})); err != nil {
+			conn.Close()
+			return nil, fmt.Errorf("Config.Dial: the connection takes no deadlines: %w", err)
+		}
+		return conn, nil
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", c.Addr)

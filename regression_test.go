@@ -659,3 +659,37 @@ func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
 		time.Sleep(time.Minute)
 	})
 }
+
+// noDeadlines is a connection like those through SSH.
+type noDeadlines struct{ net.Conn }
+
+var errNoDeadline = errors.New("deadline not supported")
+
+func (noDeadlines) SetDeadline(time.Time) error      { return errNoDeadline }
+func (noDeadlines) SetReadDeadline(time.Time) error  { return errNoDeadline }
+func (noDeadlines) SetWriteDeadline(time.Time) error { return errNoDeadline }
+
+func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
+	silent := answering(0, func(_ int, l string) string { return "" })
+	for _, test := range []struct {
+		dial func(context.Context, string, string) (net.Conn, error)
+		want string
+	}{
+		{func(context.Context, string, string) (net.Conn, error) { return nil, nil }, "neither a connection nor an error"},
+		{func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := silent(ctx, network, addr)
+			return noDeadlines{conn}, err
+		}, "takes no deadlines: deadline not supported"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := bubbleClient(t, smtprelay.Config{Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: test.dial})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+			defer cancel()
+			_, err := c.Send(ctx, shortMessage("b@y.example"))
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want an error with %q", err, test.want)
+			}
+			c.Close() // and does not wait for the relay
+		})
+	}
+}
