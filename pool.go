@@ -340,6 +340,9 @@ func (p *pool) fillLocked(now time.Time) {
 func (p *pool) wake() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.draining {
+		return // the timer ran out as it was stopped, and no other may follow it
+	}
 	now := time.Now()
 	if p.patience != nil {
 		p.patience.Stop()

@@ -3,6 +3,7 @@ package smtprelay
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"strings"
@@ -74,5 +75,48 @@ func acceptAll(conn net.Conn) {
 			inBody = false
 			fmt.Fprint(conn, "250 ok\r\n")
 		}
+	}
+}
+
+func TestTimerThatRunsOutAtTheEndSetsNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, err := New(Config{Addr: "relay.example:25", TLS: TLSNone})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := c.pool
+		p.mu.Lock()
+		p.gate.crowded(1, time.Now(), p) // one of ten connections, and one more after a while
+		p.mu.Unlock()
+		time.Sleep(crowdWait - time.Second)
+		c.Close()
+		time.Sleep(crowdWait)
+		p.wake() // which waited for the lock while the Client was closed
+		if p.gate.raise.Stop() {
+			t.Error("a timer runs on a closed Client")
+		}
+	})
+}
+
+// endsMeanwhile is a context that ends just when it has said that it has not.
+type endsMeanwhile struct {
+	context.Context
+	end context.CancelCauseFunc
+}
+
+func (c endsMeanwhile) Err() error {
+	err := c.Context.Err()
+	c.end(fmt.Errorf("a cause of its own"))
+	return err
+}
+
+func TestContextThatEndsMeanwhileHasNotEndedYet(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	both := endsMeanwhile{ctx, cancel}
+	if err := ended(both); err != nil {
+		t.Errorf("got %v, want no error", err)
+	}
+	if err := ended(both); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "a cause of its own") {
+		t.Errorf("got %v, want both errors", err)
 	}
 }

@@ -139,7 +139,7 @@ func sleep(ctx context.Context, d time.Duration, closed <-chan struct{}) error {
 // ended is the error of a context that has ended, and its cause where that was given one of its own; nil if it has not.
 func ended(ctx context.Context) error {
 	err := ctx.Err()
-	if cause := context.Cause(ctx); cause != err {
+	if cause := context.Cause(ctx); err != nil && cause != err { // it may end in between
 		return fmt.Errorf("%w: %w", err, cause)
 	}
 	return err
