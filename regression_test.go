@@ -693,3 +693,42 @@ func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
 		})
 	}
 }
+
+// keptWriter is a body that writes once more to what the body before it was given.
+type keptWriter struct {
+	kept *io.Writer
+	late *error
+}
+
+func (b keptWriter) WriteTo(w io.Writer) (int64, error) {
+	if *b.kept != nil {
+		_, *b.late = io.WriteString(*b.kept, "of another message\r\n")
+	}
+	*b.kept = w
+	n, err := io.WriteString(w, "Subject: x\r\n\r\nhello\r\n")
+	return int64(n), err
+}
+
+func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
+	for _, chunking := range []bool{false, true} {
+		relay := newRelay(t, func(s *smtptest.Server) { s.Chunking = chunking })
+		client := newClient(t, relay.Config())
+		var kept io.Writer
+		var late error
+		for range 5 {
+			m := shortMessage("b@y.example")
+			m.Body = keptWriter{&kept, &late}
+			if _, err := client.Send(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if late == nil {
+			t.Errorf("chunking %v: what was written late was taken", chunking)
+		}
+		for _, m := range relay.Messages() {
+			if strings.Contains(string(m.Body), "of another message") {
+				t.Errorf("chunking %v: a message has it: %q", chunking, m.Body)
+			}
+		}
+	}
+}

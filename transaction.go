@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 
 	"github.com/emersion/go-smtp"
 
@@ -539,7 +540,7 @@ func (e *sizeError) Error() string {
 func (t *transaction) writeBody() error {
 	s := t.s
 	t.bodyBegun = true
-	n, err := t.m.Body.WriteTo(t)
+	n, err := t.bodyTo(t.m.Body)
 	if t.sinkErr != nil {
 		err = t.sinkErr // whatever the body made of it
 	}
@@ -555,6 +556,42 @@ func (t *transaction) writeBody() error {
 		}
 	}
 	return err
+}
+
+// bodyTo has body write itself to t.
+func (t *transaction) bodyTo(body io.WriterTo) (int64, error) {
+	if isBytes(body) {
+		return body.WriteTo(t)
+	}
+	w := &bodySink{t: t}
+	n, err := body.WriteTo(w)
+	w.end()
+	return n, err
+}
+
+// bodySink is what a Body writes to while it is asked to. A Body may keep it and write from a goroutine that it has left
+// behind, when the transaction is that of another message already.
+type bodySink struct {
+	mu sync.Mutex   // held while t is written to
+	t  *transaction // nil once WriteTo has returned
+}
+
+var errBodyOver = errors.New("the body was written after its WriteTo had returned")
+
+// Write implements io.Writer.
+func (w *bodySink) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.t == nil {
+		return 0, errBodyOver
+	}
+	return w.t.Write(p)
+}
+
+func (w *bodySink) end() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.t = nil
 }
 
 // Write takes a part of the body. After an error it takes no more.
