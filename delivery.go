@@ -445,6 +445,9 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 			return mail, nil, lacks("RRVS", what+"RequireRecipientValidSince")
 		case o.DeliverBy != nil && !ext.Has("DELIVERBY"):
 			return mail, nil, lacks("DELIVERBY", what+"DeliverBy")
+		case o.DeliverBy != nil && o.DeliverBy.Mode == smtp.DeliverByReturn && int64(o.DeliverBy.Time/time.Second) < ext.DeliverBy:
+			return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+				Err: fmt.Errorf("%sDeliverBy: the relay wants %d seconds at least (DELIVERBY)", what, ext.DeliverBy)}
 		case o.MTPriority != nil && !ext.Has("MT-PRIORITY"):
 			return mail, nil, lacks("MT-PRIORITY", what+"MTPriority")
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/textproto"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -181,7 +182,16 @@ func (d *dialogue) compose(c *call, o *settings) error {
 	if v, ok := o.take("orcpt"); ok {
 		rcpt.OriginalRecipientType, rcpt.OriginalRecipient = smtp.DSNAddressTypeRFC822, v
 	}
-	if rcpt.Notify != nil || rcpt.OriginalRecipient != "" {
+	if t := o.duration("by"); t != 0 {
+		rcpt.DeliverBy = &smtp.DeliverByOptions{Time: t, Mode: smtp.DeliverByReturn}
+	}
+	if v := o.number("priority", 0); v != 0 {
+		rcpt.MTPriority = &v
+	}
+	if o.flag("rrvs") {
+		rcpt.RequireRecipientValidSince = time.Unix(1_700_000_000, 0)
+	}
+	if !reflect.DeepEqual(*rcpt, smtp.RcptOptions{}) {
 		m.RcptOptions = map[string]*smtp.RcptOptions{}
 		for _, to := range m.To {
 			m.RcptOptions[to] = rcpt

@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -43,7 +44,8 @@ type Message struct {
 	// anything is sent. Size is filled in where it is 0 and the size of Body is known.
 	MailOptions *smtp.MailOptions
 
-	// RcptOptions are the parameters of the RCPT command, by address as it stands in To.
+	// RcptOptions are the parameters of the RCPT command, by address as it stands in To. DeliverBy and MTPriority, which
+	// belong to MAIL (RFC 2852, RFC 6710), must be the same for every recipient.
 	RcptOptions map[string]*smtp.RcptOptions
 }
 
@@ -174,8 +176,23 @@ func (m *Message) check() error {
 			}
 		}
 	}
+	for _, to := range m.To {
+		if !sameUrgency(m.RcptOptions[to], m.RcptOptions[m.To[0]]) {
+			mistake("RcptOptions: DeliverBy and MTPriority of %q differ from those of %q; they are said once for all, with MAIL", to, m.To[0])
+			break
+		}
+	}
 	return errors.Join(mistakes...)
 }
+
+// sameUrgency reports whether a and b, which may be nil, have the same parameters of MAIL.
+func sameUrgency(a, b *smtp.RcptOptions) bool {
+	none := &smtp.RcptOptions{}
+	a, b = cmp.Or(a, none), cmp.Or(b, none)
+	return same(a.DeliverBy, b.DeliverBy) && same(a.MTPriority, b.MTPriority)
+}
+
+func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }
 
 // checkPath reports what is wrong with an address as a reverse-path or forward-path (RFC 5321, 4.1.2 and 4.5.3.1). It is
 // strict in what could be read as more than an address, and lenient in what relays exist for: dots in odd places.

@@ -103,7 +103,10 @@ func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 	number := func(n int) *int { return &n }
 	mail := func(o smtp.MailOptions) func(*Message) { return func(m *Message) { m.MailOptions = &o } }
 	rcpt := func(o smtp.RcptOptions) func(*Message) {
-		return func(m *Message) { m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": &o} }
+		return func(m *Message) {
+			bob := smtp.RcptOptions{DeliverBy: o.DeliverBy, MTPriority: o.MTPriority} // which are for all
+			m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": &o, "bob@example.org": &bob}
+		}
 	}
 	for _, tt := range []struct {
 		why  string
@@ -154,6 +157,16 @@ func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 		{"another type of address", rcpt(smtp.RcptOptions{OriginalRecipientType: "X400", OriginalRecipient: "x"}), []string{"OriginalRecipientType"}},
 		{"the longest ORCPT (RFC 3461, 4.2)", rcpt(smtp.RcptOptions{OriginalRecipient: strings.Repeat("x", 500)}), nil},
 		{"a longer one", rcpt(smtp.RcptOptions{OriginalRecipient: strings.Repeat("x", 501)}), []string{"500"}},
+		{"a priority for one of two, which MAIL cannot say", func(m *Message) {
+			m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": {MTPriority: number(1)}, "bob@example.org": {MTPriority: number(1)}}
+			m.To = append(m.To, "eve@example.org")
+		}, []string{"MTPriority", "eve@example.org", "differ"}},
+		{"another time to deliver by", func(m *Message) {
+			m.RcptOptions = map[string]*smtp.RcptOptions{}
+			for i, to := range m.To {
+				m.RcptOptions[to] = &smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Duration(i+1) * time.Hour, Mode: smtp.DeliverByNotify}}
+			}
+		}, []string{"DeliverBy", "differ"}},
 		{"another mode of BY", rcpt(smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Minute, Mode: "X"}}), []string{"DeliverBy.Mode"}},
 		{"BY, or return, in no time (RFC 2852, 4)", rcpt(smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Mode: smtp.DeliverByReturn}}), []string{"DeliverBy.Time"}},
 		{"BY, or return, in what becomes 0 seconds",
@@ -394,7 +407,7 @@ func FuzzCheckPath(f *testing.F) {
 		}
 		p.must(t, "RSET\r\n")
 		for _, line := range []string{
-			string(wire.AppendMail(nil, addr, &smtp.MailOptions{Body: smtp.Body8BitMIME, Size: 7})),
+			string(wire.AppendMail(nil, addr, &smtp.MailOptions{Body: smtp.Body8BitMIME, Size: 7}, nil)),
 			string(wire.AppendRcpt(nil, addr, nil, false)),
 		} {
 			if err := checkLine(line); err != nil {
@@ -450,13 +463,21 @@ func FuzzAppendCommands(f *testing.F) {
 		if m.check() != nil {
 			return
 		}
-		mailLine := string(wire.AppendMail(nil, addr, mail))
+		mailLine := string(wire.AppendMail(nil, addr, mail, nil))
 		rcptLine := string(wire.AppendRcpt(nil, addr, rcpt, utf8Mail))
-		for _, line := range []string{mailLine, rcptLine} {
+		urgent := string(wire.AppendMail(nil, addr, mail, rcpt))
+		for _, line := range []string{mailLine, rcptLine, urgent} {
 			if err := checkLine(line); err != nil {
 				t.Fatal(err)
 			}
 		}
+
+		// go-smtp reads BY and MT-PRIORITY behind RCPT.
+		params, ok := strings.CutPrefix(urgent, strings.TrimSuffix(mailLine, "\r\n"))
+		if !ok {
+			t.Fatalf("%q does not go on as %q", urgent, mailLine)
+		}
+		rcptLine = strings.TrimSuffix(rcptLine, "\r\n") + params
 
 		// What go-smtp does not read as the RFCs have it is left out: sizes of more than 32 bits, octets beyond ASCII in
 		// xtext, white space beyond ASCII in ORCPT; and the years that RFC 3339 has no form for.

@@ -258,7 +258,7 @@ func (t *transaction) envelope() bool {
 			return false
 		}
 	}
-	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail)
+	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail, t.m.RcptOptions[t.m.To[0]])
 	if !t.askLine(exchange{op: OpMail, limit: command}) {
 		return false
 	}

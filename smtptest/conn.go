@@ -45,6 +45,7 @@ type conn struct {
 	authed     bool
 	path       string // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
 	size       int64  // SIZE= of that MAIL, where it is more than go-smtp can read
+	urgency    string // BY= and MT-PRIORITY= of that MAIL, which go-smtp reads behind RCPT
 	env        envelope
 	msg        incoming
 	metBody    []*FaultHandle // that have met the body
@@ -469,7 +470,12 @@ func (c *conn) do(line string) ending {
 	case Rcpt:
 		c.path = path(arg)
 		b := c.meet(Event{Step: Rcpt, Line: line, Rcpt: c.path})
-		return c.answer(b, func() string { return c.askAbout(line, "250 Recipient address accepted") })
+		return c.answer(b, func() string {
+			if _, misplaced := c.cutUrgency(line); misplaced != "" {
+				return "555 5.5.4 Not a parameter of RCPT:" + misplaced
+			}
+			return c.askAbout(line+c.urgency, "250 Recipient address accepted")
+		})
 	case Data:
 		return c.data(line)
 	case Bdat:
@@ -655,6 +661,7 @@ func (c *conn) mail(line, arg string) ending {
 		if line, c.size, tooBig = bigSize(line, s.MaxSize); tooBig {
 			return "552 5.3.4 Max message size exceeded"
 		}
+		line, c.urgency = c.cutUrgency(line)
 		return c.askAbout(line, "250 Sender address accepted")
 	})
 }
@@ -670,6 +677,20 @@ func bigSize(line string, limit int64) (string, int64, bool) {
 		}
 	}
 	return line, 0, false
+}
+
+// cutUrgency takes out of a command the parameters that go-smtp reads behind RCPT, where they are offered, though they
+// belong to MAIL (RFC 2852, 4; RFC 6710, 3).
+func (c *conn) cutUrgency(line string) (rest, urgency string) {
+	rest = line
+	for field := range strings.FieldsSeq(line) {
+		keyword, _, _ := strings.Cut(strings.ToUpper(field), "=")
+		if keyword == "BY" && c.s.offers("DELIVERBY") || keyword == "MT-PRIORITY" && c.s.offers("MT-PRIORITY") {
+			rest = strings.Replace(rest, " "+field, "", 1)
+			urgency += " " + field
+		}
+	}
+	return rest, urgency
 }
 
 // askAbout asks go-smtp about c.path, unless it is to be rejected, and puts it in SendGrid's words if it agrees.

@@ -5,6 +5,9 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
+
+	"github.com/emersion/go-smtp"
 )
 
 func TestEleventhConnectionIsRefused(t *testing.T) {
@@ -173,6 +176,29 @@ func TestExtensions(t *testing.T) {
 				t.Errorf("%+v", m)
 			}
 		})
+	})
+}
+
+func TestUrgencyIsReadBehindMailAndNotBehindRcpt(t *testing.T) {
+	s := plainRelay()
+	s.Extensions = []string{"DELIVERBY", "MT-PRIORITY"}
+	bubble(t, s, func(t *testing.T) {
+		r := open(t, s)
+		r.say("MAIL FROM:<a@x.example> BY=120;R MT-PRIORITY=-3", "RCPT TO:<b@y.example> BY=120;R", "RCPT TO:<b@y.example>", "DATA")
+		r.want("250 ", "555 5.5.4", "250 ", "354 ")
+		r.say(".")
+		r.want("250 ")
+		o := s.Messages()[0].RcptOptions[0]
+		if o.DeliverBy == nil || *o.DeliverBy != (smtp.DeliverByOptions{Time: 2 * time.Minute, Mode: smtp.DeliverByReturn}) || o.MTPriority == nil || *o.MTPriority != -3 {
+			t.Errorf("%+v", o)
+		}
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
+		r.want("250 ", "250 ", "354 ")
+		r.say(".")
+		r.want("250 ")
+		if o := s.Messages()[1].RcptOptions[0]; o.DeliverBy != nil || o.MTPriority != nil {
+			t.Errorf("the next message: %+v", o)
+		}
 	})
 }
 

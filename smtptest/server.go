@@ -118,7 +118,8 @@ type Server struct {
 	MaxSize int64
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
-	// MT-PRIORITY the parameters of MAIL and RCPT are then understood. Any other line is announced and no more:
+	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; BY= and MT-PRIORITY=, which stand behind MAIL, are
+	// found in [Message.RcptOptions]. Any other line is announced and no more:
 	// "LIMITS MAILMAX=5" makes a promise that MaxMessages has to keep.
 	Extensions []string
 

@@ -7,8 +7,9 @@ import (
 	"github.com/emersion/go-smtp"
 )
 
-// AppendMail appends a MAIL command (RFC 5321, 4.1.1.2) with the parameters that opts sets.
-func AppendMail(b []byte, from string, opts *smtp.MailOptions) []byte {
+// AppendMail appends a MAIL command (RFC 5321, 4.1.1.2) with the parameters that opts sets, and those of rcpt, which may be
+// nil, that go-smtp keeps with the recipients though they stand here: BY (RFC 2852, 4) and MT-PRIORITY (RFC 6710, 3).
+func AppendMail(b []byte, from string, opts *smtp.MailOptions, rcpt *smtp.RcptOptions) []byte {
 	b = append(b, "MAIL FROM:<"...)
 	b = append(b, from...)
 	b = append(b, '>')
@@ -38,10 +39,28 @@ func AppendMail(b []byte, from string, opts *smtp.MailOptions) []byte {
 			b = appendXtext(b, *opts.Auth)
 		}
 	}
+	if rcpt != nil {
+		b = appendUrgency(b, rcpt)
+	}
 	return append(b, "\r\n"...)
 }
 
-// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3) with the parameters that opts, which may be nil, sets.
+func appendUrgency(b []byte, rcpt *smtp.RcptOptions) []byte {
+	if by := rcpt.DeliverBy; by != nil {
+		b = strconv.AppendInt(append(b, " BY="...), int64(by.Time/time.Second), 10)
+		b = append(append(b, ';'), by.Mode...)
+		if by.Trace {
+			b = append(b, 'T')
+		}
+	}
+	if p := rcpt.MTPriority; p != nil {
+		b = strconv.AppendInt(append(b, " MT-PRIORITY="...), int64(*p), 10)
+	}
+	return b
+}
+
+// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3) with the parameters that opts, which may be nil, sets, but for
+// those that AppendMail writes.
 // utf8 tells whether the transaction is one of SMTPUTF8.
 func AppendRcpt(b []byte, to string, opts *smtp.RcptOptions, utf8 bool) []byte {
 	b = append(b, "RCPT TO:<"...)
@@ -79,16 +98,6 @@ func appendRcptParams(b []byte, opts *smtp.RcptOptions, utf8 bool) []byte {
 	}
 	if t := opts.RequireRecipientValidSince; !t.IsZero() {
 		b = t.UTC().AppendFormat(append(b, " RRVS="...), time.RFC3339)
-	}
-	if by := opts.DeliverBy; by != nil {
-		b = strconv.AppendInt(append(b, " BY="...), int64(by.Time/time.Second), 10)
-		b = append(append(b, ';'), by.Mode...)
-		if by.Trace {
-			b = append(b, 'T')
-		}
-	}
-	if p := opts.MTPriority; p != nil {
-		b = strconv.AppendInt(append(b, " MT-PRIORITY="...), int64(*p), 10)
 	}
 	return b
 }

@@ -37,15 +37,39 @@ func TestMailIsWrittenWithItsParameters(t *testing.T) {
 			"MAIL FROM:<a@x.example> BODY=7BIT SIZE=1 SMTPUTF8 RET=FULL ENVID=e REQUIRETLS AUTH=<>"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
-			if got := string(AppendMail([]byte("RSET\r\n"), tt.from, &tt.opts)); got != "RSET\r\n"+tt.want+"\r\n" {
+			if got := string(AppendMail([]byte("RSET\r\n"), tt.from, &tt.opts, nil)); got != "RSET\r\n"+tt.want+"\r\n" {
 				t.Errorf("got %q, want %q behind RSET", got, tt.want)
 			}
 		})
 	}
 }
 
-func TestRcptIsWrittenWithItsParameters(t *testing.T) {
+// go-smtp keeps them with the recipients, and writes them there; the RFCs have them behind MAIL.
+func TestUrgencyIsAParameterOfMail(t *testing.T) {
 	priority := func(n int) *int { return &n }
+	for _, tt := range []struct {
+		why  string
+		opts smtp.RcptOptions
+		want string
+	}{
+		{"BY, or a notice (RFC 2852, 4)", smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: -2 * time.Minute, Mode: smtp.DeliverByNotify}}, " BY=-120;N"},
+		{"BY, or return, with a trace", smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Hour, Mode: smtp.DeliverByReturn, Trace: true}}, " BY=3600;RT"},
+		{"a priority (RFC 6710, 3)", smtp.RcptOptions{MTPriority: priority(-9)}, " MT-PRIORITY=-9"},
+		{"priority 0 is one too", smtp.RcptOptions{MTPriority: priority(0)}, " MT-PRIORITY=0"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			got := string(AppendMail(nil, "a@x.example", &smtp.MailOptions{Size: 1}, &tt.opts))
+			if want := "MAIL FROM:<a@x.example> SIZE=1" + tt.want + "\r\n"; got != want {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			if got := string(AppendRcpt(nil, "b@y.example", &tt.opts, false)); got != "RCPT TO:<b@y.example>\r\n" {
+				t.Errorf("got %q, with what is none of RCPT", got)
+			}
+		})
+	}
+}
+
+func TestRcptIsWrittenWithItsParameters(t *testing.T) {
 	for _, tt := range []struct {
 		why, to string
 		opts    *smtp.RcptOptions
@@ -79,12 +103,6 @@ func TestRcptIsWrittenWithItsParameters(t *testing.T) {
 		{"RRVS in UTC (RFC 7293, 3)", "b@y.example",
 			&smtp.RcptOptions{RequireRecipientValidSince: time.Date(2014, 4, 4, 1, 1, 0, 0, time.FixedZone("", 2*60*60))}, false,
 			"RCPT TO:<b@y.example> RRVS=2014-04-03T23:01:00Z"},
-		{"BY, or a notice (RFC 2852, 4)", "b@y.example", &smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: -2 * time.Minute, Mode: smtp.DeliverByNotify}}, false,
-			"RCPT TO:<b@y.example> BY=-120;N"},
-		{"BY, or return, with a trace", "b@y.example", &smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Hour, Mode: smtp.DeliverByReturn, Trace: true}}, false,
-			"RCPT TO:<b@y.example> BY=3600;RT"},
-		{"a priority (RFC 6710, 4)", "b@y.example", &smtp.RcptOptions{MTPriority: priority(-9)}, false, "RCPT TO:<b@y.example> MT-PRIORITY=-9"},
-		{"priority 0 is one too", "b@y.example", &smtp.RcptOptions{MTPriority: priority(0)}, false, "RCPT TO:<b@y.example> MT-PRIORITY=0"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			got := string(AppendRcpt([]byte("RSET\r\n"), tt.to, tt.opts, tt.utf8))
@@ -101,7 +119,7 @@ func TestCommandsAreWrittenWithoutAllocation(t *testing.T) {
 	rcpt := &smtp.RcptOptions{OriginalRecipient: "ä@x.example", OriginalRecipientType: smtp.DSNAddressTypeUTF8,
 		RequireRecipientValidSince: time.Unix(1700000000, 0)}
 	if n := testing.AllocsPerRun(100, func() {
-		line = AppendMail(line[:0], "a@x.example", mail)
+		line = AppendMail(line[:0], "a@x.example", mail, rcpt)
 		line = AppendRcpt(line, "b@y.example", rcpt, true)
 		line = AppendRcpt(line, "b@y.example", rcpt, false)
 	}); n != 0 {
