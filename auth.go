@@ -91,6 +91,10 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 	if err != nil {
 		return fail(err)
 	}
+	if !slices.Contains(s.ext.Auth, strings.ToUpper(name)) { // the token is not for a relay that cannot use it
+		return &Error{Op: OpAuth, Outcome: NotAccepted, permanent: true,
+			Err: fmt.Errorf("Config.Auth has chosen %s: the relay offers %s", name, offered(s.ext.Auth))}
+	}
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
 	if ir != nil {
 		if e := s.cfg.learnt.refused(mark); e != nil {
@@ -149,6 +153,9 @@ func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
 	if e.Code/100 == 5 && !tooManyConns(e) {
 		e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
+		if s.cfg.Auth != nil {
+			e.Err = errors.New("check what Config.Auth returns")
+		}
 		s.cfg.learnt.refuse(mark, e)
 	}
 	return e

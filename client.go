@@ -28,8 +28,8 @@ type Config struct {
 	Password string
 
 	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
-	// mechanism to use: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may return nil to go on
-	// without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
+	// mechanism to use, of those that the relay offers: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may
+	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
 	Auth func(ctx context.Context, s ServerInfo) (sasl.Client, error)
 
 	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.

@@ -204,6 +204,10 @@ func (d *dialogue) start() error {
 		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (sasl.Client, error) {
 			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: "token", Host: s.Name}), nil
 		}
+	case "external":
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+			return sasl.NewExternalClient(""), nil
+		}
 	case "fails":
 		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
 			return nil, errors.New("no key today")
