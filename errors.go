@@ -220,4 +220,8 @@ func tooManyMails(r wire.Reply) bool {
 }
 
 // idleTooLong reports whether r, to MAIL, is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
-func idleTooLong(r wire.Reply) bool { return r.Code == 451 && r.Enhanced == [3]int{4, 4, 2} }
+// SES says "451 4.4.2 Timeout waiting for data from client" with and without the enhanced code.
+func idleTooLong(r wire.Reply) bool {
+	return r.Code == 451 && (r.Enhanced == [3]int{4, 4, 2} ||
+		r.Enhanced == [3]int{} && strings.HasPrefix(strings.ToLower(r.Text), "timeout waiting"))
+}

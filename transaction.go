@@ -387,6 +387,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	if x.op == OpMail && (tooManyMails(r) || idleTooLong(r)) && s.retired == "" {
 		s.retired = closeFull
 	}
+	if x.op == OpMail && (r.Code == 503 && t.rset.Code != 503 || r.Code == 530) && s.retired == "" {
+		s.retired = closeFault // the relay does not think of the session what we do
+	}
 	switch x.op {
 	case OpAuth:
 		t.auth = r
