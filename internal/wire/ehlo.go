@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -80,21 +81,28 @@ func upper(s string) string {
 	}, s)
 }
 
-// parseLimits reads "MAILMAX=100 RCPTMAX=50". A value that is broken or a name that is unknown is ignored (RFC 9422, 3.7).
+// limitForm is the form of a limit, known or not (RFC 9422, 3): the value is anything visible in ASCII but ";".
+var limitForm = regexp.MustCompile(`^[A-Za-z0-9_-]+(=[!-:<-~]+)?$`)
+
+// parseLimits reads "MAILMAX=100 RCPTMAX=50". A value that is broken or a name that is unknown is ignored, and all of them if
+// one has not even the form of a limit (RFC 9422, 3.7).
 func parseLimits(params []string) (l Limits) {
 	for _, p := range params {
+		if !limitForm.MatchString(p) {
+			return Limits{}
+		}
 		name, value, _ := strings.Cut(p, "=")
-		n, err := strconv.Atoi(value)
+		n, err := strconv.ParseUint(value, 10, 32)
 		if err != nil || n < 1 || n > 999999 {
 			continue
 		}
 		switch upper(name) {
 		case "MAILMAX":
-			l.MailMax = n
+			l.MailMax = int(n)
 		case "RCPTMAX":
-			l.RcptMax = n
+			l.RcptMax = int(n)
 		case "RCPTDOMAINMAX":
-			l.RcptDomainMax = n
+			l.RcptDomainMax = int(n)
 		}
 	}
 	return l

@@ -88,6 +88,12 @@ func TestEHLOIsReadWithForbearance(t *testing.T) {
 		{"so is a name without value", "hi\nLIMITS MAILMAX RCPTMAX=5", Extensions{Keywords: []string{"LIMITS"}, Limits: Limits{RcptMax: 5}}},
 		{"0 is no limit that one could keep", "hi\nLIMITS MAILMAX=0", Extensions{Keywords: []string{"LIMITS"}}},
 		{"nor is a negative one", "hi\nLIMITS MAILMAX=-1", Extensions{Keywords: []string{"LIMITS"}}},
+		{"nor is one with a sign", "hi\nLIMITS MAILMAX=+5", Extensions{Keywords: []string{"LIMITS"}}},
+		{"a semicolon, which has no place here: all are ignored (RFC 9422, 3.7)", "hi\nLIMITS RCPTMAX=5 MAILMAX=100;RCPTDOMAINMAX=1",
+			Extensions{Keywords: []string{"LIMITS"}}},
+		{"so they are for a value without name", "hi\nLIMITS RCPTMAX=5 =7", Extensions{Keywords: []string{"LIMITS"}}},
+		{"and for a name with an equals sign and no value", "hi\nLIMITS RCPTMAX=5 MAILMAX=", Extensions{Keywords: []string{"LIMITS"}}},
+		{"and for a comma between them", "hi\nLIMITS MAILMAX=5 , RCPTMAX=7", Extensions{Keywords: []string{"LIMITS"}}},
 		{"six digits are the most", "hi\nLIMITS MAILMAX=999999 RCPTMAX=1000000", Extensions{Keywords: []string{"LIMITS"}, Limits: Limits{MailMax: 999999}}},
 
 		{"the shortest time of DELIVERBY (RFC 2852, 3)", "hi\nDELIVERBY 240", Extensions{Keywords: []string{"DELIVERBY"}, DeliverBy: 240}},
