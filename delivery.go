@@ -2,6 +2,7 @@ package smtprelay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -429,6 +430,9 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 	case mail.RequireTLS && s.tls == nil:
 		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
 			Err: fmt.Errorf("MailOptions.RequireTLS: the connection is in the clear")}
+	case mail.RequireTLS && !d.c.cfg.verifies():
+		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+			Err: errors.New("MailOptions.RequireTLS: TLSConfig says that the relay's certificate is not verified (RFC 8689, 2)")}
 	case mail.RequireTLS && !ext.Has("REQUIRETLS"):
 		return mail, nil, lacks("REQUIRETLS", "MailOptions.RequireTLS")
 	}

@@ -175,19 +175,22 @@ func (d *dialogue) start() error {
 	if d.cut == nil {
 		cfg.Trace = smtprelay.LogTrace(slog.New(slog.NewTextHandler(&d.logged, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	}
-	switch v := o.text("tls", "none"); v {
+	mode := o.text("tls", "none")
+	switch mode {
 	case "none":
 		cfg.TLS = smtprelay.TLSNone
 	case "starttls":
 		cfg.TLS = smtprelay.TLSStartTLS
 	case "implicit":
 		cfg.TLS = smtprelay.TLSImplicit
+	case "unverified":
+		cfg.TLS = smtprelay.TLSStartTLS
 	case "byport":
 	default:
-		return fmt.Errorf("tls=%s", v)
+		return fmt.Errorf("tls=%s", mode)
 	}
 	if cfg.TLS != smtprelay.TLSNone {
-		cfg.TLSConfig = &tls.Config{RootCAs: certificate().roots}
+		cfg.TLSConfig = &tls.Config{RootCAs: certificate().roots, InsecureSkipVerify: mode == "unverified"}
 	}
 	switch v := o.text("pipelining", "across"); v {
 	case "across":
@@ -556,6 +559,8 @@ func (d *dialogue) fault(s step) error {
 		c.stalled.Store(true)
 	case "resume":
 		c.stalled.Store(false)
+	case "beneath": // TLS
+		c.raw.Write([]byte(strings.TrimPrefix(s.text, "beneath ") + "\r\n"))
 	case "deaf":
 		c.link.deaf.Store(true)
 	case "read":

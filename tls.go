@@ -79,6 +79,11 @@ func tlsConfig(user *tls.Config, host string) *tls.Config {
 	return c
 }
 
+// verifies reports whether the relay's certificate is verified, by crypto/tls or by the user's own functions.
+func (c *settings) verifies() bool {
+	return !c.tls.InsecureSkipVerify || c.tls.VerifyPeerCertificate != nil || c.tls.VerifyConnection != nil
+}
+
 // handshake begins TLS on conn.
 func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Error) {
 	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
