@@ -27,7 +27,9 @@ type Message struct {
 	To []string
 
 	// Body writes the message as RFC 5322 has it: header, empty line, text. Bare CR and bare LF become CRLF on the way and
-	// lines that begin with a dot are escaped, in constant memory. [Bytes] and [Reader] make one; a *mail.Msg of
+	// lines that begin with a dot are escaped, in constant memory. Nothing else is changed or added: no Date, no Message-ID;
+	// 8-bit text goes to a relay without 8BITMIME too (MailOptions.Body can make that an error), and so do lines of more than
+	// 998 octets, which some relays refuse (RFC 5321, 4.5.3.1.6). [Bytes] and [Reader] make one; a *mail.Msg of
 	// wneessen/go-mail or a *gomail.Message is one.
 	//
 	// WriteTo may be called again for another try, from one goroutine at a time. A Body that is also an io.Reader, such as
