@@ -11,11 +11,15 @@ import (
 	"strings"
 )
 
-// Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it.
+// Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it; a
+// challenge of AUTH may have 12,288 (RFC 4954, 4).
 const (
-	MaxReplyLine = 4 << 10
+	MaxReplyLine = 16 << 10
 	MaxReply     = 64 << 10
 )
+
+// readBuffer is the size of a session's read buffer. Few relays ever say a line that does not fit.
+const readBuffer = 4 << 10
 
 // Errors of ReadReply, beside those of the io.Reader.
 var (
@@ -43,7 +47,7 @@ type ReplyReader struct {
 
 // NewReplyReader returns a ReplyReader on r.
 func NewReplyReader(r io.Reader) *ReplyReader {
-	return &ReplyReader{br: bufio.NewReaderSize(r, MaxReplyLine)}
+	return &ReplyReader{br: bufio.NewReaderSize(r, readBuffer)}
 }
 
 // Buffered tells how many bytes were received and not yet read as replies.
@@ -56,6 +60,9 @@ func (r *ReplyReader) ReadReply() (Reply, error) {
 	total := 0
 	for first := true; ; first = false {
 		line, err := r.br.ReadSlice('\n')
+		if err == bufio.ErrBufferFull {
+			line, err = r.longLine(line)
+		}
 		if err != nil {
 			switch {
 			case errors.Is(err, bufio.ErrBufferFull):
@@ -89,6 +96,17 @@ func (r *ReplyReader) ReadReply() (Reply, error) {
 			return reply, nil
 		}
 	}
+}
+
+// longLine reads on where a line has filled the buffer.
+func (r *ReplyReader) longLine(part []byte) (line []byte, err error) {
+	for err = bufio.ErrBufferFull; err == bufio.ErrBufferFull; {
+		if line = append(line, part...); len(line) >= MaxReplyLine {
+			return line, err
+		}
+		part, err = r.br.ReadSlice('\n')
+	}
+	return append(line, part...), err
 }
 
 // intern returns b as a string, without allocating where the same text came a moment ago.

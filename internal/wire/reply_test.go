@@ -179,8 +179,8 @@ func TestRelayThatNeverEndsItsReplyIsCutOff(t *testing.T) {
 		taken     int    // at most
 		allocated uint64 // at most
 	}{
-		{"a line without end", "2", "4096 octets", MaxReplyLine, 16 << 10},
-		{"a line without end that begins as a reply does", "250 all is well ", "4096 octets", MaxReplyLine, 16 << 10},
+		{"a line without end", "2", "16384 octets", MaxReplyLine, 64 << 10},
+		{"a line without end that begins as a reply does", "250 all is well ", "16384 octets", MaxReplyLine, 64 << 10},
 		// The text grows by doubling, hence a few times MaxReply.
 		{"lines without end", "250-and another\r\n", "65536 octets", MaxReply + MaxReplyLine, 6 * MaxReply},
 		{"empty lines without end", "250-\r\n", "65536 octets", MaxReply + MaxReplyLine, 6 * MaxReply},
@@ -226,6 +226,7 @@ func TestLongestReplyIsTakenAndOneOctetMoreIsNot(t *testing.T) {
 		why, input string
 		want       error
 	}{
+		{"the longest challenge of AUTH (RFC 4954, 4)", "334 " + strings.Repeat("x", 12288-len("334 \r\n")) + "\r\n", nil},
 		{"the longest line", line(" ", MaxReplyLine), nil},
 		{"a longer line", line(" ", MaxReplyLine+1), ErrTooLong},
 		{"the longest reply", full + line(" ", MaxReplyLine), nil},
