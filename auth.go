@@ -23,6 +23,7 @@ const maxAuthLine = 512
 // mechanism chooses how to authenticate; nil means not at all.
 func (c *settings) mechanism(ctx context.Context, s *session) (sasl.Client, *Error) {
 	if c.Auth != nil {
+		c.opening.Store(OpAuth)
 		mech, err := c.Auth(ctx, ServerInfo{Name: c.host, Mechanisms: slices.Clone(s.ext.Auth), TLS: s.tls})
 		if err != nil {
 			return nil, &Error{Op: OpAuth, Outcome: NotAccepted, Err: fmt.Errorf("Config.Auth: %w", err)}

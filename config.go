@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,6 +23,7 @@ type settings struct {
 	host, port string // of Addr
 	tls        *tls.Config
 	learnt     learnt
+	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
 
 	transactions sync.Pool // *transaction, to be used again; the Client's own, since they have a channel

@@ -73,6 +73,7 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 }
 
 func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
+	c.opening.Store(OpDial)
 	if c.Timeouts.Dial > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.Timeouts.Dial)
@@ -159,7 +160,7 @@ func (d *dialogue) greeting() *Error {
 	r, e := d.read(OpGreeting, d.s.cfg.Timeouts.Greeting)
 	switch {
 	case e != nil && e.Code == 0 && !d.s.cfg.implicit() && (isTimeout(e) || closedByPeer(e)):
-		e.Err = fmt.Errorf("%w; if the relay speaks TLS from the first byte on port %s, use TLSImplicit", e.Err, d.s.cfg.port)
+		e.Err = fmt.Errorf("%w; %s", e.Err, d.s.cfg.silenceHint())
 		return e
 	case e != nil:
 		return e
@@ -246,6 +247,7 @@ func (d *dialogue) command(op Op, show, line string, limit time.Duration) (wire.
 // read reads one reply. A 421 is an error whatever it answers.
 func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	s := d.s
+	s.cfg.opening.Store(op)
 	deadline := time.Time{}
 	if limit > 0 {
 		deadline = time.Now().Add(limit)

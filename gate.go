@@ -1,7 +1,6 @@
 package smtprelay
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"strings"
 	"time"
@@ -67,14 +66,6 @@ func (g *gate) refusal(now time.Time) *Error {
 		return nil
 	}
 	return g.last.clone()
-}
-
-// explain adds to err, with which a wait has ended, why there was no connection.
-func (g *gate) explain(err error) error {
-	if g.last == nil {
-		return err
-	}
-	return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(g.last.Error(), "smtprelay: "))
 }
 
 // wakeAt has p woken when the gate opens, if it is closed.

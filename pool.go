@@ -2,8 +2,10 @@ package smtprelay
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -171,7 +173,24 @@ func (p *pool) forget(w *waiter) *Error {
 	}
 	p.waiters = slices.Delete(p.waiters, i, i+1)
 	p.waiting.Add(-1)
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.gate.explain(ended(w.ctx))}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(ended(w.ctx))}
+}
+
+// explainLocked adds to err, with which a wait has ended, why there was no connection: how the last one failed, or else
+// the step that the one being opened has come to.
+func (p *pool) explainLocked(err error) error {
+	if last := p.gate.last; last != nil {
+		return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(last.Error(), "smtprelay: "))
+	}
+	op, known := p.cfg.opening.Load().(Op)
+	if p.dialling == 0 || !known {
+		return err
+	}
+	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op)
+	if op == OpGreeting && !p.cfg.implicit() {
+		err = fmt.Errorf("%w; %s", err, p.cfg.silenceHint())
+	}
+	return err
 }
 
 // wanted implements keeper.

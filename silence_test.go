@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
@@ -15,6 +17,39 @@ import (
 
 // These tests are about relays that fall silent, and callers who do not wait: each Send ends when it should, others on the
 // same connection are not harmed, and a reply that comes too late is given to nobody.
+
+// Whose context ends while the first connection is being opened is told where that has got stuck: the time-outs of the steps
+// are longer than most callers wait.
+func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
+	for _, test := range []struct {
+		step smtptest.Step
+		says string
+	}{
+		{smtptest.Connect, "has come to: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
+		{smtptest.EHLO, "has come to: EHLO"},
+		{smtptest.StartTLS, "has come to: STARTTLS"},
+		{smtptest.TLSHandshake, "has come to: TLS handshake"},
+	} {
+		t.Run(test.step.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
+				relay.Fault(smtptest.Fault{At: test.step, Stall: true, Count: -1})
+				client := newClient(t, relay.Config())
+				for _, call := range []func(context.Context) error{
+					client.Ping,
+					func(ctx context.Context) error { _, err := client.Send(ctx, numbered(0)); return err },
+				} {
+					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+					err := call(ctx)
+					cancel()
+					if !errors.Is(err, context.DeadlineExceeded) || !strings.HasSuffix(err.Error(), test.says) {
+						t.Errorf("got %v, want a deadline exceeded that ends in %q", err, test.says)
+					}
+				}
+			})
+		})
+	}
+}
 
 // A relay falls silent at each step in turn, for ever, or until after the caller has gone.
 func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {

@@ -88,6 +88,7 @@ func (c *settings) verifies() bool {
 func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Error) {
 	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
 	// before the relay has closed it too.
+	c.opening.Store(OpTLS)
 	limit := c.Timeouts.TLS
 	if limit > 0 {
 		conn.SetReadDeadline(time.Now().Add(limit))
@@ -115,6 +116,11 @@ func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Er
 		e.permanent = true
 	}
 	return nil, e
+}
+
+// silenceHint says what may be wrong where TLS does not begin with the first byte and the relay sends no greeting.
+func (c *settings) silenceHint() string {
+	return fmt.Sprintf("if the relay speaks TLS from the first byte on port %s, use TLSImplicit", c.port)
 }
 
 // clearReply is the code of a reply in the clear that stands where TLS should begin; 0 if there is none.
