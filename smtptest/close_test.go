@@ -280,6 +280,25 @@ func TestServeFlagLeavesARelayToTalkTo(t *testing.T) {
 	r.want("220 SG ESMTP service ready at smtp.test")
 }
 
+// A configuration without an address would be that of a real relay, and TLSNone its TLS.
+func TestServerThatWasNotStartedHasNoConfig(t *testing.T) {
+	s := NewUnstartedServer()
+	for name, call := range map[string]func(){
+		"Addr":   func() { s.Addr() },
+		"URL":    func() { s.URL() },
+		"Config": func() { s.Config() },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s does not panic", name)
+				}
+			}()
+			call()
+		}()
+	}
+}
+
 func TestConfigs(t *testing.T) {
 	s := start(t, NewUnstartedServer())
 	cfg := s.Config()
