@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 )
 
 // settings are a Config that was checked and completed, and what the Client learns and counts.
@@ -52,6 +53,8 @@ func (c Config) check() (*settings, error) {
 		mistake("Addr %q is not host:port: %s", s.Addr, err.(*net.AddrError).Err)
 	case s.host == "":
 		mistake("Addr %q has no host", s.Addr)
+	case strings.ContainsFunc(s.host, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }):
+		mistake("Addr %q: the host has white space or control characters in it", s.Addr)
 	case strings.Contains(s.host, ":") && !isAddress(s.host):
 		mistake("Addr %q: the host has colons but is not an IPv6 address", s.Addr)
 	case !validPort(s.port):
@@ -192,6 +195,10 @@ func ParseURL(rawURL string) (Config, error) {
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	fail := func() (Config, error) {
 		return Config{}, &Error{Op: OpConfig, Outcome: NotAccepted, Err: errors.Join(mistakes...), permanent: true}
+	}
+	if rawURL != strings.TrimSpace(rawURL) {
+		mistake("the URL begins or ends with white space; one read from a file often has a line end too many")
+		return fail()
 	}
 	u, err := url.Parse(rawURL)
 	if err != nil {
