@@ -576,6 +576,21 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			says:   []string{"unknown authority", "RootCAs"},
 		},
 		{
+			name: "a relay that has old TLS only",
+			relay: func(s *smtptest.Server) {
+				s.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
+			},
+			op:   smtprelay.OpTLS,
+			says: []string{"TLS in common", "MinVersion", "1.2"},
+		},
+		{
+			name:   "a client that wants new TLS only",
+			relay:  func(s *smtptest.Server) { s.TLS = &tls.Config{MaxVersion: tls.VersionTLS12} },
+			client: func(c *smtprelay.Config) { c.TLSConfig.MinVersion = tls.VersionTLS13 },
+			op:     smtprelay.OpTLS,
+			says:   []string{"TLS in common", "MinVersion"},
+		},
+		{
 			name:  "STARTTLS stripped",
 			relay: noTLS,
 			op:    smtprelay.OpSTARTTLS,

@@ -156,6 +156,8 @@ func (c *settings) tlsHint(err error) string {
 		return "the relay's certificate is signed by nobody this machine trusts; put its authority into TLSConfig.RootCAs"
 	case errors.As(err, &verify):
 		return "the relay's certificate is not valid"
+	case strings.Contains(err.Error(), "protocol version"): // the relay's alert and our own finding have no type
+		return "the relay and this program have no version of TLS in common; TLSConfig.MinVersion is TLS 1.2 if it is not set"
 	}
 	return ""
 }
