@@ -4,8 +4,8 @@
 //	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run . -from news@example.com -list addresses.txt -text news.txt
 //
 // Ctrl-C takes no further address, finishes what is under way, and tells what was sent and what not; so does the end of
-// the list. Ctrl-C again ends the program at once. With -o a line is written for each address: what became of it, the
-// relay's reply, its queue ID. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
+// the list. Ctrl-C again ends the program at once. With -o a line is written for each address: what became of it, the code
+// of the relay's reply, its queue ID, the error. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
 // are made up, so that it can be tried without an account.
 package main
 
@@ -39,6 +39,10 @@ func main() {
 		textFile = flag.String("text", "", "file with the text of the mails")
 		outFile  = flag.String("o", "", "file for the outcome of each address, as CSV")
 	)
+	flag.Usage = func() {
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] bulk [flags]\nWithout SMTP_URL a fake relay takes the mails, and without -list addresses are made up.")
+		flag.PrintDefaults()
+	}
 	flag.Parse()
 
 	// The first Ctrl-C ends ctx; from then on signals do what they usually do.
@@ -73,7 +77,9 @@ func run(ctx context.Context, url, from, listFile, subject, textFile, outFile st
 		return err
 	}
 	defer client.Close()
-	if err := client.Ping(ctx); err != nil { // one clear line now instead of one for each address
+	ping, cancel := context.WithTimeout(ctx, 30*time.Second) // a relay that says nothing would be waited for for minutes
+	defer cancel()
+	if err := client.Ping(ping); err != nil { // one clear line now instead of one for each address
 		return err
 	}
 
@@ -108,6 +114,7 @@ func run(ctx context.Context, url, from, listFile, subject, textFile, outFile st
 
 func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
 	if url == "" {
+		fmt.Fprintln(os.Stderr, "SMTP_URL is not set: a fake relay takes the mails, and none leaves this program.")
 		relay := smtptest.NewUnstartedServer()
 		relay.Delay = 20 * time.Millisecond
 		relay.DropBodies = true

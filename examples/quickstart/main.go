@@ -23,6 +23,10 @@ import (
 func main() {
 	from := flag.String("from", "", "with SMTP_URL: your address, one that the relay lets you send from")
 	to := flag.String("to", "", "with SMTP_URL: where to send the mail")
+	flag.Usage = func() {
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: quickstart\n       SMTP_URL=smtps://user:password@host:465 quickstart -from you@your.domain -to you@example.com\nWithout SMTP_URL a fake relay takes the mails.")
+		flag.PrintDefaults()
+	}
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)

@@ -28,6 +28,7 @@ import (
 func main() {
 	from := flag.String("from", "shop@example.com", "reverse-path and From of the mails")
 	listen := flag.String("listen", "localhost:8080", "where to serve HTTP")
+	flag.Usage = usage
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -38,7 +39,6 @@ func main() {
 		cfg.Trace = smtprelay.LogTrace(slog.Default())
 		var l net.Listener
 		if l, err = net.Listen("tcp", *listen); err == nil {
-			slog.Info("serving", "url", fmt.Sprintf("http://%s/signup", l.Addr()), "relay", cfg.Addr)
 			err = serve(ctx, l, cfg, *from)
 		}
 		done()
@@ -49,10 +49,16 @@ func main() {
 	}
 }
 
+func usage() {
+	fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] webservice [flags]\nWithout SMTP_URL a fake relay takes the mail.")
+	flag.PrintDefaults()
+}
+
 // relayConfig returns the configuration for the relay that url names, or for a fake one if url is empty, and a func to
 // call at the end.
 func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
 	if url == "" {
+		slog.Warn("SMTP_URL is not set: a fake relay takes the mail, and none leaves this program")
 		relay := smtptest.NewServer()
 		return relay.Config(), relay.Close, nil
 	}
@@ -67,9 +73,14 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, from strin
 		return err
 	}
 	defer client.Close()
-	if err := client.Ping(ctx); err != nil { // a wrong address or key is better found now than by the first customer
+	// A wrong address or key is better found now than by the first customer. With a relay that says nothing, as one does whose
+	// port speaks TLS in another way, that could take minutes.
+	ping, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := client.Ping(ping); err != nil {
 		return err
 	}
+	slog.Info("serving", "url", fmt.Sprintf("http://%s/signup", l.Addr()), "relay", cfg.Addr)
 
 	mux := http.NewServeMux()
 	mux.Handle("POST /signup", &signup{client: client, from: from})
@@ -83,7 +94,7 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, from strin
 	}
 
 	// The order matters: first the handlers, which use the client, then the client.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
 	err = server.Shutdown(ctx)
 	s := client.Stats()
