@@ -30,6 +30,10 @@ type Config struct {
 	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
 	// mechanism to use, of those that the relay offers: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may
 	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
+	//
+	// It may be called from several goroutines at once. An error counts as a connection that could not be opened for now.
+	// No time limit is set: ctx ends when the Client is closed, and not with the Send that needs the connection, so that
+	// what asks another server for a token needs a limit of its own.
 	Auth func(ctx context.Context, s ServerInfo) (sasl.Client, error)
 
 	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
@@ -54,10 +58,10 @@ type Config struct {
 	// leave in one write.
 	NoChunking bool
 
-	// Dial opens the network connection; nil means a net.Dialer's DialContext. TLS is added on top where TLS says so. The
-	// connection must take deadlines, which one through SSH does not. Like a *net.TCPConn's, its CloseWrite and SetLinger
-	// methods are used if it has them: to wait for the relay's close, and to give up a chunk (RFC 3030) so that nothing takes
-	// it for the whole.
+	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
+	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
+	// which one through SSH does not. Like a *net.TCPConn's, its CloseWrite and SetLinger methods are used if it has them: to
+	// wait for the relay's close, and to give up a chunk (RFC 3030) so that nothing takes it for the whole.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Trace, if not nil, is told what happens; see [LogTrace].
@@ -91,7 +95,7 @@ type Timeouts struct {
 	Dial       time.Duration // TCP connect: 30 s
 	Greeting   time.Duration // 5 min
 	TLS        time.Duration // the TLS handshake: 30 s
-	Command    time.Duration // the reply to EHLO, AUTH, MAIL, RCPT, RSET: 5 min
+	Command    time.Duration // the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET: 5 min
 	Data       time.Duration // the reply to DATA: 2 min
 	Write      time.Duration // without any progress in writing: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
@@ -209,6 +213,9 @@ func (c *Client) SendMail(from string, to []string, msg []byte) error {
 
 // Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right. It tries
 // wrong ones once, where the first Sends of a Client, made at once, may each do so on a connection of its own.
+//
+// It tries as often and waits as long as Retry and Timeouts say, many minutes with a relay that says nothing: give ctx a
+// time limit.
 func (c *Client) Ping(ctx context.Context) error {
 	attempts := 0
 	for {
@@ -242,8 +249,9 @@ func (c *Client) Stats() Stats { return c.pool.stats() }
 // context's error is returned.
 func (c *Client) Shutdown(ctx context.Context) error { return c.pool.shutdown(ctx) }
 
-// Close ends the Client at once: Sends under way fail, connections are closed, the idle ones with QUIT. It returns when no
-// goroutine of the Client is left. Calling it again, or after Shutdown, does nothing.
+// Close ends the Client at once: Sends under way fail, with Outcome Unknown if their final dot has left; connections are
+// closed, the idle ones with QUIT. It returns nil, when no goroutine of the Client is left. Calling it again, or after
+// Shutdown, does nothing.
 func (c *Client) Close() error {
 	c.pool.shut()
 	return nil

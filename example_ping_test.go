@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"time"
 
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
@@ -22,7 +23,9 @@ func ExampleClient_Ping() {
 	}
 	defer client.Close()
 
-	err = client.Ping(context.Background())
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second) // a relay may say nothing at all
+	defer cancel()
+	err = client.Ping(ctx)
 	var e *smtprelay.Error
 	if errors.As(err, &e) {
 		fmt.Println(e.Op, e.Code, e.Temporary())

@@ -21,7 +21,7 @@ func ExampleRetry() {
 	cfg.Retry = smtprelay.Retry{
 		Temporary:   true,
 		MaxAttempts: 3,
-		MinBackoff:  time.Millisecond, // really: a minute or more, for greylisting
+		MinBackoff:  time.Millisecond, // really: minutes, for greylisting, since a random part is waited
 		MaxBackoff:  10 * time.Millisecond,
 	}
 	cfg.Trace = &smtprelay.Trace{

@@ -13,7 +13,7 @@ import (
 // allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
 type Limits struct {
 	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
-	// 0 means 10, SendGrid's classic allowance; at most 10,000.
+	// 0 means 10, SendGrid's classic allowance; at most 10,000, and not negative.
 	MaxConns int
 
 	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
@@ -26,7 +26,7 @@ type Limits struct {
 
 	// MaxInFlight is how many messages are on their way on one connection without final reply, where the relay offers
 	// CHUNKING (RFC 3030). More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
-	// 0 means 4; 1 means that a lost connection leaves one unknown at most.
+	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
 	MaxInFlight int
 
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many

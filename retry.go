@@ -14,8 +14,8 @@ type Retry struct {
 	// that only the context ends it. An idle connection that turns out dead costs no attempt.
 	MaxAttempts int
 
-	// MinBackoff and MaxBackoff bound the wait before the next try, which doubles each time and of which a random part is
-	// waited. 0 means half a second and 30 seconds.
+	// Before the next try a random part, from nothing to all, is waited of a time that is MinBackoff at first and doubles
+	// each time, up to MaxBackoff. 0 means half a second and 30 seconds; neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
 	// Temporary also tries again what the relay refused for now with a 4yz reply to MAIL, RCPT, DATA or the final dot.

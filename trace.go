@@ -28,7 +28,9 @@ type Trace struct {
 	// Reply: the relay has answered the oldest command that had no answer.
 	Reply func(ctx context.Context, conn int64, op Op, r Reply)
 
-	// Retry: a Send has failed without being accepted and is about to be tried again after wait.
+	// Retry: a Send has failed without being accepted and is about to be tried again after wait. attempt counts what
+	// Error.Attempts counts; it does not grow, and wait is 0, where only the connection was at fault and the message goes to
+	// another one at once. DialDone tells of connections that could not be opened.
 	Retry func(ctx context.Context, attempt int, wait time.Duration, err error)
 
 	// SendDone: a Send is about to return.
@@ -46,7 +48,7 @@ type DialInfo struct {
 	Resumed    bool     // the TLS session was resumed
 	Extensions []string // the EHLO keywords in force
 	Took       time.Duration
-	Err        error
+	Err        error // why it is not open, an *Error; nil if it is
 }
 
 // GotConnInfo describes the connection a Send has got.
@@ -62,7 +64,7 @@ type CloseInfo struct {
 	Conn     int64
 	Messages int    // transactions begun on it
 	Reason   string // "full", "age", "idle", "closed", or "fault"
-	Err      error  // the fault
+	Err      error  // the fault; nil if there was none
 }
 
 // LogTrace returns a Trace that logs to l: what goes wrong at warning level, each message and connection at info level, and
