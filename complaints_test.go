@@ -623,6 +623,23 @@ func TestEveryErrorTellsItsOutcome(t *testing.T) {
 	})
 }
 
+// Who sends again to whoever was refused for now must not do so to somebody who may have the message.
+func TestRecipientOfUnknownFateWasNotRefusedForNow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
+		relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
+		client := newClient(t, relay.Config())
+		e := failure(sendErr(t.Context(), client, numbered(0)))
+		if e.Outcome != smtprelay.Unknown || len(e.Refused) != 1 || e.Refused[0].Outcome != smtprelay.Unknown {
+			t.Fatalf("%v, refused %v; want one of unknown fate", e, e.Refused)
+		}
+		if e.Refused[0].Temporary() {
+			t.Error("refused for now, it says")
+		}
+		want(t, "Stats().Refused", int(client.Stats().Refused), 0)
+	})
+}
+
 func sendErr(ctx context.Context, client *smtprelay.Client, m smtprelay.Message) error {
 	_, err := client.Send(ctx, m)
 	return err

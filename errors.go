@@ -94,8 +94,8 @@ type Error struct {
 	// the Receipt tells of each.
 	Outcome Outcome
 
-	// Refused are the recipients for whom the message was not accepted, in the envelope's order, where the relay's
-	// answers differ by recipient.
+	// Refused are the recipients who were refused, and those whose fate is unknown, as the Outcome of each says; in the
+	// envelope's order. It is empty where the relay's answer was to the message as a whole.
 	Refused []RecipientError
 
 	// Attempts counts the tries that were made, connections that could not be opened included.
@@ -108,7 +108,7 @@ type Error struct {
 	permanent bool   // another try cannot help although no 5yz reply says so
 }
 
-// RecipientError is the relay's refusal of one recipient.
+// RecipientError tells of one recipient for whom the message was not accepted, as far as is known.
 type RecipientError struct {
 	To string
 	Reply
@@ -192,8 +192,11 @@ func (e *Error) clone() *Error {
 	return &c
 }
 
-// Temporary reports whether the relay refused the recipient only for now.
+// Temporary reports whether the relay refused the recipient only for now. It is false where the outcome is unknown.
 func (r RecipientError) Temporary() bool {
+	if r.Outcome == Unknown {
+		return false
+	}
 	return r.Code/100 == 4 || r.Code == 0 || tooManyRcpts(r.Reply)
 }
 

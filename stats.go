@@ -47,7 +47,11 @@ func (c *counters) count(err error) {
 		c.notAccepted.Add(1)
 	}
 	if e != nil {
-		c.refused.Add(int64(len(e.Refused)))
+		for _, r := range e.Refused {
+			if r.Outcome != Unknown {
+				c.refused.Add(1)
+			}
+		}
 	}
 }
 
