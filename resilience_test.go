@@ -227,9 +227,11 @@ func TestContextIsTheBudgetOfAllTries(t *testing.T) {
 		client := newClient(t, cfg)
 		for _, budget := range []time.Duration{time.Millisecond, time.Second, time.Minute, time.Hour} {
 			ctx, cancel := context.WithTimeout(t.Context(), budget)
+			before := len(nobody.dials())
 			s := sendOne(ctx, client, 0)
 			cancel()
 			e := failure(s.err)
+			want(t, "attempts", e.Attempts, max(len(nobody.dials())-before, 1))
 			if s.took != budget || !errors.Is(s.err, context.DeadlineExceeded) || !e.Timeout() || e.Outcome != smtprelay.NotAccepted {
 				t.Errorf("ended after %v with %v; want the end of the context after %v, not accepted", s.took, s.err, budget)
 			}

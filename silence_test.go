@@ -207,6 +207,29 @@ func TestSilentDialHoldsUpNobody(t *testing.T) {
 	})
 }
 
+// A connection that is near its limit of messages is waited for, rather than opening one more; but not if it falls silent.
+func TestSilentConnectionNearItsEndHoldsUpNobody(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		cfg := relay.Config()
+		cfg.Pipelining = smtprelay.PipelineWithin
+		cfg.Limits.MaxMessagesPerConn = 5
+		client := newClient(t, cfg)
+		for i := range 3 {
+			noneFailed(t, sendAtOnce(t.Context(), client, i, 1))
+		}
+		relay.Fault(smtptest.Fault{At: smtptest.Accepted, Delay: time.Minute})
+		var slow sync.WaitGroup
+		slow.Go(func() { sendOne(t.Context(), client, 3) })
+		synctest.Wait()
+		if s := sendOne(t.Context(), client, 4); s.err != nil || s.took < time.Second || s.took > 2*time.Second {
+			t.Errorf("took %v (%v), want a second or two of patience", s.took, s.err)
+		}
+		want(t, "connections", len(relay.Conns()), 2)
+		slow.Wait()
+	})
+}
+
 // Many senders, of whom a part goes away at any moment: each of those ends at that moment, the others have all of their
 // messages accepted, and what the relay has is what everybody was told.
 func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
