@@ -45,7 +45,7 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error) {
 	conn, err := c.dialTCP(ctx)
 	if err != nil {
-		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: fmt.Errorf("%w; check host and port in Addr", err)}
+		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
@@ -79,23 +79,23 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 		ctx, cancel = context.WithTimeout(ctx, c.Timeouts.Dial)
 		defer cancel()
 	}
-	if c.Dial != nil {
-		conn, err := c.Dial(ctx, "tcp", c.Addr)
-		if err == nil && conn == nil {
-			err = errors.New("Config.Dial has returned neither a connection nor an error")
-		}
-		if err != nil {
-			return nil, err
-		}
-		// All that bounds a wait is a deadline, and all that ends one.
-		if err := cmp.Or(conn.SetReadDeadline(time.Time{}), conn.SetWriteDeadline(time.Time{})); err != nil {
-			conn.Close()
-			return nil, fmt.Errorf("Config.Dial: the connection takes no deadlines: %w", err)
-		}
-		return conn, nil
+	dial := c.Dial
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
 	}
-	var d net.Dialer
-	return d.DialContext(ctx, "tcp", c.Addr)
+	conn, err := dial(ctx, "tcp", c.Addr)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w; check host and port in Addr", err)
+	case conn == nil:
+		return nil, errors.New("Config.Dial has returned neither a connection nor an error")
+	}
+	// All that bounds a wait is a deadline, and all that ends one.
+	if err := cmp.Or(conn.SetReadDeadline(time.Time{}), conn.SetWriteDeadline(time.Time{})); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
+	}
+	return conn, nil
 }
 
 // prepare fills in what the relay's offer decides, once the dialogue has come to its end.
