@@ -19,7 +19,7 @@ race: ## the same under the race detector, as CI does
 fuzz: ## FUZZTIME (30s) of each fuzz target of the root module
 	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ {n[++k]=$$1} $$1=="ok" {for (i=1;i<=k;i++) print $$2, n[i]; k=0}' | while read p f; do echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p </dev/null || exit 1; done
 
-bench: ## benchmarks; rtt/msg first, then ns and allocations
+bench: ## benchmarks: time, round trips and allocations for each message
 	go test -run '^$$' -bench . -benchmem ./...
 
 peers: ## the same work by other SMTP clients, side by side: BENCHMARKS.md
