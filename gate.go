@@ -18,6 +18,7 @@ type gate struct {
 	raiseAfter time.Duration // how long the cap stays as low as it is
 	raiseAt    time.Time     // when it goes up by one; zero means it is not lowered
 	raise      *time.Timer
+	raised     bool // since it was lowered last
 }
 
 const (
@@ -86,6 +87,7 @@ func (g *gate) awake(now time.Time, p *pool) {
 	if g.raiseAt.IsZero() || now.Before(g.raiseAt) {
 		return
 	}
+	g.raised = true
 	if p.slots.raise() {
 		g.raiseAt = now.Add(g.raiseAfter)
 		g.raise = time.AfterFunc(g.raiseAfter, p.wake)
@@ -94,13 +96,19 @@ func (g *gate) awake(now time.Time, p *pool) {
 	}
 }
 
-// crowded lowers the cap to the number of connections that work, for a while.
+// crowded lowers the cap to the number of connections that work or may yet, for a while.
 func (g *gate) crowded(working int, now time.Time, p *pool) {
 	if limit := p.slots.limit(); limit <= max(working, 1) && !g.raiseAt.IsZero() {
 		return // one of several that were refused together
 	}
 	p.slots.lower(working)
-	g.raiseAfter = min(max(2*g.raiseAfter, crowdWait), crowdWaitMost)
+	switch {
+	case g.raiseAfter == 0:
+		g.raiseAfter = crowdWait
+	case g.raised: // too soon
+		g.raiseAfter = min(2*g.raiseAfter, crowdWaitMost)
+	}
+	g.raised = false
 	// A random part more, so that clients that share an allowance do not come back together.
 	wait := g.raiseAfter + rand.N(g.raiseAfter/4)
 	g.raiseAt = now.Add(wait)

@@ -170,7 +170,7 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
 				fault := form.Fault
 				fault.At, fault.Count = form.step(relay), -1
-				fault.When = func(e smtptest.Event) bool { return olderAndOpen(relay, e.Conn) >= allowed }
+				fault.When = moreThan(allowed, relay)
 				crowd := relay.Fault(fault)
 				cfg := relay.Config()
 				cfg.Retry.MaxAttempts = 1
@@ -182,8 +182,12 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				if crowd.Hits() == 0 {
 					t.Fatal("the relay never had to say so: this test shows nothing")
 				}
-				if s := client.Stats(); s.MaxConns > allowed || s.MaxConns < 1 {
-					t.Errorf("Stats().MaxConns is %d, want %d at most", s.MaxConns, allowed)
+				most := allowed
+				if fault.At == smtptest.FinalDot {
+					most = 9 // a connection that gets no message before the burst is over is not told
+				}
+				if s := client.Stats(); s.MaxConns > most || s.MaxConns < 1 {
+					t.Errorf("Stats().MaxConns is %d, want %d at most", s.MaxConns, most)
 				}
 
 				// While the relay goes on like that, it is asked now and then only.
@@ -209,14 +213,47 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 	}
 }
 
-// olderAndOpen is how many connections are open that were opened before conn.
-func olderAndOpen(relay *smtptest.Server, conn int) (n int) {
-	for _, c := range relay.Conns() {
-		if c.Open && c.Conn < conn {
-			n++
-		}
+// Of the connections that a burst opens on a cold Client the relay refuses some at the greeting, long before the others are
+// ready. The cap becomes what it allows, not what was ready by then.
+func TestTooManyConnectionsAtAColdStartLeaveAsManyAsTheRelayAllows(t *testing.T) {
+	for _, allowed := range []int{1, 3, 8, 9} {
+		t.Run(fmt.Sprint(allowed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, func(s *smtptest.Server) {
+					s.InMemory, s.Delay, s.MaxConns = true, 20*time.Millisecond, allowed
+				})
+				client := newClient(t, relay.Config())
+				all := sendAtOnce(t.Context(), client, 0, 200)
+				want(t, "Stats().MaxConns", client.Stats().MaxConns, allowed)
+
+				// The first try of one more is not put off for long because several were refused together.
+				time.Sleep(crowdWait * 5 / 4)
+				want(t, "Stats().MaxConns after the first wait", client.Stats().MaxConns, allowed+1)
+				allAccepted(t, relay, all)
+			})
+		})
 	}
-	return n
+}
+
+// crowdWait is how long the cap stays low after the relay has said "too many connections" for the first time, at least.
+const crowdWait = 30 * time.Second
+
+// moreThan returns what is true for events on connections beside n others that it was false for and that are still open.
+func moreThan(n int, relay *smtptest.Server) func(smtptest.Event) bool {
+	var mu sync.Mutex
+	let := make(map[int]bool)
+	return func(e smtptest.Event) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		open := 0
+		for _, c := range relay.Conns() {
+			if c.Open && let[c.Conn] && c.Conn != e.Conn {
+				open++
+			}
+		}
+		let[e.Conn] = open < n
+		return open >= n
+	}
 }
 
 func at(s smtptest.Step) func(*smtptest.Server) smtptest.Step {

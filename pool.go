@@ -540,12 +540,12 @@ func (p *pool) failAllLocked(e *Error) {
 }
 
 // crowdedLocked holds slots back for a while: the relay says that there are too many connections. Those that are open go
-// on.
+// on, and so do those being opened: if there are too many of them too, the relay will say so to each.
 func (p *pool) crowdedLocked() {
 	if p.draining {
 		return
 	}
-	open := 0
+	open := p.dialling
 	now := time.Now()
 	for s := range p.sessions {
 		if st := s.status(now); st != statusDoomed && st != statusRetired {
