@@ -69,6 +69,12 @@ var mutants = []mutant{
 	{"what is learnt about overlap is forgotten", "transaction.go",
 		"	s.cfg.learnt.noOverlap.Store(true)\n	s.mu.Lock()\n	defer s.mu.Unlock()\n	return t.mailed.Code == 503 &&",
 		"	s.mu.Lock()\n	defer s.mu.Unlock()\n	return false && t.mailed.Code == 503 &&"},
+	{"a session that answers MAIL with 503 goes on", "transaction.go",
+		"r.Code == 503 && t.rset.Code != 503 ||",
+		"r.Code == 503 && t.rset.Code == 503 ||"},
+	{"a token goes to a relay that has no use for it", "auth.go",
+		"	if !slices.Contains(s.ext.Auth, strings.ToUpper(name)) {",
+		"	if false {"},
 	{"no EHLO after STARTTLS", "dial.go",
 		"	if e := d.startTLS(ctx); e != nil {\n		return e\n	}\n	return d.hello()",
 		"	if e := d.startTLS(ctx); e != nil {\n		return e\n	}\n	return nil"},
@@ -86,6 +92,10 @@ var mutants = []mutant{
 	{"LIMITS RCPTMAX is not heeded", "delivery.go",
 		"[]int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax}",
 		"[]int{d.c.cfg.Limits.MaxRecipients}"},
+
+	{"LIMITS RCPTDOMAINMAX is not heeded", "delivery.go",
+		"limit := ext.Limits.RcptDomainMax; limit > 0 {",
+		"limit := ext.Limits.RcptDomainMax; limit > 999999 {"},
 
 	// Nobody hangs, nobody harms his neighbour, nothing is left.
 	{"a cancel does not wait for the others' final replies", "transaction.go",
