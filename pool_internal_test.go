@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"strings"
 	"sync"
@@ -52,6 +53,45 @@ func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
 			c.Close()
 			relays.Wait()
 		})
+	}
+}
+
+// Slots are taken and freed while the cap goes down and up.
+func TestCapIsKeptInWhateverOrderItIsLoweredAndRaised(t *testing.T) {
+	const most = 5
+	for seed := range uint64(200) {
+		r := rand.New(rand.NewPCG(seed, 0))
+		s := newSlots(most)
+		limit, open := most, 0
+		for step := range 100 {
+			switch r.IntN(4) {
+			case 0:
+				room := open < limit
+				if taken := s.take(); taken != room {
+					t.Fatalf("seed %d, step %d: %d of %d open, and one more taken: %t", seed, step, open, limit, taken)
+				}
+				if room {
+					open++
+				}
+			case 1:
+				if open > 0 {
+					s.free()
+					open--
+				}
+			case 2:
+				to := r.IntN(most + 1)
+				s.lower(to)
+				limit = min(limit, max(to, 1))
+			case 3:
+				limit = min(limit+1, most)
+				if lowered := s.raise(); lowered != (limit < most) {
+					t.Fatalf("seed %d, step %d: raised to %d; still lowered: %t", seed, step, limit, lowered)
+				}
+			}
+			if s.limit() != limit || s.open != open {
+				t.Fatalf("seed %d, step %d: %d of %d open, want %d of %d", seed, step, s.open, s.limit(), open, limit)
+			}
+		}
 	}
 }
 
