@@ -210,22 +210,12 @@ func (t *transaction) overflow() error {
 
 // goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
 func (t *transaction) goByData() error {
-	c, s := &t.chunked, t.s
+	c := &t.chunked
 	c.begun, c.byData = true, true
-	if !t.envelope() || !t.askData() || !t.sendNow() || !t.awaitEnvelope() {
+	if !t.envelope() || !t.askData() || !t.sendNow() || !t.awaitEnvelope() || !t.startData() {
 		return errRefused
 	}
-	if t.dataIsDue() && (!t.ask(exchange{op: OpData, limit: s.cfg.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
-		return errRefused
-	}
-	switch {
-	case t.data.Class() != 3:
-		return errRefused
-	case t.acceptedRcpts() == 0:
-		t.loneDot()
-		return errRefused
-	}
-	c.dots.Reset(s.out, true)
+	c.dots.Reset(t.s.out, true)
 	_, err := c.dots.Write(c.buffer[:c.used])
 	return err
 }

@@ -153,14 +153,7 @@ func (t *transaction) converse(k keeper) (due bool) {
 		}
 		t.repeat()
 	}
-	if t.dataIsDue() && (!t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
-		return false
-	}
-	switch {
-	case t.data.Class() != 3:
-		return false
-	case t.acceptedRcpts() == 0:
-		t.loneDot()
+	if !t.startData() {
 		return false
 	}
 	t.s.body.Reset(t.s.out, true)
@@ -281,6 +274,22 @@ func (t *transaction) askData() bool {
 		return true
 	}
 	return t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA")
+}
+
+// startData says DATA if that was held back and is due, and reports whether the body is to follow. All replies to the envelope
+// are in.
+func (t *transaction) startData() bool {
+	if t.dataIsDue() && (!t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
+		return false
+	}
+	switch {
+	case t.data.Class() != 3:
+		return false
+	case t.acceptedRcpts() == 0:
+		t.loneDot()
+		return false
+	}
+	return true
 }
 
 // lead writes the AUTH that was held back.
