@@ -37,11 +37,6 @@ type chunkedBody struct {
 	room   int             // of the chunk that is being written
 }
 
-// fitsBuffer reports whether all of the transaction can be put into the write buffer at once, with no reply to await before.
-func (t *transaction) fitsBuffer() bool {
-	return t.remaining() <= outBuffer && t.chunked.buffer == nil && isBytes(t.m.Body) && !t.waitsForRcpts()
-}
-
 // waitsForRcpts reports whether the body is held back until each recipient has its reply.
 func (t *transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.rcpts) > 1 }
 

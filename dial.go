@@ -49,7 +49,7 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
-	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), doomed: make(chan struct{}), done: make(chan struct{})}
+	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), doomed: make(chan struct{}), done: make(chan struct{})}
 	s.wrote.L = &s.mu
 	d := &dialogue{s: s, ctx: ctx}
 	e := d.open(ctx)

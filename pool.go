@@ -220,6 +220,29 @@ func (p *pool) giveBack(s *session) {
 	p.releaseLocked(s)
 }
 
+// sendOff implements keeper.
+func (p *pool) sendOff(ctx context.Context, s *session) bool {
+	p.mu.Lock()
+	if p.sessions[s] == nil { // nothing leaves any more
+		p.mu.Unlock()
+		return true
+	}
+	s.parted.Store(false)
+	p.running.Add(1)
+	go s.sendOff(&p.running) // Go would allocate twice, for one message in two
+	p.mu.Unlock()
+	select {
+	case <-s.sent:
+		return true
+	case <-ctx.Done():
+	}
+	if s.parted.CompareAndSwap(false, true) {
+		return false
+	}
+	<-s.sent
+	return true
+}
+
 // releaseLocked takes the write side of s back.
 func (p *pool) releaseLocked(s *session) {
 	if at := p.sessions[s]; at != nil {

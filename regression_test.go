@@ -732,3 +732,80 @@ func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
 		}
 	}
 }
+
+// A relay that has stopped reading holds up whoever writes for a while, but nobody beyond his context.
+func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T) {
+	for _, test := range []struct {
+		extensions   string
+		window, size int
+		recipients   int
+	}{
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 64 << 10, 13_000, 1},
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 600, 1000, 1},
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 600, 1000, 1000},
+		{"250 PIPELINING", 600, 1000, 1},
+		{"250 PIPELINING", 600, 1000, 1000},
+		{"250 PIPELINING", 600, 16300, 1},
+	} {
+		t.Run(fmt.Sprintf("%v", test), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				stall := make(chan struct{})
+				dial := func(context.Context, string, string) (net.Conn, error) {
+					c, s := netpipe.New(test.window)
+					go func() {
+						defer s.Close()
+						br := bufio.NewReaderSize(s, 16)
+						io.WriteString(s, "220 hi\r\n")
+						for l := ""; ; {
+							var err error
+							if l, err = br.ReadString('\n'); err != nil {
+								return
+							}
+							l = strings.TrimSpace(l)
+							if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+								k, _ := strconv.Atoi(f[1])
+								io.CopyN(io.Discard, br, int64(k))
+								<-stall
+							}
+							if _, err := io.WriteString(s, strings.ReplaceAll(agree(test.extensions, l), "\n", "\r\n")+"\r\n"); err != nil {
+								return
+							}
+							if l == "DATA" {
+								br.ReadString('\n')
+								<-stall
+								io.Copy(io.Discard, textproto.NewReader(br).DotReader())
+								io.WriteString(s, "250 ok\r\n")
+							}
+						}
+					}()
+					return c, nil
+				}
+				c := bubbleClient(t, smtprelay.Config{Dial: dial, Limits: smtprelay.Limits{MaxConns: 1, MaxInFlight: 32}})
+				var senders sync.WaitGroup
+				for i := range 20 {
+					senders.Go(func() {
+						m := shortMessage("b@y.example")
+						if m.Body = (slowBody{}); i > 0 {
+							for range test.recipients - 1 {
+								m.To = append(m.To, "b@y.example")
+							}
+							m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcd\r\n"), test.size/32))
+							time.Sleep(time.Second)
+						}
+						ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+						defer cancel()
+						began := time.Now()
+						_, err := c.Send(ctx, m)
+						if took := time.Since(began); took > 10*time.Second {
+							t.Errorf("message %d: %v after %v", i, err, took)
+						}
+					})
+				}
+				senders.Wait()
+				close(stall)
+				c.Close()
+				time.Sleep(time.Hour)
+			})
+		})
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -60,6 +61,8 @@ type session struct {
 	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
 
+	sent   chan struct{} // has room for one; told by sendOff
+	parted atomic.Bool   // sendOff and the owner who waits for it go separate ways: whoever sets it is first
 	doomed chan struct{} // closed when cause is set
 	done   chan struct{} // closed when no reply will be read any more
 
@@ -485,6 +488,18 @@ func (s *session) expect(x exchange) bool {
 
 // flush hands what is in the buffer to the connection.
 func (s *session) flush() error { return s.out.Flush() }
+
+// sendOff flushes the buffer while its owner waits. It ends when all has left, and with it the session if the owner does not
+// wait any more.
+func (s *session) sendOff(running *sync.WaitGroup) {
+	defer running.Done()
+	s.flush()
+	if s.parted.CompareAndSwap(false, true) {
+		s.sent <- struct{}{}
+	} else {
+		s.doom(errGivenUp)
+	}
+}
 
 // quit says QUIT, if that was not said yet. The read loop sees the rest.
 func (s *session) quit() {

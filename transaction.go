@@ -60,6 +60,10 @@ type keeper interface {
 	wanted() bool             // somebody waits for a session
 	handOver(s *session) bool // gives the write side to one who waits and can go on at once, if there is one
 	giveBack(s *session)      // takes the write side back; what is still in the buffer leaves soon
+
+	// sendOff has what is in the buffer leave, and waits for that until ctx ends. Then it reports false, and the caller has
+	// nothing to do with s any more, which ends once all has left.
+	sendOff(ctx context.Context, s *session) bool
 }
 
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
@@ -124,25 +128,28 @@ func (t *transaction) write(k keeper) (dotted bool) {
 func (t *transaction) converse(k keeper) (due bool) {
 	unguard := func() bool { return true }
 	defer func() { unguard() }()
-	if t.s.chunks() {
-		if t.carrying && !t.fitsBuffer() {
-			t.s.flush() // the other one's message does not wait while this one's body is made
-			t.carrying = false
-		}
-		if !t.carrying {
-			unguard = t.guard()
-		}
-		return t.converseInChunks() && t.part(k, unguard)
+	// The other one's message does not wait while this one's body is made, nor does anything block that is not guarded.
+	if t.carrying && !t.fitsBuffer() && !t.sendCarried(k) {
+		return false
 	}
 	if !t.carrying {
 		unguard = t.guard()
 	}
+	if t.s.chunks() {
+		return t.converseInChunks() && t.part(k, unguard)
+	}
 	for {
-		if !t.envelope() || !t.askData() || !t.sendNow() {
+		if !t.envelope() || !t.askData() {
 			return false
 		}
-		if t.carrying {
-			t.carrying = false
+		if !t.carrying {
+			if !t.sendNow() {
+				return false
+			}
+		} else {
+			if !t.sendCarried(k) {
+				return false
+			}
 			unguard = t.guard()
 		}
 		if !t.awaitEnvelope() {
@@ -167,7 +174,10 @@ func (t *transaction) converse(k keeper) (due bool) {
 // part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
 func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
-	if k.wanted() && t.remaining() <= outBuffer {
+	if room := t.remaining() + endRoom; k.wanted() && room <= outBuffer {
+		if int64(t.s.out.Available()) < room {
+			t.s.flush() // guarded yet; a transaction that carries another one's message has been found to fit
+		}
 		if !unguard() || !t.end() {
 			return false
 		}
@@ -187,6 +197,47 @@ func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
 	}
 	t.s.flush()
 	return true
+}
+
+// endRoom is how much of the buffer the commands around the end of a message take at most: BDAT and QUIT.
+const endRoom = 64
+
+// fitsBuffer reports whether all that is to be written before a reply is awaited fits into the write buffer, beside what is
+// there.
+func (t *transaction) fitsBuffer() bool {
+	room := int64(t.s.out.Available()) - t.envelopeRoom()
+	if !t.s.chunks() {
+		return room >= 0
+	}
+	return room >= t.remaining()+endRoom && isBytes(t.m.Body) && !t.waitsForRcpts()
+}
+
+// envelopeRoom is how much of the buffer the envelope takes at most.
+func (t *transaction) envelopeRoom() int64 {
+	const commands, coded = 256, 6 // octets; octets for each of a parameter's
+	n := commands + len(t.m.From) + coded*len(t.mail.EnvelopeID)
+	if t.mail.Auth != nil {
+		n += coded * len(*t.mail.Auth)
+	}
+	for _, to := range t.rcpts {
+		n += len("RCPT TO:<>\r\n") + len(t.m.To[to])
+		if o := t.m.RcptOptions[t.m.To[to]]; o != nil {
+			n += commands + coded*len(o.OriginalRecipient)
+		}
+	}
+	return int64(n)
+}
+
+// sendCarried flushes a buffer that has another one's final dot in it. The end of the context does not interrupt that, but
+// it ends the wait for it: then the session ends too, once all has left.
+func (t *transaction) sendCarried(k keeper) bool {
+	if t.carrying = false; t.ctx.Done() == nil {
+		return t.sendNow()
+	}
+	if t.handedOver = !k.sendOff(t.ctx, t.s); t.handedOver {
+		return false
+	}
+	return t.sendNow() // which tells how it went
 }
 
 // giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
