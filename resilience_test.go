@@ -272,6 +272,27 @@ func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
 	})
 }
 
+// A burst opens many connections at once. If none of them succeeds, that is one attempt of those who wait, and not ten.
+func TestDialsThatFailTogetherAreOneAttempt(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		back := time.Now().Add(time.Second)
+		var nobody noRelay
+		cfg := relay.Config()
+		cfg.Retry.MaxAttempts = 2
+		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if time.Now().Before(back) {
+				time.Sleep(time.Until(back))
+				return nobody.Dial(ctx, network, addr)
+			}
+			return relay.Dial(ctx, network, addr)
+		}
+		client := newClient(t, cfg)
+		allAccepted(t, relay, sendAtOnce(t.Context(), client, 0, 10))
+		want(t, "dials in vain", len(nobody.dials()), 10)
+	})
+}
+
 // What the relay refuses for now is the caller's to decide, unless Retry.Temporary hands that over; and either way it is
 // known to be not accepted.
 func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
