@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -270,6 +271,7 @@ type link struct {
 	deaf    atomic.Bool // writes are refused
 	read    atomic.Int64
 	written atomic.Int64
+	writing sync.Mutex // held by a Write, until what it has written can be read, and while the connection is lost
 }
 
 func (l *link) Read(p []byte) (int, error) {
@@ -294,8 +296,10 @@ func (l *link) Write(p []byte) (int, error) {
 	if k.on(l.relay, toRelay) {
 		room = k.at - int(l.written.Load())
 	}
+	l.writing.Lock()
 	n, err := l.Conn.Write(p[:min(len(p), room)])
 	l.written.Add(int64(n))
+	l.writing.Unlock()
 	if err == nil && n < len(p) {
 		k.lose(l)
 		err = &net.OpError{Op: "write", Net: "pipe", Err: syscall.EPIPE}
@@ -357,6 +361,10 @@ func (k *cut) happened() bool { return k.lost.Load() }
 func (k *cut) lose(l *link) error {
 	k.once.Do(func() {
 		c := l.relay
+		for c.read(math.MaxInt); !l.writing.TryLock(); c.read(math.MaxInt) {
+			runtime.Gosched() // to a Write, which may wait for room
+		}
+		defer l.writing.Unlock()
 		c.read(math.MaxInt) // what crossed has arrived, even if the relay was not reading
 		c.d.logf(c.n, "(lost after octet %d %s)", k.at, k.dir)
 		c.ended.Store(true)
