@@ -180,6 +180,19 @@ func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) 
 	}
 }
 
+// All connections get ready at the same moment here, which once seemed to call for one more.
+func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
+	for n := range 10 {
+		for range 30 {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, far, inChunks)
+				noneFailed(t, sendAtOnce(t.Context(), newClient(t, relay.Config()), 0, n))
+				atMost(t, fmt.Sprintf("connections for %d messages", n), len(relay.Conns()), n)
+			})
+		}
+	}
+}
+
 func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)

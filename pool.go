@@ -422,6 +422,9 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 	if s.lead == nil {
 		p.gate.opened()
 	}
+	if !alone {
+		p.releaseLocked(s) // at once: between, whoever it is for would seem to need one more dial
+	}
 	p.mu.Unlock()
 	if p.closing.Err() != nil { // it got ready at the last moment, and whoever ends everything may have missed it
 		s.kill(ErrClosed)
@@ -432,8 +435,8 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 		} else {
 			p.worked()
 		}
+		p.giveBack(s)
 	}
-	p.giveBack(s)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.fillLocked(time.Now()) // after a failure one dial at a time was all there was
