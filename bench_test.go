@@ -173,7 +173,7 @@ func BenchmarkSendBody(b *testing.B) {
 func TestAllocationsPerMessage(t *testing.T) {
 	const (
 		messages = 5000
-		objects  = 12      // at most
+		objects  = 10      // at most
 		octets   = 1 << 10 // at most
 	)
 	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {

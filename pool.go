@@ -229,7 +229,7 @@ func (p *pool) sendOff(ctx context.Context, s *session) bool {
 	}
 	s.parted.Store(false)
 	p.running.Add(1)
-	go s.sendOff(&p.running) // Go would allocate twice, for one message in two
+	go s.sendOff() // as it is: anything around it would be allocated, for one message in two
 	p.mu.Unlock()
 	select {
 	case <-s.sent:
@@ -413,6 +413,10 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 		return
 	}
 	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
+	s.sendOff = func() {
+		defer p.running.Done()
+		s.sendAway()
+	}
 	s.limit = spread(s.limit, usedUp, p.cfg.Limits.MaxConns)
 	p.mu.Lock()
 	p.dialling--
@@ -443,7 +447,7 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 }
 
 // spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
-// pause, of which conns at once. Sessions that are opened together are used up together under load, and so would be those
+// pause, conns of them at a time. Sessions that are opened together are used up together under load, and so would be those
 // that follow them, for ever: so those that follow the second conns have from half to all of the limit. The earlier ones
 // have all of it, since a burst that ends soon would pay for the spread and have nothing of it.
 func spread(limit, usedUp, conns int) int {

@@ -50,6 +50,7 @@ type session struct {
 
 	changed func(*session) // told when a final reply is in, or the session is doomed; called without mu
 	closed  func(*session) // told when the relay has closed the connection; the last thing that happens
+	sendOff func()         // sendAway, in a goroutine that the pool waits for
 
 	replies *wire.ReplyReader // owned by the read loop
 
@@ -61,8 +62,8 @@ type session struct {
 	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
 
-	sent   chan struct{} // has room for one; told by sendOff
-	parted atomic.Bool   // sendOff and the owner who waits for it go separate ways: whoever sets it is first
+	sent   chan struct{} // has room for one; told by sendAway
+	parted atomic.Bool   // sendAway and the owner who waits for it go separate ways: whoever sets it is first
 	doomed chan struct{} // closed when cause is set
 	done   chan struct{} // closed when no reply will be read any more
 
@@ -489,10 +490,9 @@ func (s *session) expect(x exchange) bool {
 // flush hands what is in the buffer to the connection.
 func (s *session) flush() error { return s.out.Flush() }
 
-// sendOff flushes the buffer while its owner waits. It ends when all has left, and with it the session if the owner does not
+// sendAway flushes the buffer while its owner waits. It ends when all has left, and with it the session if the owner does not
 // wait any more.
-func (s *session) sendOff(running *sync.WaitGroup) {
-	defer running.Done()
+func (s *session) sendAway() {
 	s.flush()
 	if s.parted.CompareAndSwap(false, true) {
 		s.sent <- struct{}{}

@@ -129,7 +129,7 @@ func (t *transaction) converse(k keeper) (due bool) {
 	unguard := func() bool { return true }
 	defer func() { unguard() }()
 	// The other one's message does not wait while this one's body is made, nor does anything block that is not guarded.
-	if t.carrying && !t.fitsBuffer() && !t.sendCarried(k) {
+	if t.carrying && !t.fitsBuffer() && !t.send(k) {
 		return false
 	}
 	if !t.carrying {
@@ -139,17 +139,11 @@ func (t *transaction) converse(k keeper) (due bool) {
 		return t.converseInChunks() && t.part(k, unguard)
 	}
 	for {
-		if !t.envelope() || !t.askData() {
+		carried := t.carrying
+		if !t.envelope() || !t.askData() || !t.send(k) {
 			return false
 		}
-		if !t.carrying {
-			if !t.sendNow() {
-				return false
-			}
-		} else {
-			if !t.sendCarried(k) {
-				return false
-			}
+		if carried {
 			unguard = t.guard()
 		}
 		if !t.awaitEnvelope() {
@@ -228,15 +222,15 @@ func (t *transaction) envelopeRoom() int64 {
 	return int64(n)
 }
 
-// sendCarried flushes a buffer that has another one's final dot in it. The end of the context does not interrupt that, but
-// it ends the wait for it: then the session ends too, once all has left.
-func (t *transaction) sendCarried(k keeper) bool {
-	if t.carrying = false; t.ctx.Done() == nil {
-		return t.sendNow()
+// send flushes the buffer. The end of the context does not interrupt that while another one's final dot is in it, but ends
+// the wait: then the session ends too, once all has left.
+func (t *transaction) send(k keeper) bool {
+	if t.carrying && t.ctx.Done() != nil {
+		if t.handedOver = !k.sendOff(t.ctx, t.s); t.handedOver {
+			return false
+		}
 	}
-	if t.handedOver = !k.sendOff(t.ctx, t.s); t.handedOver {
-		return false
-	}
+	t.carrying = false
 	return t.sendNow() // which tells how it went
 }
 
