@@ -133,6 +133,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					if err := silent.Wait(t.Context(), 1); err != nil {
 						t.Fatal(err)
 					}
+					synctest.Wait() // until the write side is given back: whoever waits by then goes on behind
 					var all []sent
 					if step > smtptest.TLSHandshake { // before, nobody would stay with a connection that is not ready
 						for i := range 5 {
