@@ -466,6 +466,9 @@ func (p *pool) sessionClosed(s *session) {
 	if closeReason(info.Reason) == closeFull {
 		p.usedUp++
 	}
+	if s.wasTooMany() && p.slots.open > 1 {
+		p.crowdedLocked() // before its place is free: its Send, which tells it too, may be later
+	}
 	p.freeLocked()
 	if err := p.gate.refusal(time.Now()); err != nil && !p.workingLocked() {
 		p.failAllLocked(err)

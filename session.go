@@ -87,6 +87,7 @@ type session struct {
 	heard       time.Time   // when the relay last answered
 	deadline    time.Time   // the read deadline in force
 	said421     bool        // the relay has, to a command
+	tooMany     bool        // AUTH was refused since there are too many connections
 	abort       bool        // closed by Close: the relay is not waited for
 	hangingUp   bool        // the read loop is through, and has a deadline of its own for the relay's close
 	leftInOrder bool        // the relay has closed the connection, and nothing that it said is missing
@@ -177,6 +178,13 @@ func (s *session) lastRoom(since time.Time) int {
 		return 0
 	}
 	return left
+}
+
+// wasTooMany reports whether the relay has refused the session since there are too many.
+func (s *session) wasTooMany() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tooMany
 }
 
 // retire makes the session take no further transaction.

@@ -450,6 +450,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		s.cfg.countAuth(r.Class() == 2)
 		if r.Class() != 2 {
 			t.authErr = s.authError(r, s.leadMark)
+			s.tooMany = tooManyConns(t.authErr)
 			s.doomLocked(t.authErr)
 		}
 		if r.Class() == 3 {
