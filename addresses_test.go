@@ -81,7 +81,7 @@ func TestDeadAddressesOfANameArePassedOver(t *testing.T) {
 	}
 	ns := &nameserver{addresses: []string{"127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.1"}}
 	dialer := net.Dialer{Resolver: ns.resolver()}
-	cfg := relay.Config()
+	cfg := configOf(relay)
 	cfg.Addr = net.JoinHostPort("relay.test", port)
 	cfg.Retry.MaxAttempts = 1
 	cfg.Dial = dialer.DialContext

@@ -84,7 +84,7 @@ func (s *sink) serve(conn net.Conn) {
 
 func (s *sink) client(tb testing.TB, change func(*smtprelay.Config)) *smtprelay.Client {
 	tb.Helper()
-	cfg := smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: s.dial}
+	cfg := smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, Chunking: true, LocalName: "client.example", Dial: s.dial}
 	if change != nil {
 		change(&cfg)
 	}

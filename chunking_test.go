@@ -44,7 +44,7 @@ func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
 		for shift := range 16 { // what the end of the buffer falls on
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, inChunks, withoutSize)
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				body := append(bytes.Repeat([]byte("y"), shift), text...)
 				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{body, size}})
 				if err != nil {
@@ -66,7 +66,7 @@ func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks, withoutSize)
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody"})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{bytes.Repeat([]byte("text\r\n"), 20000), 1000}}
 		if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) {
 			t.Errorf("got %v, want the refusal of the recipient", err)
@@ -92,7 +92,7 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Delay = time.Second })
 				relay.Fault(fault)
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				body := append(bytes.Repeat([]byte("x"), size-1), '\n')
 				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(bytes.NewReader(body))})
 				if err != nil {
@@ -111,7 +111,7 @@ func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks)
 		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Reset: true})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
 		_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
 		if !smtprelay.SafeToRetry(err) || len(relay.Messages()) != 0 {

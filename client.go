@@ -54,9 +54,10 @@ type Config struct {
 	// Pipelining says how far commands run ahead of replies where the relay offers PIPELINING (RFC 2920).
 	Pipelining Pipelining
 
-	// NoChunking has messages sent with DATA even where the relay offers CHUNKING (RFC 3030), by which envelope and body
-	// leave in one write.
-	NoChunking bool
+	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING: envelope and body
+	// leave in one write. It is off unless asked for: no relay that carries volume offers it (SendGrid, Mailgun and SES do
+	// not), and a body that travels ahead of the relay's replies leaves more to chance than one that DATA holds back.
+	Chunking bool
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
 	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,

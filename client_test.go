@@ -37,6 +37,13 @@ func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
 	return relay
 }
 
+// configOf is the configuration for relay, with Chunking where the relay offers it.
+func configOf(relay *smtptest.Server) smtprelay.Config {
+	cfg := relay.Config()
+	cfg.Chunking = relay.Chunking
+	return cfg
+}
+
 func newClient(t *testing.T, cfg smtprelay.Config) *smtprelay.Client {
 	t.Helper()
 	client, err := smtprelay.New(cfg)
@@ -111,7 +118,7 @@ func mostOnOne(relay *smtptest.Server) int {
 func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 1000, 100)
 
 		want(t, "accepted by the relay", relay.Accepted(), 1000)
@@ -154,7 +161,7 @@ func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) 
 				far(relay)
 				tc.start(relay)
 				defer relay.Close()
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				defer client.Close()
 				began := time.Now()
 				after := make(map[int]int) // messages accepted, by turns
@@ -186,7 +193,7 @@ func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
 		for range 30 {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, inChunks)
-				noneFailed(t, sendAtOnce(t.Context(), newClient(t, relay.Config()), 0, n))
+				noneFailed(t, sendAtOnce(t.Context(), newClient(t, configOf(relay)), 0, n))
 				atMost(t, fmt.Sprintf("connections for %d messages", n), len(relay.Conns()), n)
 			})
 		}
@@ -196,7 +203,7 @@ func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
 func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 25, 1)
 
 		want(t, "accepted by the relay", relay.Accepted(), 25)
@@ -213,12 +220,12 @@ func TestChunkingTakesATurnForALoneMessageAndFewForMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		chunking := func(s *smtptest.Server) { s.Chunking = true }
 		relay := newRelay(t, far, chunking)
-		sendNumbered(t, newClient(t, relay.Config()), 25, 1)
+		sendNumbered(t, newClient(t, configOf(relay)), 25, 1)
 		want(t, "accepted by the relay", relay.Accepted(), 25)
 		want(t, "turns for 25 messages, and one for the first's AUTH", relay.MessageTurns(), 26)
 
 		relay = newRelay(t, far, chunking)
-		sendNumbered(t, newClient(t, relay.Config()), 1000, 100)
+		sendNumbered(t, newClient(t, configOf(relay)), 1000, 100)
 		want(t, "accepted by the relay", relay.Accepted(), 1000)
 		want(t, "duplicates", relay.Duplicates(), 0)
 		want(t, "refused for a limit", relay.Refused421(), 0)
@@ -243,7 +250,7 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, func(s *smtptest.Server) { s.Behind = test.habit })
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Timeouts.Overlap = time.Hour // stands out among all else that takes time
 				client := newClient(t, cfg)
 
@@ -279,7 +286,7 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 					s.MaxMessages = limit
 					s.NoTLS = true // 1,000 handshakes are not what this is about
 				})
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Limits.MaxMessagesPerConn = limit
 				client := newClient(t, cfg)
 				sendNumbered(t, client, 1000, 100)
@@ -304,7 +311,7 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 	const setUp = 5 * 20 * time.Millisecond // in the clear: SYN, greeting, EHLO, AUTH with the first envelope, and the body
 	run := func(t *testing.T, bursts ...int) (replaced []time.Time, client *smtprelay.Client) {
 		relay := newRelay(t, far, func(s *smtptest.Server) { s.NoTLS = true })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		var mu sync.Mutex // guards replaced
 		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
 			if c.Reason == "full" {
@@ -491,7 +498,7 @@ func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			relay := newRelay(t)
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			m := numbered(0)
 			m.Body = &generator{size: size, failAt: test.failAt}
 			_, err := client.Send(t.Context(), m)
@@ -649,7 +656,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			wire := &recorder{dial: relay.Dial}
 			cfg := smtprelay.Config{
 				Addr:      "relay.example.com:587",
-				Username:  relay.Config().Username,
+				Username:  configOf(relay).Username,
 				Password:  password,
 				TLSConfig: &tls.Config{RootCAs: relay.Roots()},
 				Retry:     smtprelay.Retry{MaxAttempts: 1},
@@ -754,7 +761,7 @@ func TestSendMailIsAllOrNothing(t *testing.T) {
 	relay := newRelay(t, func(s *smtptest.Server) {
 		s.Reject = map[string]string{"gone@example.org": "550 5.1.1 no such user"}
 	})
-	client := newClient(t, relay.Config())
+	client := newClient(t, configOf(relay))
 	msg := []byte("Subject: hello\r\n\r\nHello.\r\n")
 
 	err := client.SendMail("shop@example.com", []string{"ann@example.org", "gone@example.org"}, msg)
@@ -774,7 +781,7 @@ func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) {
 			s.Reject = map[string]string{"customer7@example.org": "550 5.1.1 no such user"}
 		})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 
 		taken, yielded, most := 0, 0, 0
 		var mu sync.Mutex // guards the three above
@@ -815,7 +822,7 @@ func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Minute, Count: 5})
 		errs := make(chan error, 5)
 		for i := range 5 {

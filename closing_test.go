@@ -66,7 +66,7 @@ func nothingLeft(t *testing.T, relay *smtptest.Server, client *smtprelay.Client)
 func TestShutdownUnderLoadLosesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		l := startLoad(t.Context(), client, 50)
 		time.Sleep(time.Second + 7*time.Millisecond)
 		began := time.Now()
@@ -98,7 +98,7 @@ func TestCloseUnderLoadEndsEverySendWithItsOutcome(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for after := time.Second; after < time.Second+20*time.Millisecond; after += 3 * time.Millisecond {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			l := startLoad(t.Context(), client, 50)
 			time.Sleep(after)
 			began := time.Now()
@@ -128,7 +128,7 @@ func TestCloseUnderLoadEndsEverySendWithItsOutcome(t *testing.T) {
 func TestShutdownThatTakesTooLongEndsAsClose(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Hour, Count: -1})
 		l := startLoad(t.Context(), client, 60) // more than may be in flight
 		if err := slow.Wait(t.Context(), 10); err != nil {
@@ -167,7 +167,7 @@ func TestCloseAndShutdownTwiceAtOnce(t *testing.T) {
 			{"close", "close"}, {"shutdown", "shutdown"}, {"shutdown", "close"}, {"close", "shutdown", "close", "shutdown"},
 		} {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			l := startLoad(t.Context(), client, 30)
 			time.Sleep(503 * time.Millisecond)
 			var ending sync.WaitGroup
@@ -214,7 +214,7 @@ func TestCloseAndShutdownDuringADial(t *testing.T) {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			for _, shutdown := range []bool{false, true} {
 				relay := newRelay(t, near, func(s *smtptest.Server) { s.NoTLS = false })
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				dialling := make(chan struct{}, 10)
 				if step == 0 {
 					cfg.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -268,7 +268,7 @@ func TestEndIsBoundedWhenTheRelayNeverAnswersQUIT(t *testing.T) {
 				relay := newRelay(t, near)
 				fault.Count = -1
 				relay.Fault(fault)
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Timeouts.Quit = 7 * time.Second
 				client := newClient(t, cfg)
 				// Ten idle connections.

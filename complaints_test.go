@@ -33,7 +33,7 @@ import (
 func TestLoneSenderNeverOpensASecondConnection(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxMessages = -1 })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Limits.MaxMessagesPerConn = -1
 		client := newClient(t, cfg)
 		sendNumbered(t, client, 500, 1)
@@ -45,7 +45,7 @@ func TestLoneSenderNeverOpensASecondConnection(t *testing.T) {
 func TestWaitersAreServedWhenTheOnlyConnectionDies(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Limits.MaxConns = 1
 		client := newClient(t, cfg)
 		done := make(chan []sent)
@@ -98,7 +98,7 @@ func TestFailedDialBehindTheLastMessageOfAConnectionCostsNoReceipt(t *testing.T)
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		var dials atomic.Int64
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = 2
 		cfg.Limits.MaxConns = 1
 		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -124,7 +124,7 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
 		relay.Fault(smtptest.Fault{At: smtptest.Quit, Delay: 3 * time.Second, Count: -1})
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Limits.MaxMessagesPerConn = 5
 		client := newClient(t, cfg)
 		all := sendAtOnce(t.Context(), client, 0, 500)
@@ -136,7 +136,7 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 	for _, secure := range []bool{false, true} {
 		t.Run(fmt.Sprintf("over sockets, TLS: %t", secure), func(t *testing.T) {
 			relay := newRelay(t, func(s *smtptest.Server) { s.NoTLS = !secure })
-			cfg := relay.Config()
+			cfg := configOf(relay)
 			cfg.Limits.MaxMessagesPerConn = 5
 			client := newClient(t, cfg)
 			all := sendAtOnce(t.Context(), client, 0, 250)
@@ -189,7 +189,7 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 				relay := newRelay(t, near)
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Limits.MaxIdleTime, cfg.Limits.MaxConnAge = -1, -1
 				cfg.Retry.MaxAttempts = 1
 				client := newClient(t, cfg)
@@ -235,7 +235,7 @@ func TestIdleConnectionsEndInSilence(t *testing.T) {
 		slog.SetDefault(slog.New(slog.NewTextHandler(&printed, nil)))
 
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		var mu sync.Mutex    // guards the next
 		var reasons []string // of the ends that the Trace is told
 		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
@@ -274,7 +274,7 @@ func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 			s.Reject = map[string]string{"gone@example.org": "550 5.1.1 no such user", "bad@example.com": "550 5.7.1 not from you"}
 		})
 		relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Rcpt: "spam@example.org", Reply: "554 5.7.1 spam", Count: -1})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		var senders sync.WaitGroup
 		for i := range 50 {
 			senders.Go(func() {
@@ -306,7 +306,7 @@ func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 func TestIdleConnectionsAreAllUsedAgain(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		for round := range 5 {
 			noneFailed(t, openTen(t, relay, client, 10*round))
 			want(t, "connections opened", len(relay.Conns()), 10)
@@ -390,7 +390,7 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO, smtptest.Auth, smtptest.Mail, smtptest.Rcpt, smtptest.Body} {
 			relay := newRelay(t, near)
 			relay.Fault(smtptest.Fault{At: step, Delay: 15 * time.Millisecond, Reset: true, Count: -1})
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			m := numbered(0)
 			m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than is on its way before the loss
 			began := time.Now()
@@ -453,7 +453,7 @@ func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
 	conn.replies <- "220 sink ESMTP\r\n"
 	client := newClient(t, smtprelay.Config{
 		Addr: "sink.example:25",
-		TLS:  smtprelay.TLSNone,
+		TLS:  smtprelay.TLSNone, Chunking: true,
 		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 	})
 	sendOneGiB(t, client, &conn.sinkConn)
@@ -476,7 +476,7 @@ func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
 					s.Reject[fmt.Sprintf("r%d@y.example", i)] = fmt.Sprintf("550-5.1.1 no such user\n550-5.1.1 r%d is unknown\n550 5.1.1 here", i)
 				}
 			})
-			cfg := relay.Config()
+			cfg := configOf(relay)
 			cfg.Pipelining = pipelining
 			cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 				conn, err := relay.Dial(ctx, network, addr)
@@ -533,7 +533,7 @@ func TestEHLONameIsNeverLocalhost(t *testing.T) {
 				said = strings.TrimPrefix(e.Line, "EHLO ")
 				return false
 			}})
-			cfg := relay.Config()
+			cfg := configOf(relay)
 			cfg.LocalName = ""
 			cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 				conn, err := relay.Dial(ctx, network, addr)
@@ -553,7 +553,7 @@ func TestEHLONameIsNeverLocalhost(t *testing.T) {
 func TestReceiptsAddUpToWhatTheRelayHas(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		var n atomic.Int64
 		every := func(k int64) func(smtptest.Event) bool {
 			return func(smtptest.Event) bool { return n.Add(1)%k == 0 }
@@ -601,15 +601,15 @@ func TestEveryErrorTellsItsOutcome(t *testing.T) {
 		var nobody noRelay
 		gone, cancel := context.WithCancel(t.Context())
 		cancel()
-		closed := newClient(t, relay.Config())
+		closed := newClient(t, configOf(relay))
 		closed.Close()
 		cfg := nobody.config()
 		cfg.Retry.MaxAttempts = 1
 		for name, err := range map[string]error{
 			"no address":    func() error { _, err := smtprelay.New(smtprelay.Config{}); return err }(),
-			"a bad address": sendErr(t.Context(), newClient(t, relay.Config()), smtprelay.Message{From: "a@example.com", To: []string{"nobody"}, Body: smtprelay.Bytes([]byte("x"))}),
+			"a bad address": sendErr(t.Context(), newClient(t, configOf(relay)), smtprelay.Message{From: "a@example.com", To: []string{"nobody"}, Body: smtprelay.Bytes([]byte("x"))}),
 			"no relay":      sendErr(t.Context(), newClient(t, cfg), numbered(0)),
-			"context":       sendErr(gone, newClient(t, relay.Config()), numbered(0)),
+			"context":       sendErr(gone, newClient(t, configOf(relay)), numbered(0)),
 			"closed":        sendErr(t.Context(), closed, numbered(0)),
 			"SendMail":      newClient(t, cfg).SendMail("a@example.com", []string{"b@example.org"}, []byte("x")),
 			"Ping":          newClient(t, cfg).Ping(t.Context()),
@@ -628,7 +628,7 @@ func TestRecipientOfUnknownFateWasNotRefusedForNow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
 		relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		e := failure(sendErr(t.Context(), client, numbered(0)))
 		if e.Outcome != smtprelay.Unknown || len(e.Refused) != 1 || e.Refused[0].Outcome != smtprelay.Unknown {
 			t.Fatalf("%v, refused %v; want one of unknown fate", e, e.Refused)

@@ -168,8 +168,8 @@ func (d *dialogue) start() error {
 			Overlap:    o.duration("overlap-timeout"),
 			Quit:       o.duration("quit-timeout"),
 		},
-		NoChunking: o.flag("no-chunking"),
-		Dial:       d.dialer,
+		Chunking: o.flag("chunking"),
+		Dial:     d.dialer,
 	}
 	d.secret = cfg.Password
 	if d.cut == nil {

@@ -159,7 +159,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			relay := newRelay(t, func(s *smtptest.Server) { s.MaxSize = relaySize })
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			if _, err := client.Send(t.Context(), good()); err != nil {
 				t.Fatalf("a good message first: %v", err)
 			}
@@ -218,7 +218,7 @@ func checkRefusedLocally(t *testing.T, err error, op smtprelay.Op, is error, say
 
 func TestNoConnectionIsOpenedForBadInput(t *testing.T) {
 	relay := newRelay(t)
-	client := newClient(t, relay.Config())
+	client := newClient(t, configOf(relay))
 	for _, m := range []smtprelay.Message{
 		{},
 		{From: "a@example.com\n", To: []string{"b@example.org"}, Body: smtprelay.Bytes([]byte("x"))},
@@ -233,7 +233,7 @@ func TestNoConnectionIsOpenedForBadInput(t *testing.T) {
 
 func TestClosedClientSaysSo(t *testing.T) {
 	relay := newRelay(t)
-	client := newClient(t, relay.Config())
+	client := newClient(t, configOf(relay))
 	if err := client.Close(); err != nil {
 		t.Fatal(err)
 	}

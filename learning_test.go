@@ -50,7 +50,7 @@ func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		auths := observe(relay, smtptest.Auth)
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Password = "revoked"
 		client := newClient(t, cfg)
 		const period = 10 * time.Minute
@@ -107,7 +107,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 		auths := observe(relay, smtptest.Auth)
 		var key atomic.Value
 		key.Store("old key")
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		username, good := cfg.Username, cfg.Password
 		cfg.Username, cfg.Password = "", ""
 		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
@@ -130,7 +130,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 
 		// And the key that was refused may be the right one again.
 		broken := relay.Fault(smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 account suspended"})
-		cfg = relay.Config()
+		cfg = configOf(relay)
 		client = newClient(t, cfg)
 		if s := sendOne(t.Context(), client, 101); failure(s.err).Code != 535 {
 			t.Errorf("suspended: %v", s.err)
@@ -172,7 +172,7 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				fault.At, fault.Count = form.step(relay), -1
 				fault.When = moreThan(allowed, relay)
 				crowd := relay.Fault(fault)
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Retry.MaxAttempts = 1
 				client := newClient(t, cfg)
 
@@ -224,7 +224,7 @@ func TestTooManyConnectionsAtAColdStartLeaveAsManyAsTheRelayAllows(t *testing.T)
 				relay := newRelay(t, func(s *smtptest.Server) {
 					s.InMemory, s.Delay, s.MaxConns = true, 20*time.Millisecond, allowed
 				})
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				all := sendAtOnce(t.Context(), client, 0, 200)
 				want(t, "Stats().MaxConns", client.Stats().MaxConns, allowed)
 
@@ -272,7 +272,7 @@ func TestRelayThatSays421AfterNMessagesTeachesN(t *testing.T) {
 			At: smtptest.Mail, Reply: "421 4.7.0 Maximum message count per session reached", Drop: true, Count: -1,
 			When: func(e smtptest.Event) bool { return e.Message > n },
 		})
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = 1 // such a 421 is not the message's fault
 		client := newClient(t, cfg)
 		all := sendAtOnce(t.Context(), client, 0, 300)
@@ -309,7 +309,7 @@ func TestLimitThatWasForgottenIsLearntAgainAtOnce(t *testing.T) {
 			At: smtptest.Mail, Reply: "421 4.7.0 Maximum message count per session reached", Drop: true, Count: -1,
 			When: func(e smtptest.Event) bool { return e.Message > n },
 		})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 5*n, 1)
 		want(t, "refusals until it was known", full.Hits(), 2)
 		time.Sleep(11 * time.Minute)
@@ -322,7 +322,7 @@ func TestLimitThatWasForgottenIsLearntAgainAtOnce(t *testing.T) {
 func TestRelayThatIsShutDownTeachesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		noneFailed(t, sendAtOnce(t.Context(), client, 0, 3))
 		want(t, "connections before", len(relay.Conns()), 3)
 		time.Sleep(time.Second)
@@ -341,7 +341,7 @@ func TestRelayThatIsShutDownTeachesNothing(t *testing.T) {
 func TestOne421TeachesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 5, 1)
 		relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: "421 4.3.2 going down", Drop: true})
 		sendNumbered(t, client, 50, 1)
@@ -359,7 +359,7 @@ func TestRandom421sTeachNothing(t *testing.T) {
 			At: smtptest.Mail, Reply: "421 4.3.2 too busy", Drop: true, Count: -1,
 			When: func(e smtptest.Event) bool { return e.Message == 6 && e.Conn%2 == 1 },
 		})
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 5+100+5+100+5+100, 1)
 		want(t, "421s", busy.Hits(), 3)
 		for i, c := range relay.Conns() {
@@ -376,7 +376,7 @@ func TestLIMITSLowerThanConfiguredWin(t *testing.T) {
 			s.Extensions = []string{"LIMITS MAILMAX=5 RCPTMAX=3 RCPTDOMAINMAX=4"}
 			s.MaxMessages, s.MaxRecipients = 5, 3
 		})
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = 1
 		client := newClient(t, cfg)
 		var senders sync.WaitGroup
@@ -410,7 +410,7 @@ func TestLIMITSHigherThanConfiguredDoNot(t *testing.T) {
 			s.Delay = 20 * time.Millisecond
 			s.Extensions = []string{"LIMITS MAILMAX=1000 RCPTMAX=1000"}
 		})
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Limits.MaxMessagesPerConn, cfg.Limits.MaxRecipients = 7, 2
 		client := newClient(t, cfg)
 		m := numbered(0)
@@ -436,7 +436,7 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 					At: smtptest.Rcpt, Reply: reply, Count: -1,
 					When: func(e smtptest.Event) bool { return len(e.To) >= most },
 				})
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				m := numbered(0)
 				m.To = moreRecipients(recipients)
 				m.AllOrNothing = true
@@ -472,7 +472,7 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 func TestTwoClientsShareAnAllowance(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = -1
 		var both sync.WaitGroup
 		var results [2][]sent
@@ -496,7 +496,7 @@ func TestTwoClientsShareAnAllowance(t *testing.T) {
 func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = time.Second }) // so that time passes, and not messages
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = -1
 		cfg.Limits.MaxMessagesPerConn = 20
 		first, second := newClient(t, cfg), newClient(t, cfg)
@@ -532,9 +532,9 @@ func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true; s.Mechanisms = []string{"XOAUTH2"} })
-		stranger := relay.Config()
+		stranger := configOf(relay)
 		stranger.TLSConfig = &tls.Config{}
-		for _, cfg := range []smtprelay.Config{relay.Config(), stranger} {
+		for _, cfg := range []smtprelay.Config{configOf(relay), stranger} {
 			before := len(relay.Conns())
 			cfg.Retry.MaxAttempts = -1
 			s := sendOne(t.Context(), newClient(t, cfg), 0)

@@ -89,7 +89,7 @@ func agree(ext, line string) string {
 }
 
 func bubbleClient(t *testing.T, c smtprelay.Config) *smtprelay.Client {
-	c.Addr, c.TLS = "relay.example:587", smtprelay.TLSNone
+	c.Addr, c.TLS, c.Chunking = "relay.example:587", smtprelay.TLSNone, true
 	cl, err := smtprelay.New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -604,7 +604,7 @@ func TestOverlapGoesOnAfterWhatSaysNothingAboutIt(t *testing.T) {
 func TestRelayThatBreaksOverlapIsNoticedByCallersInAHurry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) { s.Behind = smtptest.HabitDiscard })
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Limits.MaxConns = 1
 		client := newClient(t, cfg)
 		failed := 0
@@ -712,7 +712,7 @@ func (b keptWriter) WriteTo(w io.Writer) (int64, error) {
 func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
 	for _, chunking := range []bool{false, true} {
 		relay := newRelay(t, func(s *smtptest.Server) { s.Chunking = chunking })
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		var kept io.Writer
 		var late error
 		for range 5 {

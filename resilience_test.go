@@ -250,7 +250,7 @@ func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
 		relay := newRelay(t, near)
 		back := time.Now().Add(away)
 		var nobody noRelay
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = -1
 		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if time.Now().Before(back) {
@@ -278,7 +278,7 @@ func TestDialsThatFailTogetherAreOneAttempt(t *testing.T) {
 		relay := newRelay(t, near)
 		back := time.Now().Add(time.Second)
 		var nobody noRelay
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = 2
 		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if time.Now().Before(back) {
@@ -299,7 +299,7 @@ func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		for i, step := range []smtptest.Step{smtptest.Mail, smtptest.Rcpt, bodyStep(relay), smtptest.FinalDot} {
-			cfg := relay.Config()
+			cfg := configOf(relay)
 			told := newClient(t, cfg)
 			cfg.Retry = smtprelay.Retry{Temporary: true, MinBackoff: time.Minute, MaxBackoff: time.Minute}
 			again := newClient(t, cfg)
@@ -341,7 +341,7 @@ func TestTemporaryRefusalOfOneRecipientSendsNothingTwice(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "grey@example.org", Reply: "450 4.2.0 greylisted", Count: 2})
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.Temporary = true
 		client := newClient(t, cfg)
 		m := numbered(0)
@@ -390,7 +390,7 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 				}
 				for _, used := range []bool{false, true} { // whether the connection has carried a message before
 					name := fmt.Sprintf("%s at %v, used before: %t", form.name, step, used)
-					client := newClient(t, relay.Config())
+					client := newClient(t, configOf(relay))
 					before := 0
 					if used {
 						if step < smtptest.Mail {
@@ -445,7 +445,7 @@ func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
 		var away atomic.Bool
 		var nobody noRelay
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = -1
 		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if away.Load() {

@@ -193,7 +193,7 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 			}
 			var rest bytes.Buffer
 			for name, trace := range traces {
-				cfg := relay.Config()
+				cfg := configOf(relay)
 				cfg.Username, cfg.Password = secretUser, secretKey
 				cfg.Retry = smtprelay.Retry{MaxAttempts: 2, MinBackoff: time.Millisecond, MaxBackoff: time.Millisecond}
 				cfg.Trace = trace

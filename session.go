@@ -149,7 +149,7 @@ func (s *session) overlaps() bool {
 
 // chunks reports whether bodies go in chunks (RFC 3030).
 func (s *session) chunks() bool {
-	return !s.cfg.NoChunking && s.ext.Has("CHUNKING") && s.pipelining()
+	return s.cfg.Chunking && s.ext.Has("CHUNKING") && s.pipelining()
 }
 
 // inFlight is how many messages may be on their way whose final reply is not in. With DATA there is never more than one,

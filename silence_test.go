@@ -34,7 +34,7 @@ func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
 				relay.Fault(smtptest.Fault{At: test.step, Stall: true, Count: -1})
-				client := newClient(t, relay.Config())
+				client := newClient(t, configOf(relay))
 				for _, call := range []func(context.Context) error{
 					client.Ping,
 					func(ctx context.Context) error { _, err := client.Send(ctx, numbered(0)); return err },
@@ -107,7 +107,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					if step == smtptest.Data {
 						step = bodyStep(relay)
 					}
-					cfg := relay.Config()
+					cfg := configOf(relay)
 					cfg.Limits.MaxConns = 2
 					cfg.Retry.MaxAttempts = 1
 					cfg.Timeouts = limits
@@ -194,7 +194,7 @@ func TestSilentDialHoldsUpNobody(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO} {
 			relay := newRelay(t, near)
-			client := newClient(t, relay.Config())
+			client := newClient(t, configOf(relay))
 			silent := relay.Fault(smtptest.Fault{At: step, Stall: true})
 			all := sendAtOnce(t.Context(), client, 0, 2)
 			for _, s := range all {
@@ -212,7 +212,7 @@ func TestSilentDialHoldsUpNobody(t *testing.T) {
 func TestSilentConnectionNearItsEndHoldsUpNobody(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
-		cfg := relay.Config()
+		cfg := configOf(relay)
 		cfg.Pipelining = smtprelay.PipelineWithin
 		cfg.Limits.MaxMessagesPerConn = 5
 		client := newClient(t, cfg)
@@ -237,7 +237,7 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 	for seed := range uint64(8) {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-			cfg := relay.Config()
+			cfg := configOf(relay)
 			cfg.Limits.MaxConns = 3
 			client := newClient(t, cfg)
 			random := rand.New(rand.NewPCG(seed, 0))
@@ -286,7 +286,7 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 func TestTrafficGoesOnWhenAllConnectionsWereStuck(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-		client := newClient(t, relay.Config())
+		client := newClient(t, configOf(relay))
 		all := sendAtOnce(t.Context(), client, 0, 50)
 		noneFailed(t, all)
 		stuck := relay.Fault(smtptest.Fault{Stall: true, Count: -1})

@@ -499,6 +499,7 @@ func newStormPlan(seed uint64) *stormPlan {
 		LocalName:  "client.example",
 		TLS:        smtprelay.TLSNone,
 		Pipelining: w.mode,
+		Chunking:   w.chunking,
 		Limits: smtprelay.Limits{
 			MaxConns: w.maxConns, MaxMessagesPerConn: w.maxMessages, MaxRecipients: w.maxRecipients,
 			MaxConnAge:  pick(rng, 0, 0, -1, 2*time.Second, 20*time.Second),

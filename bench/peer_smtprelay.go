@@ -14,7 +14,8 @@ import (
 func smtprelayConfig(j job) smtprelay.Config {
 	cfg := smtprelay.Config{
 		Addr: j.addr(), Username: username, Password: password, LocalName: hello,
-		Limits: smtprelay.Limits{MaxConns: j.Conns, MaxMessagesPerConn: j.Rotate},
+		Limits:   smtprelay.Limits{MaxConns: j.Conns, MaxMessagesPerConn: j.Rotate},
+		Chunking: true, // in the cells whose relay offers it
 	}
 	if j.dial != nil {
 		cfg.Dial = func(context.Context, string, string) (net.Conn, error) { return j.dial() }

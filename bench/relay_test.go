@@ -96,7 +96,7 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 // runSmtprelayData has smtprelay use DATA with a relay that offers CHUNKING.
 func runSmtprelayData(j job, src *source, t *tally) error {
 	cfg := smtprelayConfig(j)
-	cfg.NoChunking = true
+	cfg.Chunking = false
 	return runSmtprelayWith(cfg, j, src, t)
 }
 
