@@ -78,9 +78,9 @@ func (l *loginClient) Next(challenge []byte) ([]byte, error) {
 	return nil, sasl.ErrUnexpectedServerChallenge
 }
 
-// startAuth authenticates s, whose read loop does not run yet. PLAIN is left to lead the first transaction where commands
-// may follow it in one group (RFC 4954, 4), which saves a round trip.
-func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
+// startAuth authenticates s, whose read loop does not run yet. If mayLead, PLAIN is left to lead the first transaction where
+// commands may follow it in one group (RFC 4954, 4), which saves a round trip.
+func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Error {
 	mech, e := s.cfg.mechanism(ctx, s)
 	if e != nil || mech == nil {
 		return e
@@ -109,7 +109,7 @@ func (d *dialogue) startAuth(ctx context.Context, s *session) *Error {
 			encoded = "="
 		}
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
-			if name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
+			if mayLead && name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
 				s.lead, s.leadMark, s.secrets = []byte(full), mark, []string{string(ir)}
 				return nil
 			}
@@ -180,8 +180,8 @@ func (s *session) authenticate(ctx context.Context) *Error {
 		return nil
 	}
 	t := newTransaction(ctx, s, &Message{}, 0, smtp.MailOptions{}, nil)
-	unguard := t.guard()
-	defer unguard()
+	t.guard()
+	defer func() { t.unguard() }()
 	if t.lead() && t.sendNow() && t.awaitEnvelope() {
 		return nil
 	}

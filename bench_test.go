@@ -34,6 +34,7 @@ func (s *sink) serve(conn net.Conn) {
 	defer conn.Close()
 	in, out := bufio.NewReaderSize(conn, 64<<10), bufio.NewWriter(conn)
 	fmt.Fprintf(out, "220 sink\r\n")
+	mailed := false
 	for {
 		if in.Buffered() == 0 {
 			if out.Flush() != nil {
@@ -72,7 +73,11 @@ func (s *sink) serve(conn net.Conn) {
 			if _, err := in.Discard(n); err != nil {
 				return
 			}
-			reply = "250 Ok: queued as 0123456789abcdefghijkl\r\n"
+			if reply = "250 Ok: queued as 0123456789abcdefghijkl\r\n"; !mailed {
+				reply = "503 5.5.1 MAIL first\r\n"
+			}
+		case "MAIL":
+			mailed = true
 		case "QUIT":
 			out.WriteString("221 Bye\r\n")
 			out.Flush()

@@ -8,11 +8,25 @@ import (
 	"io"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// maxChunk is the size of the largest chunk (RFC 3030), and of the buffer for a body whose size is not known.
+// A body in chunks (RFC 3030) travels ahead of the relay's replies. These rules keep the outcome exact all the same:
+//
+//   - LAST stands on an empty chunk behind the body, in the same write. However a connection ends, what has arrived of a body
+//     is no message: some relays take a last chunk that the end of the connection has cut short for the whole one.
+//   - Bodies go in chunks only to an address that throws away the octets of a chunk that it refuses. Others read them as
+//     commands, so that whoever writes a body could send mail in it. Each address is asked once: see showDiscard.
+//   - The first chunk for an address waits for the replies to its envelope: a relay that sends a reply too many would be
+//     believed to have accepted what it has not answered yet.
+//   - The first chunk of a connection that would leave behind a message without final reply waits for the replies to its
+//     envelope: some relays throw away what arrives together with the end of a message, and never answer it.
+//
+// The first and the second are proofs. The others are not: a relay may do at any time what it has not done before.
+
+// maxChunk is the size of the largest chunk, and of the buffer for a body whose size is not known.
 const maxChunk = 64 << 10
 
 var chunkPool = sync.Pool{New: func() any { return new([maxChunk]byte) }}
@@ -31,10 +45,79 @@ type chunkedBody struct {
 	buffer *[maxChunk]byte // nil for Bytes
 	used   int             // octets in it
 	begun  bool            // the envelope is written
-	byData bool            // the body goes by DATA
-	dots   wire.BodyWriter // on the way there
+	dots   wire.BodyWriter // by DATA after all
 	left   int64           // of Bytes: octets still to be written
 	room   int             // of the chunk that is being written
+}
+
+// discard is what an address has shown about the octets of a chunk that it refuses.
+type discard struct {
+	yes   bool      // it throws them away
+	until time.Time // when that is forgotten
+}
+
+const (
+	discardFor  = time.Hour // how long an address is believed to be as it has shown itself
+	discardMost = 256       // addresses remembered
+)
+
+// discardsAt returns what the relay at addr has shown.
+func (l *learnt) discardsAt(addr string) (yes, known bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	d, ok := l.discards[addr]
+	return d.yes, ok && time.Now().Before(d.until)
+}
+
+// noteDiscard notes what the relay at addr has shown.
+func (l *learnt) noteDiscard(addr string, yes bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.discards == nil || len(l.discards) >= discardMost {
+		l.discards = make(map[string]discard)
+	}
+	l.discards[addr] = discard{yes, time.Now().Add(discardFor)}
+}
+
+// showDiscard finds out whether the relay throws away the octets of a chunk that it refuses. It sends a chunk out of order,
+// for which there can be no yes, and RSET behind it. A relay that throws the octets away gives two replies; one that does not
+// reads them as a command that does not exist, and gives three. An error means that the relay cannot bear the question.
+func (d *dialogue) showDiscard() (yes bool, _ *Error) {
+	const chunk = "XCHUNK\r\n"
+	limit := d.s.cfg.Timeouts.Overlap
+	r, e := d.command(OpBdat, "BDAT 8 (out of order, to see how the relay refuses it), RSET", "BDAT 8\r\n"+chunk+"RSET", limit)
+	if e != nil {
+		return false, e
+	}
+	refused := r.Class() >= 4
+	if r, e = d.read(OpBdat, limit); e != nil {
+		return false, e
+	}
+	yes = refused && r.Class() == 2
+	if r.Class() >= 4 { // the relay has read the chunk
+		if r, e = d.read(OpRset, limit); e != nil {
+			return false, e
+		}
+	}
+	if r.Class() != 2 {
+		e = refusedBy(OpBdat, r)
+	}
+	return yes, e
+}
+
+// mustHoldLocked reports whether the body must not leave before the relay has answered its envelope.
+func (t *transaction) mustHoldLocked() bool {
+	s := t.s
+	switch {
+	case s.lead != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
+	case t.clearing: // if RSET is refused, the message would go to the recipients of the envelope that is still open
+	case t.waitsForRcpts():
+	case !s.inStep:
+	case t.overlapped && !s.overlapped:
+	default:
+		return false
+	}
+	return true
 }
 
 // waitsForRcpts reports whether the body is held back until each recipient has its reply.
@@ -45,34 +128,51 @@ func isBytes(b any) bool {
 	return ok
 }
 
-// remaining is how much end has to write.
+// goesByData reports whether the body goes by DATA, as far as that can be known before it is asked to write itself.
+func (t *transaction) goesByData() bool {
+	switch b := t.m.Body.(type) {
+	case bytesBody:
+		return !t.s.chunked || beginsOddly(b)
+	case *headedBody:
+		return !t.s.chunked || beginsOddly(b.head)
+	}
+	return !t.s.chunked
+}
+
+// beginsOddly reports whether a body begins with a line that is no header field: Postfix takes an envelope line of a mailbox
+// out of what comes by DATA, and keeps the header behind it; in chunks it takes all of it for the body of the message.
+func beginsOddly(body []byte) bool {
+	return bytes.HasPrefix(body, []byte("From ")) || bytes.HasPrefix(body, []byte(">From ")) ||
+		len(body) > 0 && (body[0] == ' ' || body[0] == '\t')
+}
+
+// remaining is how much part has to write, but for the commands.
 func (t *transaction) remaining() int64 {
 	switch {
-	case !t.s.chunks() || t.chunked.byData:
-		return int64(len(".\r\n"))
+	case t.byData:
+		return 0
 	case isBytes(t.m.Body):
 		return t.size
 	}
 	return int64(t.chunked.used)
 }
 
-// converseInChunks writes the envelope and the body, but for its last chunk, and reports whether that is due.
+// converseInChunks writes the envelope, and of the body what part leaves over. It reports whether that is due.
 func (t *transaction) converseInChunks() bool {
-	if oneShot(t.m.Body) {
-		if t.bodyErr = t.readAhead(); t.bodyErr != nil {
-			return false
-		}
-	}
 	if isBytes(t.m.Body) {
 		return t.beginChunks(t.size)
 	}
 	c := &t.chunked
 	c.buffer = chunkPool.Get().(*[maxChunk]byte)
 	t.s.body.Reset((*chunkSink)(t), false)
-	switch err := t.writeBody(); {
+	err := t.writeBody()
+	if err == nil && !c.begun && beginsOddly(c.buffer[:c.used]) {
+		err = t.goByData()
+	}
+	switch {
 	case err == errRefused:
 		return false
-	case err != nil && c.byData:
+	case err != nil && t.byData:
 		t.giveUp(err)
 		return false
 	case err != nil:
@@ -124,6 +224,7 @@ func (t *transaction) readAhead() error {
 	if limit := t.s.ext.Size; limit > 0 && t.size > limit {
 		return &sizeError{limit}
 	}
+	t.declare(t.size)
 	return nil
 }
 
@@ -140,23 +241,41 @@ func (u readerUntil) Read(p []byte) (int, error) {
 	return u.r.Read(p)
 }
 
+// declare has MAIL say how large the message is, where the relay takes that.
+func (t *transaction) declare(size int64) {
+	if t.s.ext.Has("SIZE") {
+		t.mail.Size = size
+	}
+}
+
 // beginChunks writes the envelope for a message of size octets, 0 if that is not known, and reports whether the body is to
 // follow.
 func (t *transaction) beginChunks(size int64) bool {
-	if t.s.ext.Has("SIZE") && size > 0 {
-		t.mail.Size = size
+	if size > 0 {
+		t.declare(size)
 	}
 	t.chunked.begun = true
-	led := t.s.lead != nil
 	if !t.envelope() {
 		return false
 	}
-	// Behind an AUTH that is refused a relay may take mail all the same, as from anybody; and behind a RSET that is refused the
-	// message would go to the recipients of the envelope that is still open. With DATA there would be no body.
-	if !led && !t.clearing && !t.waitsForRcpts() {
+	if !t.held {
 		return true
 	}
-	return t.sendNow() && t.awaitEnvelope() && t.dataIsDue()
+	together := t.overlapped && t.carrying // with the end of the message before, in one write
+	if !t.send() || !t.awaitEnvelope() || !t.dataIsDue() {
+		return false
+	}
+	s := t.s
+	if !s.inStep {
+		s.inStep = true
+		s.cfg.learnt.noteDiscard(s.addr, true)
+	}
+	if together {
+		s.mu.Lock()
+		s.overlapped = true
+		s.mu.Unlock()
+	}
+	return true
 }
 
 // chunkSink takes the canonical form of a body whose size is not known.
@@ -168,7 +287,7 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 	c := &t.chunked
 	n := 0
 	for {
-		if c.byData {
+		if t.byData {
 			k, err := c.dots.Write(p[n:])
 			return n + k, err
 		}
@@ -186,17 +305,12 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 // overflow makes room in the buffer: it writes a chunk, or goes over to DATA.
 func (t *transaction) overflow() error {
 	c := &t.chunked
-	if !c.begun && t.s.ext.Size == 0 {
+	if !c.begun && (t.s.ext.Size == 0 || beginsOddly(c.buffer[:c.used])) {
 		return t.goByData()
 	}
-	if !c.begun && !t.beginChunks(0) || t.unwanted() || !t.startChunk(c.used, false) {
+	if !c.begun && !t.beginChunks(0) || !t.writeChunk() || !t.sendNow() {
 		return errRefused
 	}
-	if _, err := t.s.out.Write(c.buffer[:c.used]); err != nil || t.s.flush() != nil {
-		t.explained()
-		return errRefused
-	}
-	c.used = 0
 	if h, ok := t.m.Body.(*headedBody); ok && !h.used && (!t.awaitEnvelope() || t.unwanted()) {
 		return errRefused // and it can be written again
 	}
@@ -206,8 +320,8 @@ func (t *transaction) overflow() error {
 // goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
 func (t *transaction) goByData() error {
 	c := &t.chunked
-	c.begun, c.byData = true, true
-	if !t.envelope() || !t.askData() || !t.sendNow() || !t.awaitEnvelope() || !t.startData() {
+	c.begun, t.byData = true, true
+	if !t.beginData() {
 		return errRefused
 	}
 	c.dots.Reset(t.s.out, true)
@@ -223,53 +337,57 @@ func (t *transaction) unwanted() bool {
 	return t.refusalLocked() != nil
 }
 
-// startChunk writes the command for a chunk of n octets.
-func (t *transaction) startChunk(n int, last bool) bool {
-	s := t.s
-	x := exchange{op: OpBdat, tx: t, limit: s.cfg.Timeouts.Command}
-	s.line = append(strconv.AppendInt(append(s.line[:0], "BDAT "...), int64(n), 10), "\r\n"...)
-	if last {
-		x.final, x.limit = true, s.cfg.Timeouts.FinalReply
-		s.line = append(s.line[:len(s.line)-2], " LAST\r\n"...)
-	}
-	x.end = s.position() + int64(len(s.line)+n)
-	if last {
-		t.endAt = x.end // ahead of time, since a full buffer may leave while the chunk is put into it
-	}
-	if !s.expect(x) {
-		t.endAt = 0
+// startChunk writes the command for a chunk of n octets, unless the relay does not want it.
+func (t *transaction) startChunk(n int) bool {
+	if t.unwanted() {
 		return false
 	}
-	s.mu.Lock()
-	s.chunkEnd = x.end
-	s.mu.Unlock()
+	s := t.s
+	s.line = append(strconv.AppendInt(append(s.line[:0], "BDAT "...), int64(n), 10), "\r\n"...)
+	end := s.position() + int64(len(s.line)+n)
+	if !s.expect(exchange{op: OpBdat, tx: t, limit: s.cfg.Timeouts.Command, end: end}) {
+		return false
+	}
 	if tr := s.cfg.Trace; tr != nil && tr.Command != nil {
-		tr.Command(t.ctx, s.id, fmt.Sprintf("BDAT %d%s", n, map[bool]string{true: " LAST"}[last]))
+		tr.Command(t.ctx, s.id, fmt.Sprintf("BDAT %d", n))
 	}
 	_, err := s.out.Write(s.line)
 	return err == nil || t.explained()
 }
 
-// lastChunks writes what is left of the body, up to its last chunk.
-func (t *transaction) lastChunks() bool {
-	c, s := &t.chunked, t.s
-	if c.buffer != nil {
-		if t.unwanted() || !t.startChunk(c.used, true) {
-			return false
-		}
-		s.out.Write(c.buffer[:c.used])
+// writeChunk writes what is in the buffer as a chunk.
+func (t *transaction) writeChunk() bool {
+	c := &t.chunked
+	if c.used == 0 {
 		return true
 	}
-	c.left = t.size
-	s.body.Reset((*chunkSplitter)(t), false)
+	if !t.startChunk(c.used) {
+		return false
+	}
+	_, err := t.s.out.Write(c.buffer[:c.used])
+	c.used = 0
+	return err == nil || t.explained()
+}
+
+// lastChunks writes what is left of the body, and the empty chunk that ends it.
+func (t *transaction) lastChunks() bool {
+	if t.chunked.buffer != nil {
+		return t.writeChunk() && t.finishChunks()
+	}
+	t.chunked.left = t.size
+	t.s.body.Reset((*chunkSplitter)(t), false)
 	switch err := t.writeBody(); {
 	case err == errRefused:
-		return t.endAt > 0
-	case err != nil && t.endAt == 0:
+		return false
+	case err != nil:
 		t.giveUp(err)
 		return false
 	}
-	return true // if a write has failed, the session knows
+	return t.finishChunks()
+}
+
+func (t *transaction) finishChunks() bool {
+	return !t.unwanted() && t.finish(OpBdat, "BDAT 0 LAST")
 }
 
 // chunkSplitter divides the canonical form of a body whose size is known into chunks.
@@ -283,10 +401,10 @@ func (cs *chunkSplitter) Write(p []byte) (int, error) {
 	for n < len(p) {
 		if c.room == 0 {
 			c.room = int(min(c.left, maxChunk))
-			if t.unwanted() || !t.startChunk(c.room, int64(c.room) == c.left) {
+			c.left -= int64(c.room)
+			if !t.startChunk(c.room) {
 				return n, errRefused
 			}
-			c.left -= int64(c.room)
 		}
 		k, err := t.s.out.Write(p[n:min(n+c.room, len(p))])
 		n += k

@@ -61,8 +61,8 @@ type Config struct {
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
 	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
-	// which one through SSH does not. Like a *net.TCPConn's, its CloseWrite and SetLinger methods are used if it has them: to
-	// wait for the relay's close, and to give up a chunk (RFC 3030) so that nothing takes it for the whole.
+	// which one through SSH does not. Like a *net.TCPConn's, its CloseWrite method is used if it has one: to wait for
+	// the relay's close.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Trace, if not nil, is told what happens; see [LogTrace].

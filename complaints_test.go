@@ -411,9 +411,13 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 // chunkSinkConn is a connection to a relay that takes messages in chunks and keeps nothing of them.
 type chunkSinkConn struct {
 	sinkConn
-	line []byte
-	left int // of the chunk
+	line   []byte
+	left   int    // of the chunk
+	reply  string // to it
+	mailed bool   // there was a MAIL
 }
+
+func (s *chunkSinkConn) RemoteAddr() net.Addr { return nil }
 
 func (s *chunkSinkConn) Write(p []byte) (int, error) {
 	n := len(p)
@@ -422,7 +426,7 @@ func (s *chunkSinkConn) Write(p []byte) (int, error) {
 			k := min(s.left, len(p))
 			s.left, p, s.received = s.left-k, p[k:], s.received+int64(k)
 			if s.left == 0 {
-				s.replies <- "250 ok\r\n"
+				s.replies <- s.reply
 			}
 			continue
 		}
@@ -436,6 +440,17 @@ func (s *chunkSinkConn) Write(p []byte) (int, error) {
 		case "BDAT":
 			size, _, _ := strings.Cut(arg, " ")
 			s.left, _ = strconv.Atoi(size)
+			switch {
+			case !s.mailed: // out of order
+				s.reply = "503 MAIL first\r\n"
+			case s.left == 0:
+				s.replies <- "250 ok\r\n"
+			default:
+				s.reply = "250 ok\r\n"
+			}
+		case "MAIL":
+			s.mailed = true
+			s.replies <- "250 ok\r\n"
 		case "EHLO":
 			s.replies <- "250-sink\r\n250-PIPELINING\r\n250-SIZE 2000000000\r\n250 CHUNKING\r\n"
 		case "QUIT":

@@ -212,7 +212,7 @@ func (t *transaction) verdict() *Error {
 	switch {
 	case t.finalIn && t.final.Class() == 2 && t.acceptedRcpts() > 0 && t.data.Class() < 4:
 		return nil
-	case t.finalIn && (t.final.Class() == 3 || t.final.Class() == 2 && t.acceptedRcpts() > 0): // even behind a chunk refused
+	case t.finalIn && (t.final.Class() == 3 || t.final.Class() == 2 && t.agreedRcpts() > 0): // behind a refusal of MAIL or of a chunk
 		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
 	}
 	if t.dubiousLocked() {
@@ -286,13 +286,13 @@ func isWord(s string) bool {
 
 // decidesLocked reports whether e, a refusal in the envelope, means that what was sent behind it is not accepted, although
 // there is no reply to its end. That the relay refuses RSET says nothing of what stands behind, unless it leaves, nor does
-// it when one recipient is refused and another one not.
+// it when one recipient is refused and another one not, or MAIL is and a recipient not.
 func (t *transaction) decidesLocked(e *Error) bool {
 	switch e.Op {
 	case OpRset:
 		return e.Code == 421
-	case OpRcpt:
-		return t.acceptedRcpts() == 0
+	case OpMail, OpRcpt:
+		return t.agreedRcpts() == 0
 	}
 	return true
 }
@@ -300,7 +300,7 @@ func (t *transaction) decidesLocked(e *Error) bool {
 // dubiousLocked reports whether the replies to an envelope behind a final dot may be those to other commands: a relay that
 // throws away a part of what came with the dot is short of as many replies, until one side ends the connection.
 func (t *transaction) dubiousLocked() bool {
-	if !t.overlapped || t.s.chunks() || t.endAt > 0 || t.s.cause == nil || t.rset.Class() != 2 {
+	if !t.overlapped || t.endAt > 0 || t.s.cause == nil || t.rset.Class() != 2 {
 		return false
 	}
 	_, ended := t.s.cause.(*replyError) // 421, or one that cannot be the reply to its command
@@ -315,10 +315,10 @@ func (t *transaction) behind421Locked() bool {
 
 // endOp is the step that ends the message.
 func (t *transaction) endOp() Op {
-	if t.s.chunks() && !t.chunked.byData {
-		return OpBdat
+	if t.byData {
+		return OpFinalDot
 	}
-	return OpFinalDot
+	return OpBdat
 }
 
 // lost says of err, a fault of the connection, what it means.

@@ -26,6 +26,10 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 	}
 	c.stats.dials.Add(1)
 	s, leave, e = c.connect(ctx, id)
+	if e != nil && e.Op == OpBdat && ctx.Err() == nil { // the question about refused chunks, which is not asked again
+		leave()
+		s, leave, e = c.connect(ctx, id)
+	}
 	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
@@ -70,6 +74,14 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	raw.SetReadDeadline(time.Time{})
 	s.prepare()
 	return s, nil, nil
+}
+
+// remoteAddr is the address that conn leads to, IP and port.
+func remoteAddr(conn net.Conn) string {
+	if a := conn.RemoteAddr(); a != nil {
+		return a.String()
+	}
+	return ""
 }
 
 func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
@@ -142,7 +154,25 @@ func (d *dialogue) open(ctx context.Context) *Error {
 			return e
 		}
 	}
-	return d.startAuth(ctx, s)
+	shown, known := false, true
+	if c.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
+		s.addr = remoteAddr(s.raw)
+		shown, known = c.learnt.discardsAt(s.addr)
+	}
+	if e := d.startAuth(ctx, s, known); e != nil {
+		return e
+	}
+	if !known {
+		var e *Error
+		if shown, e = d.showDiscard(); !shown && ctx.Err() == nil {
+			c.learnt.noteDiscard(s.addr, false)
+		}
+		if e != nil {
+			return e
+		}
+	}
+	s.chunked, s.inStep = shown, known
+	return nil
 }
 
 func (d *dialogue) startTLS(ctx context.Context) *Error {

@@ -180,14 +180,15 @@ func (d *dialogue) truths() error {
 			if len(offered) == 0 || !c.owns(x) {
 				continue
 			}
-			if strings.Contains(x.body, "\n") || x.dot { // enough to tell it from an empty one
+			ended := x.dot || x.short && x.body == c.form(x)
+			if strings.Contains(x.body, "\n") || ended { // enough to tell it from an empty one
 				for _, to := range offered {
 					if taken[to] {
 						wrong(c, "it was offered to %s again", to)
 					}
 				}
 			}
-			if !x.dot {
+			if !ended {
 				continue
 			}
 			if !c.whole {
@@ -198,6 +199,7 @@ func (d *dialogue) truths() error {
 			told := open // as far as the call could know
 			switch {
 			case x.final == 0 || x.when > c.when:
+			case x.final/100 == 2 && x.mail/100 != 2: // for whom, nobody knows
 			case x.final/100 == 2:
 				told = accepted
 			case x.final/100 == 4 || x.final/100 == 5:
@@ -265,7 +267,7 @@ func (c *call) owns(x *transaction) bool {
 			return false
 		}
 	}
-	return x.dot || strings.HasPrefix(c.form(x), x.body)
+	return x.dot || x.short && x.body == c.form(x) || strings.HasPrefix(c.form(x), x.body)
 }
 
 // form is the body as x must carry it.

@@ -628,8 +628,8 @@ func (d *dialogue) finish() error {
 		if !c.link.closed.Load() {
 			errs = append(errs, fmt.Errorf("after Close connection %d is open", c.n))
 		}
-		if c.ledger.inChunk > 0 && c.link.orderly.Load() {
-			errs = append(errs, fmt.Errorf("connection %d ended in order within a chunk, which a relay may take for the message", c.n))
+		if c.ledger.inChunk > 0 && c.ledger.last {
+			errs = append(errs, fmt.Errorf("connection %d ended within a last chunk, which a relay may take for the message", c.n))
 		}
 		c.close()
 		c.link.Conn.Close()

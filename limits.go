@@ -133,6 +133,8 @@ type learnt struct {
 	told  time.Time  // when it did so first
 	until time.Time  // when that is forgotten
 
+	discards map[string]discard // by remote address; see chunking.go
+
 	badAuth      [sha256.Size]byte // of the credentials that the relay has refused
 	badAuthError *Error            // what it said; nil if it has refused none
 	badAuthUntil time.Time         // when they may be tried again

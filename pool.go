@@ -581,7 +581,7 @@ func (p *pool) crowdedLocked() {
 	open := p.dialling
 	now := time.Now()
 	for s := range p.sessions {
-		if st := s.status(now); st != statusDoomed && st != statusRetired {
+		if st := s.status(now); st != statusDoomed && st != statusRetired && !s.atFault() {
 			open++
 		}
 	}

@@ -21,7 +21,7 @@ import (
 type exchange struct {
 	op    Op
 	final bool          // its reply decides over the message
-	end   int64         // of a final dot or a chunk: the position behind the octets that must leave for a reply to come
+	end   int64         // the position behind the octets that must leave for a reply to come
 	tx    *transaction  // told of the reply; nil for QUIT
 	rcpt  int           // which recipient, for OpRcpt
 	limit time.Duration // for the reply, counted from when no other is awaited before it and end has left; 0 means none
@@ -42,6 +42,7 @@ type session struct {
 	raw     *progressConn
 	conn    net.Conn             // raw, or TLS on it
 	tls     *tls.ConnectionState // nil in the clear
+	addr    string               // of the relay, IP and port, where it offers chunks
 	ext     wire.Extensions      // of the last EHLO
 	born    time.Time
 	expires time.Time // when it is too old to be used; zero means never
@@ -61,6 +62,8 @@ type session struct {
 	leadMark [sha256.Size]byte   // of the credentials in lead
 	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
+	chunked  bool                // bodies may go in chunks (RFC 3030); set before the first transaction
+	inStep   bool                // the relay has answered an envelope in step, so a chunk may leave with its envelope
 
 	sent   chan struct{} // has room for one; told by sendAway
 	parted atomic.Bool   // sendAway and the owner who waits for it go separate ways: whoever sets it is first
@@ -91,7 +94,7 @@ type session struct {
 	abort       bool        // closed by Close: the relay is not waited for
 	hangingUp   bool        // the read loop is through, and has a deadline of its own for the relay's close
 	leftInOrder bool        // the relay has closed the connection, and nothing that it said is missing
-	chunkEnd    int64       // the position behind the last chunk
+	overlapped  bool        // the relay has answered, in full, an envelope that left in one write with the end before it
 }
 
 // closeReason tells why a session takes no further transaction.
@@ -131,7 +134,7 @@ func (s *session) status(now time.Time) status {
 		return statusRetired
 	case s.pending == 0:
 		return statusFree
-	case s.overlaps() && s.pending < s.inFlight():
+	case s.overlaps() && s.pending < s.inFlightLocked():
 		return statusOverlappable
 	}
 	return statusBusy
@@ -147,18 +150,17 @@ func (s *session) overlaps() bool {
 	return s.cfg.Pipelining == PipelineAcross && s.ext.Has("PIPELINING") && !s.cfg.learnt.noOverlap.Load()
 }
 
-// chunks reports whether bodies go in chunks (RFC 3030).
-func (s *session) chunks() bool {
-	return s.cfg.Chunking && s.ext.Has("CHUNKING") && s.pipelining()
-}
-
-// inFlight is how many messages may be on their way whose final reply is not in. With DATA there is never more than one,
-// since the next one's body waits for a 354 that comes behind that reply.
-func (s *session) inFlight() int {
-	if s.chunks() {
-		return s.cfg.Limits.MaxInFlight
+// inFlightLocked is how many messages may be on their way whose final reply is not in. With DATA it is two: the next one's
+// body waits for a 354 that comes behind that reply. In chunks it is MaxInFlight, once the relay has shown on this connection
+// that it answers what leaves together with the end of a message.
+func (s *session) inFlightLocked() int {
+	switch {
+	case !s.chunked:
+		return 2
+	case !s.overlapped:
+		return min(2, s.cfg.Limits.MaxInFlight)
 	}
-	return 2
+	return s.cfg.Limits.MaxInFlight
 }
 
 // usable reports whether transactions may be begun yet, now or later.
@@ -178,6 +180,13 @@ func (s *session) lastRoom(since time.Time) int {
 		return 0
 	}
 	return left
+}
+
+// atFault reports whether the session ends early, once the messages that are on their way have come to their end.
+func (s *session) atFault() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.retired == closeFault
 }
 
 // wasTooMany reports whether the relay has refused the session since there are too many.
@@ -221,23 +230,15 @@ func (s *session) readLoop() {
 	if s.abort || waited && s.writeErr == nil && isTimeout(err) && s.deadline != longAgo {
 		wait = 0 // QUIT had its time already
 	}
-	// A relay may take what it has of an unfinished chunk for the message if the connection ends cleanly (seen in go-smtp).
-	rst := s.attempted < s.chunkEnd
 	s.hangingUp, s.leftInOrder = true, errors.Is(err, io.EOF)
 	s.mu.Unlock()
 	close(s.done)
 	s.changed(s)
 
 	// A clean end of TLS is not yet the close of the connection below.
-	switch _, onTLS := s.conn.(*tls.Conn); {
-	case rst:
-		if c, ok := s.raw.Conn.(interface{ SetLinger(int) error }); ok {
-			c.SetLinger(0)
-		}
+	if _, onTLS := s.conn.(*tls.Conn); closedByPeer(err) && !onTLS {
 		s.raw.Close()
-	case closedByPeer(err) && !onTLS:
-		s.raw.Close()
-	default:
+	} else {
 		s.raw.hangUp(wait)
 	}
 	s.closed(s)
@@ -247,7 +248,7 @@ func (s *session) readLoop() {
 func (s *session) deliver(r wire.Reply) (more bool) {
 	r = s.traceReply(r)
 	s.mu.Lock()
-	if s.head == len(s.waiting) {
+	if s.earlyLocked(r) {
 		s.doomLocked(&unexpectedReply{r})
 		s.mu.Unlock()
 		return false
@@ -282,6 +283,9 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	if x.final {
 		s.pending--
 	}
+	if next := s.replies.Peek(); !x.final && s.head == len(s.waiting) && (next == '2' || next == '3') {
+		s.doomLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+	}
 	s.armLocked()
 	more = s.cause == nil || s.dueLocked()
 	s.mu.Unlock()
@@ -298,6 +302,16 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	}
 	return more
 }
+
+// earlyLocked reports whether r comes before the command that it would answer has left. No relay can answer that, so r is
+// one reply too many, and all replies behind it would be taken for those to other commands. A refusal is believed: a relay may
+// refuse a message of which it has not read the end.
+func (s *session) earlyLocked(r wire.Reply) bool {
+	return s.head == len(s.waiting) || r.Class() < 4 && s.waiting[s.head].end > s.attempted
+}
+
+// errExtraReply ends a session whose relay has sent more replies than it was given commands.
+var errExtraReply = errors.New("the relay sent a reply too many")
 
 // traceReply tells of a reply before anybody acts on it, and returns it without what must not be told.
 func (s *session) traceReply(r wire.Reply) wire.Reply {
@@ -522,13 +536,15 @@ func (s *session) quit() {
 
 // writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
 func (s *session) writeQuit(behind bool) bool {
-	if !s.expect(exchange{op: OpQuit, limit: s.cfg.Timeouts.Quit, first: behind}) {
+	const command = "QUIT\r\n"
+	end := s.position() + int64(len(command))
+	if !s.expect(exchange{op: OpQuit, limit: s.cfg.Timeouts.Quit, first: behind, end: end}) {
 		return false
 	}
 	s.mu.Lock()
 	s.quitting = true
 	s.mu.Unlock()
-	s.out.WriteString("QUIT\r\n")
+	s.out.WriteString(command)
 	s.traceCommand(context.Background(), "QUIT")
 	return true
 }

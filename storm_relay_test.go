@@ -186,7 +186,7 @@ type stormClientConn struct {
 	quitEnd  int        // like stormDot's end, of QUIT; 0 means none
 	line     []byte     // the beginning of the line that is being written
 	chunk    int        // octets of a chunk that are still to be written
-	last     bool       // it is the last
+	ended    bool       // the line ends a message
 	current  *stormSending
 	sendings map[int][]*stormSending // by message
 	left     time.Time               // when the client gave the connection up
@@ -244,12 +244,17 @@ func (e *stormClientConn) look(p []byte) {
 		if e.chunk > 0 {
 			k := min(e.chunk, len(p)-at)
 			e.looked, e.chunk = e.looked+k, e.chunk-k
-			e.endOfChunk()
 			continue
 		}
 		text, _, ended := bytes.Cut(p[at:], []byte("\n"))
 		e.line = append(e.line, text[:min(len(text), 100)]...)
-		if e.looked += len(text); !ended {
+		e.looked += len(text)
+		if end := strings.TrimSuffix(string(e.line), "\r"); !e.ended && e.current != nil && (end == "." || end == "BDAT 0 LAST") {
+			// A relay may do without the line end if the connection has closed.
+			e.dots = append(e.dots, stormDot{e.current, e.looked - len(e.line) + len(end)})
+			e.ended = true
+		}
+		if !ended {
 			break
 		}
 		e.looked++
@@ -259,22 +264,12 @@ func (e *stormClientConn) look(p []byte) {
 			begin(line)
 		case strings.HasPrefix(line, "RCPT TO:<") && e.current == nil:
 			begin(line)
-		case line == ".\r" && e.current != nil:
-			e.dots = append(e.dots, stormDot{e.current, e.looked})
 		case strings.HasPrefix(line, "BDAT "):
-			e.chunk, e.last = stormChunk(line)
-			e.endOfChunk()
+			e.chunk, _ = stormChunk(line)
 		case line == "QUIT\r":
 			e.quitEnd = e.looked
 		}
-		e.line = e.line[:0]
-	}
-}
-
-// endOfChunk takes the end of a last chunk for a final dot.
-func (e *stormClientConn) endOfChunk() {
-	if e.chunk == 0 && e.last && e.current != nil {
-		e.dots = append(e.dots, stormDot{e.current, e.looked})
+		e.line, e.ended = e.line[:0], false
 	}
 }
 
@@ -359,6 +354,7 @@ type stormConn struct {
 	rsetRefused             bool // the same for MAIL
 	confused                bool // commands and replies may be out of step, for which the relay is to blame
 	leaving                 bool // 421 was said, or the like: nothing is taken any more
+	asked                   bool // it was asked what becomes of a chunk that is refused
 	quit                    bool // QUIT was answered: nothing may come any more
 	stalled                 bool
 	faults                  int           // what went wrong on purpose on this connection
@@ -835,7 +831,9 @@ func (c *stormConn) bdat(line string) error {
 	size, last := stormChunk(line)
 	c.grammar(size >= 0 && c.r.w.chunking && !c.helo, "%q", line)
 	if a == nil || a.dotRead || len(a.rcpts) == 0 {
-		c.grammar(c.mailRefused, "BDAT outside a transaction")
+		asks := c.mails == 0 && size == 8 && !last && !c.asked // whether a refused chunk is thrown away
+		c.asked = c.asked || asks
+		c.grammar(c.mailRefused || asks, "BDAT outside a transaction")
 		if err := c.swallow(line); err != nil {
 			return err
 		}
@@ -991,7 +989,7 @@ func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
 
 func (c *stormConn) rset(line string) error {
 	c.grammar(line == "RSET", "%q", line)
-	c.grammar(c.mails > 0, "RSET before the first MAIL")
+	c.grammar(c.mails > 0 || c.asked, "RSET before the first MAIL")
 	r := c.yes("2.0.0", "forgotten")
 	f := c.roll(atRset)
 	if no, ok := f.refusal(c, atRset, -1); ok {

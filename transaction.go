@@ -22,19 +22,22 @@ import (
 // The write side goes back to its keeper as soon as the final dot is written; the transaction of another message may then
 // begin while this one awaits its final reply (RFC 2920, 3.1).
 type transaction struct {
-	ctx   context.Context
-	s     *session
-	m     *Message
-	mail  smtp.MailOptions // as they are sent
-	rcpts []int            // which of m.To
+	ctx    context.Context
+	s      *session
+	keeper keeper // of s
+	m      *Message
+	mail   smtp.MailOptions // as they are sent
+	rcpts  []int            // which of m.To
 
 	signal      chan struct{} // told that a reply is in; has room for one
 	seq         int           // the how manieth transaction of its session
 	overlapped  bool          // begun behind a final dot without reply
 	clearing    bool          // RSET has to clear an envelope away
 	carrying    bool          // begun with another one's final dot still in the buffer
-	endAt       int64         // the position behind the final dot or the last chunk; 0 while that is not in the buffer
+	held        bool          // in chunks: the body waits for the replies to the envelope
+	endAt       int64         // from this position on the relay may have the message; 0 while its end is not in the buffer
 	size        int64         // of the canonical form of Bytes
+	byData      bool          // the body goes by DATA, and not in chunks
 	chunked     chunkedBody
 	bodyBegun   bool  // the body was asked to write itself
 	sinkErr     error // why no more of the body is taken
@@ -42,6 +45,8 @@ type transaction struct {
 	bodyErr     error // why the body was given up
 	handedOver  bool  // somebody else has the write side already
 	shared      bool  // the guard's function may still run, and look at the transaction
+
+	unguard func() bool // ends what guard has begun
 
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
@@ -69,7 +74,7 @@ type keeper interface {
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
 func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail smtp.MailOptions, rcpts []int) *transaction {
 	t := s.cfg.transactions.Get().(*transaction)
-	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0]}
+	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0], unguard: unguarded}
 	for range rcpts {
 		t.rcpt = append(t.rcpt, wire.Reply{})
 	}
@@ -97,17 +102,18 @@ func (t *transaction) recycle() {
 
 // run makes the transaction. It gives the write side back in any case.
 func (t *transaction) run(k keeper) {
-	if t.write(k) {
+	t.keeper = k
+	if t.write() {
 		t.awaitFinal()
 	}
 }
 
 // write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
-func (t *transaction) write(k keeper) (dotted bool) {
+func (t *transaction) write() (dotted bool) {
 	s := t.s
 	defer func() {
 		if !t.handedOver {
-			k.giveBack(s)
+			t.keeper.giveBack(s)
 		}
 	}()
 	t.carrying = s.out.Buffered() > 0
@@ -120,41 +126,30 @@ func (t *transaction) write(k keeper) (dotted bool) {
 			s.doom(errors.New("the body panicked"))
 		}
 	}()
-	dotted = t.converse(k)
+	dotted = t.converse()
 	completed = true
 	return dotted
 }
 
-func (t *transaction) converse(k keeper) (due bool) {
-	unguard := func() bool { return true }
-	defer func() { unguard() }()
-	// The other one's message does not wait while this one's body is made, nor does anything block that is not guarded.
-	if t.carrying && !t.fitsBuffer() && !t.send(k) {
+func (t *transaction) converse() (due bool) {
+	defer func() { t.unguard() }()
+	t.byData = t.goesByData()
+	// The message before is not held up while this one's body is made, nor does anything block that is not guarded.
+	if !t.carrying {
+		t.guard()
+	} else if !t.fitsBuffer() && !t.send() {
 		return false
 	}
-	if !t.carrying {
-		unguard = t.guard()
-	}
-	if t.s.chunks() {
-		return t.converseInChunks() && t.part(k, unguard)
-	}
-	for {
-		carried := t.carrying
-		if !t.envelope() || !t.askData() || !t.send(k) {
+	if !t.byData && oneShot(t.m.Body) {
+		if t.bodyErr = t.readAhead(); t.bodyErr != nil {
 			return false
 		}
-		if carried {
-			unguard = t.guard()
-		}
-		if !t.awaitEnvelope() {
-			return false
-		}
-		if !t.overlapRefused() {
-			break
-		}
-		t.repeat()
+		t.byData = t.goesByData()
 	}
-	if !t.startData() {
+	if !t.byData {
+		return t.converseInChunks() && t.part()
+	}
+	if !t.beginData() {
 		return false
 	}
 	t.s.body.Reset(t.s.out, true)
@@ -162,28 +157,41 @@ func (t *transaction) converse(k keeper) (due bool) {
 		t.giveUp(err)
 		return false
 	}
-	return t.part(k, unguard)
+	return t.part()
+}
+
+// beginData makes the envelope and DATA, and reports whether the body is to follow.
+func (t *transaction) beginData() bool {
+	for {
+		if !t.envelope() || !t.askData() || !t.send() || !t.awaitEnvelope() {
+			return false
+		}
+		if !t.overlapRefused() {
+			return t.startData()
+		}
+		t.repeat()
+	}
 }
 
 // part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
-func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
-	if room := t.remaining() + endRoom; k.wanted() && room <= outBuffer {
+func (t *transaction) part() (due bool) {
+	if room := t.remaining() + endRoom; t.keeper.wanted() && room <= outBuffer {
 		if int64(t.s.out.Available()) < room {
 			t.s.flush() // guarded yet; a transaction that carries another one's message has been found to fit
 		}
-		if !unguard() || !t.end() {
+		if !t.unguard() || !t.end() {
 			return false
 		}
-		if t.handedOver = k.handOver(t.s); t.handedOver {
+		if t.handedOver = t.keeper.handOver(t.s); t.handedOver {
 			return true
 		}
 		if t.carrying {
 			return true // giveBack flushes: with it go messages of others, who have nothing to do with this one's context
 		}
-		unguard = t.guard() // nobody goes on here
+		t.guard() // nobody goes on here
 		t.s.flush()
-		unguard()
+		t.unguard()
 		return true
 	}
 	if !t.end() {
@@ -193,17 +201,22 @@ func (t *transaction) part(k keeper, unguard func() bool) (due bool) {
 	return true
 }
 
-// endRoom is how much of the buffer the commands around the end of a message take at most: BDAT and QUIT.
+// endRoom is how much of the buffer the commands around the end of a message take at most: twice BDAT, and QUIT.
 const endRoom = 64
 
 // fitsBuffer reports whether all that is to be written before a reply is awaited fits into the write buffer, beside what is
 // there.
 func (t *transaction) fitsBuffer() bool {
 	room := int64(t.s.out.Available()) - t.envelopeRoom()
-	if !t.s.chunks() {
+	switch {
+	case t.byData:
 		return room >= 0
+	case !isBytes(t.m.Body):
+		return false // it is made before its envelope is written
+	case t.waitsForRcpts() || !t.s.inStep || !t.s.overlapped:
+		return room >= 0 // it will be held
 	}
-	return room >= t.remaining()+endRoom && isBytes(t.m.Body) && !t.waitsForRcpts()
+	return room >= t.remaining()+endRoom
 }
 
 // envelopeRoom is how much of the buffer the envelope takes at most.
@@ -223,15 +236,20 @@ func (t *transaction) envelopeRoom() int64 {
 }
 
 // send flushes the buffer. The end of the context does not interrupt that while another one's final dot is in it, but ends
-// the wait: then the session ends too, once all has left.
-func (t *transaction) send(k keeper) bool {
-	if t.carrying && t.ctx.Done() != nil {
-		if t.handedOver = !k.sendOff(t.ctx, t.s); t.handedOver {
+// the wait: then the session ends too, once all has left. From then on the context ends the transaction.
+func (t *transaction) send() bool {
+	carried := t.carrying
+	if carried && t.ctx.Done() != nil {
+		if t.handedOver = !t.keeper.sendOff(t.ctx, t.s); t.handedOver {
 			return false
 		}
 	}
 	t.carrying = false
-	return t.sendNow() // which tells how it went
+	sent := t.sendNow() // which tells how it went
+	if carried {
+		t.guard()
+	}
+	return sent
 }
 
 // giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
@@ -248,11 +266,14 @@ func (t *transaction) giveUp(err error) {
 // sendNow flushes the buffer.
 func (t *transaction) sendNow() bool { return t.s.flush() == nil || t.explained() }
 
-// guard makes the end of the context end the transaction, until unguard is called. If that returns false, it is too late.
+// unguarded is what ends no guard.
+func unguarded() bool { return true }
+
+// guard makes the end of the context end the transaction, until t.unguard is called. If that returns false, it is too late.
 // The session lives on until the final replies due to others are in.
-func (t *transaction) guard() (unguard func() bool) {
+func (t *transaction) guard() {
 	if t.ctx.Done() == nil {
-		return func() bool { return true }
+		return
 	}
 	s, ctx := t.s, t.ctx
 	cancel := func() {
@@ -265,7 +286,7 @@ func (t *transaction) guard() (unguard func() bool) {
 	}
 	stop := context.AfterFunc(ctx, cancel)
 	first, result := true, false
-	return func() bool {
+	t.unguard = func() bool {
 		if first {
 			if first, result = false, stop(); !result {
 				t.shared = true
@@ -289,7 +310,7 @@ func (t *transaction) envelope() bool {
 	}
 	if rset {
 		x := exchange{op: OpRset, limit: command, first: t.overlapped}
-		if t.overlapped && !s.chunks() { // behind a final dot the message is untouched, behind a last chunk it may be on its way
+		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
 			x.limit = s.cfg.Timeouts.Overlap
 		}
 		if !t.ask(x, "RSET") {
@@ -330,6 +351,11 @@ func (t *transaction) startData() bool {
 	switch {
 	case t.data.Class() != 3:
 		return false
+	case t.mailRefused() || t.clearing && t.acceptedRcpts() == 0:
+		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
+		// the final dot may leave, which would send an empty message to whoever that is for.
+		t.s.doom(&replyError{OpData, t.data})
+		return false
 	case t.acceptedRcpts() == 0:
 		t.loneDot()
 		return false
@@ -341,7 +367,7 @@ func (t *transaction) startData() bool {
 func (t *transaction) lead() bool {
 	s := t.s
 	s.line, s.lead = append(s.line[:0], s.lead...), nil
-	if !t.expect(exchange{op: OpAuth, limit: s.cfg.Timeouts.Command}) {
+	if !t.expect(exchange{op: OpAuth, limit: s.cfg.Timeouts.Command, end: s.position() + int64(len(s.line))}) {
 		return false
 	}
 	s.traceCommand(t.ctx, "AUTH PLAIN "+redacted)
@@ -358,6 +384,7 @@ func (t *transaction) begin() (rset bool) {
 	rset = s.open
 	t.clearing, s.unended = rset && s.unended, true
 	t.overlapped = s.pending > 0
+	t.held = !t.byData && t.mustHoldLocked()
 	if s.failed++; t.overlapped || !rset {
 		s.failed = 0
 	}
@@ -397,6 +424,7 @@ func (t *transaction) ask(x exchange, command string) bool {
 // askLine writes the command in s.line. Where commands are not pipelined it awaits the reply.
 func (t *transaction) askLine(x exchange) bool {
 	s := t.s
+	x.end = s.position() + int64(len(s.line))
 	if !t.expect(x) {
 		return false
 	}
@@ -458,7 +486,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		}
 	case OpRset:
 		t.rset = r
-		if r.Class() != 2 && !(x.first && r.Code == 503 && !s.chunks()) {
+		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
 			if x.first && r.Code != 421 { // which is no answer to this command, but to all
 				s.cfg.learnt.noOverlap.Store(true)
 			}
@@ -549,7 +577,17 @@ func (t *transaction) authed() bool {
 
 func (t *transaction) mailRefused() bool { return t.mailed.Code != 0 && t.mailed.Class() != 2 }
 
+// acceptedRcpts is how many recipients the relay has accepted. Where it has refused MAIL it has accepted none, whatever it
+// says to RCPT: it means the recipients of another envelope, which it has not let go of.
 func (t *transaction) acceptedRcpts() (n int) {
+	if t.mailRefused() {
+		return 0
+	}
+	return t.agreedRcpts()
+}
+
+// agreedRcpts is to how many RCPTs the relay has said yes.
+func (t *transaction) agreedRcpts() (n int) {
 	for _, r := range t.rcpt {
 		if r.Class() == 2 {
 			n++
@@ -676,19 +714,12 @@ func (t *transaction) Write(p []byte) (n int, err error) {
 // no further transaction.
 func (t *transaction) end() bool {
 	s := t.s
-	if s.chunks() && !t.chunked.byData {
-		if !t.lastChunks() {
+	if t.byData {
+		if !t.finish(OpFinalDot, ".") {
 			return false
 		}
-	} else {
-		// Set ahead of time, since a full buffer may leave while the dot is put into it.
-		t.endAt = s.position() + int64(len(".\r\n"))
-		if !s.expect(exchange{op: OpFinalDot, final: true, end: t.endAt, tx: t, limit: s.cfg.Timeouts.FinalReply}) {
-			t.endAt = 0
-			return false
-		}
-		s.out.WriteString(".\r\n")
-		s.traceCommand(t.ctx, ".")
+	} else if !t.lastChunks() {
+		return false
 	}
 	s.mu.Lock()
 	last := s.retired != ""
@@ -696,6 +727,22 @@ func (t *transaction) end() bool {
 	if last && s.overlaps() {
 		s.writeQuit(true)
 	}
+	return true
+}
+
+// finish writes the command that ends the message.
+func (t *transaction) finish(op Op, command string) bool {
+	s := t.s
+	// Some relays take a line that the end of the connection has cut for a whole one: the message may be theirs as soon as the
+	// command has left without its line end. This is set ahead of time, since a full buffer leaves while more is put into it.
+	t.endAt = s.position() + int64(len(command))
+	if !s.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: s.cfg.Timeouts.FinalReply}) {
+		t.endAt = 0
+		return false
+	}
+	s.traceCommand(t.ctx, command)
+	s.out.WriteString(command)
+	s.out.WriteString("\r\n")
 	return true
 }
 

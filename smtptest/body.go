@@ -134,7 +134,10 @@ func (c *conn) bdat(line, arg string) ending {
 		c.say("500 5.5.1 BDAT not offered, or without a size")
 		return hangUp
 	}
-	b := c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked()})
+	var b blow
+	if c.env.open { // else it is refused in any case, and is a question rather than a part of a message
+		b = c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked()})
+	}
 	if b.refuses() && b.end != goOn {
 		return c.answer(b, nil)
 	}

@@ -53,6 +53,15 @@ func NewReplyReader(r io.Reader) *ReplyReader {
 // Buffered tells how many bytes were received and not yet read as replies.
 func (r *ReplyReader) Buffered() int { return r.br.Buffered() }
 
+// Peek returns the first octet of a further reply that was received already; 0 if there is none. Empty lines do not count.
+func (r *ReplyReader) Peek() byte {
+	b, _ := r.br.Peek(r.br.Buffered())
+	if b = bytes.TrimLeft(b, "\r\n"); len(b) == 0 {
+		return 0
+	}
+	return b[0]
+}
+
 // ReadReply reads one reply. At a clean end of input the error is io.EOF, within a reply io.ErrUnexpectedEOF.
 func (r *ReplyReader) ReadReply() (Reply, error) {
 	var reply Reply
