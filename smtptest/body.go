@@ -130,22 +130,26 @@ func parseBdat(arg string) (size int64, last, ok bool) {
 func (c *conn) bdat(line, arg string) ending {
 	size, last, ok := parseBdat(arg)
 	if !ok || !c.s.Chunking {
-		// How long the chunk is, or that it is one, nobody knows: what follows cannot be told from commands.
 		c.say("500 5.5.1 BDAT not offered, or without a size")
-		return hangUp
+		if c.s.KeepRefusedChunks {
+			return goOn
+		}
+		return hangUp // nobody knows how long the chunk is: what follows cannot be told from commands
 	}
 	var b blow
 	if c.env.open { // else it is refused in any case, and is a question rather than a part of a message
-		b = c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked()})
+		b = c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked(), chunk: size})
 	}
 	if b.refuses() && b.end != goOn {
 		return c.answer(b, nil)
 	}
 	if b.refuses() || len(c.env.to) == 0 {
-		if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
-			return lost
+		if !c.s.KeepRefusedChunks {
+			if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
+				return lost
+			}
 		}
-		if b.refuses() { // a message without this chunk is no message (RFC 3030, 2)
+		if b.refuses() && (c.env.chunks > 0 || !c.s.KeepRefusedChunks) { // a message without this chunk is no message (RFC 3030, 2)
 			c.ask("RSET")
 			c.env = envelope{}
 		}

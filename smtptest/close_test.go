@@ -79,29 +79,87 @@ func TestCloseWaitsForTransactions(t *testing.T) {
 	})
 }
 
+// A client whose next command is late is given a moment, counted from its last one.
+func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
+	tests := []struct {
+		why   string
+		delay time.Duration
+		says  []string
+		wants []string
+	}{
+		{"behind a sender", 0, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
+		{"behind a refused recipient", 0, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>"}, []string{"250 ", "550 "}},
+		{"between chunks", 0, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 2", ""}, []string{"250 ", "250 ", "250 "}},
+		{"far away", time.Second, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.why, func(t *testing.T) {
+			s := chunking()
+			s.Delay = tt.delay
+			s.Reject = map[string]string{"no@y.example": "550 no"}
+			bubble(t, s, func(t *testing.T) {
+				r := open(t, s)
+				r.say(tt.says...)
+				r.want(tt.wants...)
+				time.Sleep(time.Minute)
+				closed := make(chan time.Time)
+				began := time.Now()
+				go func() { s.Close(); closed <- time.Now() }()
+				time.Sleep(lastWords / 2)
+				r.say("NOOP") // takes half a round trip, and begins the wait again
+				r.want("250 ", "421 4.3.2 ")
+				r.closed()
+				if took := (<-closed).Sub(began); took < lastWords*3/2+tt.delay || took >= lastWords*2+3*tt.delay {
+					t.Errorf("took %v", took)
+				}
+			})
+		})
+	}
+}
+
+func TestCloseEndsWithTheLastQuit(t *testing.T) {
+	s := plainRelay()
+	bubble(t, s, func(t *testing.T) {
+		r := open(t, s)
+		r.say("MAIL FROM:<a@x.example>")
+		r.want("250 ")
+		began := time.Now()
+		closed := make(chan struct{})
+		go func() { s.Close(); close(closed) }()
+		synctest.Wait()
+		r.say("RSET", "QUIT")
+		r.want("250 ", "221 ")
+		r.closed()
+		<-closed
+		if took := time.Since(began); took != 0 {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
 func TestCloseTellsWhoHangs(t *testing.T) {
 	var out bytes.Buffer
 	log.SetOutput(&out)
 	defer log.SetOutput(os.Stderr)
-	s := plainRelay()
+	s := chunking()
 	bubble(t, s, func(t *testing.T) {
-		body, waiting := open(t, s), open(t, s)
+		body, chunk := open(t, s), open(t, s)
 		body.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 		body.want("250 ", "250 ", "354 ")
-		waiting.say("MAIL FROM:<a@x.example>")
-		waiting.want("250 ")
+		chunk.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 100", "text")
+		chunk.want("250 ", "250 ")
 		began := time.Now()
 		s.Close()
 		if took := time.Since(began); took != patience {
 			t.Errorf("took %v", took)
 		}
 		body.closed()
-		waiting.closed()
+		chunk.closed()
 	})
 	for _, want := range []string{
 		"smtptest.Server blocked in Close after 5s",
 		"1 from client: in a body, after 1 messages begun and 0 accepted",
-		"2 from client: waiting for a command in a transaction, after 1 messages begun and 0 accepted",
+		"2 from client: in a body, after 1 messages begun and 0 accepted",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q does not say %q", &out, want)

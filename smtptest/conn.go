@@ -2,6 +2,7 @@ package smtptest
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -43,6 +44,7 @@ type conn struct {
 	line       []byte // what is sent to go-smtp
 	events     [steps]int
 	authed     bool
+	authLed    bool   // the last AUTH had more behind it
 	path       string // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
 	size       int64  // SIZE= of that MAIL, where it is more than go-smtp can read
 	urgency    string // BY= and MT-PRIORITY= of that MAIL, which go-smtp reads behind RCPT
@@ -51,12 +53,13 @@ type conn struct {
 	metBody    []*FaultHandle // that have met the body
 	finalTurns int64          // turns when the last final dot was answered; -1 if none was since the last MAIL
 	refuse     int            // how many of the octets read are behind a final dot and refused for it
+	discard    bool           // a fault wants what has arrived behind the command under way thrown away
 
 	// guarded by s.mu
 	stats       ConnStats
 	turnsBefore int    // before the one that brought the first MAIL
 	where       string // what it does, for whoever wonders why it does not end
-	idle        bool   // it waits for a command outside a transaction, and may be woken
+	idle        bool   // it waits for a command, and may be woken
 	woken       bool   // by moving the read deadline
 	lingering   bool
 	over        bool
@@ -150,6 +153,9 @@ func (c *conn) talk() ending {
 		return lost
 	}
 	for {
+		if c.discard {
+			c.discardArrived()
+		}
 		line, end := c.command()
 		if end == goOn {
 			end = c.do(line)
@@ -314,7 +320,7 @@ func (c *conn) command() (string, ending) {
 			verb = ""
 		}
 		c.count(verb)
-		if chunk, _, ok := parseBdat(arg); ok && verb == "BDAT" {
+		if chunk, _, ok := parseBdat(arg); ok && verb == "BDAT" && !c.s.KeepRefusedChunks {
 			n, err := io.CopyN(io.Discard, c.br, chunk)
 			if err != nil {
 				return "", lost
@@ -395,22 +401,30 @@ func (c *conn) nextIdleFault(since time.Time, spared []*FaultHandle) (first *Fau
 	return first, due
 }
 
-// beginWait notes that the connection waits for a command, until due if there is an h that wants to strike then. It reports
-// false if the relay is being closed and has no reason to wait. Faults are looked at under the lock under which the connection
-// becomes idle: one that is set later finds it so and wakes it.
+// beginWait notes that the connection waits for a command: until due, if that is not zero, when h wants to strike or, without
+// h, a relay that is being closed loses its patience. It reports false if a relay that is being closed waits no more. Faults
+// are looked at under the lock under which the connection becomes idle: one that is set later finds it so and wakes it.
 func (c *conn) beginWait(since time.Time, spared []*FaultHandle) (h *FaultHandle, due time.Time, ok bool) {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	if c.env.open {
-		c.where = "waiting for a command in a transaction"
-		return nil, due, true
-	}
-	if c.s.closing {
-		return nil, due, false
-	}
 	c.where = "waiting for a command"
+	if c.env.open {
+		c.where += " in a transaction"
+	}
+	switch {
+	case c.s.closing:
+		if since.Before(c.s.closedAt) {
+			since = c.s.closedAt
+		}
+		due = since.Add(c.s.Delay + lastWords)
+		if !c.env.open || !time.Now().Before(due) {
+			return nil, due, false
+		}
+	case !c.env.open:
+		h, due = c.nextIdleFault(since, spared)
+	}
 	c.idle = true
-	if h, due = c.nextIdleFault(since, spared); h != nil {
+	if !due.IsZero() {
 		c.woken = true
 		c.wire.SetReadDeadline(due)
 	}
@@ -449,14 +463,14 @@ func (c *conn) do(line string) ending {
 		c.say("500 5.5.2 Bare CR or NUL in a command")
 		return goOn
 	}
-	if !c.s.pipelining && step != Bdat && c.br.Buffered() > 0 {
+	if !c.s.pipelining && step != Bdat && c.crowded() {
 		c.say("500 5.5.1 Invalid command: Pipelining not supported")
 		return hangUp
 	}
 
 	switch step {
 	case EHLO:
-		if c.br.Buffered() > 0 { // RFC 2920, 3.1: the last of its group
+		if c.crowded() { // RFC 2920, 3.1: the last of its group
 			c.say("554 5.5.0 SMTP protocol error: commands behind " + verb)
 			return hangUp
 		}
@@ -464,7 +478,7 @@ func (c *conn) do(line string) ending {
 	case StartTLS:
 		return c.startTLS(line)
 	case Auth:
-		return c.answer(c.meet(Event{Step: Auth, Line: redact(line)}), func() string { return c.auth(line) })
+		return c.auth(line)
 	case Mail:
 		return c.mail(line, arg)
 	case Rcpt:
@@ -488,6 +502,10 @@ func (c *conn) do(line string) ending {
 		if !known {
 			return "500 5.5.2 Command not recognized"
 		}
+		if step == Rset && c.s.KeepEnvelopeOnRset && c.env.open {
+			c.env.chunks = 0
+			return "250 2.0.0 Session reset"
+		}
 		reply := c.ask(line)
 		if step == Rset {
 			c.env = envelope{}
@@ -495,6 +513,10 @@ func (c *conn) do(line string) ending {
 		return reply
 	})
 }
+
+// crowded reports whether something stands behind a command that must be the last of its group, on a relay that minds. One
+// that takes chunks for commands does not: a body has no pauses.
+func (c *conn) crowded() bool { return c.br.Buffered() > 0 && !c.s.KeepRefusedChunks }
 
 // count counts a command.
 func (c *conn) count(verb string) {
@@ -607,29 +629,56 @@ func (c *conn) handshake() ending {
 	return goOn
 }
 
-// auth carries out AUTH.
-func (c *conn) auth(line string) string {
+// auth carries out AUTH, all its rounds included.
+func (c *conn) auth(line string) ending {
+	e := Event{Step: Auth, Line: redact(line)}
+	c.authLed = c.pipelined(&e)
+	b := c.meet(e)
+	if b.refuses() {
+		return c.answer(b, nil)
+	}
 	if c.canStartTLS() {
-		return "530 5.7.0 Must issue a STARTTLS command first"
+		return c.answer(b, func() string { return "530 5.7.0 Must issue a STARTTLS command first" })
+	}
+	challenge := "" // a fault's, in place of go-smtp's
+	if b.challenges() {
+		f := strings.Fields(line)
+		line = strings.Join(f[:min(2, len(f))], " ")
+		b, challenge = blow{}, b.reply
 	}
 	reply := c.ask(line)
 	for strings.HasPrefix(reply, "334") {
-		c.say(reply)
+		c.say(cmp.Or(challenge, reply))
 		response, _, end := c.readLine()
 		if end != goOn {
-			return ""
+			return end
 		}
 		c.log("C", "[redacted]")
-		reply = c.ask(response)
+		r := c.meet(Event{Step: AuthResponse})
+		if r.refuses() {
+			c.ask("*")
+			return c.answer(r, nil)
+		}
+		if r.challenges() {
+			challenge = r.reply
+			continue
+		}
+		if r != (blow{}) {
+			b = r
+		}
+		challenge, reply = "", c.ask(response)
 	}
-	if !positive(reply) {
-		return reply
+	if reply == "" {
+		return lost
 	}
-	c.authed = true
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	c.stats.Authenticated = true
-	return "235 Authentication successful"
+	if positive(reply) {
+		c.authed = true
+		c.s.mu.Lock()
+		c.stats.Authenticated = true
+		c.s.mu.Unlock()
+		reply = "235 Authentication successful"
+	}
+	return c.answer(b, func() string { return reply })
 }
 
 // mail carries out MAIL.
@@ -660,6 +709,9 @@ func (c *conn) mail(line, arg string) ending {
 		var tooBig bool
 		if line, c.size, tooBig = bigSize(line, s.MaxSize); tooBig {
 			return "552 5.3.4 Max message size exceeded"
+		}
+		if c.env.open { // go-smtp lets a second one pass
+			return "503 5.5.1 Sender already given"
 		}
 		line, c.urgency = c.cutUrgency(line)
 		return c.askAbout(line, "250 Sender address accepted")
@@ -713,7 +765,7 @@ const underWay = "503 5.5.1 A message is under way"
 
 // data carries out DATA and all that follows it.
 func (c *conn) data(line string) ending {
-	if c.br.Buffered() > 0 || c.wire.Unread() > 0 { // RFC 2920, 3.1: the last of its group; the body is not for the asking
+	if c.crowded() || !c.s.KeepRefusedChunks && c.wire.Unread() > 0 { // RFC 2920, 3.1: the last of its group; the body is not for the asking
 		c.say("554 5.5.0 SMTP protocol error: nothing may follow DATA before its reply")
 		return hangUp
 	}
@@ -743,7 +795,7 @@ func (c *conn) data(line string) ending {
 		return end
 	}
 	c.log("C", ".")
-	if !c.s.pipelining && c.br.Buffered() > 0 {
+	if !c.s.pipelining && c.crowded() {
 		c.say("500 5.5.1 Invalid command: Pipelining not supported")
 		return hangUp
 	}
@@ -799,18 +851,29 @@ func (c *conn) mindBehind() {
 	if c.s.Behind == HabitNone {
 		return
 	}
+	switch c.s.Behind {
+	case HabitRefuse:
+		c.refuse = c.arrived()
+	case HabitDiscard:
+		c.discard = true
+	}
+}
+
+// arrived reads what has arrived into the buffer, and returns how much that is.
+func (c *conn) arrived() int {
 	for c.wire.Unread() > 0 && c.br.Buffered() < c.br.Size() {
 		if _, err := c.br.Peek(c.br.Buffered() + 1); err != nil {
 			break
 		}
 	}
-	switch n := c.br.Buffered(); c.s.Behind {
-	case HabitRefuse:
-		c.refuse = n
-	case HabitDiscard:
-		if n > 0 {
-			c.note("discarded what came behind the final dot")
-		}
+	return c.br.Buffered()
+}
+
+// discardArrived throws away what has arrived.
+func (c *conn) discardArrived() {
+	c.discard = false
+	if n := c.arrived(); n > 0 {
+		c.note("discarded what was pipelined: ", strconv.Itoa(n), " octets")
 		c.br.Discard(n)
 	}
 }

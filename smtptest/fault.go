@@ -20,8 +20,12 @@ const (
 	// TLSHandshake: the TLS handshake is due, after the reply to STARTTLS or, with StartTLS, before the greeting. A Reply is
 	// sent in the clear, in place of the handshake.
 	TLSHandshake
-	// Auth: AUTH has come.
+	// Auth: AUTH has come. A Reply that begins with 334 is a challenge in place of the relay's own: an initial response that
+	// came with the command is ignored, and the next line is read as the response.
 	Auth
+	// AuthResponse: the client has answered a challenge of AUTH. A Reply that begins with 334 challenges it once more, in
+	// place of looking at the response.
+	AuthResponse
 	// Mail: MAIL has come.
 	Mail
 	// Rcpt: RCPT has come.
@@ -34,7 +38,8 @@ const (
 	FinalDot
 	// Accepted: the relay has taken the message. Its reply is not sent yet.
 	Accepted
-	// Bdat: BDAT has come, its chunk not yet.
+	// Bdat: BDAT has come; its chunk has not been read. With Server.KeepRefusedChunks, a chunk refused here is read as
+	// commands.
 	Bdat
 	// Rset: RSET has come.
 	Rset
@@ -53,7 +58,7 @@ const (
 )
 
 var stepNames = [steps]string{
-	"any step", "greeting", "EHLO", "STARTTLS", "TLS handshake", "AUTH", "MAIL", "RCPT", "DATA", "body", "final dot",
+	"any step", "greeting", "EHLO", "STARTTLS", "TLS handshake", "AUTH", "AUTH response", "MAIL", "RCPT", "DATA", "body", "final dot",
 	"message accepted", "BDAT", "RSET", "NOOP", "QUIT", "other command", "idle",
 }
 
@@ -76,6 +81,16 @@ type Event struct {
 	To      []string // the recipients accepted so far; not to be changed
 	Rcpt    string   // the forward-path of this RCPT
 	Bytes   int64    // how much of the body has come
+
+	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command, its chunk included,
+	// when the relay came to it. It is false at steps that are no end of a command: Connect, TLSHandshake, Body, and Idle.
+	Pipelined bool
+
+	// AuthLed tells that the connection's last AUTH was Pipelined. At Mail together with N == 1 it singles out the MAIL that
+	// came behind AUTH.
+	AuthLed bool
+
+	chunk int64 // octets of a BDAT's chunk that were not read
 }
 
 // Fault says what goes wrong, and where. The fields of the first part are filters, joined by AND; the zero value of each lets
@@ -87,6 +102,7 @@ type Fault struct {
 	Conn       int              // this connection only, counted from 1
 	Rcpt       string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
 	AfterBytes int64            // once so many octets of the body have come
+	Pipelined  bool             // where the client did not wait for the reply; see Event.Pipelined
 	When       func(Event) bool // called from the goroutines of connections, possibly several at once
 	Nth        int              // from the Nth event on that passes the filters above, counted from 1 since the fault was set
 
@@ -109,6 +125,10 @@ type Fault struct {
 
 	// Reset does the same with RST, which may destroy replies on their way.
 	Reset bool
+
+	// Discard throws away, once the command is answered, what has arrived behind it: that is never answered. During a Body,
+	// or at Bdat, it is what has arrived behind the message or the chunk.
+	Discard bool
 
 	// Count is how often the fault strikes; 0 means once, negative means until it is removed.
 	Count int
@@ -207,6 +227,8 @@ func (f *Fault) concerns(e *Event) bool {
 		return false
 	case f.AfterBytes > e.Bytes:
 		return false
+	case f.Pipelined && !e.Pipelined:
+		return false
 	case f.Rcpt != "" && e.Step == Rcpt && !strings.EqualFold(f.Rcpt, e.Rcpt):
 		return false
 	case f.Rcpt != "" && e.Step != Rcpt && !containsFold(e.To, f.Rcpt):
@@ -217,7 +239,7 @@ func (f *Fault) concerns(e *Event) bool {
 
 // observes reports whether the fault does nothing but count.
 func (f *Fault) observes() bool {
-	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Reset
+	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Reset && !f.Discard
 }
 
 // strikes counts an event that the filters have let through, and reports whether the fault strikes; that it may.
@@ -246,6 +268,9 @@ type blow struct {
 	end   ending
 }
 
+// challenges reports whether the blow is one more challenge of AUTH.
+func (b blow) challenges() bool { return b.end == goOn && strings.HasPrefix(b.reply, "334") }
+
 // refuses reports whether the command that the blow strikes is not carried out.
 func (b blow) refuses() bool {
 	if b.reply == "" {
@@ -270,6 +295,8 @@ func (c *conn) meet(e Event) blow {
 		e.From = c.env.from
 	}
 	e.To = c.env.to[:len(c.env.to):len(c.env.to)]
+	e.Pipelined = c.pipelined(&e)
+	e.AuthLed = c.authLed
 	var b blow
 	done := false
 	for _, h := range list {
@@ -287,6 +314,17 @@ func (c *conn) meet(e Event) blow {
 		}
 	}
 	return b
+}
+
+// pipelined reports whether more has arrived behind the command that e is about.
+func (c *conn) pipelined(e *Event) bool {
+	switch e.Step {
+	case Connect, TLSHandshake, Body, Idle:
+		return false
+	case Bdat:
+		return int64(c.br.Buffered()) > e.chunk
+	}
+	return c.br.Buffered() > 0 || c.wire.Unread() > 0
 }
 
 // suffer does what the fault says; done tells that the event needs to meet no other.
@@ -312,7 +350,8 @@ func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
 	case f.Drop:
 		b.end = drop
 	}
-	return b, f.Stall || f.Reply != "" || b.end != 0
+	c.discard = c.discard || f.Discard
+	return b, f.Stall || f.Reply != "" || b.end != 0 || f.Discard
 }
 
 // pause waits for d with what was said so far sent; it reports false if the connection was cut. A relay that is being closed

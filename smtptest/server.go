@@ -16,6 +16,20 @@
 // that speaks before the greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without
 // waiting. About addresses it is generous.
 //
+// # Misbehaviour
+//
+// What real relays do wrong, and how to have it here:
+//
+//   - replies, hang-ups, resets and silence at any step: a [Fault]
+//   - a pause at any step, at each challenge of AUTH and between the chunks of BDAT too: Fault.Delay
+//   - objections to commands pipelined behind AUTH, or behind any other: Fault.Pipelined, Event.AuthLed
+//   - a login that is forgotten, or denied to the first message only: a Fault at Mail, with When
+//   - pipelined commands that are thrown away: Fault.Discard; behind a final dot, Server.Behind
+//   - a response of AUTH that is ignored, and challenges for ever: a Reply of 334 at Auth and AuthResponse
+//   - a refused chunk that is read as commands: Server.KeepRefusedChunks
+//   - a truncated last chunk that is taken for the whole: Server.Chunking
+//   - a transaction that survives RSET: Server.KeepEnvelopeOnRset
+//
 // # In a synctest bubble
 //
 // With InMemory set the relay uses no sockets, and all of its goroutines wait in ways that testing/synctest knows. Start it
@@ -31,6 +45,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -64,8 +79,11 @@ const (
 	// unread would make TCP reset it, which can destroy the replies under way (RFC 1122, 4.2.2.13).
 	lingerTime = 2 * time.Second
 
-	// patience is how long Close waits for transactions that are under way.
+	// patience is how long Close waits for clients that are in the midst of something.
 	patience = 5 * time.Second
+
+	// lastWords is how long Close waits for the next command of a client that has a transaction open.
+	lastWords = 200 * time.Millisecond
 )
 
 // A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
@@ -134,6 +152,17 @@ type Server struct {
 	// Behind is what happens to commands that have arrived behind a final dot by the time that the relay answers it.
 	Behind Habit
 
+	// KeepRefusedChunks reads the chunk of a BDAT that is refused as commands, each with its reply, in place of throwing it
+	// away: an attacker's body can so become a message of its own. A chunk is refused outside a transaction, without an
+	// accepted recipient, or by the Reply of a Fault; a transaction in which no chunk was accepted stays open then. Such a
+	// relay does not mind what stands behind EHLO and DATA, nor pipelining that it has not offered. go-smtp before 0.25.1 does
+	// this. Without Chunking each BDAT is refused, as by nginx's mail proxy that is told to announce CHUNKING: see Extensions.
+	KeepRefusedChunks bool
+
+	// KeepEnvelopeOnRset answers RSET 250 but keeps an open transaction, its sender and its recipients. The next MAIL is
+	// answered 503, RCPT adds a recipient, and the next message goes to all of them.
+	KeepEnvelopeOnRset bool
+
 	// Reject maps addresses, in lower case, to the reply that MAIL or RCPT gets for them, such as "550 5.1.1 no such user".
 	// For anything finer, use a Fault.
 	Reject map[string]string
@@ -179,7 +208,8 @@ type Server struct {
 
 	mu         sync.Mutex // guards the fields below and those of connections and handles that say so; not held across I/O
 	closing    bool
-	conns      []*conn // all there ever were
+	closedAt   time.Time // when closing was set
+	conns      []*conn   // all there ever were
 	open       int
 	maxOpen    int
 	refused421 int
@@ -336,13 +366,25 @@ func containsFold(list []string, s string) bool {
 	return false
 }
 
-// accept runs until Close closes the listener.
+// accept runs until Close. An error such as too many open files passes: it tries again after a pause that grows, as net/http
+// does.
 func (s *Server) accept() {
+	var pause time.Duration
 	for {
 		nc, err := s.listener.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return
 		}
+		if err != nil {
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			select {
+			case <-time.After(pause):
+			case <-s.done:
+				return
+			}
+			continue
+		}
+		pause = 0
 		tc := nc.(*net.TCPConn)
 		if s.Buffer > 0 {
 			tc.SetReadBuffer(s.Buffer)
@@ -415,16 +457,17 @@ func (s *Server) CloseClientConnections() {
 	}
 }
 
-// Close ends the relay. Connections outside a transaction are told 421 and closed; those in one are waited for. After five
-// seconds it logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is cut at once. When
-// Close returns no goroutine of the relay is left. Calling it again does nothing.
+// Close ends the relay. Connections outside a transaction are told 421 and closed, and so are those in one whose client says
+// nothing for 200 ms and one Delay. A client that is in the midst of a body, a chunk, AUTH or a TLS handshake is waited for.
+// After five seconds Close logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is
+// cut at once. When Close returns no goroutine of the relay is left. Calling it again does nothing.
 func (s *Server) Close() {
 	if !s.started {
 		return
 	}
 	s.mu.Lock()
 	if !s.closing {
-		s.closing = true
+		s.closing, s.closedAt = true, time.Now()
 		close(s.done)
 		for _, c := range s.conns {
 			c.wakeLocked()
