@@ -388,6 +388,8 @@ func FuzzServer(f *testing.F) {
 			s.InMemory, s.Chunking = true, true
 			s.NoAuth = len(in)%2 == 0
 			s.Behind = Habit(len(in) / 2 % 3)
+			s.KeepRefusedChunks = len(in)/6%2 == 0
+			s.KeepEnvelopeOnRset = len(in)/12%2 == 0
 			s.Start()
 			defer s.Close()
 			nc, err := s.Dial(t.Context(), "", "")
