@@ -235,3 +235,37 @@ func TestDiscard(t *testing.T) {
 		})
 	}
 }
+
+// A Discard is more than a delay: behind it no other fault strikes, nor does it behind another.
+func TestDiscardIsABlow(t *testing.T) {
+	for _, first := range []bool{true, false} {
+		s := plainRelay()
+		bubble(t, s, func(t *testing.T) {
+			one, other := Fault{At: Noop, Discard: true}, Fault{At: Noop, Reply: "250 other"}
+			if !first {
+				one, other = other, one
+			}
+			struck, spared := s.Fault(one), s.Fault(other)
+			r := open(t, s)
+			r.say("NOOP")
+			r.want("250 ")
+			if struck.Hits() != 1 || spared.Hits() != 0 {
+				t.Errorf("Discard first %t: %d and %d hits", first, struck.Hits(), spared.Hits())
+			}
+		})
+	}
+}
+
+// Over TLS, what lies in a record of its own has arrived too.
+func TestPipelinedInARecordOfItsOwn(t *testing.T) {
+	s := NewUnstartedServer()
+	bubble(t, s, func(t *testing.T) {
+		r := greeted(t, s)
+		s.Fault(Fault{At: Noop, Delay: time.Minute})
+		s.Fault(Fault{At: Auth, Pipelined: true, Reply: "503 5.5.1 no"})
+		r.say("NOOP")
+		r.say("AUTH PLAIN " + plain(s))
+		r.say("MAIL FROM:<a@x.example>")
+		r.want("250 ", "503 5.5.1 no", "550 ")
+	})
+}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 const (
@@ -80,6 +81,23 @@ func TestRefusedChunkReadAsCommands(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A chunk that comes in several pieces is read as commands too, wherever it is cut.
+func TestRefusedChunkInPiecesReadAsCommands(t *testing.T) {
+	s := plainRelay()
+	s.Chunking, s.KeepRefusedChunks = true, true
+	bubble(t, s, func(t *testing.T) {
+		s.Fault(Fault{At: Noop, Delay: time.Minute, Count: -1})
+		begin, rest, _ := strings.Cut(smuggledWithSender, "DATA\r\n")
+		r := open(t, s)
+		r.say("NOOP")
+		fmt.Fprintf(r, "BDAT %d LAST\r\n%sNOOP\r\nDATA\r\n", len(smuggledWithSender)+6, begin)
+		synctest.Wait() // the relay has taken the first NOOP and no more
+		time.Sleep(90 * time.Second)
+		io.WriteString(r, rest) // while it is at the second
+		r.want("250 ", "503 ", "500 ", "500 ", "500 ", "250 ", "250 ", "250 ", "354 ", "250 Ok")
+	})
 }
 
 // Without AUTH the smuggled envelope is refused as any other is.
