@@ -82,8 +82,8 @@ type Event struct {
 	Rcpt    string   // the forward-path of this RCPT
 	Bytes   int64    // how much of the body has come
 
-	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command, its chunk included,
-	// when the relay came to it. It is false at steps that are no end of a command: Connect, TLSHandshake, Body, and Idle.
+	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command (at Bdat, behind its
+	// chunk) when the relay came to it. It is always false at Connect, TLSHandshake, Body and Idle.
 	Pipelined bool
 
 	// AuthLed tells that the connection's last AUTH was Pipelined. At Mail together with N == 1 it singles out the MAIL that
