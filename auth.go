@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/emersion/go-sasl"
-	"github.com/emersion/go-smtp"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -21,7 +20,7 @@ import (
 const maxAuthLine = 512
 
 // mechanism chooses how to authenticate; nil means not at all.
-func (c *settings) mechanism(ctx context.Context, s *session) (sasl.Client, *Error) {
+func (c *settings) mechanism(ctx context.Context, s *session) (Mechanism, *Error) {
 	if c.Auth != nil {
 		c.opening.Store(OpAuth)
 		mech, err := c.Auth(ctx, ServerInfo{Name: c.host, Mechanisms: slices.Clone(s.ext.Auth), TLS: s.tls})
@@ -63,10 +62,10 @@ type loginClient struct {
 	asked    int
 }
 
-// Start implements sasl.Client.
+// Start implements Mechanism.
 func (l *loginClient) Start() (mech string, ir []byte, err error) { return sasl.Login, nil, nil }
 
-// Next implements sasl.Client.
+// Next implements Mechanism.
 func (l *loginClient) Next(challenge []byte) ([]byte, error) {
 	l.asked++
 	switch {
@@ -179,7 +178,7 @@ func (s *session) authenticate(ctx context.Context) *Error {
 	if s.lead == nil {
 		return nil
 	}
-	t := newTransaction(ctx, s, &Message{}, 0, smtp.MailOptions{}, nil)
+	t := newTransaction(ctx, s, &Message{}, 0, MailOptions{}, nil)
 	t.guard()
 	defer func() { t.unguard() }()
 	if t.lead() && t.sendNow() && t.awaitEnvelope() {

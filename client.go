@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/emersion/go-sasl"
 	"golang.org/x/sync/semaphore"
 )
 
@@ -34,7 +33,7 @@ type Config struct {
 	// It may be called from several goroutines at once. An error counts as a connection that could not be opened for now.
 	// No time limit is set: ctx ends when the Client is closed, and not with the Send that needs the connection, so that
 	// what asks another server for a token needs a limit of its own.
-	Auth func(ctx context.Context, s ServerInfo) (sasl.Client, error)
+	Auth func(ctx context.Context, s ServerInfo) (Mechanism, error)
 
 	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
 	TLS TLSMode
@@ -74,6 +73,18 @@ type ServerInfo struct {
 	Name       string               // the host of Config.Addr
 	Mechanisms []string             // what the relay offers, in its order, in upper case
 	TLS        *tls.ConnectionState // nil in the clear
+}
+
+// Mechanism is the client's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Client of
+// github.com/emersion/go-sasl is one. Its methods are called from one goroutine at a time.
+type Mechanism interface {
+	// Start returns the name of the mechanism, which the relay must offer, and the initial response. A nil ir means that
+	// there is none; an empty one is sent as "=" (RFC 4954, 4). The bytes are not encoded. An error ends the connection.
+	Start() (mech string, ir []byte, err error)
+
+	// Next returns the response to a challenge of the relay, both as they are before base64. After an error the relay is told
+	// that the exchange is given up ("*"), and the connection ends.
+	Next(challenge []byte) (response []byte, err error)
 }
 
 // Pipelining says how far commands run ahead of replies.

@@ -13,13 +13,11 @@ import (
 	"testing"
 	"time"
 	"unicode"
-
-	"github.com/emersion/go-sasl"
 )
 
 func TestNewReportsEachMistake(t *testing.T) {
 	const key = "SG.s3cret-k3y"
-	mechanism := func(context.Context, ServerInfo) (sasl.Client, error) { return nil, nil }
+	mechanism := func(context.Context, ServerInfo) (Mechanism, error) { return nil, nil }
 	for _, tt := range []struct {
 		why  string
 		edit func(*Config)

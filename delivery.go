@@ -7,8 +7,6 @@ import (
 	"regexp"
 	"strings"
 	"time"
-
-	"github.com/emersion/go-smtp"
 )
 
 // delivery is one Send: the transactions that it takes until each recipient's fate is known.
@@ -16,10 +14,10 @@ type delivery struct {
 	c       *Client
 	ctx     context.Context
 	m       *Message
-	mail    smtp.MailOptions // what the caller asks for
-	utf8    string           // the first address that is not ASCII
-	size    int64            // of the message in its canonical form; 0 if not known
-	todo    []int            // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	mail    MailOptions // what the caller asks for
+	utf8    string      // the first address that is not ASCII
+	size    int64       // of the message in its canonical form; 0 if not known
+	todo    []int       // recipients whose fate is open, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
 	attempts int    // tries that failed and counted
@@ -391,7 +389,7 @@ func (t *transaction) stepLocked() (Op, string) {
 
 // fit makes the message fit for what the relay offers on s: the parameters of MAIL, and how many of d.todo go into one
 // transaction. It fails where the relay lacks what the message needs; nothing has been written then.
-func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Error) {
+func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
 	ext := &s.ext
 	mail = d.mail
 	lacks := func(keyword, what string) *Error {
@@ -400,8 +398,8 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 	}
 	switch {
 	case mail.Body == "" && ext.Has("8BITMIME"):
-		mail.Body = smtp.Body8BitMIME
-	case mail.Body == smtp.Body7Bit && !ext.Has("8BITMIME"):
+		mail.Body = Body8BitMIME
+	case mail.Body == Body7Bit && !ext.Has("8BITMIME"):
 		mail.Body = ""
 	case mail.Body != "" && !ext.Has("8BITMIME"):
 		return mail, nil, lacks("8BITMIME", "MailOptions.Body "+string(mail.Body))
@@ -435,6 +433,13 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 			Err: errors.New("MailOptions.RequireTLS: TLSConfig says that the relay's certificate is not verified (RFC 8689, 2)")}
 	case mail.RequireTLS && !ext.Has("REQUIRETLS"):
 		return mail, nil, lacks("REQUIRETLS", "MailOptions.RequireTLS")
+	case mail.DeliverBy != nil && !ext.Has("DELIVERBY"):
+		return mail, nil, lacks("DELIVERBY", "MailOptions.DeliverBy")
+	case mail.DeliverBy != nil && mail.DeliverBy.Mode == DeliverByReturn && mail.DeliverBy.seconds() < ext.DeliverBy:
+		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
+			Err: fmt.Errorf("MailOptions.DeliverBy: the relay wants %d seconds at least (DELIVERBY)", ext.DeliverBy)}
+	case mail.Priority != nil && !ext.Has("MT-PRIORITY"):
+		return mail, nil, lacks("MT-PRIORITY", "MailOptions.Priority")
 	}
 	if !ext.Has("AUTH") {
 		mail.Auth = nil // may be left out (RFC 4954, 5)
@@ -447,13 +452,6 @@ func (d *delivery) fit(s *session) (mail smtp.MailOptions, rcpts []int, err *Err
 			return mail, nil, lacks("DSN", what+"Notify, OriginalRecipient")
 		case !o.RequireRecipientValidSince.IsZero() && !ext.Has("RRVS"):
 			return mail, nil, lacks("RRVS", what+"RequireRecipientValidSince")
-		case o.DeliverBy != nil && !ext.Has("DELIVERBY"):
-			return mail, nil, lacks("DELIVERBY", what+"DeliverBy")
-		case o.DeliverBy != nil && o.DeliverBy.Mode == smtp.DeliverByReturn && int64(o.DeliverBy.Time/time.Second) < ext.DeliverBy:
-			return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-				Err: fmt.Errorf("%sDeliverBy: the relay wants %d seconds at least (DELIVERBY)", what, ext.DeliverBy)}
-		case o.MTPriority != nil && !ext.Has("MT-PRIORITY"):
-			return mail, nil, lacks("MT-PRIORITY", what+"MTPriority")
 		}
 	}
 	most := len(d.todo)

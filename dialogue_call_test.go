@@ -161,38 +161,38 @@ func (d *dialogue) compose(c *call, o *settings) error {
 	m.To = append(m.To, moreRecipients(o.number("more", 0))...)
 	m.AllOrNothing = o.flag("all-or-nothing")
 
-	opt := &smtp.MailOptions{
-		Body:       smtp.BodyType(o.text("bodytype", "")),
+	opt := &smtprelay.MailOptions{
+		Body:       smtprelay.BodyType(o.text("bodytype", "")),
 		Size:       int64(o.number("size", 0)),
 		UTF8:       o.flag("smtputf8"),
-		Return:     smtp.DSNReturn(o.text("ret", "")),
+		Return:     smtprelay.DSNReturn(o.text("ret", "")),
 		EnvelopeID: o.text("envid", ""),
 		RequireTLS: o.flag("requiretls"),
 	}
 	if v, ok := o.take("auth"); ok {
 		opt.Auth = &v
 	}
-	if *opt != (smtp.MailOptions{}) {
-		m.MailOptions = opt
-	}
-	rcpt := &smtp.RcptOptions{}
-	for _, v := range list(o.text("notify", "")) {
-		rcpt.Notify = append(rcpt.Notify, smtp.DSNNotify(v))
-	}
-	if v, ok := o.take("orcpt"); ok {
-		rcpt.OriginalRecipientType, rcpt.OriginalRecipient = smtp.DSNAddressTypeRFC822, v
-	}
 	if t := o.duration("by"); t != 0 {
-		rcpt.DeliverBy = &smtp.DeliverByOptions{Time: t, Mode: smtp.DeliverByReturn}
+		opt.DeliverBy = &smtprelay.DeliverBy{Time: t, Mode: smtprelay.DeliverByReturn}
 	}
 	if v := o.number("priority", 0); v != 0 {
-		rcpt.MTPriority = &v
+		opt.Priority = &v
+	}
+	if *opt != (smtprelay.MailOptions{}) {
+		m.MailOptions = opt
+	}
+	rcpt := &smtprelay.RcptOptions{}
+	for _, v := range list(o.text("notify", "")) {
+		rcpt.Notify = append(rcpt.Notify, smtprelay.DSNNotify(v))
+	}
+	if v, ok := o.take("orcpt"); ok {
+		rcpt.OriginalRecipientType, rcpt.OriginalRecipient = smtprelay.DSNAddressTypeRFC822, v
 	}
 	if o.flag("rrvs") {
 		rcpt.RequireRecipientValidSince = time.Unix(1_700_000_000, 0)
 	}
-	if !reflect.DeepEqual(*rcpt, smtp.RcptOptions{}) {
-		m.RcptOptions = map[string]*smtp.RcptOptions{}
+	if !reflect.DeepEqual(*rcpt, smtprelay.RcptOptions{}) {
+		m.RcptOptions = map[string]*smtprelay.RcptOptions{}
 		for _, to := range m.To {
 			m.RcptOptions[to] = rcpt
 		}

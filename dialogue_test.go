@@ -204,15 +204,15 @@ func (d *dialogue) start() error {
 	switch v := o.text("auth", ""); v {
 	case "":
 	case "oauthbearer":
-		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (sasl.Client, error) {
+		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: "token", Host: s.Name}), nil
 		}
 	case "external":
-		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewExternalClient(""), nil
 		}
 	case "fails":
-		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return nil, errors.New("no key today")
 		}
 	default:

@@ -61,24 +61,35 @@ const (
 	OpQuit     Op = "QUIT"
 )
 
+// EnhancedCode is an enhanced status code (RFC 3463): class, subject and detail.
+type EnhancedCode [3]int
+
+// String returns a text such as "5.1.1", and "" for the zero value.
+func (c EnhancedCode) String() string {
+	if c == (EnhancedCode{}) {
+		return ""
+	}
+	return fmt.Sprintf("%d.%d.%d", c[0], c[1], c[2])
+}
+
 // Reply is an answer of the relay (RFC 5321, 4.2).
 type Reply struct {
-	Code         int               // three digits, as they came
-	EnhancedCode smtp.EnhancedCode // of RFC 3463; zero where the relay gave none
-	Message      string            // the text, without the enhanced code; the lines of a multiline reply are joined by "\n"
+	Code         int          // three digits, as they came
+	EnhancedCode EnhancedCode // of RFC 3463; zero where the relay gave none
+	Message      string       // the text, without the enhanced code; the lines of a multiline reply are joined by "\n"
 }
 
 // String returns the reply on one line, as in "550 5.1.1 no such user".
 func (r Reply) String() string {
 	text := strings.ReplaceAll(r.Message, "\n", " / ")
-	if r.EnhancedCode != (smtp.EnhancedCode{}) {
-		text = fmt.Sprintf("%d.%d.%d %s", r.EnhancedCode[0], r.EnhancedCode[1], r.EnhancedCode[2], text)
+	if r.EnhancedCode != (EnhancedCode{}) {
+		text = r.EnhancedCode.String() + " " + text
 	}
 	return strings.TrimSpace(fmt.Sprintf("%d %s", r.Code, text))
 }
 
 func publicReply(r wire.Reply) Reply {
-	return Reply{Code: r.Code, EnhancedCode: smtp.EnhancedCode(r.Enhanced), Message: r.Text}
+	return Reply{Code: r.Code, EnhancedCode: EnhancedCode(r.Enhanced), Message: r.Text}
 }
 
 // Error is the error of every call that fails, whatever the cause. It is a net.Error. errors.As also finds in it an
@@ -163,7 +174,7 @@ func (e *Error) Unwrap() []error {
 	}
 	if e.Code != 0 {
 		errs = append(errs,
-			&smtp.SMTPError{Code: e.Code, EnhancedCode: e.EnhancedCode, Message: e.Message},
+			&smtp.SMTPError{Code: e.Code, EnhancedCode: smtp.EnhancedCode(e.EnhancedCode), Message: e.Message},
 			&textproto.Error{Code: e.Code, Msg: e.Message})
 	}
 	return errs

@@ -21,7 +21,7 @@ func ExampleConfig_auth() {
 	var source tokens
 	relay := smtptest.NewUnstartedServer()
 	relay.Mechanisms = []string{sasl.OAuthBearer}
-	relay.SASL = func(string) (sasl.Server, error) {
+	relay.SASL = func(string) (smtptest.SASLServer, error) {
 		return sasl.NewOAuthBearerServer(func(opts sasl.OAuthBearerOptions) *sasl.OAuthBearerError {
 			fmt.Println("relay:", opts.Username, opts.Token)
 			return nil
@@ -32,7 +32,7 @@ func ExampleConfig_auth() {
 
 	cfg := relay.Config()
 	cfg.Username, cfg.Password = "", ""
-	cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (sasl.Client, error) {
+	cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 		token, err := source.Token(ctx)
 		if err != nil {
 			return nil, err
@@ -57,7 +57,7 @@ func ExampleConfig_rotatingKey() {
 	cfg := relay.Config()
 	user, key := cfg.Username, cfg.Password // really: read from where the key is kept, each time
 	cfg.Username, cfg.Password = "", ""
-	cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+	cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 		return sasl.NewPlainClient("", user, key), nil
 	}
 	client, err := smtprelay.New(cfg)

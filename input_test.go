@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/emersion/go-smtp"
-
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
@@ -123,7 +121,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 		},
 		{
 			name: "LF in a parameter of MAIL",
-			edit: func(m *smtprelay.Message) { m.MailOptions = &smtp.MailOptions{Size: 10, EnvelopeID: "a\nb"} },
+			edit: func(m *smtprelay.Message) { m.MailOptions = &smtprelay.MailOptions{Size: 10, EnvelopeID: "a\nb"} },
 			op:   smtprelay.OpCheck,
 			says: []string{"EnvelopeID"},
 			why:  "a parameter is on the command line too",
@@ -131,7 +129,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 		{
 			name: "options for somebody who is no recipient",
 			edit: func(m *smtprelay.Message) {
-				m.RcptOptions = map[string]*smtp.RcptOptions{"bob@example.org": {}}
+				m.RcptOptions = map[string]*smtprelay.RcptOptions{"bob@example.org": {}}
 			},
 			op:   smtprelay.OpCheck,
 			says: []string{"RcptOptions", "bob@example.org"},

@@ -110,7 +110,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 		cfg := configOf(relay)
 		username, good := cfg.Username, cfg.Password
 		cfg.Username, cfg.Password = "", ""
-		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewPlainClient("", username, key.Load().(string)), nil
 		}
 		client := newClient(t, cfg)

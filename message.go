@@ -1,17 +1,14 @@
 package smtprelay
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
-	"time"
 	"unicode"
 	"unicode/utf8"
-
-	"github.com/emersion/go-smtp"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -42,13 +39,11 @@ type Message struct {
 	// accepted get it, and the error names the others.
 	AllOrNothing bool
 
-	// MailOptions are the parameters of the MAIL command. Those that the relay does not offer are an error before
-	// anything is sent. Size is filled in where it is 0 and the size of Body is known.
-	MailOptions *smtp.MailOptions
+	// MailOptions are further parameters of the MAIL command; nil means none.
+	MailOptions *MailOptions
 
-	// RcptOptions are the parameters of the RCPT command, by address as it stands in To. DeliverBy and MTPriority, which
-	// belong to MAIL (RFC 2852, RFC 6710), must be the same for every recipient.
-	RcptOptions map[string]*smtp.RcptOptions
+	// RcptOptions are further parameters of the RCPT command, by address as it stands in To.
+	RcptOptions map[string]*RcptOptions
 }
 
 // Bytes returns a Body that writes b, which must not change until Send has returned.
@@ -146,18 +141,18 @@ func (m *Message) check() error {
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	if m.From != "" {
 		if err := checkPath(m.From); err != nil {
-			mistake("From %q: %w", m.From, err)
+			mistake("From %s: %w", quoteShort(m.From), err)
 		}
 	}
 	if len(m.To) == 0 {
 		mistake("To is empty: no recipients")
 	}
 	for _, to := range m.To {
-		if strings.EqualFold(to, "postmaster") {
+		if isASCII(to) && strings.EqualFold(to, "postmaster") {
 			continue // the only forward-path without a domain (RFC 5321, 4.1.1.3)
 		}
 		if err := checkPath(to); err != nil {
-			mistake("To %q: %w", to, err)
+			mistake("To %s: %w", quoteShort(to), err)
 		}
 	}
 	if m.Body == nil {
@@ -166,50 +161,46 @@ func (m *Message) check() error {
 		mistakes = append(mistakes, errEmptyBody)
 	}
 	if o := m.MailOptions; o != nil {
-		mistakes = append(mistakes, checkMailOptions(o)...)
+		mistakes = append(mistakes, o.check()...)
+	}
+	var named map[string]bool
+	if len(m.RcptOptions) > 0 {
+		named = make(map[string]bool, len(m.To))
+		for _, to := range m.To {
+			named[to] = true
+		}
 	}
 	for to, o := range m.RcptOptions {
-		if !slices.Contains(m.To, to) {
-			mistake("RcptOptions for %q, who is not in To", to)
+		if !named[to] {
+			mistake("RcptOptions for %s, who is not in To", quoteShort(to))
 		}
 		if o != nil {
-			for _, err := range checkRcptOptions(o) {
-				mistake("RcptOptions of %q: %w", to, err)
+			for _, err := range o.check() {
+				mistake("RcptOptions of %s: %w", quoteShort(to), err)
 			}
-		}
-	}
-	for _, to := range m.To {
-		if !sameUrgency(m.RcptOptions[to], m.RcptOptions[m.To[0]]) {
-			mistake("RcptOptions: DeliverBy and MTPriority of %q differ from those of %q; they are said once for all, with MAIL", to, m.To[0])
-			break
 		}
 	}
 	return errors.Join(mistakes...)
 }
 
-// sameUrgency reports whether a and b, which may be nil, have the same parameters of MAIL.
-func sameUrgency(a, b *smtp.RcptOptions) bool {
-	none := &smtp.RcptOptions{}
-	a, b = cmp.Or(a, none), cmp.Or(b, none)
-	return same(a.DeliverBy, b.DeliverBy) && same(a.MTPriority, b.MTPriority)
-}
-
-func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }
-
 // checkPath reports what is wrong with an address as a reverse-path or forward-path (RFC 5321, 4.1.2 and 4.5.3.1). It is
-// strict in what could be read as more than an address, and lenient in what relays exist for: dots in odd places.
+// strict about whatever a relay, of however simple a parser, could read as more than an address or as its end, and about
+// what a reader would not see. It is lenient about what relays exist for: dots in odd places.
 func checkPath(addr string) error {
-	switch i := strings.IndexFunc(addr, func(r rune) bool { return r < ' ' || r == 0x7f }); {
+	switch {
 	case addr == "":
 		return errors.New("the address is empty")
-	case i >= 0:
-		return fmt.Errorf("control character %q", addr[i])
 	case !utf8.ValidString(addr):
 		return errors.New("not valid UTF-8")
-	case strings.ContainsAny(addr, "<>") && !strings.HasPrefix(addr, `"`):
+	}
+	if err := checkCharacters(addr); err != nil {
+		return err
+	}
+	switch {
+	case strings.ContainsAny(addr, "<>"): // within quotes too: not every relay knows of those
 		return errors.New("want the address alone, without angle brackets or display name")
-	case len(addr) > 254:
-		return fmt.Errorf("%d octets, more than 254", len(addr))
+	case len(addr) > maxAddress:
+		return fmt.Errorf("%d octets, more than %d", len(addr), maxAddress)
 	}
 	at := strings.LastIndexByte(addr, '@')
 	if at < 0 {
@@ -223,19 +214,63 @@ func checkPath(addr string) error {
 		if !validQuoted(local) {
 			return errors.New("the quoted part before @ is not ended, or something stands behind it")
 		}
-	} else if i := strings.IndexAny(local, "()<>[]:;@\\,\" "); i >= 0 {
+	} else if i := strings.IndexAny(local, "()[]:;@\\,\" "); i >= 0 {
 		return fmt.Errorf("character %q before @", local[i])
 	}
 	if strings.HasPrefix(domain, "[") {
 		if !validLiteral(domain) {
-			return fmt.Errorf("domain %q is not an address literal", domain)
+			return fmt.Errorf("domain %s is not an address literal", quoteShort(domain))
 		}
 		return nil
 	}
 	if !validDomain(asciiDomain(domain)) {
-		return fmt.Errorf("%q is not a domain name", domain)
+		return fmt.Errorf("%s is not a domain name", quoteShort(domain))
 	}
 	return nil
+}
+
+// maxAddress is how many octets an address has at most: a path has two more, its angle brackets (RFC 5321, 4.5.3.1.3).
+const maxAddress = 254
+
+// checkCharacters reports characters that stand in no address: those that show nothing or change how their neighbours
+// show, some of which end a line or a word in a relay, and those that are something else after normalisation.
+func checkCharacters(s string) error {
+	for _, r := range s {
+		switch {
+		case unicode.IsControl(r):
+			return fmt.Errorf("control character %+q", r)
+		case isInvisible(r):
+			return fmt.Errorf("invisible character %+q", r)
+		case isFormOfPunctuation(r):
+			return fmt.Errorf("character %+q", r)
+		}
+	}
+	return nil
+}
+
+// isInvisible reports whether r is a format character, such as those that set the direction or have no width, white space
+// other than the space of ASCII, or nobody's character.
+func isInvisible(r rune) bool {
+	return !unicode.IsPrint(r) ||
+		r > unicode.MaxLatin1 && unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
+}
+
+// isFormOfPunctuation reports whether r is a small or full-width form of a character of ASCII that is neither letter nor
+// digit: Unicode's normalisation (NFKC), which a relay may apply, turns it into that.
+func isFormOfPunctuation(r rune) bool {
+	return (0xfe50 <= r && r <= 0xfe6f || 0xff01 <= r && r <= 0xff5e) && !unicode.IsLetter(r) && !unicode.IsDigit(r)
+}
+
+// quoteShort makes what a user has given safe to show: printable, in quotes, and cut short.
+func quoteShort(s string) string {
+	const most = 80 // characters
+	n := 0
+	for i := range s {
+		if n++; n > most {
+			return strconv.Quote(s[:i]) + "…"
+		}
+	}
+	return strconv.Quote(s)
 }
 
 // validQuoted reports whether s is a quoted string (RFC 5321, 4.1.2).
@@ -268,82 +303,4 @@ func isASCII(s string) bool {
 
 func isPrintable(s string) bool {
 	return strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r >= 0x7f }) < 0
-}
-
-func checkMailOptions(o *smtp.MailOptions) (mistakes []error) {
-	mistake := func(format string, args ...any) {
-		mistakes = append(mistakes, fmt.Errorf("MailOptions."+format, args...))
-	}
-	switch o.Body {
-	case "", smtp.Body7Bit, smtp.Body8BitMIME:
-	case smtp.BodyBinaryMIME:
-		mistake("Body BINARYMIME: the message is sent as text")
-	default:
-		mistake("Body %q is unknown", o.Body)
-	}
-	if o.Size < 0 {
-		mistake("Size is negative")
-	}
-	switch o.Return {
-	case "", smtp.DSNReturnFull, smtp.DSNReturnHeaders:
-	default:
-		mistake("Return %q: want FULL or HDRS", o.Return)
-	}
-	if len(o.EnvelopeID) > 100 || !isPrintable(o.EnvelopeID) {
-		mistake("EnvelopeID: want at most 100 printable ASCII characters (RFC 3461, 4.4)")
-	}
-	if o.Auth != nil && *o.Auth != "" {
-		if err := checkPath(*o.Auth); err != nil {
-			mistake("Auth %q: %w", *o.Auth, err)
-		}
-	}
-	return mistakes
-}
-
-func checkRcptOptions(o *smtp.RcptOptions) (mistakes []error) {
-	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
-	for i, n := range o.Notify {
-		switch n {
-		case smtp.DSNNotifyNever:
-			if len(o.Notify) > 1 {
-				mistake("Notify: NEVER stands alone (RFC 3461, 4.1)")
-			}
-		case smtp.DSNNotifyDelayed, smtp.DSNNotifyFailure, smtp.DSNNotifySuccess:
-			if slices.Contains(o.Notify[:i], n) {
-				mistake("Notify: %s stands twice", n)
-			}
-		default:
-			mistake("Notify %q is unknown", n)
-		}
-	}
-	switch o.OriginalRecipientType {
-	case "", smtp.DSNAddressTypeRFC822:
-		if !isPrintable(o.OriginalRecipient) {
-			mistake("OriginalRecipient %q is not printable ASCII; its type may be UTF-8", o.OriginalRecipient)
-		}
-	case smtp.DSNAddressTypeUTF8:
-		if !utf8.ValidString(o.OriginalRecipient) {
-			mistake("OriginalRecipient is not valid UTF-8")
-		}
-		if strings.ContainsFunc(o.OriginalRecipient, unicode.IsControl) {
-			mistake("OriginalRecipient %q has a control character in it", o.OriginalRecipient)
-		}
-	default:
-		mistake("OriginalRecipientType %q is unknown", o.OriginalRecipientType)
-	}
-	if len(o.OriginalRecipient) > 500 {
-		mistake("OriginalRecipient has more than 500 octets (RFC 3461, 4.2)")
-	}
-	if by := o.DeliverBy; by != nil {
-		if by.Mode != smtp.DeliverByNotify && by.Mode != smtp.DeliverByReturn {
-			mistake("DeliverBy.Mode %q: want N or R", by.Mode)
-		}
-		if by.Mode == smtp.DeliverByReturn && by.Time < time.Second {
-			mistake("DeliverBy.Time must be a second at least with mode R (RFC 2852, 4)")
-		}
-	}
-	if p := o.MTPriority; p != nil && (*p < -9 || *p > 9) {
-		mistake("MTPriority is %d: want -9 to 9", *p)
-	}
-	return mistakes
 }

@@ -5,7 +5,7 @@ import (
 	"io"
 	"log"
 	"reflect"
-	"slices"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -38,7 +38,9 @@ func TestPathIsTakenOrRefusedForAReason(t *testing.T) {
 		{"an IPv6 literal", "ann@[IPv6:2001:db8::1]", ""},
 		{"a quoted local part", `"ann smith"@example.org`, ""},
 		{"a quoted at sign", `"a@b"@example.org`, ""},
-		{"quoted brackets", `"<a>"@example.org`, ""},
+		{"a quoted parameter, which no relay reads for one without the end of the path", `" SIZE=1 "@example.org`, ""},
+		{"letters that read from right to left", "דוגמה@example.org", ""},
+		{"letters with marks of their own", "कि@example.org", ""},
 		{"a quoted quote", `"a\"b"@example.org`, ""},
 		{"a quoted backslash at the end", `"a\\"@example.org`, ""},
 		{"64 octets before @", strings.Repeat("a", 64) + "@example.org", ""},
@@ -55,6 +57,31 @@ func TestPathIsTakenOrRefusedForAReason(t *testing.T) {
 		{"brackets", "<ann@example.org>", "angle brackets"},
 		{"the null path, which From spells as the empty string", "<>", "angle brackets"},
 		{"a parameter behind the path", "ann@example.org> SIZE=1", "angle brackets"},
+		{"the path's end and a parameter in quotes", `"boss@attacker.example> ORCPT="@relay.example`, "angle brackets"},
+		{"the path's end behind a backslash", `"boss@attacker.example\> ORCPT="@relay.example`, "angle brackets"},
+		{"another path in quotes", `"<boss@attacker.example"@relay.example`, "angle brackets"},
+		{"quoted brackets", `"<a>"@example.org`, "angle brackets"},
+		{"a quoted CR", "\"a\\\rb\"@example.org", `'\r'`},
+		{"a line end of C1", "a\u0085b@example.org", `'\u0085'`},
+		{"the string terminator of C1, in quotes", "\"a\u009cb\"@example.org", `'\u009c'`},
+		{"a line separator", "a\u2028b@example.org", `'\u2028'`},
+		{"a paragraph separator", "ann@exa\u2029mple.org", `'\u2029'`},
+		{"a space that does not break, where some parsers split words", "ann@example.org\u00a0SIZE=1", `'\u00a0'`},
+		{"an ideographic space", "ann\u3000smith@example.org", `'\u3000'`},
+		{"an override of the direction", "ann\u202egro.elpmaxe@example.org", `'\u202e'`},
+		{"an isolate of the direction", "\"a\u2066b\"@example.org", `'\u2066'`},
+		{"a mark of the direction", "ann\u061c@example.org", `'\u061c'`},
+		{"a space without width", "ann\u200b@example.org", `'\u200b'`},
+		{"a joiner in the domain", "ann@exam\u200dple.org", `'\u200d'`},
+		{"a byte order mark", "\ufeffann@example.org", `'\ufeff'`},
+		{"a hyphen that shows at a line's end only", "ann@exam\u00adple.org", `'\u00ad'`},
+		{"a letter that shows nothing", "ann\u3164@example.org", `'\u3164'`},
+		{"a selector of a variant", "ann\ufe0f@example.org", `'\ufe0f'`},
+		{"a tag", "ann\U000e0041@example.org", `'\U000e0041'`},
+		{"what is nobody's character", "ann\ue000@example.org", `'\ue000'`},
+		{"a full-width bracket, which a relay may normalise", "ann@example.org＞@relay.example", `'\uff1e'`},
+		{"a full-width at sign", "boss＠attacker.example@relay.example", `'\uff20'`},
+		{"a small comma", "a﹐b@example.org", `'\ufe50'`},
 		{"no at sign", "ann", "no @"},
 		{"nothing before @", "@example.org", "0 octets"},
 		{"65 octets before @", strings.Repeat("a", 65) + "@example.org", "65 octets"},
@@ -74,7 +101,7 @@ func TestPathIsTakenOrRefusedForAReason(t *testing.T) {
 		{"a quote alone", `"@example.org`, "quoted"},
 		{"nothing behind @", "ann@", "domain"},
 		{"a space in the domain", "ann@example org", "domain"},
-		{"a bracket in the domain of a quoted local part", `"a"@example.org>`, "domain"},
+		{"a bracket in the domain of a quoted local part", `"a"@example.org>`, "angle brackets"},
 		{"a dot too many", "ann@example..org", "domain"},
 		{"a dot at the end", "ann@example.org.", "domain"},
 		{"a hyphen first in a label", "ann@-example.org", "domain"},
@@ -101,11 +128,10 @@ func TestPathIsTakenOrRefusedForAReason(t *testing.T) {
 func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 	text := func(s string) *string { return &s }
 	number := func(n int) *int { return &n }
-	mail := func(o smtp.MailOptions) func(*Message) { return func(m *Message) { m.MailOptions = &o } }
-	rcpt := func(o smtp.RcptOptions) func(*Message) {
+	mail := func(o MailOptions) func(*Message) { return func(m *Message) { m.MailOptions = &o } }
+	rcpt := func(o RcptOptions) func(*Message) {
 		return func(m *Message) {
-			bob := smtp.RcptOptions{DeliverBy: o.DeliverBy, MTPriority: o.MTPriority} // which are for all
-			m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": &o, "bob@example.org": &bob}
+			m.RcptOptions = map[string]*RcptOptions{"ann@example.org": &o, "bob@example.org": {}}
 		}
 	}
 	for _, tt := range []struct {
@@ -123,56 +149,61 @@ func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 		{"all mistakes at once", func(m *Message) { *m = Message{From: "x", To: []string{"y", "a@example.org", "z"}} },
 			[]string{`From "x"`, `To "y"`, `To "z"`, "Body is nil"}},
 
-		{"every parameter of MAIL", mail(smtp.MailOptions{Body: smtp.Body8BitMIME, Size: 1, UTF8: true, RequireTLS: true,
-			Return: smtp.DSNReturnFull, EnvelopeID: "id 1+2", Auth: text("ann@example.org")}), nil},
-		{"its other values", mail(smtp.MailOptions{Body: smtp.Body7Bit, Return: smtp.DSNReturnHeaders, Auth: text("")}), nil},
-		{"BINARYMIME, which DATA cannot carry", mail(smtp.MailOptions{Body: smtp.BodyBinaryMIME}), []string{"MailOptions.Body BINARYMIME"}},
-		{"another BODY, which could be more than one word", mail(smtp.MailOptions{Body: "8BITMIME SIZE=1"}), []string{"MailOptions.Body"}},
-		{"a negative size", mail(smtp.MailOptions{Size: -1}), []string{"MailOptions.Size"}},
-		{"another RET", mail(smtp.MailOptions{Return: "FULL\r\nRSET"}), []string{"MailOptions.Return"}},
-		{"ENVID with a line end", mail(smtp.MailOptions{EnvelopeID: "a\nb"}), []string{"MailOptions.EnvelopeID"}},
-		{"ENVID beyond ASCII", mail(smtp.MailOptions{EnvelopeID: "é"}), []string{"MailOptions.EnvelopeID"}},
-		{"the longest ENVID (RFC 3461, 4.4)", mail(smtp.MailOptions{EnvelopeID: strings.Repeat("x", 100)}), nil},
-		{"a longer one", mail(smtp.MailOptions{EnvelopeID: strings.Repeat("x", 101)}), []string{"MailOptions.EnvelopeID"}},
-		{"AUTH of no address", mail(smtp.MailOptions{Auth: text("ann\r\n")}), []string{`MailOptions.Auth "ann\r\n"`}},
-		{"AUTH without a domain (RFC 4954, 5)", mail(smtp.MailOptions{Auth: text("postmaster")}), []string{"MailOptions.Auth", "no @"}},
+		{"every parameter of MAIL", mail(MailOptions{Body: Body8BitMIME, Size: 1, UTF8: true, RequireTLS: true,
+			Return: DSNReturnFull, EnvelopeID: "id 1+2", Auth: text("ann@example.org"),
+			DeliverBy: &DeliverBy{Time: time.Second, Mode: DeliverByReturn, Trace: true}, Priority: number(9)}), nil},
+		{"its other values", mail(MailOptions{Body: Body7Bit, Return: DSNReturnHeaders, Auth: text(""),
+			DeliverBy: &DeliverBy{Time: -time.Hour, Mode: DeliverByNotify}, Priority: number(-9)}), nil},
+		{"BINARYMIME, which DATA cannot carry", mail(MailOptions{Body: BodyBinaryMIME}), []string{"MailOptions.Body BINARYMIME"}},
+		{"another BODY, which could be more than one word", mail(MailOptions{Body: "8BITMIME SIZE=1"}), []string{"MailOptions.Body"}},
+		{"a negative size", mail(MailOptions{Size: -1}), []string{"MailOptions.Size"}},
+		{"another RET", mail(MailOptions{Return: "FULL\r\nRSET"}), []string{"MailOptions.Return"}},
+		{"ENVID with a line end", mail(MailOptions{EnvelopeID: "a\nb"}), []string{"MailOptions.EnvelopeID"}},
+		{"ENVID beyond ASCII", mail(MailOptions{EnvelopeID: "é"}), []string{"MailOptions.EnvelopeID"}},
+		{"the longest ENVID (RFC 3461, 4.4)", mail(MailOptions{EnvelopeID: strings.Repeat("x", 100)}), nil},
+		{"a longer one", mail(MailOptions{EnvelopeID: strings.Repeat("x", 101)}), []string{"MailOptions.EnvelopeID"}},
+		{"AUTH of no address", mail(MailOptions{Auth: text("ann\r\n")}), []string{`MailOptions.Auth "ann\r\n"`}},
+		{"AUTH without a domain (RFC 4954, 5)", mail(MailOptions{Auth: text("postmaster")}), []string{"MailOptions.Auth", "no @"}},
 
-		{"no options for a recipient", func(m *Message) { m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": nil} }, nil},
-		{"every parameter of RCPT", rcpt(smtp.RcptOptions{Notify: []smtp.DSNNotify{smtp.DSNNotifySuccess, smtp.DSNNotifyDelayed, smtp.DSNNotifyFailure},
-			OriginalRecipientType: smtp.DSNAddressTypeRFC822, OriginalRecipient: "ann@example.org", RequireRecipientValidSince: time.Unix(1, 0),
-			DeliverBy: &smtp.DeliverByOptions{Time: time.Second, Mode: smtp.DeliverByReturn, Trace: true}, MTPriority: number(9)}), nil},
-		{"its other values", rcpt(smtp.RcptOptions{Notify: []smtp.DSNNotify{smtp.DSNNotifyNever},
-			OriginalRecipientType: smtp.DSNAddressTypeUTF8, OriginalRecipient: "jürgen@example.org",
-			DeliverBy: &smtp.DeliverByOptions{Time: -time.Hour, Mode: smtp.DeliverByNotify}, MTPriority: number(-9)}), nil},
-		{"options for somebody else, whose name may be anything", func(m *Message) { m.RcptOptions = map[string]*smtp.RcptOptions{"x\ny": {}} },
+		{"no options for a recipient", func(m *Message) { m.RcptOptions = map[string]*RcptOptions{"ann@example.org": nil} }, nil},
+		{"every parameter of RCPT", rcpt(RcptOptions{Notify: []DSNNotify{DSNNotifySuccess, DSNNotifyDelayed, DSNNotifyFailure},
+			OriginalRecipientType: DSNAddressTypeRFC822, OriginalRecipient: "ann@example.org", RequireRecipientValidSince: time.Unix(1, 0)}), nil},
+		{"its other values", rcpt(RcptOptions{Notify: []DSNNotify{DSNNotifyNever},
+			OriginalRecipientType: DSNAddressTypeUTF8, OriginalRecipient: "jürgen@example.org"}), nil},
+		{"options for somebody else, whose name may be anything", func(m *Message) { m.RcptOptions = map[string]*RcptOptions{"x\ny": {}} },
 			[]string{"RcptOptions", `x\ny`, "not in To"}},
-		{"NEVER with another (RFC 3461, 4.1)", rcpt(smtp.RcptOptions{Notify: []smtp.DSNNotify{smtp.DSNNotifyNever, smtp.DSNNotifyFailure}}), []string{"NEVER"}},
-		{"a condition twice", rcpt(smtp.RcptOptions{Notify: []smtp.DSNNotify{smtp.DSNNotifyFailure, smtp.DSNNotifyFailure}}), []string{"FAILURE", "twice"}},
-		{"another condition", rcpt(smtp.RcptOptions{Notify: []smtp.DSNNotify{"SUCCESS\r\n"}}), []string{"Notify"}},
-		{"ORCPT beyond ASCII without saying so", rcpt(smtp.RcptOptions{OriginalRecipient: "jürgen@example.org"}), []string{"OriginalRecipient", "UTF-8"}},
-		{"ORCPT with a line end", rcpt(smtp.RcptOptions{OriginalRecipient: "a\nb"}), []string{"OriginalRecipient"}},
+		{"NEVER with another (RFC 3461, 4.1)", rcpt(RcptOptions{Notify: []DSNNotify{DSNNotifyNever, DSNNotifyFailure}}), []string{"NEVER"}},
+		{"a condition twice", rcpt(RcptOptions{Notify: []DSNNotify{DSNNotifyFailure, DSNNotifyFailure}}), []string{"FAILURE", "twice"}},
+		{"another condition", rcpt(RcptOptions{Notify: []DSNNotify{"SUCCESS\r\n"}}), []string{"Notify"}},
+		{"ORCPT beyond ASCII without saying so", rcpt(RcptOptions{OriginalRecipient: "jürgen@example.org"}), []string{"OriginalRecipient", "UTF-8"}},
+		{"ORCPT with a line end", rcpt(RcptOptions{OriginalRecipient: "a\nb"}), []string{"OriginalRecipient"}},
 		{"ORCPT of UTF-8 with a line end, which has no form in RFC 6533, 3",
-			rcpt(smtp.RcptOptions{OriginalRecipientType: smtp.DSNAddressTypeUTF8, OriginalRecipient: "a\nb"}), []string{"OriginalRecipient", "control"}},
-		{"ORCPT of UTF-8 that is not", rcpt(smtp.RcptOptions{OriginalRecipientType: smtp.DSNAddressTypeUTF8, OriginalRecipient: "\xff"}), []string{"UTF-8"}},
-		{"another type of address", rcpt(smtp.RcptOptions{OriginalRecipientType: "X400", OriginalRecipient: "x"}), []string{"OriginalRecipientType"}},
-		{"the longest ORCPT (RFC 3461, 4.2)", rcpt(smtp.RcptOptions{OriginalRecipient: strings.Repeat("x", 500)}), nil},
-		{"a longer one", rcpt(smtp.RcptOptions{OriginalRecipient: strings.Repeat("x", 501)}), []string{"500"}},
-		{"a priority for one of two, which MAIL cannot say", func(m *Message) {
-			m.RcptOptions = map[string]*smtp.RcptOptions{"ann@example.org": {MTPriority: number(1)}, "bob@example.org": {MTPriority: number(1)}}
-			m.To = append(m.To, "eve@example.org")
-		}, []string{"MTPriority", "eve@example.org", "differ"}},
-		{"another time to deliver by", func(m *Message) {
-			m.RcptOptions = map[string]*smtp.RcptOptions{}
-			for i, to := range m.To {
-				m.RcptOptions[to] = &smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Duration(i+1) * time.Hour, Mode: smtp.DeliverByNotify}}
-			}
-		}, []string{"DeliverBy", "differ"}},
-		{"another mode of BY", rcpt(smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Minute, Mode: "X"}}), []string{"DeliverBy.Mode"}},
-		{"BY, or return, in no time (RFC 2852, 4)", rcpt(smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Mode: smtp.DeliverByReturn}}), []string{"DeliverBy.Time"}},
+			rcpt(RcptOptions{OriginalRecipientType: DSNAddressTypeUTF8, OriginalRecipient: "a\nb"}), []string{"OriginalRecipient", `'\n'`}},
+		{"ORCPT of UTF-8 with an override of the direction",
+			rcpt(RcptOptions{OriginalRecipientType: DSNAddressTypeUTF8, OriginalRecipient: "a\u202eb"}), []string{"OriginalRecipient", `'\u202e'`}},
+		{"ORCPT of UTF-8 that is not", rcpt(RcptOptions{OriginalRecipientType: DSNAddressTypeUTF8, OriginalRecipient: "\xff"}), []string{"UTF-8"}},
+		{"another type of address", rcpt(RcptOptions{OriginalRecipientType: "X400", OriginalRecipient: "x"}), []string{"OriginalRecipientType"}},
+		{"the longest ORCPT (RFC 3461, 4.2)", rcpt(RcptOptions{OriginalRecipient: strings.Repeat("x", 500)}), nil},
+		{"a longer one", rcpt(RcptOptions{OriginalRecipient: strings.Repeat("x", 501)}), []string{"500"}},
+		{"RRVS of a year that RFC 3339 has no form for", rcpt(RcptOptions{RequireRecipientValidSince: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)}),
+			[]string{"RequireRecipientValidSince", "year"}},
+		{"RRVS that gets to that year in UTC", rcpt(RcptOptions{RequireRecipientValidSince: time.Date(9999, 12, 31, 23, 0, 0, 0, time.FixedZone("", -2*60*60))}),
+			[]string{"RequireRecipientValidSince", "year"}},
+		{"the longest BY (RFC 2852, 4)", mail(MailOptions{DeliverBy: &DeliverBy{Time: 999_999_999 * time.Second, Mode: DeliverByReturn}}), nil},
+		{"a longer one", mail(MailOptions{DeliverBy: &DeliverBy{Time: 1_000_000_000 * time.Second, Mode: DeliverByReturn}}),
+			[]string{"MailOptions.DeliverBy.Time is 1000000000 seconds", "nine digits"}},
+		{"the same in the past", mail(MailOptions{DeliverBy: &DeliverBy{Time: -1_000_000_000 * time.Second, Mode: DeliverByNotify}}),
+			[]string{"MailOptions.DeliverBy.Time is -1000000000 seconds", "nine digits"}},
+		{"a long address is cut short in the error", func(m *Message) { m.From = strings.Repeat("é", 80) + "zzz" },
+			[]string{"From \"" + strings.Repeat("é", 80) + "\"…: "}},
+		{"so is a domain", func(m *Message) { m.From = "a@-" + strings.Repeat("x", 200) }, []string{"\"-" + strings.Repeat("x", 79) + "\"… is not a domain name"}},
+		{"postmaster with another s in it", func(m *Message) { m.To = []string{"poſtmaster"} }, []string{"no @"}},
+		{"another mode of BY", mail(MailOptions{DeliverBy: &DeliverBy{Time: time.Minute, Mode: "X"}}), []string{"MailOptions.DeliverBy.Mode"}},
+		{"BY, or return, in no time (RFC 2852, 4)", mail(MailOptions{DeliverBy: &DeliverBy{Mode: DeliverByReturn}}), []string{"MailOptions.DeliverBy.Time"}},
 		{"BY, or return, in what becomes 0 seconds",
-			rcpt(smtp.RcptOptions{DeliverBy: &smtp.DeliverByOptions{Time: time.Second - 1, Mode: smtp.DeliverByReturn}}), []string{"DeliverBy.Time"}},
-		{"a priority too high (RFC 6710, 3)", rcpt(smtp.RcptOptions{MTPriority: number(10)}), []string{"MTPriority"}},
-		{"a priority too low", rcpt(smtp.RcptOptions{MTPriority: number(-10)}), []string{"MTPriority"}},
+			mail(MailOptions{DeliverBy: &DeliverBy{Time: time.Second - 1, Mode: DeliverByReturn}}), []string{"MailOptions.DeliverBy.Time"}},
+		{"a priority too high (RFC 6710, 3)", mail(MailOptions{Priority: number(10)}), []string{"Priority"}},
+		{"a priority too low", mail(MailOptions{Priority: number(-10)}), []string{"Priority"}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			m := Message{From: "shop@example.com", To: []string{"bob@example.org", "ann@example.org"}, Body: Bytes([]byte("x"))}
@@ -280,14 +311,14 @@ type parser struct {
 
 	// Set by the server before it answers.
 	path string
-	mail *smtp.MailOptions
-	rcpt *smtp.RcptOptions
+	mail MailOptions
+	rcpt RcptOptions
 }
 
 func newParser(tb testing.TB) *parser {
 	p := &parser{}
 	s := smtp.NewServer(smtp.BackendFunc(func(*smtp.Conn) (smtp.Session, error) { return p, nil }))
-	s.EnableSMTPUTF8, s.EnableREQUIRETLS, s.EnableDSN, s.EnableRRVS, s.EnableDELIVERBY, s.EnableMTPRIORITY = true, true, true, true, true, true
+	s.EnableSMTPUTF8, s.EnableREQUIRETLS, s.EnableDSN, s.EnableRRVS = true, true, true, true
 	s.MaxLineLength = 1 << 20
 	s.ErrorLog = log.New(io.Discard, "", 0)
 	l := netpipe.Listen(1 << 20)
@@ -336,12 +367,19 @@ func (p *parser) must(tb testing.TB, line string) {
 }
 
 func (p *parser) Mail(from string, opts *smtp.MailOptions) error {
-	p.path, p.mail = from, opts
+	p.path = from
+	p.mail = MailOptions{Body: BodyType(opts.Body), Size: opts.Size, UTF8: opts.UTF8, RequireTLS: opts.RequireTLS,
+		Return: DSNReturn(opts.Return), EnvelopeID: opts.EnvelopeID, Auth: opts.Auth}
 	return nil
 }
 
 func (p *parser) Rcpt(to string, opts *smtp.RcptOptions) error {
-	p.path, p.rcpt = to, opts
+	p.path = to
+	p.rcpt = RcptOptions{OriginalRecipientType: DSNAddressType(opts.OriginalRecipientType), OriginalRecipient: opts.OriginalRecipient,
+		RequireRecipientValidSince: opts.RequireRecipientValidSince}
+	for _, n := range opts.Notify {
+		p.rcpt.Notify = append(p.rcpt.Notify, DSNNotify(n))
+	}
 	return nil
 }
 
@@ -376,11 +414,12 @@ func checkLine(line string) error {
 }
 
 // FuzzCheckPath holds the check to what it is for: an address that passes is one path, for a reader of the RFC's grammar
-// and for go-smtp's parser, and says there what it says here.
+// for go-smtp's parser and for parsers that know nothing of quotes, and says there what it says here.
 func FuzzCheckPath(f *testing.F) {
 	for _, seed := range []string{
 		"ann@example.org", "a+b=c@x.example", `"a b"@x.example`, `"<a>"@x.example`, `"a\"b\\"@x.example`, "jürgen@bücher.example", "ann@[192.0.2.1]",
 		"ann@[IPv6:2001:db8::1]", "postmaster", ".a..b@x", "a@b> SIZE=1", "a@b\r\nRCPT TO:<c@d", "@a:b@c", `"a"@b>c`, `"@x`, `"\"@x`, "Ann <ann@example.org>", "",
+		`"boss@attacker.example> ORCPT="@relay.example`, `" SIZE=1 "@x.example`, "a@x.example\u00a0SIZE=1", "\"a\\\u0085b\"@x.example", "a\u202eb@x.example", "a＞@x.example",
 	} {
 		f.Add(seed)
 	}
@@ -392,8 +431,8 @@ func FuzzCheckPath(f *testing.F) {
 		quoted := false
 		for i := 0; i < len(addr); i++ {
 			switch c := addr[i]; {
-			case c < ' ' || c == 0x7f:
-				t.Fatalf("%q passes with a control character", addr)
+			case c < ' ' || c == 0x7f || c == '<' || c == '>':
+				t.Fatalf("%q passes with %q", addr, c)
 			case c == '\\' && quoted:
 				i++
 			case c == '"':
@@ -405,20 +444,32 @@ func FuzzCheckPath(f *testing.F) {
 		if quoted {
 			t.Fatalf("%q passes with a quote that is not ended", addr)
 		}
+		if strings.ContainsFunc(addr, func(r rune) bool {
+			return unicode.In(r, unicode.C, unicode.Zl, unicode.Zp, unicode.Bidi_Control, unicode.Join_Control) || unicode.IsSpace(r) && r != ' '
+		}) {
+			t.Fatalf("%q passes with a character that shows nothing", addr)
+		}
 		p.must(t, "RSET\r\n")
 		for _, line := range []string{
-			string(wire.AppendMail(nil, addr, &smtp.MailOptions{Body: smtp.Body8BitMIME, Size: 7}, nil)),
-			string(wire.AppendRcpt(nil, addr, nil, false)),
+			string(wire.AppendMail(nil, addr, &wire.MailParams{Body: "8BITMIME", Size: 7})),
+			string(wire.AppendRcpt(nil, addr, &wire.RcptParams{}, false)),
 		} {
 			if err := checkLine(line); err != nil {
 				t.Fatal(err)
+			}
+			_, arg, _ := strings.Cut(line, ":")
+			if path, _, _ := strings.Cut(arg, ">"); path != "<"+addr {
+				t.Errorf("who cuts %q at the first bracket reads %q", line, path)
+			}
+			if word := strings.Fields(arg)[0]; strings.HasSuffix(word, ">") && word != "<"+addr+">" {
+				t.Errorf("who splits %q at white space reads %q", line, word)
 			}
 			p.must(t, line)
 			if want := unescaped(addr); p.path != want {
 				t.Errorf("go-smtp reads %q of %q, want %q", p.path, line, want)
 			}
 		}
-		if want := (smtp.MailOptions{Body: smtp.Body8BitMIME, Size: 7}); *p.mail != want {
+		if want := (MailOptions{Body: Body8BitMIME, Size: 7}); p.mail != want {
 			t.Errorf("go-smtp reads the parameters %+v behind %q, want %+v", p.mail, addr, want)
 		}
 	})
@@ -436,54 +487,54 @@ func FuzzAppendCommands(f *testing.F) {
 	p := newParser(f)
 	f.Fuzz(func(t *testing.T, addr, envID, auth string, hasAuth bool, orcpt string, orcptUTF8 bool, body, ret string, size int64, utf8Mail, requireTLS bool,
 		notify string, since, by int64, byMode string, byTrace bool, priority int8) {
-		mail := &smtp.MailOptions{Body: smtp.BodyType(body), Size: size, UTF8: utf8Mail, RequireTLS: requireTLS, Return: smtp.DSNReturn(ret), EnvelopeID: envID}
+		mail := &MailOptions{Body: BodyType(body), Size: size, UTF8: utf8Mail, RequireTLS: requireTLS, Return: DSNReturn(ret), EnvelopeID: envID}
 		if hasAuth {
 			mail.Auth = &auth
 		}
-		prio := int(priority)
-		rcpt := &smtp.RcptOptions{OriginalRecipient: orcpt, MTPriority: &prio}
+		rcpt := &RcptOptions{OriginalRecipient: orcpt}
 		if orcpt != "" {
-			rcpt.OriginalRecipientType = smtp.DSNAddressTypeRFC822
+			rcpt.OriginalRecipientType = DSNAddressTypeRFC822
 			if orcptUTF8 {
-				rcpt.OriginalRecipientType = smtp.DSNAddressTypeUTF8
+				rcpt.OriginalRecipientType = DSNAddressTypeUTF8
 			}
 		}
 		if notify != "" {
 			for n := range strings.SplitSeq(notify, ",") {
-				rcpt.Notify = append(rcpt.Notify, smtp.DSNNotify(n))
+				rcpt.Notify = append(rcpt.Notify, DSNNotify(n))
 			}
 		}
 		if since != 0 {
 			rcpt.RequireRecipientValidSince = time.Unix(since, 0).UTC()
 		}
+		prio := int(priority)
+		urgent := *mail
+		urgent.Priority = &prio
 		if byMode != "" {
-			rcpt.DeliverBy = &smtp.DeliverByOptions{Time: time.Duration(by), Mode: smtp.DeliverByMode(byMode), Trace: byTrace}
+			urgent.DeliverBy = &DeliverBy{Time: time.Duration(by), Mode: DeliverByMode(byMode), Trace: byTrace}
 		}
-		m := Message{From: addr, To: []string{addr}, Body: Bytes([]byte("x")), MailOptions: mail, RcptOptions: map[string]*smtp.RcptOptions{addr: rcpt}}
+		m := Message{From: addr, To: []string{addr}, Body: Bytes([]byte("x")), MailOptions: &urgent, RcptOptions: map[string]*RcptOptions{addr: rcpt}}
 		if m.check() != nil {
 			return
 		}
-		mailLine := string(wire.AppendMail(nil, addr, mail, nil))
-		rcptLine := string(wire.AppendRcpt(nil, addr, rcpt, utf8Mail))
-		urgent := string(wire.AppendMail(nil, addr, mail, rcpt))
-		for _, line := range []string{mailLine, rcptLine, urgent} {
+		mailParams, rcptParams, urgentParams := mail.params(), rcpt.params(), urgent.params()
+		mailLine := string(wire.AppendMail(nil, addr, &mailParams))
+		rcptLine := string(wire.AppendRcpt(nil, addr, &rcptParams, utf8Mail))
+		urgentLine := string(wire.AppendMail(nil, addr, &urgentParams))
+		for _, line := range []string{mailLine, rcptLine, urgentLine} {
 			if err := checkLine(line); err != nil {
 				t.Fatal(err)
 			}
 		}
 
-		// go-smtp reads BY and MT-PRIORITY behind RCPT.
-		params, ok := strings.CutPrefix(urgent, strings.TrimSuffix(mailLine, "\r\n"))
-		if !ok {
-			t.Fatalf("%q does not go on as %q", urgent, mailLine)
+		// go-smtp reads BY and MT-PRIORITY behind MAIL since its version 0.26, and behind RCPT before: it is not asked.
+		params, ok := strings.CutPrefix(urgentLine, strings.TrimSuffix(mailLine, "\r\n"))
+		if !ok || !urgency.MatchString(params) {
+			t.Fatalf("%q does not go on behind %q with parameters as their RFCs have them", urgentLine, mailLine)
 		}
-		rcptLine = strings.TrimSuffix(rcptLine, "\r\n") + params
 
-		// What go-smtp does not read as the RFCs have it is left out: sizes of more than 32 bits, octets beyond ASCII in
-		// xtext, white space beyond ASCII in ORCPT; and the years that RFC 3339 has no form for.
-		year := rcpt.RequireRecipientValidSince.Year()
-		if size > 1<<32-1 || hasAuth && !isASCII(auth) || strings.ContainsFunc(orcpt, func(r rune) bool { return r > 0x7f && unicode.IsSpace(r) }) ||
-			since != 0 && (year < 1 || year > 9999) {
+		// What go-smtp does not read as the RFCs have it is left out: sizes of more than 32 bits and octets beyond ASCII in
+		// xtext.
+		if size > 1<<32-1 || hasAuth && !isASCII(auth) {
 			return
 		}
 		p.must(t, "RSET\r\n")
@@ -493,23 +544,20 @@ func FuzzAppendCommands(f *testing.F) {
 			plain := unescaped(auth)
 			want.Auth = &plain
 		}
-		if got := p.mail; p.path != unescaped(addr) || !reflect.DeepEqual(*got, want) {
-			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, *got, mailLine, want)
+		if got := p.mail; p.path != unescaped(addr) || !reflect.DeepEqual(got, want) {
+			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, got, mailLine, want)
 		}
 		p.must(t, rcptLine)
-		wantRcpt := *rcpt
-		if b := rcpt.DeliverBy; b != nil {
-			whole := *b
-			whole.Time = b.Time.Truncate(time.Second)
-			wantRcpt.DeliverBy = &whole
+		got := p.rcpt
+		if !got.RequireRecipientValidSince.Equal(rcpt.RequireRecipientValidSince) {
+			t.Errorf("go-smtp reads %+v of %q, want %+v", got, rcptLine, *rcpt)
 		}
-		got := *p.rcpt
-		if !got.RequireRecipientValidSince.Equal(wantRcpt.RequireRecipientValidSince) || !slices.Equal(got.Notify, wantRcpt.Notify) {
-			t.Errorf("go-smtp reads %+v of %q, want %+v", got, rcptLine, wantRcpt)
-		}
-		got.RequireRecipientValidSince, got.Notify = wantRcpt.RequireRecipientValidSince, wantRcpt.Notify
-		if p.path != unescaped(addr) || !reflect.DeepEqual(got, wantRcpt) {
-			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, got, rcptLine, wantRcpt)
+		got.RequireRecipientValidSince = rcpt.RequireRecipientValidSince
+		if p.path != unescaped(addr) || !reflect.DeepEqual(got, *rcpt) {
+			t.Errorf("go-smtp reads %q, %+v of %q, want %+v", p.path, got, rcptLine, *rcpt)
 		}
 	})
 }
+
+// urgency is what may stand behind the other parameters of MAIL (RFC 2852, 4; RFC 6710, 3).
+var urgency = regexp.MustCompile(`^( BY=-?[0-9]{1,9};[NR]T?)? MT-PRIORITY=(0|-?[1-9])\r\n$`)

@@ -127,7 +127,7 @@ var scenarios = []scenario{
 	{name: "AUTH LOGIN", relay: func(s *smtptest.Server) { s.Mechanisms = []string{"LOGIN"} }},
 	{name: "no mechanism in common", relay: func(s *smtptest.Server) {
 		s.Mechanisms = []string{"X-ODD"}
-		s.SASL = func(string) (sasl.Server, error) { return nil, errors.New("odd") }
+		s.SASL = func(string) (smtptest.SASLServer, error) { return nil, errors.New("odd") }
 	}},
 	{name: "wrong password", relay: func(s *smtptest.Server) { s.Password = "another" }},
 	{name: "the relay says the AUTH line back in its refusal", faults: []smtptest.Fault{{
@@ -156,7 +156,7 @@ var scenarios = []scenario{
 
 func keyByAuth(c *smtprelay.Config) {
 	c.Username, c.Password = "", ""
-	c.Auth = func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+	c.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 		return sasl.NewPlainClient("", secretUser, secretKey), nil
 	}
 }
@@ -249,7 +249,7 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 	cfg := smtprelay.Config{
 		Username: secretUser,
 		Password: secretKey,
-		Auth: func(context.Context, smtprelay.ServerInfo) (sasl.Client, error) {
+		Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewPlainClient("", secretUser, secretKey), nil
 		},
 		TLSConfig: &tls.Config{},

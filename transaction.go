@@ -8,8 +8,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/emersion/go-smtp"
-
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -26,8 +24,8 @@ type transaction struct {
 	s      *session
 	keeper keeper // of s
 	m      *Message
-	mail   smtp.MailOptions // as they are sent
-	rcpts  []int            // which of m.To
+	mail   MailOptions // as they are sent
+	rcpts  []int       // which of m.To
 
 	signal      chan struct{} // told that a reply is in; has room for one
 	seq         int           // the how manieth transaction of its session
@@ -72,7 +70,7 @@ type keeper interface {
 }
 
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
-func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail smtp.MailOptions, rcpts []int) *transaction {
+func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail MailOptions, rcpts []int) *transaction {
 	t := s.cfg.transactions.Get().(*transaction)
 	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0], unguard: unguarded}
 	for range rcpts {
@@ -317,7 +315,8 @@ func (t *transaction) envelope() bool {
 			return false
 		}
 	}
-	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail, t.m.RcptOptions[t.m.To[0]])
+	mail := t.mail.params()
+	s.line = wire.AppendMail(s.line[:0], t.m.From, &mail)
 	if !t.askLine(exchange{op: OpMail, limit: command}) {
 		return false
 	}
@@ -326,7 +325,8 @@ func (t *transaction) envelope() bool {
 			break
 		}
 		addr := t.m.To[to]
-		s.line = wire.AppendRcpt(s.line[:0], addr, t.m.RcptOptions[addr], t.mail.UTF8)
+		rcpt := t.m.RcptOptions[addr].params()
+		s.line = wire.AppendRcpt(s.line[:0], addr, &rcpt, t.mail.UTF8)
 		if !t.askLine(exchange{op: OpRcpt, rcpt: i, limit: command}) {
 			return false
 		}

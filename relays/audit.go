@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/emersion/go-smtp"
 	"github.com/smtprelay/smtprelay"
 )
 
@@ -21,7 +20,7 @@ type sending struct {
 	want string // the body as it must arrive, with LF line ends
 
 	allOrNothing bool
-	options      *smtp.MailOptions
+	options      *smtprelay.MailOptions
 
 	done    bool // Send has returned
 	receipt smtprelay.Receipt

@@ -5,7 +5,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/emersion/go-smtp"
 	"github.com/smtprelay/smtprelay"
 )
 
@@ -130,7 +129,7 @@ func TestSendingKnowsHowItsBodyMustArrive(t *testing.T) {
 
 func TestExpectTellsWhatIsWrong(t *testing.T) {
 	refused := &smtprelay.Error{
-		Reply:   smtprelay.Reply{Code: 550, EnhancedCode: smtp.EnhancedCode{5, 1, 1}},
+		Reply:   smtprelay.Reply{Code: 550, EnhancedCode: smtprelay.EnhancedCode{5, 1, 1}},
 		Outcome: smtprelay.Accepted,
 		Refused: []smtprelay.RecipientError{{To: "b@y.example", Reply: smtprelay.Reply{Code: 550}}},
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/emersion/go-smtp"
 	"github.com/smtprelay/smtprelay"
 )
 
@@ -198,7 +197,7 @@ func utf8Address(b *bench) error {
 		return err
 	}
 	s := b.mail("jürgen")
-	s.options = &smtp.MailOptions{UTF8: true}
+	s.options = &smtprelay.MailOptions{UTF8: true}
 	err = b.send(c, s)
 	if b.offered("SMTPUTF8") {
 		return err

@@ -18,6 +18,7 @@ import (
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
 
+	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
@@ -34,8 +35,6 @@ func (s *Server) startBackend() {
 	b.EnableBINARYMIME = s.offers("BINARYMIME")
 	b.EnableDSN = s.offers("DSN")
 	b.EnableRRVS = s.offers("RRVS")
-	b.EnableDELIVERBY = s.offers("DELIVERBY")
-	b.EnableMTPRIORITY = s.offers("MT-PRIORITY")
 	b.ErrorLog = panicLog{}
 	s.backend = b
 	s.backends = &backListener{conns: make(chan net.Conn), done: make(chan struct{})}
@@ -184,16 +183,27 @@ func (s session) Mail(from string, opts *smtp.MailOptions) error {
 	if !c.authed && !c.s.NoAuth {
 		return &smtp.SMTPError{Code: 550, EnhancedCode: smtp.NoEnhancedCode, Message: "Unauthenticated senders not allowed"}
 	}
-	c.env = envelope{open: true, from: c.path, mailOptions: *opts}
-	if c.size > 0 {
-		c.env.mailOptions.Size = c.size
+	o := c.ours // what go-smtp is not asked about
+	if o.Size == 0 {
+		o.Size = opts.Size
 	}
+	o.Body, o.UTF8, o.RequireTLS = smtprelay.BodyType(opts.Body), opts.UTF8, opts.RequireTLS
+	o.Return, o.EnvelopeID, o.Auth = smtprelay.DSNReturn(opts.Return), opts.EnvelopeID, opts.Auth
+	c.env = envelope{open: true, from: c.path, mailOptions: o}
 	return nil
 }
 
 func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
 	s.c.env.to = append(s.c.env.to, s.c.path)
-	s.c.env.rcptOptions = append(s.c.env.rcptOptions, *opts)
+	o := smtprelay.RcptOptions{
+		OriginalRecipientType:      smtprelay.DSNAddressType(opts.OriginalRecipientType),
+		OriginalRecipient:          opts.OriginalRecipient,
+		RequireRecipientValidSince: opts.RequireRecipientValidSince,
+	}
+	for _, n := range opts.Notify {
+		o.Notify = append(o.Notify, smtprelay.DSNNotify(n))
+	}
+	s.c.env.rcptOptions = append(s.c.env.rcptOptions, o)
 	return nil
 }
 

@@ -8,14 +8,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/emersion/go-smtp"
-
+	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
@@ -44,10 +44,9 @@ type conn struct {
 	line       []byte // what is sent to go-smtp
 	events     [steps]int
 	authed     bool
-	authLed    bool   // the last AUTH had more behind it
-	path       string // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
-	size       int64  // SIZE= of that MAIL, where it is more than go-smtp can read
-	urgency    string // BY= and MT-PRIORITY= of that MAIL, which go-smtp reads behind RCPT
+	authLed    bool                  // the last AUTH had more behind it
+	path       string                // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
+	ours       smtprelay.MailOptions // the parameters of that MAIL that go-smtp is not asked about
 	env        envelope
 	msg        incoming
 	metBody    []*FaultHandle // that have met the body
@@ -70,8 +69,8 @@ type envelope struct {
 	open        bool // MAIL was accepted
 	from        string
 	to          []string
-	mailOptions smtp.MailOptions
-	rcptOptions []smtp.RcptOptions
+	mailOptions smtprelay.MailOptions
+	rcptOptions []smtprelay.RcptOptions
 	chunks      int // BDAT commands so far
 }
 
@@ -485,10 +484,11 @@ func (c *conn) do(line string) ending {
 		c.path = path(arg)
 		b := c.meet(Event{Step: Rcpt, Line: line, Rcpt: c.path})
 		return c.answer(b, func() string {
-			if _, misplaced := c.cutUrgency(line); misplaced != "" {
-				return "555 5.5.4 Not a parameter of RCPT:" + misplaced
+			_, params := c.cutPath(line)
+			if _, misplaced := c.cutUrgency(params); len(misplaced) > 0 {
+				return "555 5.5.4 Not a parameter of RCPT: " + misplaced[0]
 			}
-			return c.askAbout(line+c.urgency, "250 Recipient address accepted")
+			return c.askAbout(line, "250 Recipient address accepted")
 		})
 	case Data:
 		return c.data(line)
@@ -706,43 +706,81 @@ func (c *conn) mail(line, arg string) ending {
 		return hangUp
 	}
 	return c.answer(b, func() string {
-		var tooBig bool
-		if line, c.size, tooBig = bigSize(line, s.MaxSize); tooBig {
+		command, params := c.cutPath(line)
+		params, size, tooBig := bigSize(params, s.MaxSize)
+		if tooBig {
 			return "552 5.3.4 Max message size exceeded"
 		}
 		if c.env.open { // go-smtp lets a second one pass
 			return "503 5.5.1 Sender already given"
 		}
-		line, c.urgency = c.cutUrgency(line)
-		return c.askAbout(line, "250 Sender address accepted")
+		params, urgency := c.cutUrgency(params)
+		c.ours = smtprelay.MailOptions{Size: size}
+		for _, field := range urgency {
+			if !readUrgency(&c.ours, field) {
+				return "501 5.5.4 Malformed parameter " + field
+			}
+		}
+		return c.askAbout(command+params, "250 Sender address accepted")
 	})
 }
 
-// bigSize takes SIZE= out of a MAIL command if it does not fit into the 32 bits that go-smtp has for it.
-func bigSize(line string, limit int64) (string, int64, bool) {
-	for field := range strings.FieldsSeq(line) {
+// cutPath parts a MAIL or RCPT command behind c.path, in which there may be spaces and equals signs too.
+func (c *conn) cutPath(line string) (command, params string) {
+	end := strings.Index(line, c.path) + len(c.path)
+	return line[:end], line[end:]
+}
+
+// bigSize takes SIZE= out of the parameters of MAIL if it does not fit into the 32 bits that go-smtp has for it.
+func bigSize(params string, limit int64) (string, int64, bool) {
+	for field := range strings.FieldsSeq(params) {
 		if len(field) < 5 || !strings.EqualFold(field[:5], "SIZE=") {
 			continue
 		}
 		if n, err := strconv.ParseInt(field[5:], 10, 64); err == nil && n >= 1<<32 {
-			return strings.Replace(line, " "+field, "", 1), n, limit > 0 && n > limit
+			return strings.Replace(params, " "+field, "", 1), n, limit > 0 && n > limit
 		}
 	}
-	return line, 0, false
+	return params, 0, false
 }
 
-// cutUrgency takes out of a command the parameters that go-smtp reads behind RCPT, where they are offered, though they
-// belong to MAIL (RFC 2852, 4; RFC 6710, 3).
-func (c *conn) cutUrgency(line string) (rest, urgency string) {
-	rest = line
-	for field := range strings.FieldsSeq(line) {
+// cutUrgency takes BY= and MT-PRIORITY= out of parameters, where they are offered. They belong to MAIL (RFC 2852, 4;
+// RFC 6710, 3); go-smtp reads them there since its version 0.26, and behind RCPT before.
+func (c *conn) cutUrgency(params string) (rest string, urgency []string) {
+	rest = params
+	for field := range strings.FieldsSeq(params) {
 		keyword, _, _ := strings.Cut(strings.ToUpper(field), "=")
 		if keyword == "BY" && c.s.offers("DELIVERBY") || keyword == "MT-PRIORITY" && c.s.offers("MT-PRIORITY") {
 			rest = strings.Replace(rest, " "+field, "", 1)
-			urgency += " " + field
+			urgency = append(urgency, field)
 		}
 	}
 	return rest, urgency
+}
+
+var (
+	byParam       = regexp.MustCompile(`^(?i:BY)=([-+]?[0-9]{1,9});([NRnr])([Tt]?)$`)
+	priorityParam = regexp.MustCompile(`^(?i:MT-PRIORITY)=(0|-?[1-9])$`)
+)
+
+// readUrgency reads a parameter that cutUrgency has found into o. It reports false where that is malformed.
+func readUrgency(o *smtprelay.MailOptions, field string) bool {
+	if m := priorityParam.FindStringSubmatch(field); m != nil {
+		n, _ := strconv.Atoi(m[1])
+		o.Priority = &n
+		return true
+	}
+	m := byParam.FindStringSubmatch(field)
+	if m == nil {
+		return false
+	}
+	seconds, _ := strconv.Atoi(m[1])
+	o.DeliverBy = &smtprelay.DeliverBy{
+		Time:  time.Duration(seconds) * time.Second,
+		Mode:  smtprelay.DeliverByMode(strings.ToUpper(m[2])),
+		Trace: m[3] != "",
+	}
+	return o.DeliverBy.Mode == smtprelay.DeliverByNotify || seconds > 0 // a time that has passed cannot be kept
 }
 
 // askAbout asks go-smtp about c.path, unless it is to be rejected, and puts it in SendGrid's words if it agrees.

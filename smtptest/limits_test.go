@@ -7,7 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/emersion/go-smtp"
+	"github.com/smtprelay/smtprelay"
 )
 
 func TestEleventhConnectionIsRefused(t *testing.T) {
@@ -184,22 +184,63 @@ func TestUrgencyIsReadBehindMailAndNotBehindRcpt(t *testing.T) {
 	s.Extensions = []string{"DELIVERBY", "MT-PRIORITY"}
 	bubble(t, s, func(t *testing.T) {
 		r := open(t, s)
-		r.say("MAIL FROM:<a@x.example> BY=120;R MT-PRIORITY=-3", "RCPT TO:<b@y.example> BY=120;R", "RCPT TO:<b@y.example>", "DATA")
+		r.say(`MAIL FROM:<" BY=0;R "@x.example> BY=120;R MT-PRIORITY=-3`, "RCPT TO:<b@y.example> BY=120;R", "RCPT TO:<b@y.example>", "DATA")
 		r.want("250 ", "555 5.5.4", "250 ", "354 ")
 		r.say(".")
 		r.want("250 ")
-		o := s.Messages()[0].RcptOptions[0]
-		if o.DeliverBy == nil || *o.DeliverBy != (smtp.DeliverByOptions{Time: 2 * time.Minute, Mode: smtp.DeliverByReturn}) || o.MTPriority == nil || *o.MTPriority != -3 {
+		o := s.Messages()[0].MailOptions
+		if o.DeliverBy == nil || *o.DeliverBy != (smtprelay.DeliverBy{Time: 2 * time.Minute, Mode: smtprelay.DeliverByReturn}) || o.Priority == nil || *o.Priority != -3 {
 			t.Errorf("%+v", o)
 		}
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 		r.want("250 ", "250 ", "354 ")
 		r.say(".")
 		r.want("250 ")
-		if o := s.Messages()[1].RcptOptions[0]; o.DeliverBy != nil || o.MTPriority != nil {
+		if o := s.Messages()[1].MailOptions; o.DeliverBy != nil || o.Priority != nil {
 			t.Errorf("the next message: %+v", o)
 		}
 	})
+}
+
+func TestUrgencyIsReadAsItsRFCsHaveIt(t *testing.T) {
+	for _, tt := range []struct {
+		param string
+		by    smtprelay.DeliverBy // the zero value means that the parameter is refused
+	}{
+		{"BY=-60;N", smtprelay.DeliverBy{Time: -time.Minute, Mode: smtprelay.DeliverByNotify}},
+		{"BY=+60;NT", smtprelay.DeliverBy{Time: time.Minute, Mode: smtprelay.DeliverByNotify, Trace: true}},
+		{"by=999999999;rt", smtprelay.DeliverBy{Time: 999_999_999 * time.Second, Mode: smtprelay.DeliverByReturn, Trace: true}},
+		{"BY=0;R", smtprelay.DeliverBy{}},
+		{"BY=-1;R", smtprelay.DeliverBy{}},
+		{"BY=1000000000;N", smtprelay.DeliverBy{}},
+		{"BY=1", smtprelay.DeliverBy{}},
+		{"BY=1;X", smtprelay.DeliverBy{}},
+		{"BY", smtprelay.DeliverBy{}},
+		{"MT-PRIORITY=10", smtprelay.DeliverBy{}},
+		{"MT-PRIORITY=-0", smtprelay.DeliverBy{}},
+		{"MT-PRIORITY=", smtprelay.DeliverBy{}},
+	} {
+		t.Run(tt.param, func(t *testing.T) {
+			s := plainRelay()
+			s.Extensions = []string{"DELIVERBY", "MT-PRIORITY"}
+			bubble(t, s, func(t *testing.T) {
+				r := open(t, s)
+				r.say("MAIL FROM:<a@x.example> " + tt.param)
+				if tt.by == (smtprelay.DeliverBy{}) {
+					r.want("501 5.5.4 Malformed parameter " + tt.param)
+					return
+				}
+				r.want("250 ")
+				r.say("RCPT TO:<b@y.example>", "DATA")
+				r.want("250 ", "354 ")
+				r.say(".")
+				r.want("250 ")
+				if by := s.Messages()[0].MailOptions.DeliverBy; by == nil || *by != tt.by {
+					t.Errorf("got %+v, want %+v", by, tt.by)
+				}
+			})
+		})
+	}
 }
 
 func TestClientsThatDoNotWaitAreCutOff(t *testing.T) {

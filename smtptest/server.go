@@ -103,7 +103,7 @@ type Server struct {
 
 	// SASL, if not nil, replaces Username and Password: it returns the relay's side of a mechanism. It is called for
 	// mechanisms of the list only, possibly from several goroutines at once.
-	SASL func(mechanism string) (sasl.Server, error)
+	SASL func(mechanism string) (SASLServer, error)
 
 	// NoTLS does not offer STARTTLS. Where it is offered, AUTH is neither offered nor accepted before it was used.
 	NoTLS bool
@@ -136,8 +136,8 @@ type Server struct {
 	MaxSize int64
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
-	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; BY= and MT-PRIORITY=, which stand behind MAIL, are
-	// found in [Message.RcptOptions]. Any other line is announced and no more:
+	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; what they say is
+	// found in [Message.MailOptions] and [Message.RcptOptions]. Any other line is announced and no more:
 	// "LIMITS MAILMAX=5" makes a promise that MaxMessages has to keep.
 	Extensions []string
 
@@ -216,6 +216,14 @@ type Server struct {
 	messages   []Message
 	seen       map[[32]byte]bool // hashes of envelope and body
 	duplicates int
+}
+
+// SASLServer is the relay's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Server of
+// github.com/emersion/go-sasl is one.
+type SASLServer interface {
+	// Next takes a response of the client, which is nil where AUTH came without one, and returns the next challenge, or
+	// that the exchange is done. An error refuses the credentials.
+	Next(response []byte) (challenge []byte, done bool, err error)
 }
 
 // Habit is what a relay does with commands that have arrived behind a final dot by the time that it answers the dot: in the

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/emersion/go-smtp"
+	"github.com/smtprelay/smtprelay"
 )
 
 // Message is a message that the relay has taken.
@@ -15,12 +15,12 @@ type Message struct {
 	Nth         int    // the MAIL command of the connection that it came with, counted from 1
 	From        string // the reverse-path, as it stood between the brackets
 	To          []string
-	MailOptions smtp.MailOptions
-	RcptOptions []smtp.RcptOptions // one for each of To
-	Body        []byte             // as it was before dots were stuffed; nil with DropBodies. Not to be changed
-	Size        int64              // of the body
-	SHA256      [32]byte           // of the body
-	Chunked     bool               // whether it came by BDAT
+	MailOptions smtprelay.MailOptions
+	RcptOptions []smtprelay.RcptOptions // one for each of To
+	Body        []byte                  // as it was before dots were stuffed; nil with DropBodies. Not to be changed
+	Size        int64                   // of the body
+	SHA256      [32]byte                // of the body
+	Chunked     bool                    // whether it came by BDAT
 	Received    time.Time
 }
 

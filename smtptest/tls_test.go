@@ -10,8 +10,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/emersion/go-sasl"
-
 	"github.com/smtprelay/smtprelay"
 )
 
@@ -257,7 +255,7 @@ func TestAuth(t *testing.T) {
 	t.Run("a mechanism of one's own", func(t *testing.T) {
 		s := clear()
 		s.Mechanisms = []string{"XTOKEN"}
-		s.SASL = func(mechanism string) (sasl.Server, error) {
+		s.SASL = func(mechanism string) (SASLServer, error) {
 			return &loginServer{check: func(user, token string) error {
 				if mechanism != "XTOKEN" || user != "me" || token != "t" {
 					return errors.New("no")

@@ -3,77 +3,86 @@ package wire
 import (
 	"strconv"
 	"time"
-
-	"github.com/emersion/go-smtp"
 )
 
-// AppendMail appends a MAIL command (RFC 5321, 4.1.1.2) with the parameters that opts sets, and those of rcpt, which may be
-// nil, that go-smtp keeps with the recipients though they stand here: BY (RFC 2852, 4) and MT-PRIORITY (RFC 6710, 3).
-func AppendMail(b []byte, from string, opts *smtp.MailOptions, rcpt *smtp.RcptOptions) []byte {
+// MailParams are the parameters of a MAIL command. The zero value of each field leaves its parameter out.
+type MailParams struct {
+	Body       string  // BODY=
+	Size       int64   // SIZE=
+	UTF8       bool    // SMTPUTF8
+	Return     string  // RET=
+	EnvelopeID string  // ENVID=, decoded
+	RequireTLS bool    // REQUIRETLS
+	Auth       *string // AUTH=, decoded; "" means <>
+	By         By      // BY=
+	Priority   *int    // MT-PRIORITY=
+}
+
+// By is the value of BY= (RFC 2852, 4).
+type By struct {
+	Mode    string // N or R; "" means no BY=
+	Seconds int64
+	Trace   bool
+}
+
+// RcptParams are the parameters of a RCPT command. The zero value of each field leaves its parameter out.
+type RcptParams struct {
+	Notify  []string  // NOTIFY=
+	OrcptAs string    // the type of Orcpt; "" means RFC822
+	Orcpt   string    // ORCPT=, decoded
+	Since   time.Time // RRVS=
+}
+
+// AppendMail appends a MAIL command (RFC 5321, 4.1.1.2).
+func AppendMail(b []byte, from string, p *MailParams) []byte {
 	b = append(b, "MAIL FROM:<"...)
 	b = append(b, from...)
 	b = append(b, '>')
-	if opts.Body != "" {
-		b = append(append(b, " BODY="...), opts.Body...)
+	if p.Body != "" {
+		b = append(append(b, " BODY="...), p.Body...)
 	}
-	if opts.Size > 0 {
-		b = strconv.AppendInt(append(b, " SIZE="...), opts.Size, 10)
+	if p.Size > 0 {
+		b = strconv.AppendInt(append(b, " SIZE="...), p.Size, 10)
 	}
-	if opts.UTF8 {
+	if p.UTF8 {
 		b = append(b, " SMTPUTF8"...)
 	}
-	if opts.Return != "" {
-		b = append(append(b, " RET="...), opts.Return...)
+	if p.Return != "" {
+		b = append(append(b, " RET="...), p.Return...)
 	}
-	if opts.EnvelopeID != "" {
-		b = appendXtext(append(b, " ENVID="...), opts.EnvelopeID)
+	if p.EnvelopeID != "" {
+		b = appendXtext(append(b, " ENVID="...), p.EnvelopeID)
 	}
-	if opts.RequireTLS {
+	if p.RequireTLS {
 		b = append(b, " REQUIRETLS"...)
 	}
-	if opts.Auth != nil {
+	if p.Auth != nil {
 		b = append(b, " AUTH="...)
-		if *opts.Auth == "" {
+		if *p.Auth == "" {
 			b = append(b, "<>"...)
 		} else {
-			b = appendXtext(b, *opts.Auth)
+			b = appendXtext(b, *p.Auth)
 		}
 	}
-	if rcpt != nil {
-		b = appendUrgency(b, rcpt)
-	}
-	return append(b, "\r\n"...)
-}
-
-func appendUrgency(b []byte, rcpt *smtp.RcptOptions) []byte {
-	if by := rcpt.DeliverBy; by != nil {
-		b = strconv.AppendInt(append(b, " BY="...), int64(by.Time/time.Second), 10)
+	if by := p.By; by.Mode != "" {
+		b = strconv.AppendInt(append(b, " BY="...), by.Seconds, 10)
 		b = append(append(b, ';'), by.Mode...)
 		if by.Trace {
 			b = append(b, 'T')
 		}
 	}
-	if p := rcpt.MTPriority; p != nil {
-		b = strconv.AppendInt(append(b, " MT-PRIORITY="...), int64(*p), 10)
-	}
-	return b
-}
-
-// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3) with the parameters that opts, which may be nil, sets, but for
-// those that AppendMail writes.
-// utf8 tells whether the transaction is one of SMTPUTF8.
-func AppendRcpt(b []byte, to string, opts *smtp.RcptOptions, utf8 bool) []byte {
-	b = append(b, "RCPT TO:<"...)
-	b = append(b, to...)
-	b = append(b, '>')
-	if opts != nil {
-		b = appendRcptParams(b, opts, utf8)
+	if p.Priority != nil {
+		b = strconv.AppendInt(append(b, " MT-PRIORITY="...), int64(*p.Priority), 10)
 	}
 	return append(b, "\r\n"...)
 }
 
-func appendRcptParams(b []byte, opts *smtp.RcptOptions, utf8 bool) []byte {
-	for i, n := range opts.Notify {
+// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3). utf8 tells whether the transaction is one of SMTPUTF8.
+func AppendRcpt(b []byte, to string, p *RcptParams, utf8 bool) []byte {
+	b = append(b, "RCPT TO:<"...)
+	b = append(b, to...)
+	b = append(b, '>')
+	for i, n := range p.Notify {
 		if i == 0 {
 			b = append(b, " NOTIFY="...)
 		} else {
@@ -81,25 +90,25 @@ func appendRcptParams(b []byte, opts *smtp.RcptOptions, utf8 bool) []byte {
 		}
 		b = append(b, n...)
 	}
-	if opts.OriginalRecipient != "" {
-		kind := opts.OriginalRecipientType
+	if p.Orcpt != "" {
+		kind := p.OrcptAs
 		if kind == "" {
-			kind = smtp.DSNAddressTypeRFC822
+			kind = "RFC822"
 		}
 		b = append(append(append(b, " ORCPT="...), kind...), ';')
 		switch {
-		case kind != smtp.DSNAddressTypeUTF8:
-			b = appendXtext(b, opts.OriginalRecipient)
+		case kind != "UTF-8":
+			b = appendXtext(b, p.Orcpt)
 		case utf8:
-			b = appendUnitext(b, opts.OriginalRecipient)
+			b = appendUnitext(b, p.Orcpt)
 		default:
-			b = appendUTF8Xtext(b, opts.OriginalRecipient)
+			b = appendUTF8Xtext(b, p.Orcpt)
 		}
 	}
-	if t := opts.RequireRecipientValidSince; !t.IsZero() {
-		b = t.UTC().AppendFormat(append(b, " RRVS="...), time.RFC3339)
+	if !p.Since.IsZero() {
+		b = p.Since.UTC().AppendFormat(append(b, " RRVS="...), time.RFC3339)
 	}
-	return b
+	return append(b, "\r\n"...)
 }
 
 const upperHex = "0123456789ABCDEF"

@@ -1,0 +1,234 @@
+package smtprelay
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+	"unicode/utf8"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// MailOptions are parameters of the MAIL command, which hold for the message as a whole. A zero field leaves its parameter
+// out. A parameter out of its range, or one of an extension that the relay does not offer, is an error before anything
+// is sent.
+type MailOptions struct {
+	// Body says what octets the message consists of (RFC 6152). Empty means 8BITMIME where the relay offers it, and no
+	// word about it elsewhere.
+	Body BodyType
+
+	// Size is the size that is declared to the relay, in octets (RFC 1870); it cannot be negative. It is left out where the
+	// relay does not offer SIZE. 0 means the size of the message where that is known, as of [Bytes].
+	Size int64
+
+	// RequireTLS asks every relay on the way to pass the message on over verified TLS, or not at all (RFC 8689).
+	// It is an error on a connection in the clear or with a certificate that is not verified.
+	RequireTLS bool
+
+	// UTF8 says that the header has UTF-8 in it (RFC 6531). It is set by itself where an address is not ASCII.
+	UTF8 bool
+
+	// Return says how much of the message a delivery status notification returns (RFC 3461, 4.3). Empty leaves that to
+	// the relay.
+	Return DSNReturn
+
+	// EnvelopeID is returned in a delivery status notification (RFC 3461, 4.4): at most 100 printable ASCII characters.
+	EnvelopeID string
+
+	// Auth is the address of whoever submitted the message first, without angle brackets (RFC 4954, 5). It points to ""
+	// where that is not known. It is left out where the relay does not offer AUTH.
+	Auth *string
+
+	// DeliverBy is by when the message is to be delivered (RFC 2852).
+	DeliverBy *DeliverBy
+
+	// Priority is how the message ranks with the relays on its way, from -9, the lowest, to 9 (RFC 6710).
+	Priority *int
+}
+
+// BodyType is the value of BODY= (RFC 6152, RFC 3030).
+type BodyType string
+
+const (
+	Body7Bit       BodyType = "7BIT"
+	Body8BitMIME   BodyType = "8BITMIME"
+	BodyBinaryMIME BodyType = "BINARYMIME" // an error: line ends are normalised, so that a message is always sent as text
+)
+
+// DSNReturn is the value of RET= (RFC 3461, 4.3).
+type DSNReturn string
+
+const (
+	DSNReturnFull    DSNReturn = "FULL" // the whole message
+	DSNReturnHeaders DSNReturn = "HDRS" // its header only
+)
+
+// DeliverBy is the value of BY= (RFC 2852, 4).
+type DeliverBy struct {
+	// Time is counted from now, in whole seconds: a fraction is dropped. It has at most nine digits of seconds. With
+	// DeliverByReturn it must be a second at least, and no less than the relay asks for in its reply to EHLO; with
+	// DeliverByNotify it may be negative.
+	Time time.Duration
+
+	// Mode says what happens when Time is over.
+	Mode DeliverByMode
+
+	// Trace asks each relay for a notification when it passes the message on.
+	Trace bool
+}
+
+// DeliverByMode is what happens to a message that is not delivered in time (RFC 2852, 4).
+type DeliverByMode string
+
+const (
+	DeliverByNotify DeliverByMode = "N" // the sender is notified, and delivery goes on
+	DeliverByReturn DeliverByMode = "R" // the message is returned to the sender
+)
+
+// RcptOptions are parameters of the RCPT command, which hold for one recipient. A zero field leaves its parameter out.
+// A parameter out of its range, or one of an extension that the relay does not offer, is an error before anything is sent.
+type RcptOptions struct {
+	// Notify are the events for which the sender gets a delivery status notification (RFC 3461, 4.1): DSNNotifyNever
+	// alone, or any of the others. Empty leaves that to the relay, which notifies of failures.
+	Notify []DSNNotify
+
+	// OriginalRecipient is the address that the message was sent to first (RFC 3461, 4.2): at most 500 octets; printable
+	// ASCII, or UTF-8 (RFC 6533) where OriginalRecipientType is DSNAddressTypeUTF8. An empty type means
+	// DSNAddressTypeRFC822.
+	OriginalRecipientType DSNAddressType
+	OriginalRecipient     string
+
+	// RequireRecipientValidSince has the message delivered only if the mailbox has belonged to the same person since then
+	// (RFC 7293). It is told in whole seconds, in UTC, and its year is from 1 to 9999.
+	RequireRecipientValidSince time.Time
+}
+
+// DSNNotify is one of the values of NOTIFY= (RFC 3461, 4.1).
+type DSNNotify string
+
+const (
+	DSNNotifyNever   DSNNotify = "NEVER"
+	DSNNotifyDelayed DSNNotify = "DELAY"
+	DSNNotifyFailure DSNNotify = "FAILURE"
+	DSNNotifySuccess DSNNotify = "SUCCESS"
+)
+
+// DSNAddressType is the type of an address in ORCPT= (RFC 3461, 4.2; RFC 6533, 3).
+type DSNAddressType string
+
+const (
+	DSNAddressTypeRFC822 DSNAddressType = "RFC822"
+	DSNAddressTypeUTF8   DSNAddressType = "UTF-8"
+)
+
+// params are the parameters of MAIL as they are written.
+func (o *MailOptions) params() wire.MailParams {
+	p := wire.MailParams{Body: string(o.Body), Size: o.Size, UTF8: o.UTF8, Return: string(o.Return), EnvelopeID: o.EnvelopeID,
+		RequireTLS: o.RequireTLS, Auth: o.Auth, Priority: o.Priority}
+	if by := o.DeliverBy; by != nil {
+		p.By = wire.By{Mode: string(by.Mode), Seconds: by.seconds(), Trace: by.Trace}
+	}
+	return p
+}
+
+// params are the parameters of RCPT as they are written. o may be nil.
+func (o *RcptOptions) params() (p wire.RcptParams) {
+	if o == nil {
+		return p
+	}
+	p = wire.RcptParams{OrcptAs: string(o.OriginalRecipientType), Orcpt: o.OriginalRecipient, Since: o.RequireRecipientValidSince}
+	for _, n := range o.Notify {
+		p.Notify = append(p.Notify, string(n))
+	}
+	return p
+}
+
+func (by *DeliverBy) seconds() int64 { return int64(by.Time / time.Second) }
+
+// check finds the mistakes in o that can be found without a relay.
+func (o *MailOptions) check() (mistakes []error) {
+	mistake := func(format string, args ...any) {
+		mistakes = append(mistakes, fmt.Errorf("MailOptions."+format, args...))
+	}
+	switch o.Body {
+	case "", Body7Bit, Body8BitMIME:
+	case BodyBinaryMIME:
+		mistake("Body BINARYMIME: the message is sent as text")
+	default:
+		mistake("Body %s is unknown", quoteShort(string(o.Body)))
+	}
+	if o.Size < 0 {
+		mistake("Size is negative")
+	}
+	switch o.Return {
+	case "", DSNReturnFull, DSNReturnHeaders:
+	default:
+		mistake("Return %s: want FULL or HDRS", quoteShort(string(o.Return)))
+	}
+	if len(o.EnvelopeID) > 100 || !isPrintable(o.EnvelopeID) {
+		mistake("EnvelopeID: want at most 100 printable ASCII characters (RFC 3461, 4.4)")
+	}
+	if o.Auth != nil && *o.Auth != "" {
+		if err := checkPath(*o.Auth); err != nil {
+			mistake("Auth %s: %w", quoteShort(*o.Auth), err)
+		}
+	}
+	if by := o.DeliverBy; by != nil {
+		if by.Mode != DeliverByNotify && by.Mode != DeliverByReturn {
+			mistake("DeliverBy.Mode %s: want N or R", quoteShort(string(by.Mode)))
+		}
+		const most = 999_999_999
+		if s := by.seconds(); s < -most || s > most {
+			mistake("DeliverBy.Time is %d seconds: want at most nine digits (RFC 2852, 4)", s)
+		} else if by.Mode == DeliverByReturn && s < 1 {
+			mistake("DeliverBy.Time must be a second at least with mode R (RFC 2852, 4)")
+		}
+	}
+	if p := o.Priority; p != nil && (*p < -9 || *p > 9) {
+		mistake("Priority is %d: want -9 to 9 (RFC 6710, 3)", *p)
+	}
+	return mistakes
+}
+
+// check finds the mistakes in o that can be found without a relay.
+func (o *RcptOptions) check() (mistakes []error) {
+	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
+	for i, n := range o.Notify {
+		switch n {
+		case DSNNotifyNever:
+			if len(o.Notify) > 1 {
+				mistake("Notify: NEVER stands alone (RFC 3461, 4.1)")
+			}
+		case DSNNotifyDelayed, DSNNotifyFailure, DSNNotifySuccess:
+			if slices.Contains(o.Notify[:i], n) {
+				mistake("Notify: %s stands twice", n)
+			}
+		default:
+			mistake("Notify %s is unknown", quoteShort(string(n)))
+		}
+	}
+	switch o.OriginalRecipientType {
+	case "", DSNAddressTypeRFC822:
+		if !isPrintable(o.OriginalRecipient) {
+			mistake("OriginalRecipient %s is not printable ASCII; its type may be UTF-8", quoteShort(o.OriginalRecipient))
+		}
+	case DSNAddressTypeUTF8:
+		if !utf8.ValidString(o.OriginalRecipient) {
+			mistake("OriginalRecipient is not valid UTF-8")
+		} else if err := checkCharacters(o.OriginalRecipient); err != nil {
+			mistake("OriginalRecipient %s: %w", quoteShort(o.OriginalRecipient), err)
+		}
+	default:
+		mistake("OriginalRecipientType %s is unknown", quoteShort(string(o.OriginalRecipientType)))
+	}
+	if len(o.OriginalRecipient) > 500 {
+		mistake("OriginalRecipient has more than 500 octets (RFC 3461, 4.2)")
+	}
+	if t := o.RequireRecipientValidSince; !t.IsZero() {
+		if year := t.UTC().Year(); year < 1 || year > 9999 {
+			mistakes = append(mistakes, errors.New("RequireRecipientValidSince: want a year from 1 to 9999 (RFC 3339)"))
+		}
+	}
+	return mistakes
+}
