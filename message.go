@@ -16,7 +16,9 @@ import (
 // Message is a mail and its envelope.
 type Message struct {
 	// From is the reverse-path, to which the relay reports failures: an address without angle brackets or display name,
-	// or "" for the null reverse-path <> (RFC 5321, 4.5.5).
+	// or "" for the null reverse-path <> (RFC 5321, 4.5.5). It has at most 254 octets, 64 of them before @ (RFC 5321,
+	// 4.5.3.1). Angle brackets, control and invisible characters are an error, in quotes too: a relay with a simple parser
+	// could read a parameter in them, or another address.
 	From string
 
 	// To holds the forward-paths, at least one, like From without brackets or display names. The header of the message is
