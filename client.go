@@ -54,8 +54,17 @@ type Config struct {
 	Pipelining Pipelining
 
 	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING: envelope and body
-	// leave in one write. It is off unless asked for: no relay that carries volume offers it (SendGrid, Mailgun and SES do
-	// not), and a body that travels ahead of the relay's replies leaves more to chance than one that DATA holds back.
+	// leave in one write, and Limits.MaxInFlight messages follow one another without a reply. It is off unless asked for: no
+	// relay that carries volume offers it (SendGrid, Mailgun and SES do not; Postfix, Exim, Gmail and Microsoft 365 do).
+	//
+	// The Client first asks each address of the relay, once an hour at most, what it does with a chunk that it refuses, by one
+	// that is out of order. An address that does not throw it away gets bodies by DATA, and so do bodies that begin with a
+	// blank or with the "From " line of a mailbox. On each connection a whole message follows another one without a reply only
+	// once the relay has answered an envelope that came together with the end of a message.
+	//
+	// That the relay has done so once is no proof that it always will. One that throws away a whole message behind another,
+	// and is silent about it, may have the reply to a later message taken for the reply to that one. DATA does not have this
+	// risk, since its reply, 354, cannot be mistaken for another.
 	Chunking bool
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at

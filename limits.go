@@ -24,8 +24,8 @@ type Limits struct {
 	// 0 or negative means as many as the relay takes.
 	MaxRecipients int
 
-	// MaxInFlight is how many messages are on their way on one connection without final reply, where the relay offers
-	// CHUNKING (RFC 3030). More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
+	// MaxInFlight is how many messages are on their way on one connection without final reply, with Config.Chunking and a relay
+	// that offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
 	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
 	MaxInFlight int
 
