@@ -286,7 +286,11 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
 		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: ended(d.ctx)}
 	}
-	r, err := s.replies.ReadReply()
+	read := s.replies.ReadReply
+	if op == OpEHLO || op == OpAuth {
+		read = s.replies.ReadLong
+	}
+	r, err := read()
 	switch {
 	case err != nil && isTimeout(err):
 		err = &timeoutError{op: op, after: limit}

@@ -27,6 +27,13 @@ type Limits struct {
 // Has reports whether the relay offers keyword, which is in upper case.
 func (e *Extensions) Has(keyword string) bool { return slices.Contains(e.Keywords, keyword) }
 
+// Bounds on what is taken from an EHLO reply; the rest is left out. Real relays offer some twenty keywords and ten mechanisms,
+// and a name of a mechanism has 20 octets at most (RFC 4422, 3.1).
+const (
+	MaxWords   = 128 // keywords, and mechanisms
+	MaxWordLen = 64  // octets of one
+)
+
 // ParseEHLO reads the text of a positive reply to EHLO. The first line is a greeting, each other one a keyword and its
 // parameters. What it does not understand it leaves out.
 func ParseEHLO(text string) Extensions {
@@ -42,9 +49,7 @@ func ParseEHLO(text string) Extensions {
 		if mechanism, ok := strings.CutPrefix(keyword, "AUTH="); ok {
 			keyword, params = "AUTH", append([]string{mechanism}, params...)
 		}
-		if !e.Has(keyword) {
-			e.Keywords = append(e.Keywords, keyword)
-		}
+		e.Keywords = addWord(e.Keywords, keyword)
 		switch keyword {
 		case "SIZE":
 			if len(params) > 0 {
@@ -54,9 +59,7 @@ func ParseEHLO(text string) Extensions {
 			}
 		case "AUTH":
 			for _, m := range params {
-				if m = upper(m); m != "" && !slices.Contains(e.Auth, m) {
-					e.Auth = append(e.Auth, m)
-				}
+				e.Auth = addWord(e.Auth, upper(m))
 			}
 		case "LIMITS":
 			e.Limits = parseLimits(params)
@@ -69,6 +72,14 @@ func ParseEHLO(text string) Extensions {
 		}
 	}
 	return e
+}
+
+// addWord adds word if it is new, not too long, and there is room.
+func addWord(words []string, word string) []string {
+	if word != "" && len(word) <= MaxWordLen && len(words) < MaxWords && !slices.Contains(words, word) {
+		words = append(words, word)
+	}
+	return words
 }
 
 // upper puts ASCII letters in upper case. It leaves others alone, some of which strings.ToUpper makes ASCII ones of.

@@ -118,24 +118,51 @@ func TestHasTellsWhatIsOffered(t *testing.T) {
 	}
 }
 
-func TestThousandKeywordsAreReadInBoundedMemory(t *testing.T) {
-	var reply strings.Builder
-	reply.WriteString("250-hi\r\n")
-	for i := range 1000 {
-		fmt.Fprintf(&reply, "250-X-KEYWORD-%d with some parameters\r\n", i)
+func TestKeywordsAndMechanismsBeyondTheBoundAreLeftOut(t *testing.T) {
+	var text strings.Builder
+	text.WriteString("hi\nPIPELINING\nAUTH PLAIN")
+	for i := range 10_000 {
+		fmt.Fprintf(&text, " MECHANISM-%d", i)
 	}
-	reply.WriteString("250 PIPELINING\r\n")
-	var e Extensions
+	text.WriteString("\n" + strings.Repeat("X", MaxWordLen+1) + "\n" + strings.Repeat("Y", MaxWordLen))
+	for i := range 10_000 {
+		fmt.Fprintf(&text, "\nX-KEYWORD-%d with some parameters", i)
+	}
+	text.WriteString("\nSIZE 5")
+	e := ParseEHLO(text.String())
+	if len(e.Keywords) != MaxWords || !e.Has("PIPELINING") || !e.Has("X-KEYWORD-0") {
+		t.Errorf("got %d keywords, want the first %d", len(e.Keywords), MaxWords)
+	}
+	if len(e.Auth) != MaxWords || e.Auth[0] != "PLAIN" || e.Auth[MaxWords-1] != fmt.Sprintf("MECHANISM-%d", MaxWords-2) {
+		t.Errorf("got %d mechanisms, want the first %d", len(e.Auth), MaxWords)
+	}
+	if e.Has(strings.Repeat("X", MaxWordLen+1)) || !e.Has(strings.Repeat("Y", MaxWordLen)) {
+		t.Errorf("got %q, want keywords of up to %d octets", e.Keywords[:4], MaxWordLen)
+	}
+	if e.Size != 5 {
+		t.Errorf("got SIZE %d, want 5: what a keyword means is read wherever it stands", e.Size)
+	}
+}
+
+func TestListTooLongToKeepEndsWithAWholeLine(t *testing.T) {
+	var reply strings.Builder
+	reply.WriteString("250-hi\r\n250-PIPELINING\r\n")
+	for range 1000 {
+		reply.WriteString("250-SIZE 123456789012\r\n")
+	}
+	reply.WriteString("250 CHUNKING\r\n")
 	bytes := allocated(func() {
-		r, err := NewReplyReader(strings.NewReader(reply.String())).ReadReply()
+		r, err := NewReplyReader(strings.NewReader(reply.String())).ReadLong()
 		if err != nil {
 			t.Fatal(err)
 		}
-		e = ParseEHLO(r.Text)
+		if len(r.Text) > MaxLongText || len(r.Text) < MaxLongText-len("SIZE 123456789012\n") {
+			t.Errorf("%d octets are kept, want %d, less a part of a line", len(r.Text), MaxLongText)
+		}
+		if e := ParseEHLO(r.Text); e.Size != 123456789012 || !e.Has("PIPELINING") {
+			t.Errorf("got %+v, want what the whole lines say", e)
+		}
 	})
-	if len(e.Keywords) != 1001 || !e.Has("X-KEYWORD-999") || !e.Has("PIPELINING") {
-		t.Errorf("got %d keywords, want 1001 with X-KEYWORD-999 and PIPELINING", len(e.Keywords))
-	}
 	if bytes > 12*MaxReply {
 		t.Errorf("%d bytes were allocated, more than %d", bytes, 12*MaxReply)
 	}

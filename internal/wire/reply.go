@@ -8,14 +8,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+	"unicode/utf8"
 )
 
 // Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it; a
 // challenge of AUTH may have 12,288 (RFC 4954, 4).
 const (
-	MaxReplyLine = 16 << 10
-	MaxReply     = 64 << 10
+	MaxReplyLine = 16 << 10 // octets of a line; a longer one is ErrTooLong
+	MaxReply     = 64 << 10 // octets of a reply, all its lines together; a longer one is ErrTooLong
+	MaxText      = 2 << 10  // octets of a reply's text that are kept
+	MaxLongText  = 16 << 10 // the same, where the text is data: the reply to EHLO, and a challenge
 )
 
 // readBuffer is the size of a session's read buffer. Few relays ever say a line that does not fit.
@@ -31,7 +33,7 @@ var (
 type Reply struct {
 	Code     int    // 200 to 599
 	Enhanced [3]int // zero if there is none
-	Text     string // without code and enhanced code, lines joined by "\n"
+	Text     string // without code and enhanced code, lines joined by "\n"; no more than MaxText or MaxLongText of it
 }
 
 // Class is the first digit of the code.
@@ -62,8 +64,15 @@ func (r *ReplyReader) Peek() byte {
 	return b[0]
 }
 
-// ReadReply reads one reply. At a clean end of input the error is io.EOF, within a reply io.ErrUnexpectedEOF.
-func (r *ReplyReader) ReadReply() (Reply, error) {
+// ReadReply reads one reply and keeps MaxText octets of its text. At a clean end of input the error is io.EOF, within a reply
+// io.ErrUnexpectedEOF.
+func (r *ReplyReader) ReadReply() (Reply, error) { return r.read(MaxText) }
+
+// ReadLong is ReadReply for a reply that may carry data. It keeps MaxLongText octets of the text, but of a refusal (4yz, 5yz)
+// MaxText, since its text ends in an error.
+func (r *ReplyReader) ReadLong() (Reply, error) { return r.read(MaxLongText) }
+
+func (r *ReplyReader) read(keep int) (Reply, error) {
 	var reply Reply
 	r.text = r.text[:0]
 	total := 0
@@ -96,15 +105,40 @@ func (r *ReplyReader) ReadReply() (Reply, error) {
 				reply.Enhanced = enhanced
 			}
 		}
-		if !first {
-			r.text = append(r.text, '\n')
+		if code >= 400 {
+			keep = MaxText
 		}
-		r.text = append(r.text, text...)
+		r.keep(text, first, keep)
 		if last {
 			reply.Text = r.intern(r.text)
 			return reply, nil
 		}
 	}
+}
+
+// keep appends a line to the text, of which most octets are kept. Data ends at a line, so that no half of a word or number
+// is taken for a whole one; words for a reader end at a character.
+func (r *ReplyReader) keep(line []byte, first bool, most int) {
+	if !utf8.Valid(line) {
+		line = bytes.ToValidUTF8(line, []byte("\uFFFD"))
+	}
+	room := most - len(r.text)
+	if !first {
+		room--
+	}
+	if len(line) > room && most == MaxLongText || room < 0 {
+		return
+	}
+	if !first {
+		r.text = append(r.text, '\n')
+	}
+	if len(line) > room {
+		for room > 0 && !utf8.RuneStart(line[room]) {
+			room--
+		}
+		line = line[:room]
+	}
+	r.text = append(r.text, line...)
 }
 
 // longLine reads on where a line has filled the buffer.
@@ -125,7 +159,7 @@ func (r *ReplyReader) intern(b []byte) string {
 			return s
 		}
 	}
-	s := strings.ToValidUTF8(string(b), "\uFFFD")
+	s := string(b)
 	r.recent[r.next] = s
 	r.next = (r.next + 1) % len(r.recent)
 	return s

@@ -181,10 +181,9 @@ func TestRelayThatNeverEndsItsReplyIsCutOff(t *testing.T) {
 	}{
 		{"a line without end", "2", "16384 octets", MaxReplyLine, 64 << 10},
 		{"a line without end that begins as a reply does", "250 all is well ", "16384 octets", MaxReplyLine, 64 << 10},
-		// The text grows by doubling, hence a few times MaxReply.
-		{"lines without end", "250-and another\r\n", "65536 octets", MaxReply + MaxReplyLine, 6 * MaxReply},
-		{"empty lines without end", "250-\r\n", "65536 octets", MaxReply + MaxReplyLine, 6 * MaxReply},
-		{"long lines without end", "250-" + strings.Repeat("x", 4000) + "\n", "65536 octets", MaxReply + MaxReplyLine, 6 * MaxReply},
+		{"lines without end", "250-and another\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
+		{"empty lines without end", "250-\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
+		{"long lines without end", "250-" + strings.Repeat("x", 4000) + "\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			var err error
@@ -235,6 +234,41 @@ func TestLongestReplyIsTakenAndOneOctetMoreIsNot(t *testing.T) {
 		t.Run(tt.why, func(t *testing.T) {
 			if _, err := NewReplyReader(strings.NewReader(tt.input)).ReadReply(); !errors.Is(err, tt.want) {
 				t.Errorf("%d octets: got %v, want %v", len(tt.input), err, tt.want)
+			}
+		})
+	}
+}
+
+func TestBoundedPartOfATextIsKeptAndAllOfItIsRead(t *testing.T) {
+	x := func(n int) string { return strings.Repeat("x", n) }
+	for _, tt := range []struct {
+		why, input  string
+		code        int
+		short, long string // what ReadReply and ReadLong keep
+	}{
+		{"a text that just fits", "550 " + x(MaxText), 550, x(MaxText), x(MaxText)},
+		{"one octet more", "550 " + x(MaxText+1), 550, x(MaxText), x(MaxText)},
+		{"the bound is that of all lines", "550-" + x(MaxText-2) + "\r\n550 yyy", 550, x(MaxText-2) + "\ny", x(MaxText-2) + "\ny"},
+		{"a line for which there is no room", "550-" + x(MaxText) + "\r\n550-y\r\n550 z", 550, x(MaxText), x(MaxText)},
+		{"many lines", strings.Repeat("451-"+x(99)+"\r\n", 500) + "451 end", 451, strings.Repeat(x(99)+"\n", 21)[:MaxText], strings.Repeat(x(99)+"\n", 21)[:MaxText]},
+		{"it is cut between characters", "550 " + x(MaxText-1) + "é", 550, x(MaxText - 1), x(MaxText - 1)},
+		{"octets that are no characters grow before they are counted", "550 " + strings.Repeat("\x80a", MaxText/4+9), 550,
+			strings.Repeat("\uFFFDa", MaxText/4), strings.Repeat("\uFFFDa", MaxText/4)},
+		{"the longest challenge", "334 " + x(12288), 334, x(MaxText), x(12288)},
+		{"data ends with a line", "250-" + x(4000) + "\r\n250-" + x(MaxLongText-4003) + "\r\n250 b", 250, x(MaxText), x(4000) + "\n" + x(MaxLongText-4003) + "\nb"},
+		{"and a line for which there is no room is left out", "250-" + x(4000) + "\r\n250-" + x(MaxLongText-4003) + "\r\n250-bc\r\n250 d", 250, x(MaxText), x(4000) + "\n" + x(MaxLongText-4003) + "\nd"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			for _, long := range []bool{false, true} {
+				in := NewReplyReader(strings.NewReader(tt.input + "\r\n250 next\r\n"))
+				read, want := in.ReadReply, tt.short
+				if long {
+					read, want = in.ReadLong, tt.long
+				}
+				r, err := read()
+				if err != nil || r.Code != tt.code || r.Text != want {
+					t.Errorf("long=%v: got %d with %d octets of text, %v, want %d with %d", long, r.Code, len(r.Text), err, tt.code, len(want))
+				}
 			}
 		})
 	}
