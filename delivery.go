@@ -505,7 +505,19 @@ var queueIDs = []*regexp.Regexp{
 	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
 }
 
+// maxQueueID is how long an identifier may be, in octets. Those of real relays have up to some 100. A longer one is none: a
+// part of it would find nothing.
+const maxQueueID = 128
+
+// findQueueID returns the identifier in the text of a final reply, in printable ASCII; "" if there is none.
 func findQueueID(text string) string {
+	if id := searchQueueID(text); len(id) <= maxQueueID && isPrintable(id) {
+		return id
+	}
+	return ""
+}
+
+func searchQueueID(text string) string {
 	// The common case, without the cost of a search.
 	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
 		return id

@@ -88,7 +88,7 @@ type Receipt struct {
 	Reply
 
 	// QueueID is the identifier that the reply names, the only handle a relay gives for asking about the message later;
-	// empty where none was recognised.
+	// empty where none was recognised. It has at most 128 characters, of printable ASCII; the relay chooses them.
 	QueueID string
 
 	// Recipients tells each recipient's fate, in the envelope's order.

@@ -2,6 +2,7 @@ package smtprelay
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -10,11 +11,15 @@ import (
 	"time"
 )
 
-// progressConn is the network connection below TLS. Its write deadline moves with progress, so that a relay which takes
-// nothing ends a write and one which is slow does not; and a blocked write can be interrupted for good.
+// progressConn is the network connection below TLS. A write to a relay that takes nothing, or less than leastRate, ends in
+// time; a blocked write can be interrupted for good.
+//
+// What bounds writing is an allowance of time. Writing uses it up, and each octet written gives back its part at leastRate,
+// up to limit. So a relay may take nothing for limit, and it cannot hold a writer by taking a little now and then.
 type progressConn struct {
 	net.Conn
-	limit time.Duration // without progress; 0 means none
+	limit time.Duration // the most that the allowance can be; 0 means that nothing bounds a write
+	spent time.Duration // of the allowance; owned by the writer
 
 	mu          sync.Mutex // guards the fields below, and that a deadline set before is not set again after
 	interrupted bool
@@ -23,30 +28,39 @@ type progressConn struct {
 
 var errInterrupted = errors.New("write interrupted")
 
+// leastRate is how many octets a second a relay must take on average, once Timeouts.Write is used up by slower writes. It is
+// low, for a message that is given up was in vain: a megabyte still has four and a half hours.
+const leastRate = 64
+
 // Write implements io.Writer.
 func (c *progressConn) Write(p []byte) (n int, err error) {
 	for {
-		if !c.extend() {
+		began := time.Now()
+		if !c.extend(began.Add(c.limit - c.spent)) {
 			return n, errInterrupted
 		}
 		var k int
 		k, err = c.Conn.Write(p[n:])
 		n += k
+		c.spent = max(c.spent+time.Since(began)-time.Duration(k)*time.Second/leastRate, 0)
 		if k > 0 && n < len(p) && errors.Is(err, os.ErrDeadlineExceeded) {
-			continue // slow, but moving
+			if c.spent < c.limit {
+				continue // slow, but moving
+			}
+			err = fmt.Errorf("the relay takes less than %d octets a second: %w", leastRate, err)
 		}
 		return n, err
 	}
 }
 
-func (c *progressConn) extend() bool {
+func (c *progressConn) extend(deadline time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.interrupted {
 		return false
 	}
 	if c.limit > 0 {
-		c.Conn.SetWriteDeadline(time.Now().Add(c.limit))
+		c.Conn.SetWriteDeadline(deadline)
 	}
 	return true
 }
@@ -68,16 +82,19 @@ func (c *progressConn) abandon() {
 	c.Conn.SetReadDeadline(longAgo)
 }
 
-// hangUp closes the connection after telling the relay, and waits until it has closed its side too, for wait at most: only
-// then does it count one connection less.
+// hangUp closes the connection after telling the relay, and waits until it has closed its side too, for wait and
+// maxDiscard octets at most: only then does it count one connection less.
 func (c *progressConn) hangUp(wait time.Duration) {
 	c.interrupt()
 	half, ok := c.Conn.(interface{ CloseWrite() error })
 	if ok && wait > 0 && half.CloseWrite() == nil && c.listen(wait) {
-		io.Copy(io.Discard, c.Conn)
+		io.CopyN(io.Discard, c.Conn, maxDiscard)
 	}
 	c.Conn.Close()
 }
+
+// maxDiscard is how many octets are read and thrown away while the relay's close is awaited. One that sends more is flooding.
+const maxDiscard = 64 << 10
 
 func (c *progressConn) listen(wait time.Duration) bool {
 	c.mu.Lock()
