@@ -118,7 +118,7 @@ type Timeouts struct {
 	TLS        time.Duration // the TLS handshake: 30 s
 	Command    time.Duration // the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET: 5 min
 	Data       time.Duration // the reply to DATA: 2 min
-	Write      time.Duration // writing to a relay that takes nothing, or on average less than 64 octets a second: 3 min
+	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
 	Quit       time.Duration // the relay's close after QUIT: 5 s; not negative

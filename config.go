@@ -23,6 +23,7 @@ type settings struct {
 	password   secret // what it was
 	host, port string // of Addr
 	tls        *tls.Config
+	split      int // of recipients, where nothing keeps them together: so many in one transaction; 0 means any number
 	learnt     learnt
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
@@ -112,6 +113,7 @@ func (c Config) check() (*settings, error) {
 		return nil, errors.Join(mistakes...)
 	}
 	s.Limits = c.Limits.withDefaults()
+	s.split = orDefault(c.Limits.MaxRecipients, 1000)
 	s.Retry = c.Retry.withDefaults()
 	s.Timeouts = c.Timeouts.withDefaults()
 	s.tls = tlsConfig(c.TLSConfig, s.host)

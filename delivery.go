@@ -17,6 +17,9 @@ type delivery struct {
 	mail    MailOptions // what the caller asks for
 	utf8    string      // the first address that is not ASCII
 	size    int64       // of the message in its canonical form; 0 if not known
+	dsnFor  string      // the first recipient whose options need DSN; "" if there is none
+	rrvsFor string      // the same for RRVS
+	rcpts   rcptLimit   // how many recipients go into one transaction
 	todo    []int       // recipients whose fate is open, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
@@ -98,9 +101,16 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 	}
 	accepted := t.acceptedRcpts()
 	var open []int
+	tooMany, number := 0, true // number: what was too many was the number of recipients, and not some of them
 	for i, to := range t.rcpts {
 		r := &d.receipt.Recipients[to]
 		r.Reply = publicReply(replies[i])
+		if tooManyRcpts(r.Reply) {
+			tooMany++
+			number = number && (meansTheNumber(r.Reply) || r.EnhancedCode == EnhancedCode{} && len(t.rcpts) > 2)
+		} else if r.Code/100 == 2 && tooMany > 0 {
+			number = false
+		}
 		switch code := r.Code; {
 		case outcome == Unknown && (code == 0 || code/100 == 2):
 			// In chunks the message leaves with its envelope, whose replies may be missing.
@@ -126,7 +136,14 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 			}
 		}
 	}
-	d.todo = append(open, d.todo[len(t.rcpts):]...)
+	d.todo = d.todo[len(t.rcpts)-len(open):] // in place: there may be thousands, and a transaction for each
+	copy(d.todo, open)
+	if mailed && (tooMany > 0 || e == nil && d.rcpts.most > 0) {
+		d.rcpts.took(len(t.rcpts), accepted, tooMany)
+		if tooMany == 0 || accepted > 0 && number {
+			d.c.cfg.learnt.rcptsTaken(len(t.rcpts), accepted, tooMany)
+		}
+	}
 	return wait
 }
 
@@ -290,7 +307,8 @@ func (t *transaction) decidesLocked(e *Error) bool {
 	case OpRset:
 		return e.Code == 421
 	case OpMail, OpRcpt:
-		return t.agreedRcpts() == 0
+		// A relay that has said 421 and closed in order was leaving, and has taken nothing of what came behind.
+		return t.agreedRcpts() == 0 || e.Code == 421 && t.s.leftInOrder
 	}
 	return true
 }
@@ -444,21 +462,24 @@ func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
 	if !ext.Has("AUTH") {
 		mail.Auth = nil // may be left out (RFC 4954, 5)
 	}
-	for to, o := range d.m.RcptOptions {
-		what := fmt.Sprintf("RcptOptions of <%s>: ", to)
-		switch {
-		case o == nil:
-		case (len(o.Notify) > 0 || o.OriginalRecipient != "") && !ext.Has("DSN"):
-			return mail, nil, lacks("DSN", what+"Notify, OriginalRecipient")
-		case !o.RequireRecipientValidSince.IsZero() && !ext.Has("RRVS"):
-			return mail, nil, lacks("RRVS", what+"RequireRecipientValidSince")
-		}
+	of := func(to string) string { return fmt.Sprintf("RcptOptions of <%s>: ", to) }
+	switch {
+	case d.dsnFor != "" && !ext.Has("DSN"):
+		return mail, nil, lacks("DSN", of(d.dsnFor)+"Notify, OriginalRecipient")
+	case d.rrvsFor != "" && !ext.Has("RRVS"):
+		return mail, nil, lacks("RRVS", of(d.rrvsFor)+"RequireRecipientValidSince")
 	}
 	most := len(d.todo)
 	for _, limit := range []int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax} {
 		if limit > 0 {
 			most = min(most, limit)
 		}
+	}
+	if !d.m.AllOrNothing {
+		if limit := d.c.cfg.split; limit > 0 && !oneShot(d.m.Body) {
+			most = min(most, limit)
+		}
+		most = d.rcpts.offer(most)
 	}
 	if limit := ext.Limits.RcptDomainMax; limit > 0 {
 		fresh := len(s.domains) == 0

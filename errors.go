@@ -227,6 +227,12 @@ func tooManyRcpts(r Reply) bool {
 	return r.Code == 452 || r.Code == 552 || r.Code/100 >= 4 && r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3
 }
 
+// meansTheNumber reports whether r, for which tooManyRcpts holds, is about the number of recipients beyond doubt: 452 is also
+// said of a mailbox that is full.
+func meansTheNumber(r Reply) bool {
+	return r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3 || strings.Contains(strings.ToLower(r.Message), "too many")
+}
+
 // tooManyMails reports whether r, to MAIL, says that the session has had its share of messages (OpenSMTPD says
 // "452 4.5.3 Too many messages sent", and keeps the connection open).
 func tooManyMails(r wire.Reply) bool {

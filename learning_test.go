@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -463,6 +464,121 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 						t.Errorf("%s: %v as %q; the relay has %q", r.To, r.Outcome, r.QueueID, ids[r.To])
 					}
 				}
+			})
+		})
+	}
+}
+
+// limitRcpts has relay take n recipients in a transaction, and say so to the others.
+func limitRcpts(relay *smtptest.Server, n int) {
+	relay.Fault(smtptest.Fault{
+		At: smtptest.Rcpt, Reply: "452 4.5.3 Too many recipients", Count: -1,
+		When: func(e smtptest.Event) bool { return len(e.To) >= n },
+	})
+}
+
+func TestNumberOfRecipientsIsLearntWithinAMessage(t *testing.T) {
+	for _, tt := range []struct{ most, recipients, commands int }{
+		{1, 1000, 4500},
+		{50, 2000, 2000 + 950 + 2*40 + 150}, // the first transaction, and now and then a few too many
+	} {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
+			limitRcpts(relay, tt.most)
+			m := numbered(0)
+			m.To = moreRecipients(tt.recipients)
+			if _, err := newClient(t, relay.Config()).Send(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+			all := 0
+			for _, verb := range []string{"EHLO", "RSET", "MAIL", "RCPT", "DATA", "BDAT", "QUIT"} {
+				all += commands(relay, verb)
+			}
+			if all > tt.commands {
+				t.Errorf("%d recipients, %d in a transaction: %d commands, want at most %d", tt.recipients, tt.most, all, tt.commands)
+			}
+		})
+	}
+}
+
+func TestNumberOfRecipientsIsRememberedForAWhile(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
+		limitRcpts(relay, 50)
+		client := newClient(t, relay.Config())
+		send := func() (rcpts int) {
+			before := commands(relay, "RCPT")
+			m := numbered(0)
+			m.To = moreRecipients(1000)
+			if _, err := client.Send(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+			return commands(relay, "RCPT") - before
+		}
+		if n := send(); n < 1950 {
+			t.Errorf("at first: %d RCPT commands, want all 1000 offered at once", n)
+		}
+		if n := send(); n > 1050 {
+			t.Errorf("then: %d RCPT commands, want 1000 and a few", n)
+		}
+		time.Sleep(11 * time.Minute)
+		if n := send(); n < 1950 {
+			t.Errorf("after eleven minutes: %d RCPT commands, want all 1000 offered at once", n)
+		}
+	})
+}
+
+// A mailbox that is full has the same code as one recipient too many.
+func TestFullMailboxesTeachNoNumber(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		var lifted atomic.Bool
+		relay.Fault(smtptest.Fault{
+			At: smtptest.Rcpt, Reply: "452 4.2.2 mailbox full", Count: -1,
+			When: func(e smtptest.Event) bool { return !lifted.Load() && e.Rcpt != "r1@y.example" },
+		})
+		client := newClient(t, relay.Config())
+		m := numbered(0)
+		m.To = moreRecipients(5)
+		for range 2 {
+			_, err := client.Send(t.Context(), m)
+			want(t, "refused", len(failure(err).Refused), 4)
+		}
+		lifted.Store(true)
+		before := relay.Accepted()
+		if _, err := client.Send(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		want(t, "transactions", relay.Accepted()-before, 1)
+	})
+}
+
+func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T) {
+	for _, tt := range []struct {
+		why                    string
+		max, recipients, as    int
+		allOrNothing, onceOnly bool
+	}{
+		{why: "a thousand", recipients: 1000, as: 1},
+		{why: "more than that", recipients: 2001, as: 3},
+		{why: "no limit", max: -1, recipients: 2001, as: 1},
+		{why: "AllOrNothing is one transaction", recipients: 2001, as: 1, allOrNothing: true},
+		{why: "and so is what can be written once only", recipients: 2001, as: 1, onceOnly: true},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+				relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
+				cfg := relay.Config()
+				cfg.Limits.MaxRecipients = tt.max
+				m := numbered(0)
+				m.To, m.AllOrNothing = moreRecipients(tt.recipients), tt.allOrNothing
+				if tt.onceOnly {
+					m.Body = smtprelay.Reader(strings.NewReader("Subject: once\r\n\r\nonce\r\n"))
+				}
+				if _, err := newClient(t, cfg).Send(t.Context(), m); err != nil {
+					t.Fatal(err)
+				}
+				want(t, "transactions", relay.Accepted(), tt.as)
 			})
 		})
 	}

@@ -20,8 +20,12 @@ type Limits struct {
 	// 0 means 100, SendGrid's classic allowance; negative means no limit.
 	MaxMessagesPerConn int
 
-	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several.
-	// 0 or negative means as many as the relay takes.
+	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several. 0 means 1,000
+	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); negative means as many as the relay takes.
+	//
+	// A relay that takes fewer and says so with "too many recipients" (452 or 552) is believed: for ten minutes transactions
+	// have as many as it took, and now and then a few more to see whether it takes them. The default of 1,000 and what was
+	// found out do not split a message with AllOrNothing, and the default not one whose Body can be written once only.
 	MaxRecipients int
 
 	// MaxInFlight is how many messages are on their way on one connection without final reply, with Config.Chunking and a relay
@@ -135,9 +139,75 @@ type learnt struct {
 
 	discards map[string]discard // by remote address; see chunking.go
 
+	rcpts      rcptLimit // as the last transactions have shown it
+	rcptsUntil time.Time // when that is forgotten
+
 	badAuth      [sha256.Size]byte // of the credentials that the relay has refused
 	badAuthError *Error            // what it said; nil if it has refused none
 	badAuthUntil time.Time         // when they may be tried again
+}
+
+// rcptLimit is how many recipients a relay takes in one transaction, as its "too many recipients" tells. The zero value knows
+// of no limit.
+type rcptLimit struct {
+	most int // 0 means that no limit is known
+	full int // transactions in a row with most recipients that were taken
+	wait int // how many of those before a few more are offered
+}
+
+// A few more recipients are offered in the transaction after the one that has shown the limit, then after firstProbe full
+// ones, and after twice as many each time that they are refused. What is refused costs a RCPT, and relays hang up on many
+// refusals: maxProbe is how many more are offered at most.
+const firstProbe, maxProbe = 8, 8
+
+// offer is how many recipients, of n, go into the next transaction.
+func (l rcptLimit) offer(n int) int {
+	switch {
+	case l.most == 0 || n <= l.most:
+		return n
+	case l.full < l.wait:
+		return l.most
+	}
+	return min(n, l.most+min(max(l.most/8, 1), maxProbe))
+}
+
+// took takes into account a transaction to which n recipients were offered; the relay accepted some of them, and told some of
+// the others that there were too many.
+func (l *rcptLimit) took(n, accepted, tooMany int) {
+	switch {
+	case tooMany > 0 && accepted > 0:
+		wait := 0
+		if l.most > 0 && n > l.most && accepted >= l.most {
+			wait = max(2*l.wait, firstProbe) // the limit is what it was
+		}
+		*l = rcptLimit{most: accepted, wait: wait}
+	case tooMany > 0:
+		l.most *= 2 // it is not the number, but each recipient: they are all told so in a few transactions
+	case l.most > 0 && n > l.most:
+		*l = rcptLimit{most: n}
+	case l.most > 0 && n == l.most:
+		l.full++
+	}
+}
+
+// maxRcpts is what is known of the relay's limit for a transaction.
+func (l *learnt) maxRcpts() rcptLimit {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !time.Now().Before(l.rcptsUntil) {
+		l.rcpts = rcptLimit{}
+	}
+	return l.rcpts
+}
+
+// rcptsTaken is rcptLimit.took for all later messages.
+func (l *learnt) rcptsTaken(n, accepted, tooMany int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rcpts.took(n, accepted, tooMany)
+	if tooMany > 0 {
+		l.rcptsUntil = time.Now().Add(learntFor)
+	}
 }
 
 // sessionFull notes that the relay said 421 to a session that had had n transactions. The same number twice in a row is

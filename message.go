@@ -120,11 +120,22 @@ func (d *delivery) begin() error {
 		d.utf8 = d.m.To[i]
 	}
 	d.size = canonicalSize(d.m)
+	if len(d.m.To) > 1 {
+		d.rcpts = d.c.cfg.learnt.maxRcpts()
+	}
 	d.todo = make([]int, len(d.m.To))
 	d.receipt.Recipients = make([]RecipientReceipt, len(d.m.To))
 	for i, to := range d.m.To {
 		d.todo[i] = i
 		d.receipt.Recipients[i] = RecipientReceipt{To: to, Outcome: NotAccepted}
+		if o := d.m.RcptOptions[to]; o != nil {
+			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
+				d.dsnFor = to
+			}
+			if d.rrvsFor == "" && !o.RequireRecipientValidSince.IsZero() {
+				d.rrvsFor = to
+			}
+		}
 	}
 	return nil
 }

@@ -29,8 +29,8 @@ type progressConn struct {
 var errInterrupted = errors.New("write interrupted")
 
 // leastRate is how many octets a second a relay must take on average, once Timeouts.Write is used up by slower writes. It is
-// low, for a message that is given up was in vain: a megabyte still has four and a half hours.
-const leastRate = 64
+// so low that it ends only what is meant to hold a writer: a slow message that is given up was in vain.
+const leastRate = 8
 
 // Write implements io.Writer.
 func (c *progressConn) Write(p []byte) (n int, err error) {
@@ -94,7 +94,7 @@ func (c *progressConn) hangUp(wait time.Duration) {
 }
 
 // maxDiscard is how many octets are read and thrown away while the relay's close is awaited. One that sends more is flooding.
-const maxDiscard = 64 << 10
+const maxDiscard = 1 << 20
 
 func (c *progressConn) listen(wait time.Duration) bool {
 	c.mu.Lock()

@@ -31,13 +31,13 @@ func TestSlowRelayIsWrittenToAsLongAsItKeepsTheLeastRate(t *testing.T) {
 		why    string
 		octets int // that the relay takes at a time
 		pause  time.Duration
-		writes int // of 1 KB
+		writes int // of 400 octets
 		ends   time.Duration
 	}{
 		{"twice the least rate, with pauses of almost the limit", 2 * leastRate * 59, 59 * time.Second, 64, 0},
 		{"just the least rate", leastRate, time.Second, 64, 0},
 		{"half the least rate: it gives back half of the time that it takes", leastRate / 2, time.Second, 64, 2 * limit},
-		{"one octet a second", 1, time.Second, 64, limit + 2*time.Second},
+		{"one octet a second", 1, time.Second, 64, limit*leastRate/(leastRate-1) + 2*time.Second},
 		{"nothing behind the first octet", 1, time.Hour, 64, limit + 2*time.Second},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -52,7 +52,7 @@ func TestSlowRelayIsWrittenToAsLongAsItKeepsTheLeastRate(t *testing.T) {
 				began := time.Now()
 				var err error
 				for i := 0; i < tt.writes && err == nil; i++ {
-					_, err = c.Write(make([]byte, 1<<10))
+					_, err = c.Write(make([]byte, 400))
 				}
 				took := time.Since(began)
 				if tt.ends == 0 {

@@ -93,6 +93,7 @@ func (t *transaction) recycle() {
 		if t.chunked.buffer != nil {
 			chunkPool.Put(t.chunked.buffer)
 		}
+		clear(t.rcpt) // the relay's words are not kept for the next one
 		*t = transaction{signal: t.signal, rcpt: t.rcpt[:0]}
 		cfg.transactions.Put(t)
 	}
