@@ -561,3 +561,33 @@ func FuzzAppendCommands(f *testing.F) {
 
 // urgency is what may stand behind the other parameters of MAIL (RFC 2852, 4; RFC 6710, 3).
 var urgency = regexp.MustCompile(`^( BY=-?[0-9]{1,9};[NR]T?)? MT-PRIORITY=(0|-?[1-9])\r\n$`)
+// Options of many recipients are looked at once for a message: what a transaction costs does not grow with their number.
+func TestOptionsOfManyRecipientsCostNothingPerTransaction(t *testing.T) {
+	const recipients = 40_000
+	cfg, err := Config{Addr: "127.0.0.1:25"}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := Message{From: "a@x.example", Body: Bytes([]byte("Subject: many\r\n\r\n")), RcptOptions: map[string]*RcptOptions{}}
+	for i := range recipients {
+		to := fmt.Sprintf("r%d@y.example", i)
+		m.To = append(m.To, to)
+		m.RcptOptions[to] = &RcptOptions{Notify: []DSNNotify{DSNNotifyNever}}
+	}
+	d := delivery{c: &Client{cfg: cfg}, ctx: t.Context(), m: &m}
+	if err := d.begin(); err != nil {
+		t.Fatal(err)
+	}
+	s := &session{cfg: cfg, ext: wire.Extensions{Keywords: []string{"DSN"}, Limits: wire.Limits{RcptMax: 1}}}
+	if n := testing.AllocsPerRun(1000, func() {
+		if _, rcpts, err := d.fit(s); err != nil || len(rcpts) != 1 {
+			t.Fatalf("%d recipients, %v", len(rcpts), err)
+		}
+	}); n > 4 {
+		t.Errorf("%v allocations for a transaction, want a few", n)
+	}
+	s.ext.Keywords = nil
+	if _, _, err := d.fit(s); err == nil || !strings.Contains(err.Error(), "RcptOptions of <r0@y.example>: Notify") {
+		t.Errorf("without DSN: %v, want the first recipient whose options need it", err)
+	}
+}
