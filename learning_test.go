@@ -528,6 +528,40 @@ func TestNumberOfRecipientsIsRememberedForAWhile(t *testing.T) {
 	})
 }
 
+// Postfix hangs up on the twentieth refusal of a session. What it took by then is the number; nothing is unknown, since it was
+// leaving when it came to the message.
+func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
+		var refused atomic.Int64
+		relay.Fault(smtptest.Fault{
+			At: smtptest.Rcpt, Reply: "421 4.7.0 Error: too many errors", Drop: true,
+			When: func(smtptest.Event) bool { return refused.Load() == 20 },
+		})
+		relay.Fault(smtptest.Fault{
+			At: smtptest.Rcpt, Reply: "452 4.5.3 Error: too many recipients", Count: -1,
+			When: func(e smtptest.Event) bool {
+				if len(e.To) < 50 {
+					return false
+				}
+				refused.Add(1)
+				return true
+			},
+		})
+		client := newClient(t, relay.Config())
+		if _, err := client.Send(t.Context(), numbered(1)); err != nil { // behind AUTH the body would wait for all replies
+			t.Fatal(err)
+		}
+		m := numbered(0)
+		m.To = moreRecipients(200)
+		if _, err := client.Send(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		want(t, "transactions", relay.Accepted(), 1+4)
+		want(t, "connections", len(relay.Conns()), 2)
+	})
+}
+
 // A mailbox that is full has the same code as one recipient too many.
 func TestFullMailboxesTeachNoNumber(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
