@@ -36,7 +36,7 @@ func TestSlowRelayIsWrittenToAsLongAsItKeepsTheLeastRate(t *testing.T) {
 	}{
 		{"twice the least rate, with pauses of almost the limit", 2 * leastRate * 59, 59 * time.Second, 64, 0},
 		{"just the least rate", leastRate, time.Second, 64, 0},
-		{"half the least rate: it gives back half of the time that it takes", leastRate / 2, time.Second, 64, 2 * limit},
+		{"half the least rate: it gives back half of the time that it takes", leastRate / 2, time.Second, 64, 2*limit + 2*time.Second},
 		{"one octet a second", 1, time.Second, 64, limit*leastRate/(leastRate-1) + 2*time.Second},
 		{"nothing behind the first octet", 1, time.Hour, 64, limit + 2*time.Second},
 	} {
