@@ -1,0 +1,7 @@
+package sockets
+
+import "github.com/smtprelay/smtprelay"
+
+// The one place that knows how a Config asks for CHUNKING.
+
+func setChunking(cfg *smtprelay.Config, chunking bool) { cfg.Chunking = chunking }

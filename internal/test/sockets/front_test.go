@@ -1,0 +1,211 @@
+package sockets
+
+import (
+	"io"
+	"math"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+)
+
+// What stands in front of a relay: a listener that counts connections, and a proxy that breaks them.
+
+func listen(t testing.TB) *net.TCPListener {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l.(*net.TCPListener)
+}
+
+// counter is a listener that knows how many clients were connected at once.
+type counter struct {
+	*net.TCPListener
+	most int // that may be; told by exceeded
+
+	mu       sync.Mutex // guards the fields below
+	open     map[*counted]struct{}
+	exceeded int // the most that were open at once, if more than may be
+}
+
+type counted struct {
+	*net.TCPConn
+	c *counter
+}
+
+func count(l *net.TCPListener, most int) *counter {
+	return &counter{TCPListener: l, most: most, open: map[*counted]struct{}{}}
+}
+
+func (c *counter) Accept() (net.Conn, error) {
+	conn, err := c.AcceptTCP()
+	if err != nil {
+		return nil, err
+	}
+	cc := &counted{conn, c}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open[cc] = struct{}{}
+	for try := 0; len(c.open) > c.most; try++ {
+		n := 0
+		for o := range c.open {
+			if !isReset(o.TCPConn) {
+				n++
+			}
+		}
+		if n <= c.most {
+			break
+		}
+		if try == 100 { // time for a RST to be handled by the system
+			c.exceeded = max(c.exceeded, n)
+			break
+		}
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+	}
+	return cc, nil
+}
+
+func (c *counted) Close() error {
+	c.c.mu.Lock()
+	delete(c.c.open, c)
+	c.c.mu.Unlock()
+	return c.TCPConn.Close()
+}
+
+// proxy passes octets on between clients and a relay, and breaks connections.
+type proxy struct {
+	in      *counter
+	to      string
+	weather weather
+	over    chan struct{}
+	running sync.WaitGroup
+}
+
+// weather says how many of a hundred connections are broken, and delayed, on the way.
+type weather struct {
+	seed          uint64
+	breaks, holds int
+}
+
+func newProxy(in *counter, to string, w weather) *proxy {
+	p := &proxy{in: in, to: to, weather: w, over: make(chan struct{})}
+	p.running.Go(func() {
+		for n := uint64(0); ; n++ {
+			c, err := in.Accept()
+			if err != nil {
+				return
+			}
+			p.running.Go(func() { p.serve(c.(*counted), rand.New(rand.NewPCG(w.seed, n))) })
+		}
+	})
+	return p
+}
+
+// close ends the proxy once all clients have gone.
+func (p *proxy) close() {
+	p.in.Close()
+	close(p.over)
+	p.running.Wait()
+}
+
+// flow is one direction of a connection.
+type flow struct {
+	src, dst *net.TCPConn
+	octets   int // after so many something happens
+	happens  event
+	hold     time.Duration
+}
+
+type event int
+
+const (
+	nothing   event = iota
+	pause           // for some milliseconds
+	resetBoth       // RST to both sides
+	resetSrc        // RST to the one who writes, FIN to the other
+	resetDst
+	endDst // FIN to the one who reads; what that one says still passes
+	endBoth
+	events
+)
+
+func (p *proxy) serve(client *counted, rng *rand.Rand) {
+	defer client.Close()
+	conn, err := net.Dial("tcp", p.to)
+	if err != nil {
+		reset(client.TCPConn)
+		return
+	}
+	relay := conn.(*net.TCPConn)
+	defer relay.Close()
+	up, down := flow{src: client.TCPConn, dst: relay}, flow{src: relay, dst: client.TCPConn}
+	f, most := &up, 2e6 // what a connection carries at most, more or less
+	if rng.IntN(3) == 0 {
+		f, most = &down, 5e3
+	}
+	f.octets = int(math.Pow(most, rng.Float64()))
+	switch n := rng.IntN(100); {
+	case n < p.weather.breaks:
+		f.happens = resetBoth + event(rng.IntN(int(events-resetBoth)))
+	case n < p.weather.breaks+p.weather.holds:
+		f.happens, f.hold = pause, time.Duration(rng.IntN(8_000))*time.Microsecond
+	}
+	var both sync.WaitGroup
+	both.Go(func() { p.pass(up) })
+	both.Go(func() { p.pass(down) })
+	both.Wait()
+}
+
+// pass copies one direction until its end, and passes the end on as it came.
+func (p *proxy) pass(f flow) {
+	if f.happens != nothing {
+		if _, err := io.CopyN(f.dst, f.src, int64(f.octets)); err == nil && !p.strike(f) {
+			io.Copy(io.Discard, f.src)
+			return
+		}
+	}
+	_, err := io.Copy(f.dst, f.src)
+	if err == nil {
+		f.dst.CloseWrite()
+		return
+	}
+	reset(f.src)
+	reset(f.dst)
+}
+
+// strike lets happen what is to happen, and reports whether the direction goes on.
+func (p *proxy) strike(f flow) bool {
+	switch f.happens {
+	case pause:
+		select {
+		case <-time.After(f.hold):
+		case <-p.over:
+		}
+		return true
+	case resetBoth:
+		reset(f.src)
+		reset(f.dst)
+	case resetSrc:
+		f.dst.CloseWrite()
+		reset(f.src)
+	case resetDst:
+		reset(f.dst)
+		f.src.CloseWrite()
+	case endDst:
+		f.dst.CloseWrite()
+	case endBoth:
+		f.dst.CloseWrite()
+		f.src.CloseWrite()
+	}
+	return false
+}
+
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}

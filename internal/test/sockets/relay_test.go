@@ -1,0 +1,258 @@
+package sockets
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/emersion/go-smtp"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// The relays of three makes: smtptest, go-smtp's server, and the strict relay of this package. Each is started for one
+// client, and its ledger is complete once it is closed.
+
+// make is a make of relay and its way to protect connections.
+type relayMake string
+
+const (
+	smtptestClear    relayMake = "smtptest"
+	smtptestStartTLS relayMake = "smtptest-starttls"
+	smtptestTLS      relayMake = "smtptest-tls"
+	goSMTPClear      relayMake = "go-smtp"
+	goSMTPTLS        relayMake = "go-smtp-tls"
+	strictClear      relayMake = "strict"
+	strictTLS        relayMake = "strict-tls"
+)
+
+var relayMakes = []relayMake{smtptestClear, smtptestStartTLS, smtptestTLS, goSMTPClear, goSMTPTLS, strictClear, strictTLS}
+
+func (m relayMake) isTLS() bool { return strings.HasSuffix(string(m), "-tls") }
+
+// setup says which relay is started.
+type setup struct {
+	make     relayMake
+	chunking bool // is used where the relay offers it
+	maxConns int
+	habits   habits
+	behind   smtptest.Habit
+	dotDelay time.Duration // smtptest's answer to the final dot comes so late
+	proxied  bool
+	weather  weather // of the proxy
+}
+
+// relay is a relay under way.
+type relay struct {
+	setup
+	config smtprelay.Config // what a client of it needs
+	ledger *ledger
+	front  *counter // nil for smtptest without a proxy
+	proxy  *proxy   // nil without
+	end    func()
+	fake   *smtptest.Server // nil for others
+}
+
+// start starts a relay that takes the messages ms.
+func start(t testing.TB, s setup, ms []*message) *relay {
+	r := &relay{setup: s, ledger: newLedger(ms)}
+	var addr string
+	switch s.make {
+	case smtptestClear, smtptestStartTLS, smtptestTLS:
+		addr = r.startFake(ms)
+	default:
+		l := listen(t)
+		addr = l.Addr().String()
+		r.front = count(l, s.maxConns)
+		r.config.TLS = smtprelay.TLSNone
+		var serveOn net.Listener = r.front
+		if s.make.isTLS() {
+			r.config.TLS, r.config.TLSConfig = smtprelay.TLSImplicit, &tls.Config{RootCAs: own.roots}
+			serveOn = tls.NewListener(serveOn, &tls.Config{Certificates: []tls.Certificate{own.cert}})
+		}
+		switch s.make {
+		case strictClear, strictTLS:
+			r.end = newStrict(serveOn, s.habits, r.ledger).close
+		default:
+			r.end = serveGoSMTP(t, serveOn, s.habits, r.ledger)
+		}
+	}
+	if s.proxied {
+		r.front = count(listen(t), s.maxConns)
+		r.proxy = newProxy(r.front, addr, s.weather)
+		addr = r.front.Addr().String()
+	}
+	r.config.Addr = addr
+	r.config.LocalName = "client.example"
+	r.config.Limits.MaxConns = s.maxConns
+	setChunking(&r.config, s.chunking)
+	return r
+}
+
+// close ends the relay when the client is closed, and completes the ledger.
+func (r *relay) close(t testing.TB) {
+	if r.proxy != nil {
+		r.proxy.close()
+	}
+	if r.fake != nil {
+		eventually(t, "smtptest reads its connections to the end", func() bool { return r.fake.Open() == 0 })
+	}
+	r.end()
+	if r.front != nil && r.front.exceeded > 0 {
+		r.ledger.complain("%d connections at once, MaxConns is %d", r.front.exceeded, r.maxConns)
+	}
+	if r.fake != nil {
+		for _, m := range r.fake.Messages() {
+			r.ledger.accept(m.From, m.To, m.Body)
+		}
+	}
+}
+
+func (r *relay) startFake(ms []*message) (addr string) {
+	s := smtptest.NewUnstartedServer()
+	s.MaxConns, s.MaxMessages, s.Chunking, s.Behind = -1, -1, true, r.behind
+	s.NoAuth, s.NoTLS = true, r.make == smtptestClear
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{own.cert}}
+	s.Reject = map[string]string{}
+	if r.habits.noSize {
+		s.MaxSize = -1
+	}
+	for _, m := range ms {
+		for _, to := range m.to {
+			if isRefused(to) {
+				s.Reject[to] = refusal(to)
+			}
+		}
+	}
+	if r.make == smtptestTLS {
+		s.StartTLS()
+	} else {
+		s.Start()
+	}
+	if r.dotDelay > 0 {
+		s.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: r.dotDelay, Count: -1})
+	}
+	r.config, r.end, r.fake = s.Config(), s.Close, s
+	return s.Addr()
+}
+
+// serveGoSMTP serves with go-smtp until the function that it returns is called, when all clients have gone.
+func serveGoSMTP(t testing.TB, l net.Listener, h habits, led *ledger) (end func()) {
+	b := &backend{ledger: led}
+	s := smtp.NewServer(b)
+	s.Domain = "go-smtp.example"
+	s.ErrorLog = log.New(io.Discard, "", 0)
+	if !h.noSize {
+		s.MaxMessageBytes = 64 << 20
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	return func() {
+		if err := s.Shutdown(context.Background()); err != nil {
+			t.Error(err)
+		}
+		<-served
+		b.reading.Wait()
+	}
+}
+
+// backend is what go-smtp's server hands messages to.
+type backend struct {
+	ledger  *ledger
+	reading sync.WaitGroup // bodies, which go-smtp reads in goroutines of their own where they come in chunks
+}
+
+func (b *backend) NewSession(*smtp.Conn) (smtp.Session, error) { return &session{backend: b}, nil }
+
+type session struct {
+	*backend
+	from string
+	to   []string
+}
+
+func (s *session) Mail(from string, _ *smtp.MailOptions) error {
+	if s.ledger.messages[idOf(from)] == nil {
+		s.ledger.complain("smuggled: MAIL from <%s>", from)
+	}
+	s.from, s.to = from, nil
+	return nil
+}
+
+func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
+	if s.ledger.messages[idOf(to)] == nil {
+		s.ledger.complain("smuggled: RCPT to <%s>", to)
+	}
+	switch {
+	case strings.HasPrefix(to, "gone"):
+		return &smtp.SMTPError{Code: 550, EnhancedCode: smtp.EnhancedCode{5, 1, 1}, Message: "no such user"}
+	case isRefused(to):
+		return &smtp.SMTPError{Code: 450, EnhancedCode: smtp.EnhancedCode{4, 2, 1}, Message: "try again later"}
+	}
+	s.to = append(s.to, to)
+	return nil
+}
+
+func (s *session) Data(r io.Reader) error {
+	s.reading.Add(1)
+	defer s.reading.Done()
+	from, to := s.from, s.to
+	body, err := io.ReadAll(r)
+	if err != nil {
+		return err
+	}
+	s.ledger.accept(from, to, body)
+	return nil
+}
+
+func (s *session) Reset()        { s.from, s.to = "", nil }
+func (s *session) Logout() error { return nil }
+
+// own is the certificate of all relays here.
+var own = func() (o struct {
+	cert  tls.Certificate
+	roots *x509.CertPool
+}) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Date(2084, 1, 1, 0, 0, 0, 0, time.UTC),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		panic(err)
+	}
+	o.cert = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	o.roots = x509.NewCertPool()
+	o.roots.AddCert(parsed)
+	return o
+}()
+
+// eventually waits for what must come without anything further being done.
+func eventually(t testing.TB, what string, is func() bool) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for range 30_000 {
+		if is() {
+			return
+		}
+		<-tick.C
+	}
+	t.Errorf("this never comes: %s", what)
+}

@@ -1,0 +1,208 @@
+package sockets
+
+import (
+	"context"
+	"math"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// A round: one relay, one client, some callers that send at the same time. How one is drawn from a seed, run, and judged.
+
+// round is the plan of a round.
+type round struct {
+	setup
+	limits     smtprelay.Limits
+	retry      smtprelay.Retry
+	pipelining smtprelay.Pipelining
+	calm       bool // nothing goes wrong: everything is accepted that the relay does not refuse
+	senders    [][]*message
+}
+
+// drawRound draws a round against a make of relay. The numbers of its messages begin at first.
+func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
+	rng := rand.New(rand.NewPCG(seed, 0))
+	one := func(in int) bool { return rng.IntN(in) == 0 }
+	r := &round{setup: setup{make: kind, chunking: chunking}}
+	r.calm = one(8)
+	r.maxConns = []int{1, 2, 8, 8, 8, 8}[rng.IntN(6)]
+	r.limits.MaxMessagesPerConn = []int{0, 0, -1, 7}[rng.IntN(4)]
+	r.limits.MaxInFlight = []int{0, 0, 1, 16}[rng.IntN(4)]
+	r.pipelining = []smtprelay.Pipelining{0, 0, 0, smtprelay.PipelineWithin, smtprelay.PipelineOff}[rng.IntN(5)]
+	r.retry = smtprelay.Retry{MaxAttempts: []int{0, 1, 1, 8}[rng.IntN(4)], MinBackoff: time.Millisecond, MaxBackoff: 4 * time.Millisecond}
+	r.habits = habits{takesCutChunk: !one(3), readsRefusedChunks: one(3), noSize: one(4), noChunking: one(10)}
+	if r.proxied = one(2); r.proxied {
+		r.weather = weather{seed: rng.Uint64(), breaks: 15 + rng.IntN(60), holds: 10}
+	}
+	if one(5) {
+		r.behind = []smtptest.Habit{smtptest.HabitRefuse, smtptest.HabitDiscard}[rng.IntN(2)]
+		r.dotDelay = time.Duration(rng.IntN(2000)) * time.Microsecond
+	}
+	if r.calm {
+		r.weather.breaks, r.behind = 0, smtptest.HabitNone
+	}
+	hurry := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 1500 * time.Microsecond, 10 * time.Millisecond}[rng.IntN(4)]
+	for range 1 + rng.IntN(2*r.maxConns) {
+		var ms []*message
+		for range 20 {
+			ms = append(ms, drawMessage(rng, first, r.calm, hurry))
+			first++
+		}
+		r.senders = append(r.senders, ms)
+	}
+	return r
+}
+
+func drawMessage(rng *rand.Rand, id int, calm bool, hurry time.Duration) *message {
+	one := func(in int) bool { return rng.IntN(in) == 0 }
+	m := &message{id: id, kind: bodyKind(rng.IntN(int(bodyKinds))), deadline: -1, pieces: rng.Uint64(), all: one(5)}
+	switch n := rng.IntN(100); {
+	case n < 30:
+		m.size = 61 << 10
+	case n < 60:
+		m.size = 1 + rng.IntN(4<<10)
+	case n < 98:
+		m.size = int(math.Pow(256<<10, rng.Float64())) // of all orders of magnitude alike
+	default:
+		m.size = 1<<20 + rng.IntN(3<<20)
+	}
+	for n := range []int{1, 1, 1, 1, 2, 5}[rng.IntN(6)] {
+		word := "ok"
+		switch {
+		case one(12):
+			word = "gone"
+		case one(24):
+			word = "later"
+		}
+		m.to = append(m.to, recipient(word, n, id))
+	}
+	if calm {
+		return m
+	}
+	if m.kind != asBytes && one(8) {
+		m.failAt = 1 + rng.IntN(m.size)
+	}
+	if m.kind != asBytes && one(8) {
+		m.cancelAt = 1 + rng.IntN(m.size)
+	}
+	if !one(3) {
+		m.deadline = time.Duration(rng.Int64N(int64(hurry)))
+	}
+	m.again = rng.IntN(3)
+	return m
+}
+
+func (r *round) messages() (ms []*message) {
+	for _, s := range r.senders {
+		ms = append(ms, s...)
+	}
+	return ms
+}
+
+// run carries the round out and returns the judgement.
+func (r *round) run(t testing.TB) tally {
+	relay := start(t, r.setup, r.messages())
+	cfg := relay.config
+	cfg.Limits, cfg.Retry, cfg.Pipelining = r.limits, r.retry, r.pipelining
+	cfg.Limits.MaxConns = r.maxConns
+	cfg.Timeouts.Overlap = 100 * time.Millisecond // after which a relay that discards is left alone
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var callers sync.WaitGroup
+	var mu sync.Mutex
+	var all []*told
+	for _, ms := range r.senders {
+		callers.Go(func() {
+			var mine []*told
+			var buf []byte
+			for _, m := range ms {
+				mine = append(mine, send(client, m, &buf)...)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, mine...)
+		})
+	}
+	callers.Wait()
+	client.Close()
+	relay.close(t)
+	if r.calm {
+		relay.calmness(all)
+	}
+	return relay.ledger.judge(all)
+}
+
+// send sends m, and again as its caller may, in the memory of buf.
+func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
+	for try := 0; ; try++ {
+		*buf = m.appendBody((*buf)[:0])
+		deadline := m.deadline
+		if try > 0 && try == m.again {
+			deadline = -1
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		if deadline >= 0 {
+			ctx, cancel = context.WithTimeout(context.Background(), deadline)
+		}
+		receipt, err := client.Send(ctx, smtprelay.Message{From: sender(m.id), To: m.to, AllOrNothing: m.all, Body: m.body(*buf, cancel)})
+		cancel()
+		for i := range *buf { // nobody may look at it any more
+			(*buf)[i] = '#'
+		}
+		all = append(all, &told{m, receipt, err})
+		if try >= m.again || !smtprelay.SafeToRetry(err) {
+			return all
+		}
+	}
+}
+
+// calmness complains of each message that a relay without faults would have accepted, and did not.
+func (r *relay) calmness(all []*told) {
+	for _, t := range all {
+		refused := 0
+		for _, to := range t.m.to {
+			if isRefused(to) {
+				refused++
+			}
+		}
+		_, each := t.outcome()
+		for to, o := range each {
+			want := smtprelay.Accepted
+			if isRefused(to) || t.m.all && refused > 0 {
+				want = smtprelay.NotAccepted
+			}
+			if o != want {
+				r.ledger.complain("<%s>: %v in calm weather: %v", to, o, t.err)
+			}
+		}
+	}
+	if r.fake != nil && !r.proxied && r.fake.MaxOpen() > r.maxConns {
+		r.ledger.complain("%d connections at once, MaxConns is %d", r.fake.MaxOpen(), r.maxConns)
+	}
+}
+
+// stacks returns the stacks of all goroutines.
+func stacks() string {
+	buf := make([]byte, 4<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// running counts the goroutines of the client and of the relays here.
+func running() int {
+	n := -1 // the one who asks
+	for g := range strings.SplitSeq(stacks(), "\n\n") {
+		if strings.Contains(g, "smtprelay/smtprelay") || strings.Contains(g, "emersion/go-smtp") {
+			n++
+		}
+	}
+	return n
+}
