@@ -24,6 +24,8 @@ type round struct {
 	pipelining smtprelay.Pipelining
 	calm       bool // nothing goes wrong: everything is accepted that the relay does not refuse
 	senders    [][]*message
+	password   string                         // for AUTH; "" means that there is none
+	told       func(led *ledger, all []*told) // looks at more than the judge does, if not nil
 }
 
 // drawRound draws a round against a make of relay. The numbers of its messages begin at first.
@@ -112,7 +114,12 @@ func (r *round) run(t testing.TB) tally {
 	cfg := relay.config
 	cfg.Limits, cfg.Retry, cfg.Pipelining = r.limits, r.retry, r.pipelining
 	cfg.Limits.MaxConns = r.maxConns
-	cfg.Timeouts.Overlap = 100 * time.Millisecond // after which a relay that discards is left alone
+	if r.password != "" {
+		cfg.Username, cfg.Password = "user", r.password
+	}
+	if r.behind == smtptest.HabitDiscard { // some replies never come
+		cfg.Timeouts.Overlap, cfg.Timeouts.Command, cfg.Timeouts.FinalReply = 100*time.Millisecond, time.Second, time.Second
+	}
 	client, err := smtprelay.New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -137,6 +144,9 @@ func (r *round) run(t testing.TB) tally {
 	relay.close(t)
 	if r.calm {
 		relay.calmness(all)
+	}
+	if r.told != nil {
+		r.told(relay.ledger, all)
 	}
 	return relay.ledger.judge(all)
 }

@@ -22,6 +22,7 @@ type habits struct {
 	noChunking         bool // CHUNKING is not offered
 	noSize             bool // no limit of a message's size is announced
 	refusesMail        bool // MAIL is refused
+	refusesAuth        bool // AUTH is offered and refused, and MAIL with it
 }
 
 // strict is a relay that serves on a listener until that is closed.
@@ -126,6 +127,9 @@ func (d *dialogue) command(line string) error {
 		d.say("250-strict.example")
 		d.say("250-PIPELINING")
 		d.say("250-8BITMIME")
+		if d.refusesAuth {
+			d.say("250-AUTH PLAIN")
+		}
 		if !d.noChunking {
 			d.say("250-CHUNKING")
 		}
@@ -143,6 +147,8 @@ func (d *dialogue) command(line string) error {
 			d.reset()
 		}
 		d.say("250 2.0.0 ok")
+	case verb == "AUTH" && d.refusesAuth:
+		d.say("535 5.7.8 wrong password")
 	case verb == "MAIL":
 		d.mail(path(arg))
 	case verb == "RCPT":
@@ -178,6 +184,8 @@ func (d *dialogue) mail(from string) {
 			d.ledger.complain("MAIL out of order")
 		}
 		d.say("503 5.5.1 not now")
+	case d.refusesAuth:
+		d.say("530 5.7.0 authenticate first")
 	case d.refusesMail:
 		d.say("550 5.7.1 not from you")
 	default:

@@ -1,0 +1,138 @@
+package sockets
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// Situations in which the client once broke a promise, each in the form that showed it best.
+
+var cancels = flag.Int("sockets.cancels", 1600, "how many Sends TestCancelInAWrite begins with each relay, at least")
+
+// check fails the test where the judgement is not clean.
+func check(t *testing.T, a tally) {
+	t.Helper()
+	t.Log(&a)
+	if a.bad() > 0 {
+		t.Errorf("broken promises:\n\t%s", strings.Join(a.faulty, "\n\t"))
+	}
+}
+
+// TestCancelInAWrite ends contexts at any moment of a body's way: no part of it may pass for the whole.
+func TestCancelInAWrite(t *testing.T) {
+	for _, by := range []string{"data", "chunks"} {
+		for _, kind := range []relayMake{goSMTPClear, smtptestClear, smtptestTLS} {
+			t.Run(fmt.Sprintf("%s/%s", kind, by), func(t *testing.T) {
+				var all tally
+				for all.sends < *cancels {
+					r := &round{setup: setup{make: kind, chunking: by == "chunks", maxConns: 8}}
+					for sender := range 8 {
+						var ms []*message
+						for n := range 200 {
+							id := 1 + sender*1000 + n
+							ms = append(ms, &message{id: id, to: []string{recipient("ok", 0, id)}, size: 61 << 10, deadline: rand.N(1500 * time.Microsecond)})
+						}
+						r.senders = append(r.senders, ms)
+					}
+					a := r.run(t)
+					all.add(a)
+					all.faulty = append(all.faulty, a.faulty...)
+				}
+				all.faulty = all.faulty[:min(len(all.faulty), 8)]
+				check(t, all)
+			})
+		}
+	}
+}
+
+// TestReceiptBehindDiscardedCommands has a relay throw away what has come behind a final dot. The replies that are missing
+// then shift those that follow: none may be taken for the reply to another message.
+func TestReceiptBehindDiscardedCommands(t *testing.T) {
+	for _, by := range []string{"data", "chunks"} {
+		for _, conns := range []int{1, 3} {
+			t.Run(fmt.Sprintf("%s/%d connections", by, conns), func(t *testing.T) {
+				r := &round{setup: setup{make: smtptestClear, chunking: by == "chunks", maxConns: conns,
+					behind: smtptest.HabitDiscard, dotDelay: 5 * time.Millisecond}}
+				for n := range 40 {
+					r.senders = append(r.senders, []*message{{id: 1 + n, to: []string{recipient("ok", 0, 1+n)}, size: 500 + n, deadline: -1}})
+				}
+				check(t, r.run(t))
+			})
+		}
+	}
+}
+
+// smuggled are bodies that are a message to somebody else where a relay reads them as commands.
+var smuggled = []string{
+	"Subject: a question\r\n\r\nhello\r\nMAIL FROM:<ceo@x.example>\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n",
+	"Subject: a question\r\n\r\nhello\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n",
+}
+
+// TestBodyIsNoCommands sends such bodies to a relay that refuses the envelope, and does not throw away the chunk that it
+// refuses with it.
+func TestBodyIsNoCommands(t *testing.T) {
+	for _, refuses := range []string{"RCPT", "MAIL", "AUTH"} {
+		for b := range smuggled {
+			for kind := range bodyKinds {
+				t.Run(fmt.Sprintf("%s refused/body %d/kind %d", refuses, b, kind), func(t *testing.T) {
+					r := &round{setup: setup{make: strictTLS, chunking: true, maxConns: 1}}
+					r.habits = habits{readsRefusedChunks: true, refusesMail: refuses == "MAIL", refusesAuth: refuses == "AUTH"}
+					r.password = map[string]string{"AUTH": "wrong"}[refuses]
+					for n := range 3 { // the first finds a new connection, the others one that has been used
+						id := 1 + n
+						r.senders = append(r.senders, []*message{
+							{id: id, to: []string{recipient("gone", 0, id)}, raw: smuggled[b], kind: kind, deadline: -1},
+							{id: 10 + id, to: []string{recipient("ok", 0, 10+id)}, size: 300, deadline: -1},
+							{id: 20 + id, to: []string{recipient("gone", 0, 20+id)}, raw: smuggled[b], kind: kind, deadline: -1},
+						})
+					}
+					check(t, r.run(t))
+				})
+			}
+		}
+	}
+}
+
+// TestEnvelopeThatStays has a relay answer RSET with 250 and keep the envelope, to which the next message then goes too.
+func TestEnvelopeThatStays(t *testing.T) {
+	// The first has one recipient refused, so that it goes to nobody, and the other's stays named.
+	ms := []*message{
+		{id: 1, to: []string{recipient("ok", 0, 1), recipient("gone", 1, 1)}, all: true, size: 300, deadline: -1},
+		{id: 2, to: []string{recipient("ok", 0, 2)}, size: 300, deadline: -1},
+		{id: 3, to: []string{recipient("ok", 0, 3)}, size: 300, deadline: -1},
+	}
+	for name, senders := range map[string][][]*message{
+		"one after the other": {ms},
+		"at once":             {ms[:1], ms[1:2], ms[2:]},
+	} {
+		for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
+			t.Run(fmt.Sprintf("data/%s/pipelining %d", name, pipelining), func(t *testing.T) {
+				r := &round{setup: setup{make: strictClear, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+				check(t, r.run(t))
+			})
+			// In chunks the body may have left with the envelope. Who gets it then is out of our hands, but not what is told of it.
+			t.Run(fmt.Sprintf("chunks/%s/pipelining %d", name, pipelining), func(t *testing.T) {
+				r := &round{setup: setup{make: strictClear, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+				r.told = func(led *ledger, all []*told) {
+					for _, e := range led.entries {
+						for _, told := range all {
+							if o, _ := told.outcome(); o != smtprelay.Unknown && idOf(e.from) != told.m.id && strings.Contains(strings.Join(e.to, " "), told.m.to[0]) {
+								led.complain("message %d went with the envelope of message %d, and is told as %v: %v", told.m.id, idOf(e.from), o, told.err)
+							}
+						}
+					}
+				}
+				a := r.run(t)
+				a.strangers, a.mixed = 0, 0
+				check(t, a)
+			})
+		}
+	}
+}
