@@ -14,7 +14,7 @@ import (
 
 // Situations in which the client once broke a promise, each in the form that showed it best.
 
-var cancels = flag.Int("sockets.cancels", 1600, "how many Sends TestCancelInAWrite begins with each relay, at least")
+var cancels = flag.Int("sockets.cancels", 400, "how many Sends TestCancelInAWrite begins with each relay, at least")
 
 // check fails the test where the judgement is not clean.
 func check(t *testing.T, a tally) {
@@ -30,12 +30,13 @@ func TestCancelInAWrite(t *testing.T) {
 	for _, by := range []string{"data", "chunks"} {
 		for _, kind := range []relayMake{goSMTPClear, smtptestClear, smtptestTLS} {
 			t.Run(fmt.Sprintf("%s/%s", kind, by), func(t *testing.T) {
+				t.Parallel()
 				var all tally
 				for all.sends < *cancels {
-					r := &round{setup: setup{make: kind, chunking: by == "chunks", maxConns: 8}}
+					r := &round{setup: setup{kind: kind, chunking: by == "chunks", maxConns: 8}}
 					for sender := range 8 {
 						var ms []*message
-						for n := range 200 {
+						for n := range 50 {
 							id := 1 + sender*1000 + n
 							ms = append(ms, &message{id: id, to: []string{recipient("ok", 0, id)}, size: 61 << 10, deadline: rand.N(1500 * time.Microsecond)})
 						}
@@ -58,7 +59,8 @@ func TestReceiptBehindDiscardedCommands(t *testing.T) {
 	for _, by := range []string{"data", "chunks"} {
 		for _, conns := range []int{1, 3} {
 			t.Run(fmt.Sprintf("%s/%d connections", by, conns), func(t *testing.T) {
-				r := &round{setup: setup{make: smtptestClear, chunking: by == "chunks", maxConns: conns,
+				t.Parallel()
+				r := &round{setup: setup{kind: smtptestClear, chunking: by == "chunks", maxConns: conns,
 					behind: smtptest.HabitDiscard, dotDelay: 5 * time.Millisecond}}
 				for n := range 40 {
 					r.senders = append(r.senders, []*message{{id: 1 + n, to: []string{recipient("ok", 0, 1+n)}, size: 500 + n, deadline: -1}})
@@ -82,7 +84,7 @@ func TestBodyIsNoCommands(t *testing.T) {
 		for b := range smuggled {
 			for kind := range bodyKinds {
 				t.Run(fmt.Sprintf("%s refused/body %d/kind %d", refuses, b, kind), func(t *testing.T) {
-					r := &round{setup: setup{make: strictTLS, chunking: true, maxConns: 1}}
+					r := &round{setup: setup{kind: strictTLS, chunking: true, maxConns: 1}}
 					r.habits = habits{readsRefusedChunks: true, refusesMail: refuses == "MAIL", refusesAuth: refuses == "AUTH"}
 					r.password = map[string]string{"AUTH": "wrong"}[refuses]
 					for n := range 3 { // the first finds a new connection, the others one that has been used
@@ -114,12 +116,12 @@ func TestEnvelopeThatStays(t *testing.T) {
 	} {
 		for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
 			t.Run(fmt.Sprintf("data/%s/pipelining %d", name, pipelining), func(t *testing.T) {
-				r := &round{setup: setup{make: strictClear, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+				r := &round{setup: setup{kind: strictClear, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
 				check(t, r.run(t))
 			})
 			// In chunks the body may have left with the envelope. Who gets it then is out of our hands, but not what is told of it.
 			t.Run(fmt.Sprintf("chunks/%s/pipelining %d", name, pipelining), func(t *testing.T) {
-				r := &round{setup: setup{make: strictClear, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+				r := &round{setup: setup{kind: strictClear, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
 				r.told = func(led *ledger, all []*told) {
 					for _, e := range led.entries {
 						for _, told := range all {

@@ -25,7 +25,7 @@ import (
 // The relays of three makes: smtptest, go-smtp's server, and the strict relay of this package. Each is started for one
 // client, and its ledger is complete once it is closed.
 
-// make is a make of relay and its way to protect connections.
+// relayMake is a make of relay and how its connections are protected.
 type relayMake string
 
 const (
@@ -44,7 +44,7 @@ func (m relayMake) isTLS() bool { return strings.HasSuffix(string(m), "-tls") }
 
 // setup says which relay is started.
 type setup struct {
-	make     relayMake
+	kind     relayMake
 	chunking bool // is used where the relay offers it
 	maxConns int
 	habits   habits
@@ -69,7 +69,7 @@ type relay struct {
 func start(t testing.TB, s setup, ms []*message) *relay {
 	r := &relay{setup: s, ledger: newLedger(ms)}
 	var addr string
-	switch s.make {
+	switch s.kind {
 	case smtptestClear, smtptestStartTLS, smtptestTLS:
 		addr = r.startFake(ms)
 	default:
@@ -78,11 +78,11 @@ func start(t testing.TB, s setup, ms []*message) *relay {
 		r.front = count(l, s.maxConns)
 		r.config.TLS = smtprelay.TLSNone
 		var serveOn net.Listener = r.front
-		if s.make.isTLS() {
+		if s.kind.isTLS() {
 			r.config.TLS, r.config.TLSConfig = smtprelay.TLSImplicit, &tls.Config{RootCAs: own.roots}
 			serveOn = tls.NewListener(serveOn, &tls.Config{Certificates: []tls.Certificate{own.cert}})
 		}
-		switch s.make {
+		switch s.kind {
 		case strictClear, strictTLS:
 			r.end = newStrict(serveOn, s.habits, r.ledger).close
 		default:
@@ -123,7 +123,7 @@ func (r *relay) close(t testing.TB) {
 func (r *relay) startFake(ms []*message) (addr string) {
 	s := smtptest.NewUnstartedServer()
 	s.MaxConns, s.MaxMessages, s.Chunking, s.Behind = -1, -1, true, r.behind
-	s.NoAuth, s.NoTLS = true, r.make == smtptestClear
+	s.NoAuth, s.NoTLS = true, r.kind == smtptestClear
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{own.cert}}
 	s.Reject = map[string]string{}
 	if r.habits.noSize {
@@ -136,7 +136,7 @@ func (r *relay) startFake(ms []*message) (addr string) {
 			}
 		}
 	}
-	if r.make == smtptestTLS {
+	if r.kind == smtptestTLS {
 		s.StartTLS()
 	} else {
 		s.Start()

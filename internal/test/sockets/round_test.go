@@ -32,13 +32,13 @@ type round struct {
 func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	one := func(in int) bool { return rng.IntN(in) == 0 }
-	r := &round{setup: setup{make: kind, chunking: chunking}}
+	r := &round{setup: setup{kind: kind, chunking: chunking}}
 	r.calm = one(8)
 	r.maxConns = []int{1, 2, 8, 8, 8, 8}[rng.IntN(6)]
 	r.limits.MaxMessagesPerConn = []int{0, 0, -1, 7}[rng.IntN(4)]
 	r.limits.MaxInFlight = []int{0, 0, 1, 16}[rng.IntN(4)]
 	r.pipelining = []smtprelay.Pipelining{0, 0, 0, smtprelay.PipelineWithin, smtprelay.PipelineOff}[rng.IntN(5)]
-	r.retry = smtprelay.Retry{MaxAttempts: []int{0, 1, 1, 8}[rng.IntN(4)], MinBackoff: time.Millisecond, MaxBackoff: 4 * time.Millisecond}
+	r.retry = smtprelay.Retry{MaxAttempts: []int{0, 1, 1, 8}[rng.IntN(4)]}
 	r.habits = habits{takesCutChunk: !one(3), readsRefusedChunks: one(3), noSize: one(4), noChunking: one(10)}
 	if r.proxied = one(2); r.proxied {
 		r.weather = weather{seed: rng.Uint64(), breaks: 15 + rng.IntN(60), holds: 10}
@@ -114,6 +114,9 @@ func (r *round) run(t testing.TB) tally {
 	cfg := relay.config
 	cfg.Limits, cfg.Retry, cfg.Pipelining = r.limits, r.retry, r.pipelining
 	cfg.Limits.MaxConns = r.maxConns
+	if cfg.Retry.MinBackoff == 0 {
+		cfg.Retry.MinBackoff, cfg.Retry.MaxBackoff = time.Millisecond, 4*time.Millisecond
+	}
 	if r.password != "" {
 		cfg.Username, cfg.Password = "user", r.password
 	}

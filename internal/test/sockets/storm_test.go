@@ -13,7 +13,7 @@ import (
 
 // The storm on sockets: rounds of all kinds until enough messages were sent.
 var (
-	stormSends = flag.Int("sockets.sends", 4000, "how many messages TestStorm sends, at least")
+	stormSends = flag.Int("sockets.sends", 2000, "how many messages TestStorm sends, at least")
 	stormSeed  = flag.Uint64("sockets.seed", 0, "the seed of TestStorm; 0 means a new one")
 	stormRound = flag.Int("sockets.round", -1, "the one round of the seed that TestStorm runs")
 	stormOnly  = flag.String("sockets.only", "", `the kinds of rounds that TestStorm runs, as a regular expression, such as "strict.*/chunks"`)
@@ -21,15 +21,15 @@ var (
 
 // stormKind is what a round is named by.
 type stormKind struct {
-	make     relayMake
+	relay    relayMake
 	chunking bool
 }
 
 func (k stormKind) String() string {
 	if k.chunking {
-		return string(k.make) + "/chunks"
+		return string(k.relay) + "/chunks"
 	}
-	return string(k.make) + "/data"
+	return string(k.relay) + "/data"
 }
 
 func stormKinds(t *testing.T) (kinds []stormKind) {
@@ -71,11 +71,11 @@ func TestStorm(t *testing.T) {
 		return rounds - 1, all.sends < *stormSends || rounds <= len(kinds)
 	}
 	var workers sync.WaitGroup
-	for range runtime.GOMAXPROCS(0) {
+	for range 2 * runtime.GOMAXPROCS(0) { // a round waits now and then
 		workers.Go(func() {
 			for n, more := next(); more; n, more = next() {
 				kind := kinds[n%len(kinds)]
-				r := drawRound(seed<<32+uint64(n), kind.make, kind.chunking, 1+n*1000)
+				r := drawRound(seed<<32+uint64(n), kind.relay, kind.chunking, 1+n*1000)
 				a := r.run(t)
 				mu.Lock()
 				all.add(a)
