@@ -2,6 +2,7 @@ package sockets
 
 import (
 	"context"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"runtime"
@@ -120,6 +121,7 @@ func (r *round) run(t testing.TB) tally {
 	if r.password != "" {
 		cfg.Username, cfg.Password = "user", r.password
 	}
+	cfg.Timeouts.Command, cfg.Timeouts.Data, cfg.Timeouts.FinalReply = 20*time.Second, 20*time.Second, 20*time.Second
 	if r.behind == smtptest.HabitDiscard { // some replies never come
 		cfg.Timeouts.Overlap, cfg.Timeouts.Command, cfg.Timeouts.FinalReply = 100*time.Millisecond, time.Second, time.Second
 	}
@@ -147,6 +149,9 @@ func (r *round) run(t testing.TB) tally {
 	relay.close(t)
 	if r.calm {
 		relay.calmness(all)
+	}
+	if r.behind != smtptest.HabitDiscard {
+		relay.silence(all)
 	}
 	if r.told != nil {
 		r.told(relay.ledger, all)
@@ -200,6 +205,15 @@ func (r *relay) calmness(all []*told) {
 	}
 	if r.fake != nil && !r.proxied && r.fake.MaxOpen() > r.maxConns {
 		r.ledger.complain("%d connections at once, MaxConns is %d", r.fake.MaxOpen(), r.maxConns)
+	}
+}
+
+// silence complains of each Send that has waited in vain although nobody throws replies away.
+func (r *relay) silence(all []*told) {
+	for _, t := range all {
+		if e, ok := errors.AsType[*smtprelay.Error](t.err); ok && t.m.deadline < 0 && e.Timeout() {
+			r.ledger.complain("message %d has waited for what never came: %v", t.m.id, e)
+		}
 	}
 }
 
