@@ -78,17 +78,19 @@ var filler = func() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	commands := []string{"MAIL FROM:<smuggler@evil.example>", "RCPT TO:<victim@evil.example>", "DATA", "RSET", "QUIT", ".", "..", ".x", "BDAT 5 LAST"}
 	var b []byte
-	for len(b) < 8<<20 {
-		letters := 62
+	letters := make([]byte, 64<<10)
+	for i := range letters {
+		letters[i] = 'a' + byte(rng.IntN(26))
+	}
+	for len(b) < 5<<20 {
+		most := 62
 		if rng.IntN(8) == 0 {
 			command := commands[rng.IntN(len(commands))]
 			b = append(b, command+"\r\n"...)
-			letters -= len(command) + 2
+			most -= len(command) + 2
 		}
-		for range letters {
-			b = append(b, 'a'+byte(rng.IntN(26)))
-		}
-		b = append(b, "\r\n"...)
+		from := rng.IntN(len(letters) - most)
+		b = append(append(b, letters[from:from+most]...), "\r\n"...)
 	}
 	return b
 }()

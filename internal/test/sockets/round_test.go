@@ -173,9 +173,7 @@ func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
 		}
 		receipt, err := client.Send(ctx, smtprelay.Message{From: sender(m.id), To: m.to, AllOrNothing: m.all, Body: m.body(*buf, cancel)})
 		cancel()
-		for i := range *buf { // nobody may look at it any more
-			(*buf)[i] = '#'
-		}
+		clear(*buf) // nobody may look at it any more
 		all = append(all, &told{m, receipt, err})
 		if try >= m.again || !smtprelay.SafeToRetry(err) {
 			return all
