@@ -12,6 +12,7 @@ import (
 
 	"github.com/emersion/go-sasl"
 
+	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -40,18 +41,19 @@ func (c *settings) mechanism(ctx context.Context, s *session) (Mechanism, *Error
 	}
 	err := &Error{Op: OpAuth, Outcome: NotAccepted, permanent: true}
 	if len(s.ext.Auth) == 0 {
-		err.Err = fmt.Errorf("the relay does not offer AUTH (it offers %s); is this the port for submission?", offered(s.ext.Keywords))
+		err.Err = fmt.Errorf("the relay does not offer AUTH (it offers %s); is this the port for submission?", c.offered(s.ext.Keywords))
 	} else {
-		err.Err = fmt.Errorf("no mechanism in common: the relay offers %s, and a password can be given by PLAIN or LOGIN; set Config.Auth for another", offered(s.ext.Auth))
+		err.Err = fmt.Errorf("no mechanism in common: the relay offers %s, and a password can be given by PLAIN or LOGIN; set Config.Auth for another", c.offered(s.ext.Auth))
 	}
 	return nil, err
 }
 
-func offered(words []string) string {
+// offered quotes words of the relay's.
+func (c *settings) offered(words []string) string {
 	if len(words) == 0 {
 		return "nothing"
 	}
-	return strings.Join(words, " ")
+	return printable.Quote(c.said.Scrub(strings.Join(words, " ")), printable.MostWords)
 }
 
 // loginClient is the LOGIN mechanism, which has no standard: the first challenge asks for the user name and the second
@@ -69,13 +71,39 @@ func (l *loginClient) Start() (mech string, ir []byte, err error) { return sasl.
 func (l *loginClient) Next(challenge []byte) ([]byte, error) {
 	l.asked++
 	switch {
-	case l.asked == 1 && !strings.HasPrefix(strings.ToLower(string(challenge)), "pass"):
+	case l.asked == 1 && !asksPassword(challenge):
 		return []byte(l.username), nil
 	case l.asked <= 2:
 		return []byte(l.password.reveal()), nil
 	}
 	return nil, sasl.ErrUnexpectedServerChallenge
 }
+
+// asksPassword reports whether a challenge of LOGIN clearly asks for the password.
+func asksPassword(challenge []byte) bool {
+	return strings.HasPrefix(strings.ToLower(string(challenge)), "pass")
+}
+
+// maxChallenges is how many a relay may make. SCRAM has two, GSSAPI three or four.
+const maxChallenges = 10
+
+var errChallenges = fmt.Errorf("the relay has sent more than %d challenges; authentication was given up", maxChallenges)
+
+// saying notes what is about to be said in AUTH.
+func (s *session) saying(mechanism string, response []byte) {
+	s.said.Name(s.cfg.Username)
+	s.said.Password(s.cfg.password.reveal())
+	s.said.Response(mechanism, response)
+}
+
+// challengeError is a mechanism's error that the relay had a hand in: it may quote the challenge.
+type challengeError struct {
+	text string // scrubbed
+	err  error
+}
+
+func (e *challengeError) Error() string        { return e.text }
+func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target) }
 
 // startAuth authenticates s, whose read loop does not run yet. If mayLead, PLAIN is left to lead the first transaction where
 // commands may follow it in one group (RFC 4954, 4), which saves a round trip.
@@ -93,8 +121,9 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 	}
 	if !slices.Contains(s.ext.Auth, strings.ToUpper(name)) { // the token is not for a relay that cannot use it
 		return &Error{Op: OpAuth, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("Config.Auth has chosen %s: the relay offers %s", name, offered(s.ext.Auth))}
+			Err: fmt.Errorf("Config.Auth has chosen %q: the relay offers %s", name, s.cfg.offered(s.ext.Auth))}
 	}
+	mechanism := strings.ToUpper(name)
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
 	if ir != nil {
 		if e := s.cfg.learnt.refused(mark); e != nil {
@@ -109,33 +138,50 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 		}
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
 			if mayLead && name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
-				s.lead, s.leadMark, s.secrets = []byte(full), mark, []string{string(ir)}
+				s.saying(mechanism, ir)
+				s.lead, s.leadMark = []byte(full), mark
 				return nil
 			}
-			s.secrets = append(s.secrets, string(ir))
+			s.saying(mechanism, ir)
 			line, ir = line+" "+encoded, nil
 		}
 	}
-	reply, e := d.command(OpAuth, "AUTH "+name+" "+redacted, line, s.cfg.Timeouts.Command)
-	for e == nil && reply.Code == 334 {
+	limit := s.cfg.Timeouts.Command
+	if limit > 0 {
+		d.authBy = time.Now().Add(limit) // of all rounds together
+	}
+	reply, e := d.command(OpAuth, "AUTH "+name+" "+redacted, line, limit)
+	for challenges := 1; e == nil && reply.Code == 334; challenges++ {
+		var challenge []byte
 		answer := ir
 		if ir = nil; answer == nil {
-			challenge, err := base64.StdEncoding.DecodeString(reply.Text)
+			err := errChallenges
+			if challenges <= maxChallenges {
+				challenge, err = base64.StdEncoding.DecodeString(d.raw)
+			}
 			if err == nil {
-				answer, err = mech.Next(challenge)
+				if answer, err = mech.Next(challenge); err != nil {
+					if text := s.said.ScrubApart(err.Error()); text != err.Error() {
+						err = &challengeError{text, err}
+					}
+				}
 			}
 			if err != nil {
 				e := fail(err)
 				// Given up, as for OAUTHBEARER whose challenge was the bad news. The refusal is the reply to that.
-				if r, gone := d.command(OpAuth, "*", "*", s.cfg.Timeouts.Command); gone == nil && r.Class() >= 4 {
+				if r, gone := d.command(OpAuth, "*", "*", limit); gone == nil && r.Class() >= 4 {
 					s.cfg.countAuth(false)
 					e.Reply = publicReply(r)
 				}
 				return e
 			}
 		}
-		s.secrets = append(s.secrets, string(answer))
-		reply, e = d.command(OpAuth, redacted, base64.StdEncoding.EncodeToString(answer), s.cfg.Timeouts.Command)
+		if mechanism == sasl.Login && challenges == 1 && !asksPassword(challenge) {
+			s.said.Name(string(answer))
+		} else {
+			s.saying(mechanism, answer)
+		}
+		reply, e = d.command(OpAuth, redacted, base64.StdEncoding.EncodeToString(answer), limit)
 	}
 	if e != nil {
 		return e
@@ -144,7 +190,6 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 	if reply.Class() != 2 {
 		return s.authError(reply, mark)
 	}
-	s.secrets = nil
 	return nil
 }
 
@@ -159,18 +204,6 @@ func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 		s.cfg.learnt.refuse(mark, e)
 	}
 	return e
-}
-
-// scrub takes what AUTH said, and the password, out of a reply to it.
-func (s *session) scrub(text string) string { return s.cfg.password.scrub(text, s.secrets...) }
-
-// unquoted takes the words of the relay out of err where it has answered AUTH with something that is no reply: it may be
-// what AUTH said, cut short so that scrub would not know it.
-func unquoted(op Op, err error) error {
-	if op == OpAuth && errors.Is(err, wire.ErrMalformed) {
-		return wire.ErrMalformed
-	}
-	return err
 }
 
 // authenticate sends the AUTH that was to lead the first transaction alone.

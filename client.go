@@ -255,7 +255,7 @@ func (c *Client) Ping(ctx context.Context) error {
 		if s != nil { // else the pool has counted
 			attempts++
 		}
-		if s == nil || !err.Temporary() || ctx.Err() != nil || c.cfg.Retry.exhausted(attempts) {
+		if s == nil || err.lasting() || ctx.Err() != nil || c.cfg.Retry.exhausted(attempts) {
 			err.Attempts = max(attempts, 1)
 			return err
 		}

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode"
+
+	"github.com/smtprelay/smtprelay/internal/scrub"
 )
 
 // settings are a Config that was checked and completed, and what the Client learns and counts.
@@ -25,6 +27,7 @@ type settings struct {
 	tls        *tls.Config
 	split      int // of recipients, where nothing keeps them together: so many in one transaction; 0 means any number
 	learnt     learnt
+	said       scrub.Known  // of the credentials, in AUTH
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
 
@@ -40,6 +43,7 @@ func (c Config) check() (*settings, error) {
 
 	s := &settings{Config: c, password: newSecret(c.Password)}
 	s.Config.Password = ""
+	s.said.Expect(c.Password)
 	s.transactions.New = func() any { return &transaction{signal: make(chan struct{}, 1)} }
 	if s.Addr == "" {
 		s.Addr = defaultAddr

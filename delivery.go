@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
 // delivery is one Send: the transactions that it takes until each recipient's fate is known.
@@ -125,7 +127,7 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 		case tooManyRcpts(r.Reply) && accepted > 0:
 			open = append(open, to) // another transaction, at once
 		default:
-			refusal := &Error{Op: OpRcpt, subject: "<" + r.To + ">", Reply: r.Reply, Outcome: NotAccepted}
+			refusal := &Error{Op: OpRcpt, subject: printable.Address(r.To), Reply: r.Reply, Outcome: NotAccepted}
 			if d.c.cfg.Retry.Temporary && code/100 == 4 {
 				open = append(open, to)
 				wait = refusal
@@ -357,7 +359,7 @@ func (t *transaction) refusalLocked() *Error {
 		return &Error{Op: OpRset, Reply: publicReply(t.rset)}
 	}
 	if t.mailRefused() {
-		return &Error{Op: OpMail, subject: "<" + t.m.From + ">", Reply: publicReply(t.mailed)}
+		return &Error{Op: OpMail, subject: printable.Address(t.m.From), Reply: publicReply(t.mailed)}
 	}
 	first, accepted, refused := -1, 0, 0
 	for i, r := range t.rcpt {
@@ -372,7 +374,7 @@ func (t *transaction) refusalLocked() *Error {
 		}
 	}
 	if first >= 0 && (refused == len(t.rcpts) || t.m.AllOrNothing || t.rcpt[first].Code == 421) {
-		return &Error{Op: OpRcpt, subject: "<" + t.m.To[t.rcpts[first]] + ">", Reply: publicReply(t.rcpt[first])}
+		return &Error{Op: OpRcpt, subject: printable.Address(t.m.To[t.rcpts[first]]), Reply: publicReply(t.rcpt[first])}
 	}
 	if t.data.Code != 0 && t.data.Class() > 3 {
 		return &Error{Op: t.dataOp(), Reply: publicReply(t.data)}
@@ -394,10 +396,10 @@ func (t *transaction) stepLocked() (Op, string) {
 	for _, x := range s.waiting[s.head:] {
 		if x.tx == t {
 			if x.op == OpRcpt {
-				return x.op, "<" + t.m.To[t.rcpts[x.rcpt]] + ">"
+				return x.op, printable.Address(t.m.To[t.rcpts[x.rcpt]])
 			}
 			if x.op == OpMail {
-				return x.op, "<" + t.m.From + ">"
+				return x.op, printable.Address(t.m.From)
 			}
 			return x.op, ""
 		}
@@ -436,7 +438,7 @@ func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
 	}
 	switch {
 	case d.utf8 != "" && !ext.Has("SMTPUTF8"):
-		return mail, nil, lacks("SMTPUTF8", fmt.Sprintf("address %q is not ASCII", d.utf8))
+		return mail, nil, lacks("SMTPUTF8", fmt.Sprintf("address %s is not ASCII", printable.Address(d.utf8)))
 	case mail.UTF8 && !ext.Has("SMTPUTF8"):
 		return mail, nil, lacks("SMTPUTF8", "MailOptions.UTF8")
 	case mail.Return != "" && !ext.Has("DSN"):
@@ -462,7 +464,7 @@ func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
 	if !ext.Has("AUTH") {
 		mail.Auth = nil // may be left out (RFC 4954, 5)
 	}
-	of := func(to string) string { return fmt.Sprintf("RcptOptions of <%s>: ", to) }
+	of := func(to string) string { return fmt.Sprintf("RcptOptions of %s: ", printable.Address(to)) }
 	switch {
 	case d.dsnFor != "" && !ext.Has("DSN"):
 		return mail, nil, lacks("DSN", of(d.dsnFor)+"Notify, OriginalRecipient")

@@ -35,7 +35,9 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 		c.stats.dialErrors.Add(1)
 		info.Err = e
 	} else {
-		info.Extensions = append(info.Extensions, s.ext.Keywords...)
+		for _, keyword := range s.ext.Keywords {
+			info.Extensions = append(info.Extensions, c.said.Scrub(keyword))
+		}
 		if s.tls != nil {
 			info.TLSVersion, info.Resumed = s.tls.Version, s.tls.DidResume
 		}
@@ -53,7 +55,7 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	}
 	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
-	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), doomed: make(chan struct{}), done: make(chan struct{})}
+	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), doomed: make(chan struct{}), done: make(chan struct{}), said: c.said.NewStream()}
 	s.wrote.L = &s.mu
 	d := &dialogue{s: s, ctx: ctx}
 	e := d.open(ctx)
@@ -130,12 +132,24 @@ const outBuffer = 16 << 10
 
 // dialogue is the conversation that makes a connection ready, one command at a time.
 type dialogue struct {
-	s   *session
-	ctx context.Context
+	s      *session
+	ctx    context.Context
+	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
+	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
 }
 
-// open takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
+// open takes the connection to where a transaction can begin.
 func (d *dialogue) open(ctx context.Context) *Error {
+	e := d.converse(ctx)
+	if c := d.s.cfg; e != nil && d.s.tls == nil && (c.implicit() || !c.clearAllowed()) {
+		// Whoever said it, or would not speak TLS, may be somebody on the way.
+		e.unproven = true
+	}
+	return e
+}
+
+// converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
+func (d *dialogue) converse(ctx context.Context) *Error {
 	s, c := d.s, d.s.cfg
 	if c.implicit() {
 		if e := d.startTLS(ctx); e != nil {
@@ -211,7 +225,7 @@ func (d *dialogue) hello() *Error {
 	s.ext = wire.Extensions{}
 	switch {
 	case r.Class() == 2:
-		s.ext = wire.ParseEHLO(r.Text)
+		s.ext = wire.ParseEHLO(d.raw)
 		return nil
 	case (r.Code == 500 || r.Code == 502) && c.clearAllowed() && !c.authenticates():
 		line = "HELO " + c.localName(s.raw)
@@ -282,24 +296,21 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	if limit > 0 {
 		deadline = time.Now().Add(limit)
 	}
+	if op == OpAuth && !d.authBy.IsZero() {
+		deadline = d.authBy
+	}
 	s.raw.SetReadDeadline(deadline)
 	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
 		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: ended(d.ctx)}
 	}
-	read := s.replies.ReadReply
-	if op == OpEHLO || op == OpAuth {
-		read = s.replies.ReadLong
-	}
-	r, err := read()
+	r, raw, err := s.readReply(op == OpEHLO || op == OpAuth)
+	d.raw = raw
 	switch {
 	case err != nil && isTimeout(err):
 		err = &timeoutError{op: op, after: limit}
 		fallthrough
 	case err != nil:
-		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(unquoted(op, err))}
-	}
-	if op == OpAuth && r.Code != 334 {
-		r.Text = s.scrub(r.Text)
+		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(err)}
 	}
 	if t := s.cfg.Trace; t != nil && t.Reply != nil {
 		shown := publicReply(r)

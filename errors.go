@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"net/textproto"
+	"strconv"
 	"strings"
 
 	"github.com/emersion/go-smtp"
 
+	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -76,16 +78,23 @@ func (c EnhancedCode) String() string {
 type Reply struct {
 	Code         int          // three digits, as they came
 	EnhancedCode EnhancedCode // of RFC 3463; zero where the relay gave none
-	Message      string       // the text, without the enhanced code; the lines of a multiline reply are joined by "\n"
+
+	// Message is the text, without the enhanced code; the lines of a multiline reply are joined by "\n". What a relay repeats
+	// of the credentials is replaced by "[redacted]". Else these are its raw words, control characters included: see String.
+	Message string
 }
 
-// String returns the reply on one line, as in "550 5.1.1 no such user".
+// String returns the reply on one line of printable characters, with the relay's words as a Go string literal, as in
+// `550 5.1.1 "no such user"`. Words of more than a kilobyte are cut, and "..." follows the closing quote.
 func (r Reply) String() string {
-	text := strings.ReplaceAll(r.Message, "\n", " / ")
+	text := strconv.Itoa(r.Code)
 	if r.EnhancedCode != (EnhancedCode{}) {
-		text = r.EnhancedCode.String() + " " + text
+		text += " " + r.EnhancedCode.String()
 	}
-	return strings.TrimSpace(fmt.Sprintf("%d %s", r.Code, text))
+	if r.Message != "" {
+		text += " " + printable.Quote(r.Message, printable.MostWords)
+	}
+	return text
 }
 
 func publicReply(r wire.Reply) Reply {
@@ -117,6 +126,7 @@ type Error struct {
 
 	subject   string // what Op was about: an address
 	permanent bool   // another try cannot help although no 5yz reply says so
+	unproven  bool   // it was said in the clear where TLS is required, by the relay or by somebody on the way
 }
 
 // RecipientError tells of one recipient for whom the message was not accepted, as far as is known.
@@ -126,7 +136,10 @@ type RecipientError struct {
 	Outcome Outcome // NotAccepted, or Unknown
 }
 
-// Error returns a text such as "smtprelay: RCPT TO <b@y.example>: 550 5.1.1 no such user".
+// Error returns one line of printable characters: the step and what it was about, the reply with the relay's words in quotes,
+// and behind a semicolon what it means or what to do:
+//
+//	smtprelay: RCPT TO <b@y.example>: 550 5.1.1 "no such user"
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("smtprelay: ")
@@ -135,16 +148,20 @@ func (e *Error) Error() string {
 	}
 	b.WriteString(string(e.Op))
 	if e.subject != "" {
-		b.WriteString(" " + e.subject)
+		b.WriteString(" " + printable.Line(e.subject))
 	}
 	if e.Code != 0 {
 		b.WriteString(": " + e.Reply.String())
 	}
 	if e.Err != nil {
-		b.WriteString(": " + e.Err.Error())
+		between := ": "
+		if e.Code != 0 {
+			between = "; "
+		}
+		b.WriteString(between + oneLine(e.Err))
 	}
 	if e.Outcome == Unknown {
-		b.WriteString(" (the relay may have accepted the message: sending it again may deliver it twice)")
+		b.WriteString("; the relay may have accepted the message: sending it again may deliver it twice")
 	}
 	if e.Attempts > 1 {
 		fmt.Fprintf(&b, " (%d attempts)", e.Attempts)
@@ -161,7 +178,7 @@ func addresses(refused []RecipientError) string {
 			list = append(list, fmt.Sprintf("and %d more", len(refused)-most))
 			break
 		}
-		list = append(list, "<"+r.To+">")
+		list = append(list, printable.Address(r.To))
 	}
 	return strings.Join(list, ", ")
 }
@@ -181,20 +198,39 @@ func (e *Error) Unwrap() []error {
 }
 
 // Temporary reports whether sending the message again later, as it is, can help. Where recipients were refused it is true
-// if it can help one of them. It is false where the outcome is unknown: that message may have been accepted.
-func (e *Error) Temporary() bool {
+// if it can help one of them. It is false where the outcome is unknown: that message may have been accepted. It is true
+// for whatever was said in the clear before TLS, where that is required: it may not have been the relay who said it.
+func (e *Error) Temporary() bool { return e.unproven || !e.lasting() }
+
+// lasting reports whether another try within the same call is of no use.
+func (e *Error) lasting() bool {
 	if e.permanent || e.Outcome == Unknown || errors.Is(e.Err, ErrClosed) {
-		return false
+		return true
 	}
 	if len(e.Refused) > 0 {
 		for _, r := range e.Refused {
 			if r.Temporary() {
-				return true
+				return false
 			}
 		}
-		return false
+		return true
 	}
-	return e.Code/100 != 5 || tooManyConns(e)
+	return e.Code/100 == 5 && !tooManyConns(e)
+}
+
+// oneLine is the text of err on one line. Errors that were joined stand one behind the other.
+func oneLine(err error) string {
+	text := err.Error()
+	if joined, ok := err.(interface{ Unwrap() []error }); ok && strings.Contains(text, "\n") {
+		if errs := joined.Unwrap(); len(errs) > 0 && errors.Join(errs...).Error() == text {
+			lines := make([]string, len(errs))
+			for i, err := range errs {
+				lines[i] = oneLine(err)
+			}
+			text = strings.Join(lines, "; ")
+		}
+	}
+	return printable.Line(text)
 }
 
 // clone returns a copy, since the one who is told completes it.

@@ -42,7 +42,7 @@ func ExampleRetry() {
 	})
 	fmt.Println(receipt.Code, err)
 	// Output:
-	// try 1 failed: smtprelay: RCPT TO <ann@example.org>: 451 4.7.1 greylisted, try again
+	// try 1 failed: smtprelay: RCPT TO <ann@example.org>: 451 4.7.1 "greylisted, try again"
 	// 250 <nil>
 }
 
@@ -70,7 +70,7 @@ func ExampleSafeToRetry() {
 	fmt.Println(smtprelay.SafeToRetry(err))
 	fmt.Println("at the relay:", relay.Accepted())
 	// Output:
-	// true smtprelay: final dot: 451 4.3.0 try again later
+	// true smtprelay: final dot: 451 4.3.0 "try again later"
 	// false
 	// at the relay: 1
 }

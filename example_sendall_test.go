@@ -52,5 +52,5 @@ func ExampleClient_SendAll() {
 	// ann@example.org: accepted
 	// bob@example.org: accepted
 	// eve@example.org: accepted
-	// gone@example.org: smtprelay: RCPT TO <gone@example.org>: 550 5.1.1 no such user
+	// gone@example.org: smtprelay: RCPT TO <gone@example.org>: 550 5.1.1 "no such user"
 }

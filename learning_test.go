@@ -678,18 +678,19 @@ func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 	})
 }
 
-// A relay that wants another mechanism, another certificate or another name says so for good, and nobody tries again.
+// A relay that wants another mechanism says so for good. A wrong certificate may be that of somebody on the way, who may be
+// gone later. Both are told at once, and nobody tries again.
 func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true; s.Mechanisms = []string{"XOAUTH2"} })
 		stranger := configOf(relay)
 		stranger.TLSConfig = &tls.Config{}
-		for _, cfg := range []smtprelay.Config{configOf(relay), stranger} {
+		for i, cfg := range []smtprelay.Config{configOf(relay), stranger} {
 			before := len(relay.Conns())
 			cfg.Retry.MaxAttempts = -1
 			s := sendOne(t.Context(), newClient(t, cfg), 0)
-			if e := failure(s.err); e.Temporary() || e.Outcome != smtprelay.NotAccepted || errors.Is(s.err, context.DeadlineExceeded) {
-				t.Errorf("%v; want an error for good", s.err)
+			if e := failure(s.err); e.Temporary() != (i == 1) || e.Outcome != smtprelay.NotAccepted || errors.Is(s.err, context.DeadlineExceeded) {
+				t.Errorf("%v; want an error that is told at once, temporary: %t", s.err, i == 1)
 			}
 			want(t, "connections", len(relay.Conns())-before, 1)
 		}

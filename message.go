@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -148,13 +148,16 @@ func canonicalSize(m *Message) int64 {
 	return 0
 }
 
+// quoted is a text of the caller's, or one of his users, as it stands in an error.
+func quoted[T ~string](text T) string { return printable.Quote(string(text), printable.MostAddress) }
+
 // check finds all mistakes in m that can be found without a relay.
 func (m *Message) check() error {
 	var mistakes []error
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	if m.From != "" {
 		if err := checkPath(m.From); err != nil {
-			mistake("From %s: %w", quoteShort(m.From), err)
+			mistake("From %s: %w", quoted(m.From), err)
 		}
 	}
 	if len(m.To) == 0 {
@@ -165,7 +168,7 @@ func (m *Message) check() error {
 			continue // the only forward-path without a domain (RFC 5321, 4.1.1.3)
 		}
 		if err := checkPath(to); err != nil {
-			mistake("To %s: %w", quoteShort(to), err)
+			mistake("To %s: %w", quoted(to), err)
 		}
 	}
 	if m.Body == nil {
@@ -185,11 +188,11 @@ func (m *Message) check() error {
 	}
 	for to, o := range m.RcptOptions {
 		if !named[to] {
-			mistake("RcptOptions for %s, who is not in To", quoteShort(to))
+			mistake("RcptOptions for %s, who is not in To", quoted(to))
 		}
 		if o != nil {
 			for _, err := range o.check() {
-				mistake("RcptOptions of %s: %w", quoteShort(to), err)
+				mistake("RcptOptions of %s: %w", quoted(to), err)
 			}
 		}
 	}
@@ -232,12 +235,12 @@ func checkPath(addr string) error {
 	}
 	if strings.HasPrefix(domain, "[") {
 		if !validLiteral(domain) {
-			return fmt.Errorf("domain %s is not an address literal", quoteShort(domain))
+			return fmt.Errorf("domain %s is not an address literal", quoted(domain))
 		}
 		return nil
 	}
 	if !validDomain(asciiDomain(domain)) {
-		return fmt.Errorf("%s is not a domain name", quoteShort(domain))
+		return fmt.Errorf("%s is not a domain name", quoted(domain))
 	}
 	return nil
 }
@@ -272,18 +275,6 @@ func isInvisible(r rune) bool {
 // digit: Unicode's normalisation (NFKC), which a relay may apply, turns it into that.
 func isFormOfPunctuation(r rune) bool {
 	return (0xfe50 <= r && r <= 0xfe6f || 0xff01 <= r && r <= 0xff5e) && !unicode.IsLetter(r) && !unicode.IsDigit(r)
-}
-
-// quoteShort makes what a user has given safe to show: printable, in quotes, and cut short.
-func quoteShort(s string) string {
-	const most = 80 // characters
-	n := 0
-	for i := range s {
-		if n++; n > most {
-			return strconv.Quote(s[:i]) + "…"
-		}
-	}
-	return strconv.Quote(s)
 }
 
 // validQuoted reports whether s is a quoted string (RFC 5321, 4.1.2).

@@ -156,7 +156,7 @@ func (o *MailOptions) check() (mistakes []error) {
 	case BodyBinaryMIME:
 		mistake("Body BINARYMIME: the message is sent as text")
 	default:
-		mistake("Body %s is unknown", quoteShort(string(o.Body)))
+		mistake("Body %s is unknown", quoted(o.Body))
 	}
 	if o.Size < 0 {
 		mistake("Size is negative")
@@ -164,19 +164,19 @@ func (o *MailOptions) check() (mistakes []error) {
 	switch o.Return {
 	case "", DSNReturnFull, DSNReturnHeaders:
 	default:
-		mistake("Return %s: want FULL or HDRS", quoteShort(string(o.Return)))
+		mistake("Return %s: want FULL or HDRS", quoted(o.Return))
 	}
 	if len(o.EnvelopeID) > 100 || !isPrintable(o.EnvelopeID) {
 		mistake("EnvelopeID: want at most 100 printable ASCII characters (RFC 3461, 4.4)")
 	}
 	if o.Auth != nil && *o.Auth != "" {
 		if err := checkPath(*o.Auth); err != nil {
-			mistake("Auth %s: %w", quoteShort(*o.Auth), err)
+			mistake("Auth %s: %w", quoted(*o.Auth), err)
 		}
 	}
 	if by := o.DeliverBy; by != nil {
 		if by.Mode != DeliverByNotify && by.Mode != DeliverByReturn {
-			mistake("DeliverBy.Mode %s: want N or R", quoteShort(string(by.Mode)))
+			mistake("DeliverBy.Mode %s: want N or R", quoted(by.Mode))
 		}
 		const most = 999_999_999
 		if s := by.seconds(); s < -most || s > most {
@@ -205,22 +205,22 @@ func (o *RcptOptions) check() (mistakes []error) {
 				mistake("Notify: %s stands twice", n)
 			}
 		default:
-			mistake("Notify %s is unknown", quoteShort(string(n)))
+			mistake("Notify %s is unknown", quoted(n))
 		}
 	}
 	switch o.OriginalRecipientType {
 	case "", DSNAddressTypeRFC822:
 		if !isPrintable(o.OriginalRecipient) {
-			mistake("OriginalRecipient %s is not printable ASCII; its type may be UTF-8", quoteShort(o.OriginalRecipient))
+			mistake("OriginalRecipient %s is not printable ASCII; its type may be UTF-8", quoted(o.OriginalRecipient))
 		}
 	case DSNAddressTypeUTF8:
 		if !utf8.ValidString(o.OriginalRecipient) {
 			mistake("OriginalRecipient is not valid UTF-8")
 		} else if err := checkCharacters(o.OriginalRecipient); err != nil {
-			mistake("OriginalRecipient %s: %w", quoteShort(o.OriginalRecipient), err)
+			mistake("OriginalRecipient %s: %w", quoted(o.OriginalRecipient), err)
 		}
 	default:
-		mistake("OriginalRecipientType %s is unknown", quoteShort(string(o.OriginalRecipientType)))
+		mistake("OriginalRecipientType %s is unknown", quoted(o.OriginalRecipientType))
 	}
 	if len(o.OriginalRecipient) > 500 {
 		mistake("OriginalRecipient has more than 500 octets (RFC 3461, 4.2)")

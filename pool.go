@@ -553,7 +553,7 @@ func (p *pool) failedLocked(e *Error, round int) {
 	keep := p.waiters[:0]
 	for _, w := range p.waiters {
 		w.attempts++
-		if !e.Temporary() || p.cfg.Retry.exhausted(w.attempts) {
+		if e.lasting() || p.cfg.Retry.exhausted(w.attempts) {
 			p.waiting.Add(-1)
 			w.err = e.clone()
 			w.served <- struct{}{}

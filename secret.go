@@ -1,14 +1,14 @@
 package smtprelay
 
 import (
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"strings"
+
+	"github.com/smtprelay/smtprelay/internal/scrub"
 )
 
-const redacted = "[redacted]"
+const redacted = scrub.Redacted
 
 // secret is a text that does not print. It stands behind a func, since fmt prints the unexported fields of a struct
 // without asking their methods.
@@ -21,18 +21,6 @@ func (s secret) GoString() string             { return redacted }
 func (s secret) Format(f fmt.State, _ rune)   { f.Write([]byte(redacted)) }
 func (s secret) LogValue() slog.Value         { return slog.StringValue(redacted) }
 func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
-
-// scrub takes the secret and its base64 forms out of text, which a relay said: some repeat what they did not understand.
-func (s secret) scrub(text string, others ...string) string {
-	for _, o := range append(others, s.reveal()) {
-		if len(o) < 4 {
-			continue
-		}
-		text = strings.ReplaceAll(text, o, redacted)
-		text = strings.ReplaceAll(text, base64.StdEncoding.EncodeToString([]byte(o)), redacted)
-	}
-	return text
-}
 
 // hidden returns c without its secret, for printing.
 func (c Config) hidden() Config {

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -54,13 +55,13 @@ type session struct {
 	sendOff func()         // sendAway, in a goroutine that the pool waits for
 
 	replies *wire.ReplyReader // owned by the read loop
+	said    scrub.Stream      // what they repeat of the credentials is taken out
 
 	out      *bufio.Writer       // owned by the holder of the write side, as are the fields down to domains
 	body     wire.BodyWriter     // on out
 	line     []byte              // scratch
 	lead     []byte              // an AUTH command that is still to be sent, in front of the first transaction
 	leadMark [sha256.Size]byte   // of the credentials in lead
-	secrets  []string            // what was said in AUTH; a relay may repeat it
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number
 	chunked  bool                // bodies may go in chunks (RFC 3030); set before the first transaction
 	inStep   bool                // the relay has answered an envelope in step, so a chunk may leave with its envelope
@@ -212,7 +213,7 @@ func (s *session) readLoop() {
 	var err error
 	for more := true; more; {
 		var r wire.Reply
-		if r, err = s.replies.ReadReply(); err != nil {
+		if r, _, err = s.readReply(false); err != nil {
 			break
 		}
 		more = s.deliver(r)
@@ -246,7 +247,7 @@ func (s *session) readLoop() {
 
 // deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
 func (s *session) deliver(r wire.Reply) (more bool) {
-	r = s.traceReply(r)
+	s.traceReply(r)
 	s.mu.Lock()
 	if s.earlyLocked(r) {
 		s.doomLocked(&unexpectedReply{r})
@@ -313,12 +314,28 @@ func (s *session) earlyLocked(r wire.Reply) bool {
 // errExtraReply ends a session whose relay has sent more replies than it was given commands.
 var errExtraReply = errors.New("the relay sent a reply too many")
 
-// traceReply tells of a reply before anybody acts on it, and returns it without what must not be told.
-func (s *session) traceReply(r wire.Reply) wire.Reply {
+// readReply reads a reply, long if it may carry data. From here on nobody sees what the relay repeats of the credentials, but for what was read raw.
+func (s *session) readReply(long bool) (r wire.Reply, raw string, err error) {
+	read := s.replies.ReadReply
+	if long {
+		read = s.replies.ReadLong
+	}
+	if r, err = read(); err != nil {
+		if m, ok := errors.AsType[*wire.MalformedError](err); ok {
+			err = &wire.MalformedError{Line: s.said.Scrub(m.Line)}
+		}
+		return r, "", err
+	}
+	raw = r.Text
+	r.Text = s.said.Scrub(raw)
+	return r, raw, nil
+}
+
+// traceReply tells of a reply before anybody acts on it.
+func (s *session) traceReply(r wire.Reply) {
 	t := s.cfg.Trace
-	traced := t != nil && t.Reply != nil
-	if !traced && len(s.secrets) == 0 {
-		return r
+	if t == nil || t.Reply == nil {
+		return
 	}
 	var x exchange
 	ctx := context.Background()
@@ -329,14 +346,7 @@ func (s *session) traceReply(r wire.Reply) wire.Reply {
 		}
 	}
 	s.mu.Unlock()
-	if x.op == OpAuth {
-		r.Text = s.scrub(r.Text)
-		s.secrets = nil
-	}
-	if traced {
-		t.Reply(ctx, s.id, x.op, publicReply(r))
-	}
-	return r
+	t.Reply(ctx, s.id, x.op, publicReply(r))
 }
 
 // armLocked sets the read deadline to that of the oldest exchange outstanding.
@@ -385,7 +395,7 @@ func (s *session) lossLocked(err error) error {
 	}
 	x := s.waiting[s.head]
 	if !isTimeout(err) {
-		return unquoted(x.op, err)
+		return err
 	}
 	if x.first && (s.cause == nil || time.Since(s.heard) >= tellingSilence) {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
@@ -561,7 +571,7 @@ func (s *session) traceCommand(ctx context.Context, line string) {
 type unexpectedReply struct{ reply wire.Reply }
 
 func (e *unexpectedReply) Error() string {
-	return fmt.Sprintf("the relay said, unasked: %d %s", e.reply.Code, e.reply.Text)
+	return "the relay said, unasked: " + publicReply(e.reply).String()
 }
 
 // replyError is a reply after which the session cannot be used.
@@ -571,7 +581,7 @@ type replyError struct {
 }
 
 func (e *replyError) Error() string {
-	return fmt.Sprintf("%s: %d %s", e.op, e.reply.Code, e.reply.Text)
+	return string(e.op) + ": " + publicReply(e.reply).String()
 }
 
 // timeoutError says which reply did not come.

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
 // TLSMode says how a connection is protected.
@@ -112,11 +114,23 @@ func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Er
 		return nil, &Error{Op: OpGreeting, Reply: Reply{Code: code, Message: "(in the clear, in place of TLS)"}, Outcome: NotAccepted}
 	}
 	if hint := c.tlsHint(err); hint != "" {
-		e.Err = fmt.Errorf("%s: %w", hint, err)
+		e.Err = &hintedError{err, hint}
 		e.permanent = true
 	}
 	return nil, e
 }
+
+// hintedError is a fault of TLS and what to do. Its text may have names from the certificate of whoever has answered.
+type hintedError struct {
+	err  error
+	hint string
+}
+
+func (e *hintedError) Error() string {
+	return printable.Quote(e.err.Error(), printable.MostWords) + "; " + e.hint
+}
+
+func (e *hintedError) Unwrap() error { return e.err }
 
 // silenceHint says what may be wrong where TLS does not begin with the first byte and the relay sends no greeting.
 func (c *settings) silenceHint() string {

@@ -5,6 +5,8 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
 // Trace is a set of functions that are told what a Client does, in the manner of net/http/httptrace. Any may be nil. They
@@ -68,7 +70,8 @@ type CloseInfo struct {
 }
 
 // LogTrace returns a Trace that logs to l: what goes wrong at warning level, each message and connection at info level, and
-// each command and reply at debug level. No secret and no part of a message is logged; addresses of the envelope are.
+// each command and reply at debug level. No secret and no part of a message is logged; addresses of the envelope are. What a
+// relay or a user wrote is logged on one line of printable characters.
 func LogTrace(l *slog.Logger) *Trace {
 	return &Trace{
 		DialDone: func(ctx context.Context, d DialInfo) {
@@ -77,13 +80,13 @@ func LogTrace(l *slog.Logger) *Trace {
 				return
 			}
 			l.InfoContext(ctx, "smtp connection open", "conn", d.Conn, "addr", d.Addr, "tls", tlsName(d.TLSVersion),
-				"resumed", d.Resumed, "extensions", d.Extensions, "took", d.Took)
+				"resumed", d.Resumed, "extensions", printable.Lines(d.Extensions), "took", d.Took)
 		},
 		GotConn: func(ctx context.Context, g GotConnInfo) {
 			l.DebugContext(ctx, "smtp connection taken", "conn", g.Conn, "messages", g.Messages, "overlapped", g.Overlapped, "waited", g.Waited)
 		},
 		Command: func(ctx context.Context, conn int64, line string) {
-			l.DebugContext(ctx, "smtp command", "conn", conn, "line", line)
+			l.DebugContext(ctx, "smtp command", "conn", conn, "line", printable.Line(line))
 		},
 		Reply: func(ctx context.Context, conn int64, op Op, r Reply) {
 			l.DebugContext(ctx, "smtp reply", "conn", conn, "to", string(op), "reply", r.String())
@@ -93,10 +96,11 @@ func LogTrace(l *slog.Logger) *Trace {
 		},
 		SendDone: func(ctx context.Context, r Result, took time.Duration) {
 			if r.Err != nil {
-				l.WarnContext(ctx, "smtp message failed", "from", r.Message.From, "to", r.Message.To, "took", took, "err", r.Err)
+				l.WarnContext(ctx, "smtp message failed", "from", printable.Line(r.Message.From), "to", printable.Lines(r.Message.To), "took", took, "err", r.Err)
 				return
 			}
-			l.InfoContext(ctx, "smtp message accepted", "from", r.Message.From, "to", r.Message.To, "queue_id", r.Receipt.QueueID, "took", took)
+			l.InfoContext(ctx, "smtp message accepted", "from", printable.Line(r.Message.From), "to", printable.Lines(r.Message.To),
+				"queue_id", printable.Line(r.Receipt.QueueID), "took", took)
 		},
 		ConnClosed: func(ctx context.Context, c CloseInfo) {
 			l.InfoContext(ctx, "smtp connection closed", "conn", c.Conn, "messages", c.Messages, "reason", c.Reason, "err", c.Err)

@@ -41,7 +41,7 @@ type Known struct{ last atomic.Pointer[index] }
 
 // Scrub returns text, which is not part of the stream of a session's replies, without the secrets that are known.
 func (k *Known) Scrub(text string) string {
-	s := Stream{index: k.last.Load()}
+	s := k.NewStream()
 	return s.Scrub(text)
 }
 
@@ -56,6 +56,13 @@ type Stream struct {
 
 // NewStream returns the Stream of a new session, which knows what the sessions before it gave away.
 func (k *Known) NewStream() Stream { return Stream{known: k, index: k.last.Load()} }
+
+// Expect makes a secret known that no session has given away yet: another client may have done so.
+func (k *Known) Expect(secret string) {
+	if len(secret) >= shortest {
+		k.last.Store(newIndex(given{secrets: []string{secret}}))
+	}
+}
 
 // Format implements fmt.Formatter: a Stream does not print.
 func (s *Stream) Format(f fmt.State, _ rune) { f.Write([]byte(Redacted)) }
@@ -120,12 +127,24 @@ func (s *Stream) add(list *[]string, text string) {
 	}
 }
 
-// Scrub returns text, which the relay said behind all that was scrubbed before, without the secrets.
-func (s *Stream) Scrub(text string) string {
+// ScrubApart returns text, which is no reply, without the secrets.
+func (s *Stream) ScrubApart(text string) string {
+	s.update()
+	apart := Stream{index: s.index}
+	return apart.Scrub(text)
+}
+
+// update makes the index know all that was given.
+func (s *Stream) update() {
 	if s.dirty {
 		s.dirty = false
 		s.index = s.known.indexOf(s.given)
 	}
+}
+
+// Scrub returns text, which the relay said behind all that was scrubbed before, without the secrets.
+func (s *Stream) Scrub(text string) string {
+	s.update()
 	x := s.index
 	if x == nil || text == "" {
 		return text
@@ -376,6 +395,9 @@ func (x *index) scrub(text string, before []byte) string {
 		}
 		_, size := utf8.DecodeRuneInString(text[from[i]:])
 		shown = from[i] + size
+		for padding := 0; padding < 2 && strings.HasPrefix(text[shown:], "="); padding++ { // of base64
+			shown++
+		}
 	}
 	if shown == 0 {
 		return text

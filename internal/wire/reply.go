@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"unicode/utf8"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
 // Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it; a
@@ -28,6 +30,14 @@ var (
 	ErrMalformed = errors.New("malformed reply")
 	ErrTooLong   = errors.New("reply too long")
 )
+
+// MalformedError is an ErrMalformed that has the line.
+type MalformedError struct{ Line string }
+
+func (e *MalformedError) Error() string { return "malformed reply: " + printable.Quote(e.Line, 80) }
+
+// Unwrap returns ErrMalformed.
+func (e *MalformedError) Unwrap() error { return ErrMalformed }
 
 // Reply is a whole reply, multiline or not.
 type Reply struct {
@@ -96,7 +106,7 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 		line = bytes.TrimSuffix(line[:len(line)-1], []byte{'\r'})
 		code, last, text, ok := splitLine(line)
 		if !ok || (!first && code != reply.Code) {
-			return Reply{}, fmt.Errorf("%w: %.80q", ErrMalformed, line)
+			return Reply{}, &MalformedError{Line: string(line)}
 		}
 		reply.Code = code
 		if enhanced, rest, ok := cutEnhanced(code, text); ok {
