@@ -111,7 +111,8 @@ func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Er
 	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
 	if code := clearReply(err); code >= 400 {
 		// Exim refuses a connection over its limit in the clear, on a port that speaks TLS.
-		return nil, &Error{Op: OpGreeting, Reply: Reply{Code: code, Message: "(in the clear, in place of TLS)"}, Outcome: NotAccepted}
+		return nil, &Error{Op: OpGreeting, Reply: Reply{Code: code}, Outcome: NotAccepted,
+			Err: errors.New("it was said in the clear, in place of TLS")}
 	}
 	if hint := c.tlsHint(err); hint != "" {
 		e.Err = &hintedError{err, hint}
