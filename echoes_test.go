@@ -133,7 +133,11 @@ func (e *echoer) serve(in *bufio.Reader, conn net.Conn) {
 		code := 250
 		switch verb, _, _ := strings.Cut(strings.TrimSpace(line), " "); verb {
 		case "EHLO":
-			io.WriteString(conn, "250-relay\r\n250-PIPELINING\r\n250 AUTH PLAIN XOAUTH2 LOGIN\r\n")
+			keyword := "250-relay\r\n"
+			if e.given.Load() {
+				keyword += "250-X-" + e.secrets[0] + "\r\n"
+			}
+			io.WriteString(conn, keyword+"250-PIPELINING\r\n250 AUTH PLAIN XOAUTH2 LOGIN\r\n")
 			continue
 		case "AUTH":
 			if strings.HasPrefix(line, "AUTH LOGIN") { // with the user's name
