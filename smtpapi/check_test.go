@@ -71,7 +71,7 @@ func TestCheckRefusesWhatIsBeyondALimit(t *testing.T) {
 		{"values without to", smtpapi.Header{Sub: map[string][]string{"-m-": {"a", "b"}, "-n-": {"a", "b"}}},
 			smtpapi.Header{Sub: map[string][]string{"-m-": {"a", "b"}, "-n-": {"a"}}}, `sub "-n-" has 1 values and sub "-m-" 2: want one for each recipient`},
 		{"no values", smtpapi.Header{}, smtpapi.Header{Sub: map[string][]string{"-m-": {}}}, `sub "-m-" has no values: want one for each recipient`},
-		{"bytes of substitutions", smtpapi.Header{Sub: split(50_000)}, smtpapi.Header{Sub: split(50_001 + 5)},
+		{"bytes of substitutions", smtpapi.Header{Sub: split(50_000)}, smtpapi.Header{Sub: split(50_001)},
 			"sub: recipient[0]: more than 50,000 bytes of tags and values for one recipient"},
 		{"space in a tag", smtpapi.Header{}, smtpapi.Header{Sub: map[string][]string{"-first name-": {"a"}}}, `sub "-first name-": white space in the tag`},
 		{"empty tag", smtpapi.Header{}, smtpapi.Header{Sub: map[string][]string{"": {"a"}}}, "sub: a tag is empty"},
@@ -235,6 +235,12 @@ func TestCheckCountsEscapesOfAString(t *testing.T) {
 	long := strings.Repeat("é", 165)
 	if err := (smtpapi.Header{IPPool: long + "xxxx"}).Check(); err != nil {
 		t.Error(err)
+	}
+	if err := (smtpapi.Header{IPPool: strings.Repeat("\x01", 165)}).Check(); err != nil {
+		t.Error(err)
+	}
+	if err := (smtpapi.Header{IPPool: strings.Repeat("\x01", 166)}).Check(); err == nil {
+		t.Error("166 control characters: no error")
 	}
 	for _, more := range []string{"xxxxx", "é", "😀", "\n\n\n", `"""`} {
 		if err := (smtpapi.Header{IPPool: long + more}).Check(); err == nil {

@@ -29,14 +29,25 @@ type writerTo func(w io.Writer) (int64, error)
 func (f writerTo) WriteTo(w io.Writer) (int64, error) { return f(w) }
 
 func TestPrependedBodyCanBeWrittenAsOftenAsTheBody(t *testing.T) {
-	body := smtpapi.Prepend(orders, smtprelay.Bytes([]byte(message)))
-	if _, ok := body.(io.Reader); ok {
-		t.Error("it is an io.Reader, as if it were used up by writing")
-	}
-	for range 3 {
-		var b strings.Builder
-		if n, err := body.WriteTo(&b); err != nil || b.String() != field+message || n != int64(b.Len()) {
-			t.Errorf("got %d, %v: %q", n, err, b.String())
+	inPieces := writerTo(func(w io.Writer) (n int64, err error) {
+		for line := range strings.Lines(message) {
+			k, err := io.WriteString(w, line)
+			if n += int64(k); err != nil {
+				return n, err
+			}
+		}
+		return n, nil
+	})
+	for _, body := range []io.WriterTo{smtprelay.Bytes([]byte(message)), inPieces} {
+		body = smtpapi.Prepend(orders, body)
+		if _, ok := body.(io.Reader); ok {
+			t.Error("it is an io.Reader, as if it were used up by writing")
+		}
+		for range 3 {
+			var b strings.Builder
+			if n, err := body.WriteTo(&b); err != nil || b.String() != field+message || n != int64(b.Len()) {
+				t.Errorf("got %d, %v: %q", n, err, b.String())
+			}
 		}
 	}
 }
