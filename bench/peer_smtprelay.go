@@ -15,7 +15,7 @@ func smtprelayConfig(j job) smtprelay.Config {
 	cfg := smtprelay.Config{
 		Addr: j.addr(), Username: username, Password: password, LocalName: hello,
 		Limits:   smtprelay.Limits{MaxConns: j.Conns, MaxMessagesPerConn: j.Rotate},
-		Chunking: true, // in the cells whose relay offers it
+		Chunking: true, // without effect where the relay does not offer it
 	}
 	if j.dial != nil {
 		cfg.Dial = func(context.Context, string, string) (net.Conn, error) { return j.dial() }

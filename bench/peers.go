@@ -3,11 +3,11 @@
 package main
 
 var peers = []*peer{
-	{name: "smtprelay", kind: ours, what: "Send; all settings at their defaults", run: runSmtprelay},
-	{name: "smtprelay deep", kind: ours, deep: true, what: "Send with MaxInFlight 32, from 640 senders", run: runSmtprelayDeep},
+	{name: "smtprelay", kind: ours, what: "Send; all settings at their defaults, but Chunking where the relay offers CHUNKING", run: runSmtprelay},
+	{name: "smtprelay deep", kind: ours, deep: true, what: "Send with Chunking and MaxInFlight 32, from 640 senders", run: runSmtprelayDeep},
 
 	{name: "raw DATA", kind: limit, what: "octets only: the next envelope in one write with the final dot", run: runRawData},
-	{name: "raw CHUNKING", kind: limit, what: "octets only: envelope and BDAT LAST in one write, 4 in flight", run: runRawChunking},
+	{name: "raw CHUNKING", kind: limit, what: "octets only: envelope, BDAT with the message and BDAT 0 LAST in one write, 4 in flight", run: runRawChunking},
 	{name: "raw CHUNKING deep", kind: limit, deep: true, what: "the same with 32 in flight, from 640 senders", run: runRawChunking},
 
 	{name: "two round trips", kind: byHand, what: "octets only: the envelope in one write, then the body; kept connections", run: runTwoRoundTrips},

@@ -15,14 +15,15 @@ import (
 )
 
 // A raw sender keeps the rules of everybody (no more connections than allowed, no more messages on each, QUIT, nothing
-// sent before a greeting or ahead of STARTTLS and EHLO, RSET between an unanswered final dot and the next MAIL) and does
-// nothing else: it prepares its octets once, writes them, and counts replies.
+// sent before a greeting or ahead of STARTTLS and EHLO, RSET between an unanswered final dot and the next MAIL, LAST on an
+// empty chunk only) and does nothing else: it prepares its octets once, writes them, and counts replies.
 
 var authPlain = "AUTH PLAIN " + base64.StdEncoding.EncodeToString([]byte("\x00"+username+"\x00"+password)) + "\r\n"
 
 const (
 	rawMail = "MAIL FROM:<" + sender + ">\r\nRCPT TO:<" + recipient + ">\r\n"
 	rawData = rawMail + "DATA\r\n"
+	rawLast = "BDAT 0 LAST\r\n"
 	rawRset = "RSET\r\n"
 	rawQuit = "QUIT\r\n"
 )
@@ -195,13 +196,14 @@ func runRawData(j job, src *source, t *tally) error {
 	})
 }
 
-// runRawChunking sends with BDAT: the envelope and the message in one write, and up to j.InFlight such before the reply
-// to the first, as far as there are senders: one round trip for as many messages.
+// runRawChunking sends with BDAT: the envelope, the message as a chunk and the empty last chunk in one write, and up to
+// j.InFlight such before the reply to the first, as far as there are senders: one round trip for as many messages. It asks
+// the relay nothing beforehand, and waits for no envelope.
 func runRawChunking(j job, src *source, t *tally) error {
 	depth := min(max(j.InFlight, 1), max(j.Senders/j.Conns, 1))
 	return onEachConn(j, src, func(c *rawConn, n int64, next func() int64) (int64, error) {
 		message := newMessage(j.Size)
-		bdat := fmt.Sprintf("BDAT %d LAST\r\n", len(message))
+		bdat := fmt.Sprintf("BDAT %d\r\n", len(message))
 		var out []byte
 		var replies []string // to what was written, and not yet read
 		begun, answered := 0, 0
@@ -220,7 +222,8 @@ func runRawChunking(j job, src *source, t *tally) error {
 				out = append(out, rawMail...)
 				out = append(out, bdat...)
 				out = append(out, message...)
-				replies = append(replies, "250", "250", "end")
+				out = append(out, rawLast...)
+				replies = append(replies, "250", "250", "250", "end")
 				begun++
 				if depth > 1 || begun-answered < depth {
 					n = next()

@@ -573,7 +573,8 @@ func (s *session) data() error {
 	}
 }
 
-// bdat reads one chunk and answers it. The chunk of a refused BDAT is read all the same (RFC 3030, 2).
+// bdat reads one chunk and answers it. The octets of a refused chunk are thrown away, and it has one reply (RFC 3030, 2).
+// One that is refused in a transaction leaves nothing but RSET; one out of order leaves the session as it was.
 func (s *session) bdat(rest []byte) error {
 	length, last, hasLast := bytes.Cut(rest, []byte(" "))
 	n, err := strconv.ParseInt(string(length), 10, 64)
@@ -597,7 +598,7 @@ func (s *session) bdat(rest []byte) error {
 	}
 	switch {
 	case bad:
-		s.chunkFailed = true
+		s.chunkFailed = s.mail
 		s.refuse("503 5.5.1 no transaction")
 	case hasLast:
 		return s.accept()
