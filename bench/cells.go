@@ -84,6 +84,9 @@ func all() []string {
 // chunkers are the peers of the cells whose relay offers CHUNKING.
 var chunkers = []string{"smtprelay", "smtprelay deep", "raw CHUNKING", "raw CHUNKING deep", "two round trips"}
 
+// lone are those of them that a single sender can tell apart.
+var lone = []string{"smtprelay", "raw CHUNKING", "two round trips"}
+
 // base is the cell that the others differ from in one respect.
 func base(rtt int) cell {
 	return cell{RTT: rtt, TLS: tlsStart, Senders: 100, Size: 10 * kilo, Reps: 1, Scale: 100, Peers: all()}
@@ -115,6 +118,7 @@ func matrix(quick, full bool) []cell {
 				}
 			}
 			add(base(rtt), chunking)
+			add(base(rtt), func(c *cell) { chunking(c); c.Senders, c.Peers = 1, lone })
 		}
 	default:
 		add(base(0), func(c *cell) { c.Reps = 3 })
@@ -131,6 +135,7 @@ func matrix(quick, full bool) []cell {
 		for _, rtt := range []int{0, 20, 50} {
 			add(base(rtt), func(c *cell) { chunking(c); c.Reps = 3 })
 		}
+		add(base(20), func(c *cell) { chunking(c); c.Senders, c.Peers = 1, lone })
 		for _, rtt := range []int{5, 100} { // for the plot
 			add(base(rtt), func(c *cell) { c.Chunking, c.Peers = true, chunkers[:4] })
 		}

@@ -51,7 +51,7 @@ func TestSourceHandsOutEachNumberOnce(t *testing.T) {
 
 func TestTablesReplaceThoseBetweenTheMarks(t *testing.T) {
 	name := writeFile(t, "before\n"+beginMark+"old\n"+endMark+"after\n")
-	if err := replaceBetweenMarks(name, []byte("new\n")); err != nil {
+	if err := new(report).update(name, "new\n"); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(name)
@@ -61,8 +61,45 @@ func TestTablesReplaceThoseBetweenTheMarks(t *testing.T) {
 	if want := "before\n" + beginMark + "new\n" + endMark + "after\n"; string(b) != want {
 		t.Errorf("got %q, want %q", b, want)
 	}
-	if err := replaceBetweenMarks(writeFile(t, "no marks"), nil); err == nil {
+	if err := new(report).update(writeFile(t, "no marks"), ""); err == nil {
 		t.Error("a document without marks was written to")
+	}
+}
+
+func TestTablesOfAPartReplaceTheirRowsOnly(t *testing.T) {
+	section := func(title string, lines ...string) string {
+		return "\n### " + title + "\n\n| what | figure |\n| --- | ---: |\n" + strings.Join(lines, "\n") + "\n"
+	}
+	older := "Measured (all) on: x.\n" +
+		section(targetsTitle, "| at 20 | 1 |", "| at 50 | 1 |") +
+		section(overviewTitle, "| 20 ms | 1 |", "| 50 ms | 1 |") +
+		section(relayTitle, "| most | 1 |") +
+		section("RTT 20 ms", "| gone | 1 |", "| smtprelay | 1 |") +
+		section("RTT 50 ms", "| smtprelay | 1 |")
+	newer := "Measured (only 20 ms) on: y.\n" +
+		section(targetsTitle, "| at 20 | 2 |") +
+		section(overviewTitle, "| 20 ms | 2 |", "| 20 ms, 1 sender | 2 |") +
+		section(relayTitle, "| most | 2 |") +
+		section("RTT 20 ms", "| smtprelay | 2 |") +
+		section("RTT 20 ms, 1 sender", "| smtprelay | 2 |")
+	want := "Measured (all) on: x.\nMeasured (only 20 ms) on: y.\n" +
+		section(targetsTitle, "| at 20 | 2 |", "| at 50 | 1 |") +
+		section(overviewTitle, "| 20 ms | 2 |", "| 20 ms, 1 sender | 2 |", "| 50 ms | 1 |") +
+		section(relayTitle, "| most | 1 |") +
+		section("RTT 20 ms", "| smtprelay | 2 |") +
+		section("RTT 20 ms, 1 sender", "| smtprelay | 2 |") +
+		section("RTT 50 ms", "| smtprelay | 1 |")
+	name := writeFile(t, beginMark+older+endMark)
+	for _, times := range []string{"once", "twice"} {
+		if err := (&report{Partial: true}).update(name, newer); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(name); err != nil || string(b) != beginMark+want+endMark {
+			t.Errorf("%s: got %s%v, want\n%s", times, b, err, want)
+		}
+	}
+	if got := mergeTables("old\n", newer); got != newer {
+		t.Errorf("among no tables: got %s", got)
 	}
 }
 

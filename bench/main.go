@@ -5,6 +5,7 @@
 //	go run . -quick      a glance, in a minute
 //	go run . -all        the product of all dimensions, in hours
 //	go run . -peers smtprelay,nodemailer -cells '20 ms'
+//	go run . -cells 'RTT 20 ms, TLS by STARTTLS, (1 sender|100 senders), 10 KB' -update ../BENCHMARKS.md
 package main
 
 import (
@@ -16,6 +17,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -41,19 +43,25 @@ func benchMain() error {
 	quick := flag.Bool("quick", false, "a few cells with little work each")
 	full := flag.Bool("all", false, "the product of all dimensions")
 	only := flag.String("peers", "", "comma-separated names; default all")
-	match := flag.String("cells", "", "measure only the cells whose name contains this, and nothing beside the matrix; - means no cell, and all that is beside it")
+	match := flag.String("cells", "", "measure only the cells whose name matches this regular expression, and nothing beside the matrix; - means no cell, and all that is beside it")
 	plots := flag.String("plots", "", "directory for throughput.svg and rotation.svg; default this one, but none with -quick, -cells or -peers")
-	update := flag.String("update", "", "file in which to replace the lines between the marks of the tables, for instance ../BENCHMARKS.md")
+	update := flag.String("update", "", "file in which to replace the lines between the marks of the tables, for instance ../BENCHMARKS.md; with -cells only those of the cells measured. Those with CHUNKING need the same cell without it, to which their rates are ratios")
 	save := flag.String("json", "", "file for all figures")
 	load := flag.String("from", "", "measure nothing; take the figures from such a file")
 	flag.Parse()
+	cells, err := regexp.Compile(*match)
+	switch {
+	case err != nil:
+		return fmt.Errorf("-cells: %w", err)
+	case *update != "" && *only != "":
+		return errors.New("-peers with -update: the rows of some peers are ratios to others")
+	}
 
 	var r *report
-	var err error
 	if *load != "" {
 		r, err = loadReport(*load)
 	} else {
-		r, err = measure(*quick, *full, *match, *only)
+		r, err = measure(*quick, *full, cells, *only)
 	}
 	if err != nil {
 		return err
@@ -71,7 +79,7 @@ func benchMain() error {
 	r.write(&tables)
 	os.Stdout.Write(tables.Bytes())
 	if *update != "" {
-		if err := replaceBetweenMarks(*update, tables.Bytes()); err != nil {
+		if err := r.update(*update, tables.String()); err != nil {
 			return err
 		}
 	}
@@ -108,7 +116,7 @@ func loadReport(name string) (*report, error) {
 }
 
 // measure runs everything, one thing after the other, always in the same order.
-func measure(quick, full bool, match, only string) (*report, error) {
+func measure(quick, full bool, match *regexp.Regexp, only string) (*report, error) {
 	d, err := newDriver()
 	if err != nil {
 		return nil, err
@@ -116,9 +124,8 @@ func measure(quick, full bool, match, only string) (*report, error) {
 	defer d.stop()
 	start := time.Now()
 	r := &report{Kind: "each dimension varied alone", Machine: machine(d.node)}
+	everything := match.String() == "" && only == ""
 	switch {
-	case match != "" || only != "":
-		r.Kind = "a selection"
 	case quick:
 		r.Kind = "a quick look"
 	case full:
@@ -126,7 +133,7 @@ func measure(quick, full bool, match, only string) (*report, error) {
 	}
 	progress := func(what string) { fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), what) }
 	for _, c := range matrix(quick, full) {
-		if match == "-" || !strings.Contains(c.String(), match) {
+		if beside(match) || !match.MatchString(c.String()) {
 			continue
 		}
 		if only != "" {
@@ -136,7 +143,7 @@ func measure(quick, full bool, match, only string) (*report, error) {
 		}
 		r.Cells = append(r.Cells, cellResult{c, d.runCell(c, func(peer string) { progress(c.String() + ": " + peer) })})
 	}
-	if match == "-" || match == "" && only == "" {
+	if beside(match) || everything {
 		r.Openings = d.openings(progress)
 		r.Large = d.large(progress)
 		r.Waiting = d.waiting(progress)
@@ -144,25 +151,85 @@ func measure(quick, full bool, match, only string) (*report, error) {
 			r.Steady = d.steadiness(progress)
 		}
 	}
+	if !everything {
+		r.Partial = true
+		r.Kind = "only " + r.cellNames()
+	}
 	r.Took = took(time.Since(start))
 	return r, nil
 }
+
+// beside reports whether no cell is to be measured, but all that is beside the matrix.
+func beside(match *regexp.Regexp) bool { return match.String() == "-" }
 
 const (
 	beginMark = "<!-- tables: begin -->\n"
 	endMark   = "<!-- tables: end -->\n"
 )
 
-// replaceBetweenMarks puts the tables into a document.
-func replaceBetweenMarks(name string, tables []byte) error {
+// update puts the tables into a document: all of them, or those of a part among those that are there.
+func (r *report) update(name, tables string) error {
 	b, err := os.ReadFile(name)
 	if err != nil {
 		return err
 	}
-	before, rest, ok := bytes.Cut(b, []byte(beginMark))
-	_, after, ok2 := bytes.Cut(rest, []byte(endMark))
+	before, rest, ok := strings.Cut(string(b), beginMark)
+	older, after, ok2 := strings.Cut(rest, endMark)
 	if !ok || !ok2 {
 		return fmt.Errorf("%s has no line %q followed by %q", name, beginMark, endMark)
 	}
-	return os.WriteFile(name, slices.Concat(before, []byte(beginMark), tables, []byte(endMark), after), 0o644)
+	if r.Partial {
+		tables = mergeTables(older, tables)
+	}
+	return os.WriteFile(name, []byte(before+beginMark+tables+endMark+after), 0o644)
+}
+
+// mergeTables puts newer tables into older ones. Of the tables with a row for each cell only the rows of the newer ones
+// change; the figures of a cell are replaced as a whole.
+func mergeTables(older, newer string) string {
+	const heading = "\n### "
+	said, sections, ok := strings.Cut(older, heading)
+	saidNow, sectionsNow, okNow := strings.Cut(newer, heading)
+	if !ok || !okNow {
+		return newer
+	}
+	title := func(section string) string { return firstPart(section, "\n") }
+	lines := merge(strings.SplitAfter(strings.TrimSpace(said)+"\n", "\n"), []string{saidNow}, func(line string) string {
+		return firstPart(line[strings.Index(line, "(")+1:], ") on: ") // what was measured
+	}, nil)
+	merged := merge(strings.Split(sections, heading), strings.Split(sectionsNow, heading), title, func(section, now string) string {
+		switch title(section) {
+		case targetsTitle, overviewTitle:
+			row := func(line string) string { return firstPart(strings.TrimPrefix(line, "| "), " |") }
+			return strings.Join(merge(strings.Split(section, "\n"), strings.Split(now, "\n"), row, nil), "\n")
+		case relayTitle:
+			return section // it is the most of all cells
+		}
+		return now
+	})
+	return strings.Join(lines, "") + heading + strings.Join(merged, heading)
+}
+
+// merge replaces the part of older that has the same key, for each of newer, by what join makes of both; nil means by the
+// newer. One without such a part goes behind the one before it, or to the end.
+func merge(older, newer []string, key func(string) string, join func(older, newer string) string) []string {
+	last := len(older) - 1
+	for _, n := range newer {
+		i := slices.IndexFunc(older, func(o string) bool { return key(o) == key(n) })
+		switch {
+		case i < 0:
+			last++
+			older = slices.Insert(older, last, n)
+			continue
+		case join != nil:
+			n = join(older[i], n)
+		}
+		older[i], last = n, i
+	}
+	return older
+}
+
+func firstPart(s, separator string) string {
+	first, _, _ := strings.Cut(s, separator)
+	return first
 }

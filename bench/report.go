@@ -16,6 +16,7 @@ import (
 // report is everything that one command measures.
 type report struct {
 	Kind     string       `json:"kind"` // how much of the matrix
+	Partial  bool         `json:"partial,omitempty"`
 	Machine  []string     `json:"machine"`
 	Cells    []cellResult `json:"cells"`
 	Openings []opening    `json:"openings,omitempty"`
@@ -152,6 +153,25 @@ func (r *report) targets() []target {
 	return ts
 }
 
+// The titles of the tables that are made of several cells.
+const (
+	targetsTitle  = "Targets"
+	relayTitle    = "The relay's own limit"
+	overviewTitle = "Messages a second, as a ratio to the fastest peer of the row"
+)
+
+// cellNames returns the names of what was measured of the matrix.
+func (r *report) cellNames() string {
+	var names []string
+	for _, c := range r.Cells {
+		names = append(names, shortCell(c.Cell))
+	}
+	if names == nil {
+		return "what is beside the matrix"
+	}
+	return strings.Join(names, "; ")
+}
+
 // write writes the whole report.
 func (r *report) write(w io.Writer) {
 	fmt.Fprintf(w, "Measured in %s (%s) on: %s.\n", r.Took, r.Kind, strings.Join(r.Machine, "; "))
@@ -173,7 +193,7 @@ func (r *report) writeTargets(w io.Writer) {
 	if len(ts) == 0 {
 		return
 	}
-	fmt.Fprint(w, "\n### Targets\n\n| smtprelay, 100 senders, 10 KB, STARTTLS | wanted | measured | |\n| --- | ---: | ---: | --- |\n")
+	fmt.Fprint(w, "\n### "+targetsTitle+"\n\n| smtprelay, 100 senders, 10 KB, STARTTLS | wanted | measured | |\n| --- | ---: | ---: | --- |\n")
 	for _, t := range ts {
 		sign, verdict, got := "≥", "**missed**", fmt.Sprintf("%.2f", t.got)
 		if t.most {
@@ -212,7 +232,7 @@ func (r *report) writeRelay(w io.Writer) {
 	if most == nil || dated == nil || dated.best() == nil {
 		return
 	}
-	fmt.Fprintf(w, "\n### The relay's own limit\n\nIt took most from %s (%s): %.1f times as many messages a second as from the fastest peer there is "+
+	fmt.Fprintf(w, "\n### "+relayTitle+"\n\nIt took most from %s (%s): %.1f times as many messages a second as from the fastest peer there is "+
 		"(%s, STARTTLS, RTT 0)", most.Peer, shortCell(where.Cell), most.rate()/dated.best().rate(), dated.best().Peer)
 	if o := dated.of("smtprelay"); o != nil {
 		fmt.Fprintf(w, ", and %.1f times as many as from smtprelay", most.rate()/o.rate())
@@ -223,7 +243,7 @@ func (r *report) writeRelay(w io.Writer) {
 
 // writeOverview writes the throughput of every peer in every cell, as a ratio to the best peer of the cell.
 func (r *report) writeOverview(w io.Writer) {
-	fmt.Fprint(w, "\n### Messages a second, as a ratio to the fastest peer of the row\n\nThe fastest peer is in bold; smtprelay and what sends octets only (raw, two round trips) do not count as peers. "+
+	fmt.Fprint(w, "\n### "+overviewTitle+"\n\nThe fastest peer is in bold; smtprelay and what sends octets only (raw, two round trips) do not count as peers. "+
 		"Two raw senders and two smtprelays in a row: the deep setting is second.\n\n| cell |")
 	var names []string
 	for _, p := range peers {
