@@ -63,6 +63,7 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 		{"raw DATA", runRawData, 10, 0, 2, 104, 0, 0, "SYN, ACK, EHLO and the envelope with AUTH; then one for each body"},
 		{"raw DATA, one sender", runRawData, 1, 0, 2, 203, 0, 0, "the same, but an envelope of its own for all but the first"},
 		{"raw CHUNKING", runRawChunking, 4, 4, 2, 28, 0, 0, "SYN, ACK, EHLO; then one for each four"},
+		{"raw CHUNKING, deep", runRawChunking, 25, 25, 2, 7, 0, 0, "SYN, ACK, EHLO; then one for each 25"},
 		{"raw CHUNKING, one sender", runRawChunking, 1, 4, 2, 103, 0, 0, "SYN, ACK, EHLO; then one each"},
 		{"two round trips", runTwoRoundTrips, 10, 0, 2, 205, 0, 0, "SYN, ACK, EHLO, AUTH; two each; QUIT"},
 		{"mox", runMox, 10, 0, 2, 205, 0, 0, "the same"},

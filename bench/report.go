@@ -328,15 +328,15 @@ func (r *report) writeCell(w io.Writer, c cellResult) {
 	for _, o := range c.Outcomes {
 		r := o.Relay
 		for _, n := range []struct {
-			count int
-			what  string
+			count      int
+			noun, what string
 		}{
-			{r.Refused, "connections over the limit"}, {r.OverLimit, "messages over the limit of a connection (421)"},
-			{r.Violations, "commands refused"}, {r.Noops, "NOOP"}, {r.Unnamed, "messages without Message-ID"},
-			{max(0, r.Accepted-o.Client.Sent), "accepted by the relay and not known to the client"},
+			{r.Refused, "connection", " over the limit"}, {r.OverLimit, "message", " over the limit of a connection (421)"},
+			{r.Violations, "command", " refused"}, {r.Noops, "NOOP", ""}, {r.Unnamed, "message", " without Message-ID"},
+			{max(0, r.Accepted-o.Client.Sent), "message", " accepted by the relay and not known to the client"},
 		} {
 			if n.count > 0 {
-				notes = append(notes, fmt.Sprintf("%s: %d %s", o.Peer, n.count, n.what))
+				notes = append(notes, fmt.Sprintf("%s: %s%s", o.Peer, plural(n.count, n.noun), n.what))
 			}
 		}
 		if len(o.Client.Errors) > 0 {
