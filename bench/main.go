@@ -154,6 +154,9 @@ func measure(quick, full bool, match *regexp.Regexp, only string) (*report, erro
 	if !everything {
 		r.Partial = true
 		r.Kind = "only " + r.cellNames()
+		if quick {
+			r.Kind += ", with little work"
+		}
 	}
 	r.Took = took(time.Since(start))
 	return r, nil
