@@ -104,6 +104,11 @@ func try(dir string, m mutant) (verdict string, ok bool) {
 			return "DOES NOT BUILD: " + out, false
 		}
 	}
+	if m.file != "" { // the dialogues take a second and catch most
+		if out, err := command(dir, "test", "-run", "TestDialogue$", "."); err != nil {
+			return "caught by a dialogue: " + firstFault(out), true
+		}
+	}
 	out, err := command(dir, "test", "-run", "TestStorm", "-timeout", "5m", ".", fmt.Sprintf("-storm.seeds=%d", *seeds))
 	switch {
 	case m.file == "":
