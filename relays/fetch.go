@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,10 +15,11 @@ import (
 	"strings"
 )
 
-// A recipe says what a relay is made of: Debian packages, npm packages, and for how old a Node.js.
+// A recipe says what a relay is made of: Debian packages; npm packages, and for how old a Node.js; a version of go-smtp.
 type recipe struct {
-	debs []string // Debian packages, without their dependencies
-	npm  []npmPackage
+	debs   []string // Debian packages, without their dependencies
+	npm    []npmPackage
+	goSMTP string // of go-smtp, whose server [goSMTPServer] is built with it
 }
 
 // npmPackage is pinned, so that two runs of the suite meet the same relay. Debian 12's own Node.js is 18.
@@ -33,6 +35,7 @@ type fetched struct {
 	Name    string
 	Debs    []string // folders of Debian packages, to be unpacked and laid over the machine's own root
 	Modules string   // the folder with node_modules; empty where there is none
+	Server  string   // a program that is put at /etc/relay/server; empty where there is none
 	Version string
 	Missing string // why it could not be had; empty means that it is there
 }
@@ -48,6 +51,12 @@ func fetch(ctx context.Context, dir string, r relay) (fetched, error) {
 		}
 		f.Version = version
 		f.Debs = append(f.Debs, debs)
+	}
+	if r.goSMTP != "" {
+		f.Version = r.goSMTP
+		var err error
+		f.Server, err = buildGoSMTP(ctx, filepath.Join(dir, "go", r.name), r.goSMTP)
+		return f, err
 	}
 	if len(r.npm) == 0 {
 		return f, nil
@@ -171,6 +180,38 @@ func nodeMajor(ctx context.Context, dir string, f fetched) (int, error) {
 	}
 	major, _, _ := strings.Cut(strings.TrimPrefix(string(bytes.TrimSpace(out)), "v"), ".")
 	return strconv.Atoi(major)
+}
+
+//go:embed gosmtp/main.go
+var goSMTPServer []byte
+
+// buildGoSMTP builds the server with a version of go-smtp, in a module of its own in dir. It is linked statically, because it runs
+// in the relay's root.
+func buildGoSMTP(ctx context.Context, dir, version string) (program string, err error) {
+	program = filepath.Join(dir, "server")
+	source := filepath.Join(dir, "main.go")
+	if b, err := os.ReadFile(source); err == nil && bytes.Equal(b, goSMTPServer) {
+		if _, err := os.Stat(program); err == nil {
+			return program, nil
+		}
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755), os.WriteFile(source, goSMTPServer, 0o644)); err != nil {
+		return "", err
+	}
+	for _, args := range [][]string{
+		{"mod", "init", "relay.example/server"},
+		{"mod", "edit", "-require=github.com/emersion/go-smtp@v" + version},
+		{"mod", "tidy"},
+		{"build", "-o", program, "."},
+	} {
+		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+		}
+	}
+	return program, nil
 }
 
 // inRoot runs a command once in a root made for f, with the machine's network, and returns its output.

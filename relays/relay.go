@@ -139,6 +139,23 @@ var relays = []relay{
 		command: []string{"node", "/etc/relay/server.js"},
 		queued:  recorded,
 	},
+	goSMTP("0.24.0"),
+	goSMTP("0.25.0"),
+	goSMTP("0.25.1"),
+	goSMTP("0.26.0"),
+}
+
+// goSMTP is go-smtp's own server. Versions differ in whether they throw away the octets of a chunk that they refuse.
+func goSMTP(version string) relay {
+	return relay{
+		name:       "go-smtp-" + version,
+		busyCode:   "450",
+		recipe:     recipe{goSMTP: version},
+		command:    []string{"/etc/relay/server"},
+		queued:     recorded,
+		noMaxConns: "go-smtp has no limit of connections",
+		noMaxMails: "go-smtp counts no messages",
+	}
 }
 
 func preparePostfix(r *running) error {
@@ -201,6 +218,15 @@ func install(b *box, f fetched, rel relay, certs *certificates) (*running, error
 		os.Chmod(key, 0o640)); err != nil {
 		return nil, err
 	}
+	if f.Server != "" {
+		program, err := os.ReadFile(f.Server)
+		if err != nil {
+			return nil, err
+		}
+		if err := writeFile(root, "/etc/relay/server", program, 0o755); err != nil {
+			return nil, err
+		}
+	}
 	if err := r.addUsers(); err != nil {
 		return nil, err
 	}
@@ -258,6 +284,9 @@ func (r *running) addUsers() error {
 // writeConfiguration fills in the files of conf/NAME, whose layout is that of the root.
 func (r *running) writeConfiguration() error {
 	base := "conf/" + r.name
+	if _, err := fs.Stat(conf, base); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	return fs.WalkDir(conf, base, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
