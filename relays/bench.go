@@ -17,12 +17,19 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
+// The modes that checks are run in: how bodies go where the relay lets them.
+const (
+	byData   = "DATA"
+	inChunks = "chunks" // Config.Chunking
+)
+
 // A bench is what a check works on: one relay, clients of it, and a record of what was sent and said.
 type bench struct {
 	*running
 	ctx   context.Context // ends when the check has taken too long
 	certs *certificates
 	check string
+	mode  string // byData or inChunks
 	proxy *proxy // set by throughProxy
 
 	mu       sync.Mutex // guards the fields below
@@ -41,6 +48,7 @@ func (b *bench) client(change ...func(*smtprelay.Config)) (*smtprelay.Client, er
 		Addr:      address(b.Plain),
 		TLS:       smtprelay.TLSNone,
 		LocalName: "client.example",
+		Chunking:  b.mode == inChunks,
 		Limits:    smtprelay.Limits{MaxConns: limits.MaxConns, MaxMessagesPerConn: limits.MaxMessages},
 		Retry:     smtprelay.Retry{MinBackoff: 50 * time.Millisecond, MaxBackoff: time.Second},
 		Timeouts: smtprelay.Timeouts{
@@ -109,7 +117,7 @@ func (b *bench) mail(to ...string) *sending {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s := &sending{id: fmt.Sprintf("%s/%s/%d", b.name, b.check, len(b.sent)+1), from: "shop@client.example"}
+	s := &sending{id: fmt.Sprintf("%s%d", b.prefix(), len(b.sent)+1), from: "shop@client.example"}
 	for _, name := range to {
 		s.to = append(s.to, name+"@relay.example")
 	}
@@ -247,8 +255,11 @@ func (b *bench) audit() error {
 	if err != nil {
 		return err
 	}
-	return audit(b.name+"/"+b.check+"/", b.sent, entries)
+	return audit(b.prefix(), b.sent, entries)
 }
+
+// prefix is what the ids of the check's messages begin with.
+func (b *bench) prefix() string { return b.name + "/" + b.mode + "/" + b.check + "/" }
 
 // noneLeft reports goroutines of the library that are still there. Those that are on their way out get a moment.
 func noneLeft() error {

@@ -59,6 +59,12 @@ var checks = []check{
 	{"cancelled in a body", cancelledInBody},
 	{"Shutdown under load", shutdown},
 	{"relay restarted", restarted},
+	{"a body of commands", bodyOfCommands},
+}
+
+// chunkChecks are those that mean something in chunks only.
+var chunkChecks = []check{
+	{"how bodies go", goInChunks},
 }
 
 // expect reports an error that is not an *Error with this outcome, this code (0: whichever) and, if any are given, these

@@ -237,3 +237,15 @@ func (p *proxy) ranAhead(line string) (times int, always bool) {
 	}
 	return times, always
 }
+
+// said counts how often the client has said line.
+func (p *proxy) said(line string) (times int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.passes {
+		s.mu.Lock()
+		times += bytes.Count(s.fromUs, []byte("\n"+line+"\r\n"))
+		s.mu.Unlock()
+	}
+	return times
+}

@@ -172,6 +172,7 @@ type running struct {
 	settings
 	root    string
 	version string
+	habit   habit // to the question about refused chunks
 	output  bytes.Buffer
 	cmd     *exec.Cmd
 	gone    chan struct{} // closed when the process has ended

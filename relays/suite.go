@@ -22,6 +22,7 @@ const checkLimit = 90 * time.Second
 // A verdict is one field of the table.
 type verdict struct {
 	relay, check string
+	mode         string // byData or inChunks; empty where it is the same
 	state        string // "ok", "FAIL" or "n.a."
 	reason       string // of the other two
 	dialogue     string
@@ -83,18 +84,31 @@ func onRelay(box *box, f fetched, rel relay, certs *certificates, order suiteOrd
 	}
 	defer r.stop()
 	verdicts := []verdict{{relay: f.Name, check: "start", state: "ok"}}
+	if r.habit, err = askAboutChunks(r); err != nil {
+		return append(verdicts, verdict{relay: f.Name, check: "start", state: "FAIL", reason: "asked about chunks: " + err.Error()})
+	}
+	fmt.Printf("  a chunk out of order, RSET: %s\n", r.habit)
 	var benches []*bench
-	for _, c := range checks {
-		if !strings.Contains(c.name, order.Check) {
-			continue
+	for _, mode := range []string{byData, inChunks} {
+		due := checks
+		if mode == inChunks {
+			if !r.habit.offers {
+				break
+			}
+			due = slices.Concat(checks, chunkChecks)
 		}
-		began := time.Now()
-		b, v := runCheck(r, c, certs)
-		benches = append(benches, b)
-		verdicts = append(verdicts, v)
-		fmt.Printf("  %-4s %-26s %6.1f s  %s\n", v.state, v.check, time.Since(began).Seconds(), indent(v.reason))
-		if v.dialogue != "" && (order.Verbose || v.state == "FAIL") {
-			fmt.Printf("       the dialogue:\n       %s\n", indent(shorten(v.dialogue, order.Verbose)))
+		for _, c := range due {
+			if !strings.Contains(c.name, order.Check) {
+				continue
+			}
+			began := time.Now()
+			b, v := runCheck(r, c, mode, certs)
+			benches = append(benches, b)
+			verdicts = append(verdicts, v)
+			fmt.Printf("  %-4s %-6s  %-26s %6.1f s  %s\n", v.state, mode, v.check, time.Since(began).Seconds(), indent(v.reason))
+			if v.dialogue != "" && (order.Verbose || v.state == "FAIL") {
+				fmt.Printf("       the dialogue:\n       %s\n", indent(shorten(v.dialogue, order.Verbose)))
+			}
 		}
 	}
 	verdicts = append(verdicts, lastLook(f.Name, benches))
@@ -117,10 +131,10 @@ func lastLook(name string, benches []*bench) verdict {
 	return v
 }
 
-func runCheck(r *running, c check, certs *certificates) (*bench, verdict) {
+func runCheck(r *running, c check, mode string, certs *certificates) (*bench, verdict) {
 	ctx, cancel := context.WithTimeout(context.Background(), checkLimit)
 	defer cancel()
-	b := &bench{running: r, ctx: ctx, certs: certs, check: c.name, closed: make(chan smtprelay.CloseInfo, 1)}
+	b := &bench{running: r, ctx: ctx, certs: certs, check: c.name, mode: mode, closed: make(chan smtprelay.CloseInfo, 1)}
 	result := make(chan error, 1)
 	go func() { // until the check is over; one that hangs is left behind, to end with the program
 		defer func() {
@@ -137,7 +151,7 @@ func runCheck(r *running, c check, certs *certificates) (*bench, verdict) {
 		buf := make([]byte, 1<<20)
 		err = fmt.Errorf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
 	}
-	v := verdict{relay: r.name, check: c.name, state: "ok", dialogue: b.dialogue.String()}
+	v := verdict{relay: r.name, check: c.name, mode: mode, state: "ok", dialogue: b.dialogue.String()}
 	if na, ok := errors.AsType[notApplicable](err); ok {
 		v.state, v.reason = "n.a.", string(na)
 	} else if err != nil {

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// printTable prints relay × check, and below it why a field is not "ok".
+// printTable prints relay × check, in both modes where there are two, and below it why a field is not "ok".
 func printTable(w io.Writer, columns []fetched, verdicts []verdict) {
 	var rows []string
 	for _, v := range verdicts {
@@ -15,38 +15,42 @@ func printTable(w io.Writer, columns []fetched, verdicts []verdict) {
 			rows = append(rows, v.check)
 		}
 	}
-	state := make(map[[2]string]string)
+	states := make(map[[2]string][]string)
 	for _, v := range verdicts {
-		state[[2]string{v.relay, v.check}] = v.state
+		field := [2]string{v.relay, v.check}
+		states[field] = append(states[field], v.state)
 	}
 	fmt.Fprintf(w, "\n%-26s", "check")
 	for _, c := range columns {
-		fmt.Fprintf(w, "  %-12s", c.Name)
+		fmt.Fprintf(w, "  %-14s", c.Name)
 	}
-	fmt.Fprintf(w, "\n%-26s", "")
+	fmt.Fprintf(w, "\n%-26s", "(by DATA, in chunks)")
 	for _, c := range columns {
 		version, _, _ := strings.Cut(c.Version, "-")
-		fmt.Fprintf(w, "  %-12s", version)
+		fmt.Fprintf(w, "  %-14s", version)
 	}
 	fmt.Fprintln(w)
 	for _, row := range rows {
 		line := fmt.Sprintf("%-26s", row)
 		for _, c := range columns {
-			line += fmt.Sprintf("  %-12s", state[[2]string{c.Name, row}])
+			line += fmt.Sprintf("  %-14s", strings.Join(states[[2]string{c.Name, row}], ", "))
 		}
 		fmt.Fprintln(w, strings.TrimRight(line, " "))
 	}
 	fmt.Fprintln(w)
+	noted := make(map[string]bool)
 	for _, v := range verdicts {
-		if v.state == "n.a." {
-			fmt.Fprintf(w, "n.a. %s, %s: %s\n", v.relay, v.check, v.reason)
+		note := fmt.Sprintf("n.a. %s, %s: %s\n", v.relay, v.check, v.reason)
+		if v.state == "n.a." && !noted[note] {
+			noted[note] = true
+			fmt.Fprint(w, note)
 		}
 	}
 	failed := 0
 	for _, v := range verdicts {
 		if v.state == "FAIL" {
 			failed++
-			fmt.Fprintf(w, "FAIL %s, %s: %s\n", v.relay, v.check, firstLine(v.reason))
+			fmt.Fprintf(w, "FAIL %s, %s %s: %s\n", v.relay, v.check, v.mode, firstLine(v.reason))
 		}
 	}
 	passed := 0
