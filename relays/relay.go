@@ -31,6 +31,8 @@ type relay struct {
 	log     string                             // where it logs, in its root; empty means its output
 	session func(p process) bool               // picks the processes that serve one session each; nil where one serves all
 
+	onlyChecks []string // the names of those that mean something to it; nil means all
+
 	// What it is known for.
 	brokenTLS  bool   // promises TLS, and fails every handshake
 	noOverlap  bool   // answers 503 to what came together with a final dot
@@ -139,6 +141,31 @@ var relays = []relay{
 		command: []string{"node", "/etc/relay/server.js"},
 		queued:  recorded,
 	},
+	{
+		// Its mail proxy in front of Postfix. It offers CHUNKING where its administrator says so, does not know the command, and
+		// answers the envelope itself up to the first recipient.
+		name:     "nginx",
+		busyCode: "450",
+		recipe:   recipe{debs: []string{"nginx", "libnginx-mod-mail", "postfix"}},
+		command:  []string{"/bin/sh", "-c", "/usr/sbin/postfix start && exec /usr/sbin/nginx"},
+		users:    []string{"postfix", "postdrop"},
+		folders: []folder{
+			{"var/lib/postfix", "postfix", "postfix", 0o755}, {"var/spool/postfix", "root", "root", 0o755},
+			{"var/log/nginx", "root", "root", 0o755}, {"var/lib/nginx", "root", "root", 0o755},
+		},
+		prepare: forgetMaster,
+		queued:  postfixQueue,
+		log:     "/var/log/nginx-error.log",
+
+		// Without TLS, without limits, and MAIL is refused at RCPT only.
+		onlyChecks: []string{
+			"one message", "queue ID", "200 messages at once", "200 through SendAll", "overlap", "QUIT behind the dot", "our own limits",
+			"too many recipients", "one of three refused", "one of three busy", "all refused", "all or nothing", "too big",
+			"too big, size unknown", "nearly too big", "line ends and dots", "8-bit body", "null reverse-path", "cut behind the dot",
+			"cut before the dot", "body fails half-way", "cancelled in a body", "Shutdown under load", "relay restarted",
+			"a body of commands", "how bodies go",
+		},
+	},
 	goSMTP("0.24.0"),
 	goSMTP("0.25.0"),
 	goSMTP("0.25.1"),
@@ -163,6 +190,11 @@ func preparePostfix(r *running) error {
 		`echo "$1" | /usr/sbin/saslpasswd2 -p -c -u relay.example "$2" && chown postfix: /etc/sasldb2`, "sh", password, user); err != nil {
 		return err
 	}
+	return forgetMaster(r)
+}
+
+// forgetMaster removes what a Postfix that was killed leaves behind.
+func forgetMaster(r *running) error {
 	return os.Remove(filepath.Join(r.root, "var/spool/postfix/pid/master.pid"))
 }
 

@@ -98,7 +98,7 @@ func onRelay(box *box, f fetched, rel relay, certs *certificates, order suiteOrd
 			due = slices.Concat(checks, chunkChecks)
 		}
 		for _, c := range due {
-			if !strings.Contains(c.name, order.Check) {
+			if !strings.Contains(c.name, order.Check) || rel.onlyChecks != nil && !slices.Contains(rel.onlyChecks, c.name) {
 				continue
 			}
 			began := time.Now()
