@@ -23,6 +23,8 @@ import (
 //     believed to have accepted what it has not answered yet.
 //   - The first chunk of a connection that would leave behind a message without final reply waits for the replies to its
 //     envelope: some relays throw away what arrives together with the end of a message, and never answer it.
+//   - A connection takes no further message once a body was left incomplete of which the relay has accepted a chunk: go-smtp
+//     may give the next message the verdict on that one, and refuse what it has delivered.
 //
 // The first and the second are proofs. The others are not: a relay may do at any time what it has not done before.
 
@@ -176,7 +178,10 @@ func (t *transaction) converseInChunks() bool {
 		t.giveUp(err)
 		return false
 	case err != nil:
-		t.bodyErr = err // only whole chunks were written: RSET will do
+		t.bodyErr = err // only whole chunks were written: the session is in step
+		if c.begun {
+			t.s.retire(closeFull)
+		}
 		return false
 	case c.begun:
 		return true

@@ -500,6 +500,9 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	case OpData:
 		t.data = r
 	case OpBdat:
+		if t.data.Class() == 2 && r.Class() >= 4 && s.retired == "" {
+			s.retired = closeFull // the body stays incomplete
+		}
 		if t.data.Class() < 4 { // the first refusal is the reason for those that follow
 			t.data = r
 		}
