@@ -1,7 +1,7 @@
 // Command relays runs the conformance suite against real relays.
 //
-// It fetches Postfix, Exim, OpenSMTPD, Haraka, aiosmtpd and nodemailer's smtp-server (Debian and npm packages), runs each in
-// namespaces of its own on loopback, sends through it with smtprelay, and compares what the client was told with what the
+// It fetches Postfix, Exim, OpenSMTPD, Haraka, aiosmtpd, nodemailer's smtp-server, nginx's mail proxy and go-smtp's server (Debian
+// and npm packages, Go modules), runs each in namespaces of its own on loopback, sends through it with smtprelay, and compares what the client was told with what the
 // relay has queued. It needs Linux and root.
 package main
 
