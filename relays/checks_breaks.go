@@ -122,6 +122,9 @@ func killedInBody(b *bench) error {
 		if err := b.send(c, b.mail()); err != nil {
 			return err
 		}
+		if err := c.Close(); err != nil { // the next kill ends its own connection only
+			return err
+		}
 	}
 	return nil
 }
