@@ -32,7 +32,7 @@ soak: ## five million messages over loopback, one in a hundred failing
 	go test -run '^TestSoak$$' -v -timeout 3h . -soak.messages=5000000
 
 storm: ## a hundred thousand storms from random seeds
-	go test -run '^TestStorm$$' -v -timeout 3h . -storm.seeds=100000 -storm.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+	go test -run '^TestStorm$$' -v -timeout 3h ./internal/test/storm -storm.seeds=100000 -storm.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
 	go run ./internal/mutants

@@ -672,7 +672,7 @@ func TestComplaintsAreHeldByTestsThatExist(t *testing.T) {
 		t.Fatal("TESTING.md has no section on the complaints of other clients")
 	}
 	var code strings.Builder
-	for _, dir := range []string{".", "smtptest", "internal/wire"} {
+	for _, dir := range []string{".", "internal/test/dialogue", "internal/test/storm", "internal/wire", "smtptest"} {
 		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
 		if err != nil {
 			t.Fatal(err)
@@ -694,7 +694,7 @@ func TestComplaintsAreHeldByTestsThatExist(t *testing.T) {
 			t.Errorf("complaint %d is numbered %s", number, m[1])
 		}
 		for _, n := range name.FindAllStringSubmatch(m[2], -1) {
-			_, err := os.Stat(filepath.Join(scriptDir, n[1]))
+			_, err := os.Stat(filepath.Join("internal/test/dialogue/testdata", n[1]))
 			isFunc := strings.Contains(code.String(), "\nfunc "+n[1]+"(")
 			if script := strings.HasSuffix(n[1], ".txt"); script && err != nil || !script && !isFunc {
 				t.Errorf("complaint %d: there is no %s", number, n[1])

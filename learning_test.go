@@ -696,3 +696,11 @@ func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
 		}
 	})
 }
+
+// moreRecipients are those of a call with more=n.
+func moreRecipients(n int) (to []string) {
+	for i := range n {
+		to = append(to, fmt.Sprintf("r%d@y.example", i+1))
+	}
+	return to
+}

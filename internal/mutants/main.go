@@ -109,7 +109,7 @@ func try(dir string, m mutant) (verdict string, ok bool) {
 			return "caught by a dialogue: " + firstFault(out), true
 		}
 	}
-	out, err := command(dir, "test", "-run", "TestStorm", "-timeout", "5m", ".", fmt.Sprintf("-storm.seeds=%d", *seeds))
+	out, err := command(dir, "test", "-run", "TestStorm", "-timeout", "5m", "./internal/test/storm", fmt.Sprintf("-storm.seeds=%d", *seeds))
 	switch {
 	case m.file == "":
 		if err != nil {

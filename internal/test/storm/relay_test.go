@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: the strict relay of the storm, its faults and its ledger.
+package storm
 
 import (
 	"bytes"

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: every transcript played again with the connection lost after each octet, and the rules that hold whatever happens.
+package dialogue
 
 import (
 	"errors"

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: -record, which writes the transcript of a real relay.
+package dialogue
 
 import (
 	"bytes"

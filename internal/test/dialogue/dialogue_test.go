@@ -1,4 +1,6 @@
-package smtprelay_test
+// Package dialogue plays the transcripts of testdata to the client, being the relay: every command and reply, octet by octet.
+// README.md says how to write one. In this file: the tests that play them as they are written, and the player.
+package dialogue
 
 import (
 	"bytes"
@@ -31,7 +33,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the C: lines of the dialogue scripts that are run with what the client said")
 
-// TestDialogue plays the transcripts of testdata/dialogue, being the relay.
+// TestDialogue plays the transcripts of testdata, being the relay.
 func TestDialogue(t *testing.T) {
 	for _, s := range readScripts(t) {
 		t.Run(s.name, func(t *testing.T) {

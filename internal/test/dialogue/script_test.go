@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: reading transcripts. README.md describes the format; change both together.
+package dialogue
 
 import (
 	"bytes"
@@ -12,7 +13,7 @@ import (
 	"time"
 )
 
-// A script is a conversation from testdata/dialogue; the README there describes the format.
+// A script is a conversation from testdata; README.md describes the format.
 type script struct {
 	name     string
 	lines    []string          // of the file, for -update
@@ -49,7 +50,7 @@ func (s step) errorf(format string, args ...any) error {
 	return fmt.Errorf("%s: %s\n%s", s.where(), s, fmt.Sprintf(format, args...))
 }
 
-const scriptDir = "testdata/dialogue"
+const scriptDir = "testdata"
 
 // scriptFiles lists the scripts; files whose names begin with an underscore are fragments.
 func scriptFiles() ([]string, error) {

@@ -1,4 +1,7 @@
-package smtprelay_test
+// Package storm runs random senders against a random relay and holds the relay's ledger against what every Send was told. In
+// this file: the tests, and one run from its seed to its end. A new fault of the client that a seed has shown: its seed goes
+// into TestStormFound.
+package storm
 
 import (
 	"context"
@@ -93,7 +96,7 @@ func TestStormFound(t *testing.T) {
 func stormReport(t *testing.T, seed uint64) *stormRun {
 	run := stormOnce(t, seed)
 	if len(run.problems) > 0 {
-		t.Errorf("seed %d: %s\n%s\n    go test -run 'TestStorm$' -storm.seed=%d -count=20 .", seed,
+		t.Errorf("seed %d: %s\n%s\n    go test -run 'TestStorm$' -storm.seed=%d -count=20 ./internal/test/storm", seed,
 			strings.Join(run.problems, "\n    "), run.describe(150), seed)
 	}
 	return run

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: what is drawn from a seed: the relay, the client, the messages and their bodies, the ends.
+package storm
 
 import (
 	"bytes"

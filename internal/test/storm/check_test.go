@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: that the relay and the judge of the storm see faults. A storm whose relay or judge lets a fault pass finds nothing.
+package storm
 
 import (
 	"bufio"

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: the calls of a transcript (`>`), how they end (`<`), and what is checked of each.
+package dialogue
 
 import (
 	"context"

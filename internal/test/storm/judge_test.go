@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: what is right and wrong: each Send's outcome held against the relay's ledger.
+package storm
 
 import (
 	"context"

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: the relay's end of a connection, its TLS and its faults, and what it says where no transcript tells it.
+package dialogue
 
 import (
 	"bytes"

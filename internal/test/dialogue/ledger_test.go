@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here: what was said on a connection, understood: the facts that the rules of cut_test.go are checked against.
+package dialogue
 
 import (
 	"strconv"

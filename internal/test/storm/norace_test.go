@@ -1,6 +1,6 @@
 //go:build !race
 
-package smtprelay_test
+package storm
 
 // stormDefault is how many seeds take some seconds.
 const stormDefault = 3000
