@@ -29,7 +29,7 @@ relays: ## the client against real relays that this machine can install
 	cd relays && go run .
 
 soak: ## five million messages over loopback, one in a hundred failing
-	go test -run '^TestSoak$$' -v -timeout 3h . -soak.messages=5000000
+	go test -run '^TestSoak$$' -v -timeout 3h ./test -soak.messages=5000000
 
 storm: ## a hundred thousand storms from random seeds
 	go test -run '^TestStorm$$' -v -timeout 3h ./internal/test/storm -storm.seeds=100000 -storm.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')

@@ -1,17 +1,17 @@
+// Here belongs what the README promises, and no more: the acceptance tests. They believe the relay's own counters and nothing else,
+// and time nothing: where a test speaks of time, it is the fake time of a synctest bubble. Tests by topic are in test/.
 package smtprelay_test
 
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,9 +21,6 @@ import (
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
-
-// These tests hold what the README promises. They believe the relay's own counters and nothing else, and time nothing:
-// where a test speaks of time, it is the fake time of a synctest bubble.
 
 // newRelay returns a started relay with STARTTLS that is closed at the end of the test.
 func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
@@ -184,19 +181,6 @@ func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) 
 				want(t, "connections opened", len(relay.Conns()), 10)
 			})
 		})
-	}
-}
-
-// All connections get ready at the same moment here, which once seemed to call for one more.
-func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
-	for n := range 10 {
-		for range 30 {
-			synctest.Test(t, func(t *testing.T) {
-				relay := newRelay(t, far, inChunks)
-				noneFailed(t, sendAtOnce(t.Context(), newClient(t, configOf(relay)), 0, n))
-				atMost(t, fmt.Sprintf("connections for %d messages", n), len(relay.Conns()), n)
-			})
-		}
 	}
 }
 
@@ -442,10 +426,13 @@ func (s *sinkConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (s *sinkConn) Close() error                     { return nil }
-func (s *sinkConn) SetReadDeadline(time.Time) error  { return nil }
+func (s *sinkConn) Close() error { return nil }
+
+func (s *sinkConn) SetReadDeadline(time.Time) error { return nil }
+
 func (s *sinkConn) SetWriteDeadline(time.Time) error { return nil }
-func (s *sinkConn) LocalAddr() net.Addr              { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+func (s *sinkConn) LocalAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
 
 func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
 	conn := newSinkConn()
@@ -516,245 +503,6 @@ func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
 			want(t, "accepted by the relay", relay.Accepted(), 1)
 		})
 	}
-}
-
-// recorder keeps what a client writes to its connections, beneath TLS.
-type recorder struct {
-	dial func(ctx context.Context, network, addr string) (net.Conn, error)
-
-	mu  sync.Mutex // guards the field below
-	raw bytes.Buffer
-}
-
-func (r *recorder) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	conn, err := r.dial(ctx, network, addr)
-	if err != nil {
-		return nil, err
-	}
-	return &recordedConn{conn, r}, nil
-}
-
-type recordedConn struct {
-	net.Conn
-	r *recorder
-}
-
-func (c *recordedConn) Write(p []byte) (int, error) {
-	c.r.mu.Lock()
-	c.r.raw.Write(p)
-	c.r.mu.Unlock()
-	return c.Conn.Write(p)
-}
-
-func (r *recorder) written() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.raw.String()
-}
-
-// What a user sees who got the address, the port, the TLS mode, the certificate or the key wrong: one error, which names
-// the cure, and no secret sent to anybody who should not have it.
-func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
-	const password = "the-real-key-0123456789"
-	otherName := func(s *smtptest.Server) { s.CertNames = []string{"mail.example.net"} }
-	expired := func(s *smtptest.Server) { s.CertNotAfter = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC) }
-	noTLS := func(s *smtptest.Server) { s.NoTLS = true }
-
-	for _, test := range []struct {
-		name     string
-		relay    func(*smtptest.Server)
-		implicit bool // the relay speaks TLS from the first byte
-		client   func(*smtprelay.Config)
-		op       smtprelay.Op
-		says     []string
-		isTLS    bool // a TLS connection may have been set up, and credentials have gone through it
-	}{
-		{
-			name:  "certificate for another name",
-			relay: otherName,
-			op:    smtprelay.OpTLS,
-			says:  []string{"relay.example.com", "mail.example.net"},
-		},
-		{
-			name:     "certificate for another name, implicit TLS",
-			relay:    otherName,
-			implicit: true,
-			client:   func(c *smtprelay.Config) { c.Addr = "relay.example.com:465" },
-			op:       smtprelay.OpTLS,
-			says:     []string{"relay.example.com", "mail.example.net"},
-		},
-		{
-			name:  "expired certificate",
-			relay: expired,
-			op:    smtprelay.OpTLS,
-			says:  []string{"expired", "2020-01-01"},
-		},
-		{
-			name:   "certificate of an unknown authority",
-			client: func(c *smtprelay.Config) { c.TLSConfig.RootCAs = x509.NewCertPool() },
-			op:     smtprelay.OpTLS,
-			says:   []string{"unknown authority", "RootCAs"},
-		},
-		{
-			name: "a relay that has old TLS only",
-			relay: func(s *smtptest.Server) {
-				s.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
-			},
-			op:   smtprelay.OpTLS,
-			says: []string{"TLS in common", "MinVersion", "1.2"},
-		},
-		{
-			name:   "a client that wants new TLS only",
-			relay:  func(s *smtptest.Server) { s.TLS = &tls.Config{MaxVersion: tls.VersionTLS12} },
-			client: func(c *smtprelay.Config) { c.TLSConfig.MinVersion = tls.VersionTLS13 },
-			op:     smtprelay.OpTLS,
-			says:   []string{"TLS in common", "MinVersion"},
-		},
-		{
-			name:  "STARTTLS stripped",
-			relay: noTLS,
-			op:    smtprelay.OpSTARTTLS,
-			says:  []string{"does not offer STARTTLS", "465", "TLSNone"},
-		},
-		{
-			name:     "plain text on a TLS port",
-			implicit: true,
-			client: func(c *smtprelay.Config) {
-				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and says nothing
-			},
-			op:   smtprelay.OpGreeting,
-			says: []string{"TLSImplicit"},
-		},
-		{
-			name:   "wrong password",
-			client: func(c *smtprelay.Config) { c.Password = "the-wrong-key-9876543210" },
-			op:     smtprelay.OpAuth,
-			says:   []string{"535", "Password"},
-			isTLS:  true,
-		},
-		{
-			name:   "nobody listens",
-			client: func(c *smtprelay.Config) { c.Addr = closedPort(t); c.Dial = nil },
-			op:     smtprelay.OpDial,
-			says:   []string{"127.0.0.1:", "refused"},
-		},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			relay := smtptest.NewUnstartedServer()
-			relay.Password = password
-			relay.CertNames = []string{"relay.example.com"}
-			if test.relay != nil {
-				test.relay(relay)
-			}
-			if test.implicit {
-				relay.StartTLS()
-			} else {
-				relay.Start()
-			}
-			defer relay.Close()
-
-			wire := &recorder{dial: relay.Dial}
-			cfg := smtprelay.Config{
-				Addr:      "relay.example.com:587",
-				Username:  configOf(relay).Username,
-				Password:  password,
-				TLSConfig: &tls.Config{RootCAs: relay.Roots()},
-				Retry:     smtprelay.Retry{MaxAttempts: 1},
-				Dial:      wire.Dial,
-			}
-			if test.client != nil {
-				test.client(&cfg)
-			}
-			client := newClient(t, cfg)
-			m := numbered(0)
-			_, err := client.Send(t.Context(), m)
-			e, ok := errors.AsType[*smtprelay.Error](err)
-			if !ok {
-				t.Fatalf("got %T %v, want an *Error", err, err)
-			}
-			t.Logf("%v", err)
-			if e.Op != test.op || e.Outcome != smtprelay.NotAccepted {
-				t.Errorf("op %q, outcome %v; want %q, not accepted", e.Op, e.Outcome, test.op)
-			}
-			for _, words := range test.says {
-				if !strings.Contains(err.Error(), words) {
-					t.Errorf("%q does not say %q", err, words)
-				}
-			}
-			if strings.Contains(err.Error(), "\n") {
-				t.Errorf("%q is more than one line", err)
-			}
-			if err := client.Ping(t.Context()); err == nil {
-				t.Error("Ping finds nothing wrong")
-			}
-			client.Close()
-			relay.Close()
-
-			want(t, "messages at the relay", relay.Accepted(), 0)
-			if !test.isTLS {
-				want(t, "AUTHs at the relay", relay.Auths(), 0)
-			}
-			raw := wire.written()
-			for _, secret := range []string{
-				password, base64.StdEncoding.EncodeToString([]byte(password)),
-				base64.StdEncoding.EncodeToString([]byte("\x00" + cfg.Username + "\x00" + password)),
-				"AUTH", "MAIL", "RCPT", m.From, m.To[0],
-			} {
-				if strings.Contains(raw, secret) {
-					t.Errorf("%q went over the wire in the clear: %q", secret, raw)
-				}
-			}
-		})
-	}
-}
-
-// Most relays greet whoever connects, so that a client which speaks TLS on a port for STARTTLS reads a 220 where it wants
-// a ServerHello.
-func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	heard := make(chan []byte, 1)
-	go func() { // until the client closes
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer conn.Close()
-		_, _ = io.WriteString(conn, "220 relay.example.com ESMTP\r\n")
-		b, _ := io.ReadAll(conn)
-		heard <- b
-	}()
-	client := newClient(t, smtprelay.Config{
-		Addr:     l.Addr().String(),
-		TLS:      smtprelay.TLSImplicit,
-		Password: "the-real-key-0123456789",
-		Retry:    smtprelay.Retry{MaxAttempts: 1},
-	})
-	_, err = client.Send(t.Context(), numbered(0))
-	t.Log(err)
-	e, ok := errors.AsType[*smtprelay.Error](err)
-	if !ok || e.Op != smtprelay.OpTLS || e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
-		t.Errorf("got %v; want the TLS handshake to have failed, which somebody on the way may have brought about", err)
-	}
-	if !strings.Contains(err.Error(), "use TLSStartTLS") {
-		t.Errorf("%q does not name the cure", err)
-	}
-	if b := <-heard; bytes.Contains(b, []byte("AUTH")) || bytes.Contains(b, []byte("MAIL")) {
-		t.Errorf("the relay was told %q in the clear", b)
-	}
-}
-
-// closedPort returns an address of this machine at which nobody listens.
-func closedPort(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 func TestSendMailIsAllOrNothing(t *testing.T) {
@@ -851,4 +599,70 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 			want(t, fmt.Sprintf("QUITs on connection %d", c.Conn), c.Commands["QUIT"], 1)
 		}
 	})
+}
+
+// chunkSinkConn is a connection to a relay that takes messages in chunks and keeps nothing of them.
+type chunkSinkConn struct {
+	sinkConn
+	line   []byte
+	left   int    // of the chunk
+	reply  string // to it
+	mailed bool   // there was a MAIL
+}
+
+func (s *chunkSinkConn) RemoteAddr() net.Addr { return nil }
+
+func (s *chunkSinkConn) Write(p []byte) (int, error) {
+	n := len(p)
+	for len(p) > 0 {
+		if s.left > 0 {
+			k := min(s.left, len(p))
+			s.left, p, s.received = s.left-k, p[k:], s.received+int64(k)
+			if s.left == 0 {
+				s.replies <- s.reply
+			}
+			continue
+		}
+		s.line, p = append(s.line, p[0]), p[1:]
+		if !bytes.HasSuffix(s.line, []byte("\r\n")) {
+			continue
+		}
+		verb, arg, _ := strings.Cut(string(s.line[:len(s.line)-2]), " ")
+		s.line = s.line[:0]
+		switch verb {
+		case "BDAT":
+			size, _, _ := strings.Cut(arg, " ")
+			s.left, _ = strconv.Atoi(size)
+			switch {
+			case !s.mailed: // out of order
+				s.reply = "503 MAIL first\r\n"
+			case s.left == 0:
+				s.replies <- "250 ok\r\n"
+			default:
+				s.reply = "250 ok\r\n"
+			}
+		case "MAIL":
+			s.mailed = true
+			s.replies <- "250 ok\r\n"
+		case "EHLO":
+			s.replies <- "250-sink\r\n250-PIPELINING\r\n250-SIZE 2000000000\r\n250 CHUNKING\r\n"
+		case "QUIT":
+			s.replies <- "221 bye\r\n"
+			close(s.replies)
+		default:
+			s.replies <- "250 ok\r\n"
+		}
+	}
+	return n, nil
+}
+
+func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
+	conn := &chunkSinkConn{sinkConn: sinkConn{replies: make(chan string, 8)}}
+	conn.replies <- "220 sink ESMTP\r\n"
+	client := newClient(t, smtprelay.Config{
+		Addr: "sink.example:25",
+		TLS:  smtprelay.TLSNone, Chunking: true,
+		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
+	})
+	sendOneGiB(t, client, &conn.sinkConn)
 }

@@ -1,14 +1,13 @@
-// Here belongs what a hostile relay, or somebody in front of it, can make the client tell, believe or spend: echoes of the
-// credentials, words made to pass for others, challenges without end, refusals in the clear.
-package smtprelay_test
+// Here belongs a relay that says back what it was given: its echoes of the credentials are shown to nobody.
+package test
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -19,26 +18,11 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
-	"time"
 	"unicode"
 
 	"github.com/emersion/go-sasl"
-
 	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
-
-// relayOf returns a Dial that connects to a relay which serve plays.
-func relayOf(serve func(in *bufio.Reader, conn net.Conn)) func(context.Context, string, string) (net.Conn, error) {
-	return func(context.Context, string, string) (net.Conn, error) {
-		client, server := netpipe.New(0)
-		go func() { // ends with the connection
-			defer server.Close()
-			serve(bufio.NewReader(server), server)
-		}()
-		return client, nil
-	}
-}
 
 // runsOf returns the runs of twelve characters of a secret, and of its base64, that nobody may see.
 func runsOf(secret string, responses ...string) map[string]bool {
@@ -177,8 +161,9 @@ func (e *echoer) serve(in *bufio.Reader, conn net.Conn) {
 	}
 }
 
+var echoes = flag.Int64("echoes", 5000, "echoes of TestEchoesOfTheCredentialsAreShownToNobody")
+
 func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
-	const echoes = 100_000
 	for name, auth := range map[string]func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error){
 		"password": nil,
 		"Config.Auth, PLAIN": func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
@@ -229,7 +214,7 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 				see("DialInfo", fmt.Sprintf("%v", d))
 				log.DialDone(ctx, d)
 			}
-			for relay.echoes.Load() < echoes/4 && !t.Failed() {
+			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
 				relay.given.Store(false) // nothing by this Client
 				cfg := smtprelay.Config{
 					Addr: "relay.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: relayOf(relay.serve), Auth: auth, Trace: &trace,
@@ -274,12 +259,6 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 	}
 }
 
-func (l *lockedBuffer) reset() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.b.Reset()
-}
-
 const bearerResponse = "user=" + secretUser + "\x01auth=Bearer " + secretKey + "\x01\x01"
 
 // bearer is XOAUTH2.
@@ -319,208 +298,4 @@ func TestTokenInTheChallengeOfItsRefusalIsNotShown(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-}
-
-func TestChallengesWithoutEndAreGivenUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var answers atomic.Int64
-		client := newClient(t, smtprelay.Config{
-			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
-			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return talker{}, nil },
-			Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-				io.WriteString(conn, "220 relay\r\n")
-				for {
-					line, err := in.ReadString('\n')
-					switch {
-					case err != nil:
-						return
-					case strings.HasPrefix(line, "EHLO"):
-						io.WriteString(conn, "250-relay\r\n250 AUTH X-TALK\r\n")
-					default:
-						answers.Add(1)
-						io.WriteString(conn, "334 \r\n")
-					}
-				}
-			}),
-		})
-		_, err := client.Send(t.Context(), numbered(0))
-		if e := failure(err); e.Op != smtprelay.OpAuth || !strings.Contains(err.Error(), "more than 10 challenges") {
-			t.Errorf("got %v", err)
-		}
-		if n := answers.Load(); n > 13 { // AUTH, ten answers, "*", QUIT
-			t.Errorf("the client has said %d lines", n)
-		}
-	})
-}
-
-// talker is a mechanism that always has an answer.
-type talker struct{}
-
-func (talker) Start() (string, []byte, error)        { return "X-TALK", nil, nil }
-func (talker) Next(challenge []byte) ([]byte, error) { return []byte("and then?"), nil }
-
-func TestSlowChallengesAreBoundedTogether(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		client := newClient(t, smtprelay.Config{
-			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1}, Timeouts: smtprelay.Timeouts{Command: time.Minute},
-			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return talker{}, nil },
-			Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-				io.WriteString(conn, "220 relay\r\n")
-				for {
-					line, err := in.ReadString('\n')
-					switch {
-					case err != nil:
-						return
-					case strings.HasPrefix(line, "EHLO"):
-						io.WriteString(conn, "250-relay\r\n250 AUTH X-TALK\r\n")
-					default:
-						time.Sleep(25 * time.Second)
-						io.WriteString(conn, "334 \r\n")
-					}
-				}
-			}),
-		})
-		began := time.Now()
-		_, err := client.Send(t.Context(), numbered(0))
-		if e := failure(err); e.Op != smtprelay.OpAuth || !e.Timeout() || time.Since(began) != time.Minute {
-			t.Errorf("after %v: got %v", time.Since(began), err)
-		}
-		client.Close()
-		time.Sleep(time.Minute) // for the relay to end
-	})
-}
-
-func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
-	const ready, offer = "220 relay\r\n", "250-relay\r\n250 STARTTLS\r\n"
-	for _, tt := range []struct {
-		why    string
-		tls    smtprelay.TLSMode
-		script []string // the greeting, and what is said to each command
-	}{
-		{"greeting", smtprelay.TLSStartTLS, []string{"554 go away\r\n"}},
-		{"EHLO", smtprelay.TLSStartTLS, []string{ready, "554 go away\r\n"}},
-		{"EHLO not known", smtprelay.TLSStartTLS, []string{ready, "502 what?\r\n"}},
-		{"EHLO for now", smtprelay.TLSStartTLS, []string{ready, "451 later\r\n"}},
-		{"no STARTTLS offered", smtprelay.TLSStartTLS, []string{ready, "250 relay\r\n"}},
-		{"STARTTLS refused", smtprelay.TLSStartTLS, []string{ready, offer, "554 no\r\n"}},
-		{"an alert in place of TLS", smtprelay.TLSStartTLS, []string{ready, offer, "220 go\r\n\x15\x03\x03\x00\x02\x02\x28"}},
-		{"an alert", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x28"}},
-		{"protocol version", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x46"}},
-		{"a refusal in place of TLS", smtprelay.TLSImplicit, []string{"554 go away\r\n"}},
-		{"a greeting in place of TLS", smtprelay.TLSImplicit, []string{ready}},
-		{"no reply at all", smtprelay.TLSStartTLS, []string{"HTTP/1.1 400 Bad Request\r\n"}},
-	} {
-		t.Run(tt.why, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var dials atomic.Int64
-				client := newClient(t, smtprelay.Config{
-					Addr: "relay.example:587", TLS: tt.tls, Retry: smtprelay.Retry{MaxAttempts: 2},
-					Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-						dials.Add(1)
-						for i, words := range tt.script {
-							if i > 0 || tt.tls == smtprelay.TLSImplicit {
-								if _, err := in.ReadByte(); err != nil {
-									return
-								}
-							}
-							if i > 0 {
-								in.ReadString('\n')
-							}
-							io.WriteString(conn, words)
-						}
-						io.Copy(io.Discard, in)
-					}),
-				})
-				_, err := client.Send(t.Context(), numbered(0))
-				if e := failure(err); !e.Temporary() || e.Outcome != smtprelay.NotAccepted {
-					t.Errorf("got %v, want an error that is temporary", err)
-				}
-				t.Log(err, dials.Load())
-			})
-		})
-	}
-}
-
-func TestErrorIsOneLineWhateverTheRelayAndTheUserWrite(t *testing.T) {
-	const forged = "x\x1b[2J\x00\u202e\u2028\u0085"
-	for _, tt := range []struct{ why, offer, rcpt, to string }{
-		{"a refusal of lines that look like ours", "250 relay\r\n", "550-x\r\n550-2026/11/30 02:00:00 smtprelay: accepted, queued as FORGED\r\n550 " + forged + "\r\n", "b@y.example"},
-		{"a refusal with our advice", "250 relay\r\n", "550 no\"; check Username and Password\r\n", "b@y.example"},
-		{"a bare CR", "250 relay\r\n", "550 no\rsmtprelay: accepted\r\n", "b@y.example"},
-		{"a malformed reply", "250 relay\r\n", "what?" + forged + "\r\n", "b@y.example"},
-		{"keywords", "250-relay\r\n250 AUTH" + forged + "\r\n", "550 no\r\n", "b@y.example"},
-		{"mechanisms", "250-relay\r\n250 AUTH " + forged + "\r\n", "550 no\r\n", "b@y.example"},
-		{"an address", "250 relay\r\n", "550 no\r\n", "b\r\nsmtprelay: \x1b[2J\u202e@y.example"},
-		{"a long address", "250 relay\r\n", "550 no\r\n", strings.Repeat("b", 100_000) + "@y.example"},
-	} {
-		t.Run(tt.why, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var logged bytes.Buffer
-				cfg := smtprelay.Config{
-					Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 1},
-					Trace: smtprelay.LogTrace(slog.New(&plainHandler{out: &logged})),
-					Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-						io.WriteString(conn, "220 relay\r\n")
-						for {
-							line, err := in.ReadString('\n')
-							switch {
-							case err != nil:
-								return
-							case strings.HasPrefix(line, "EHLO"):
-								io.WriteString(conn, tt.offer)
-							case strings.HasPrefix(line, "RCPT"):
-								io.WriteString(conn, tt.rcpt)
-							default:
-								io.WriteString(conn, "250 ok\r\n")
-							}
-						}
-					}),
-				}
-				if strings.Contains(tt.offer, "AUTH") {
-					cfg.Username, cfg.Password = "ann", "password-0123456789"
-				}
-				client := newClient(t, cfg)
-				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{tt.to}, Body: smtprelay.Bytes([]byte("x"))})
-				if err == nil {
-					t.Fatal("no error")
-				}
-				client.Close()
-				for _, text := range []string{err.Error(), strings.ReplaceAll(logged.String(), "\n\n", "")} {
-					for _, r := range text {
-						if !unicode.IsPrint(r) {
-							t.Errorf("%U in %q", r, text)
-							break
-						}
-					}
-				}
-				if len(err.Error()) > 5000 {
-					t.Errorf("%d octets of error", len(err.Error()))
-				}
-				if strings.Contains(err.Error(), `no"; check`) {
-					t.Errorf("the relay's words pass for ours: %s", err)
-				}
-			})
-		})
-	}
-}
-
-// plainHandler logs as a program may that trusts what it is given: nothing is escaped. Records end with two line ends.
-type plainHandler struct {
-	slog.Handler
-	out *bytes.Buffer
-	mu  sync.Mutex // guards what out points to
-}
-
-func (h *plainHandler) Enabled(context.Context, slog.Level) bool { return true }
-
-func (h *plainHandler) Handle(_ context.Context, r slog.Record) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.out.WriteString(r.Message)
-	r.Attrs(func(a slog.Attr) bool {
-		fmt.Fprintf(h.out, " %s=%v", a.Key, a.Value.Any())
-		return true
-	})
-	h.out.WriteString("\n\n")
-	return nil
 }

@@ -1,54 +1,92 @@
-package smtprelay_test
+// Here belong relays that fall silent or slow: each Send ends when it should, and a reply that comes too late is given to nobody.
+package test
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	"io"
+	"net"
+	"net/textproto"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// These tests are about relays that fall silent, and callers who do not wait: each Send ends when it should, others on the
-// same connection are not harmed, and a reply that comes too late is given to nobody.
-
-// Whose context ends while the first connection is being opened is told where that has got stuck: the time-outs of the steps
-// are longer than most callers wait.
-func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
-	for _, test := range []struct {
-		step smtptest.Step
-		says string
-	}{
-		{smtptest.Connect, "has come to: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
-		{smtptest.EHLO, "has come to: EHLO"},
-		{smtptest.StartTLS, "has come to: STARTTLS"},
-		{smtptest.TLSHandshake, "has come to: TLS handshake"},
-	} {
-		t.Run(test.step.String(), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
-				relay.Fault(smtptest.Fault{At: test.step, Stall: true, Count: -1})
-				client := newClient(t, configOf(relay))
-				for _, call := range []func(context.Context) error{
-					client.Ping,
-					func(ctx context.Context) error { _, err := client.Send(ctx, numbered(0)); return err },
-				} {
-					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-					err := call(ctx)
-					cancel()
-					if !errors.Is(err, context.DeadlineExceeded) || !strings.HasSuffix(err.Error(), test.says) {
-						t.Errorf("got %v, want a deadline exceeded that ends in %q", err, test.says)
+// A relay that takes 100 octets a second is slow, but moving: no limit for a reply runs while its message is being written.
+func TestSlowRelayIsNotGivenUpWhileItReads(t *testing.T) {
+	for _, extensions := range []string{"250-SIZE 1000000\n250 PIPELINING", "250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING"} {
+		synctest.Test(t, func(t *testing.T) {
+			var taken atomic.Int64
+			dial := func(context.Context, string, string) (net.Conn, error) {
+				c, s := netpipe.New(200)
+				go func() {
+					defer s.Close()
+					br := bufio.NewReader(slowReader{s})
+					io.WriteString(s, "220 hi\r\n")
+					for {
+						l, err := br.ReadString('\n')
+						if err != nil {
+							return
+						}
+						l = strings.TrimSpace(l)
+						switch f := strings.Fields(l); {
+						case l == "DATA":
+							io.WriteString(s, "354 go\r\n")
+							n, _ := io.Copy(io.Discard, textproto.NewReader(br).DotReader())
+							taken.Add(n)
+							l = "."
+						case len(f) > 1 && f[0] == "BDAT":
+							k, _ := strconv.ParseInt(f[1], 10, 64)
+							n, _ := io.CopyN(io.Discard, br, k)
+							taken.Add(n)
+						}
+						io.WriteString(s, strings.ReplaceAll(agree(extensions, l), "\n", "\r\n")+"\r\n")
 					}
-				}
+				}()
+				return c, nil
+			}
+			ten := 10 * time.Second
+			c := bubbleClient(t, smtprelay.Config{
+				Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: dial,
+				Timeouts: smtprelay.Timeouts{Command: ten, Data: ten, FinalReply: ten, Write: ten},
 			})
+			for _, size := range []int{10_000, 150_000} {
+				m := shortMessage("b@y.example")
+				m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), size/33))
+				if _, err := c.Send(t.Context(), m); err != nil {
+					t.Errorf("%d octets: %v", size, err)
+				}
+				m.Body = pieces{bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), size/33), 5000}
+				if _, err := c.Send(t.Context(), m); err != nil {
+					t.Errorf("%d octets of a size not known: %v", size, err)
+				}
+			}
+			c.Close()
+			time.Sleep(time.Minute)
+			if n := taken.Load(); n < 300_000 {
+				t.Errorf("the relay has %d octets", n)
+			}
 		})
 	}
+}
+
+// slowReader reads 100 octets a second.
+type slowReader struct{ net.Conn }
+
+func (r slowReader) Read(p []byte) (int, error) {
+	time.Sleep(time.Second)
+	return r.Conn.Read(p[:min(len(p), 100)])
 }
 
 // A relay falls silent at each step in turn, for ever, or until after the caller has gone.
@@ -232,56 +270,6 @@ func TestSilentConnectionNearItsEndHoldsUpNobody(t *testing.T) {
 		want(t, "connections", len(relay.Conns()), 2)
 		slow.Wait()
 	})
-}
-
-// Many senders, of whom a part goes away at any moment: each of those ends at that moment, the others have all of their
-// messages accepted, and what the relay has is what everybody was told.
-func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
-	for seed := range uint64(8) {
-		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-			cfg := configOf(relay)
-			cfg.Limits.MaxConns = 3
-			client := newClient(t, cfg)
-			random := rand.New(rand.NewPCG(seed, 0))
-			const senders, messages = 20, 10
-			var mu sync.Mutex // guards all
-			var all []sent
-			var running sync.WaitGroup
-			for i := range senders {
-				patience := make([]time.Duration, messages) // before the message is given up; 0 is never
-				for j := range patience {
-					if random.IntN(4) == 0 {
-						patience[j] = rand.N(300 * time.Millisecond)
-					}
-				}
-				running.Go(func() {
-					for j, p := range patience {
-						ctx, cancel := context.WithCancel(t.Context())
-						if p > 0 {
-							time.AfterFunc(p, cancel)
-						}
-						s := sendOne(ctx, client, messages*i+j)
-						cancel()
-						if s.err != nil && (p == 0 || s.took != p || !errors.Is(s.err, context.Canceled)) {
-							t.Errorf("seed %d: message %d, given up after %v (0s: not at all), ended after %v: %v", seed, s.number, p, s.took, s.err)
-						}
-						mu.Lock()
-						all = append(all, s)
-						mu.Unlock()
-					}
-				})
-			}
-			running.Wait()
-			if err := client.Shutdown(t.Context()); err != nil {
-				t.Error(err)
-			}
-			relay.Close()
-			checkLedger(t, relay, all)
-			want(t, "sends that have ended", len(all), senders*messages)
-			atMost(t, "open at once", relay.MaxOpen(), 3)
-		})
-	}
 }
 
 // All ten connections are stuck: each Send ends at its own deadline, the places come back, and traffic goes on with the

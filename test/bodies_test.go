@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here belong bodies by their kind: readers, writers of unknown size, writers that do not stop.
+package test
 
 import (
 	"bytes"
@@ -12,29 +13,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// inChunks is a relay in memory that offers CHUNKING, and no TLS and AUTH.
-func inChunks(s *smtptest.Server) {
-	s.InMemory, s.Chunking, s.NoTLS, s.NoAuth = true, true, true, true
-}
-
 func withoutSize(s *smtptest.Server) { s.Without = []string{"SIZE"} }
-
-// pieces writes a body in pieces of so many octets.
-type pieces struct {
-	text []byte
-	size int
-}
-
-func (p pieces) WriteTo(w io.Writer) (total int64, err error) {
-	for rest := p.text; len(rest) > 0; {
-		n, err := w.Write(rest[:min(p.size, len(rest))])
-		if total += int64(n); err != nil {
-			return total, err
-		}
-		rest = rest[n:]
-	}
-	return total, nil
-}
 
 // A body of unknown size goes by DATA where the relay has not said how large a message may be, although the decision falls
 // in the middle of the body: wherever that is, dots are doubled from there on and no line end is lost.
@@ -118,4 +97,43 @@ func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 			t.Errorf("%v, and %d messages; want not accepted, and none", err, len(relay.Messages()))
 		}
 	})
+}
+
+// keptWriter is a body that writes once more to what the body before it was given.
+type keptWriter struct {
+	kept *io.Writer
+	late *error
+}
+
+func (b keptWriter) WriteTo(w io.Writer) (int64, error) {
+	if *b.kept != nil {
+		_, *b.late = io.WriteString(*b.kept, "of another message\r\n")
+	}
+	*b.kept = w
+	n, err := io.WriteString(w, "Subject: x\r\n\r\nhello\r\n")
+	return int64(n), err
+}
+
+func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
+	for _, chunking := range []bool{false, true} {
+		relay := newRelay(t, func(s *smtptest.Server) { s.Chunking = chunking })
+		client := newClient(t, configOf(relay))
+		var kept io.Writer
+		var late error
+		for range 5 {
+			m := shortMessage("b@y.example")
+			m.Body = keptWriter{&kept, &late}
+			if _, err := client.Send(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if late == nil {
+			t.Errorf("chunking %v: what was written late was taken", chunking)
+		}
+		for _, m := range relay.Messages() {
+			if strings.Contains(string(m.Body), "of another message") {
+				t.Errorf("chunking %v: a message has it: %q", chunking, m.Body)
+			}
+		}
+	}
 }

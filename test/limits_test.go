@@ -1,151 +1,40 @@
-package smtprelay_test
+// Here belong limits of connections, and of messages on one: what is configured, what the relay announces, and what it teaches.
+package test
 
 import (
 	"context"
-	"crypto/tls"
-	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/emersion/go-sasl"
-
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// These tests are about what a Client finds out about its relay, and goes by for a while: that its credentials are wrong,
-// that there are too many connections, or that a connection carries fewer messages or recipients than was configured.
-
-// observed remembers when the events passed that a fault observes.
-type observed struct {
-	mu    sync.Mutex // guards the field below
-	times []time.Time
-}
-
-func observe(relay *smtptest.Server, step smtptest.Step) *observed {
-	o := &observed{}
-	relay.Fault(smtptest.Fault{At: step, Count: -1, When: func(smtptest.Event) bool {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		o.times = append(o.times, time.Now())
-		return false
-	}})
-	return o
-}
-
-func (o *observed) all() []time.Time {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return slices.Clone(o.times)
-}
-
-// One AUTH for each period, which grows: some relays lock the account of somebody who goes on trying. In between every
-// Send fails at once, with what the relay said.
-func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
-	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near)
-		auths := observe(relay, smtptest.Auth)
-		cfg := configOf(relay)
-		cfg.Password = "revoked"
-		client := newClient(t, cfg)
-		const period = 10 * time.Minute
-		began := time.Now()
-		check := func(results []sent) {
-			for _, s := range results {
-				e := failure(s.err)
-				if e.Op != smtprelay.OpAuth || e.Code != 535 || e.Temporary() || e.Outcome != smtprelay.NotAccepted || s.took != 0 {
-					t.Fatalf("message %d after %v: %v, after %v; want the relay's 535 at once", s.number, time.Since(began), s.err, s.took)
-				}
-			}
-		}
-		check(sendAtOnce(t.Context(), client, 0, 50))
-		for i := range int(period / time.Second) {
-			time.Sleep(time.Second)
-			check(sendAtOnce(t.Context(), client, 50+i, 1))
-		}
-		times := auths.all()
-		// The first burst opens ten connections, and perhaps each of them has learnt the key's fate by a try of its own.
-		first := slices.IndexFunc(times, func(at time.Time) bool { return !at.Equal(began) })
-		if first < 1 || first > 10 {
-			t.Fatalf("AUTH at %v", times)
-		}
-		last := began
-		for i, at := range times[first:] {
-			if pause := at.Sub(last); pause < 30*time.Second || pause > 5*time.Minute+time.Second {
-				t.Errorf("the pause before AUTH %d was %v, want half a minute to five", first+i+1, pause)
-			}
-			last = at
-		}
-		// After 30 s, 1 min, 2, 4 and 5: three and a part of them in ten minutes.
-		atMost(t, "AUTHs after the first burst", len(times)-first, 4)
-		if len(times) == first {
-			t.Error("the credentials were never tried again")
-		}
-		want(t, "messages at the relay", relay.Accepted(), 0)
-		want(t, "bodies that left nevertheless", commands(relay, "BDAT"), 0)
-	})
-}
-
-// commands is how many commands with that verb the relay has carried out or refused.
-func commands(relay *smtptest.Server, verb string) (n int) {
+// mostOnOne is the largest number of transactions that a connection has had.
+func mostOnOne(relay *smtptest.Server) int {
+	most := 0
 	for _, c := range relay.Conns() {
-		n += c.Commands[verb]
+		most = max(most, c.Mails)
 	}
-	return n
+	return most
 }
 
-// With the right key again all goes on: at once with a new one from Config.Auth, and after the pause when the account is
-// repaired at the relay.
-func TestPauseOfTheCredentialsEnds(t *testing.T) {
-	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near)
-		auths := observe(relay, smtptest.Auth)
-		var key atomic.Value
-		key.Store("old key")
-		cfg := configOf(relay)
-		username, good := cfg.Username, cfg.Password
-		cfg.Username, cfg.Password = "", ""
-		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
-			return sasl.NewPlainClient("", username, key.Load().(string)), nil
+// All connections get ready at the same moment here, which once seemed to call for one more.
+func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
+	for n := range 10 {
+		for range 30 {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, far, inChunks)
+				noneFailed(t, sendAtOnce(t.Context(), newClient(t, configOf(relay)), 0, n))
+				atMost(t, fmt.Sprintf("connections for %d messages", n), len(relay.Conns()), n)
+			})
 		}
-		client := newClient(t, cfg)
-		for i := range 20 { // the same key again and again: AUTH goes out once
-			s := sendOne(t.Context(), client, i)
-			if e := failure(s.err); e.Code != 535 || s.took != 0 {
-				t.Fatalf("with the old key: %v after %v; want the 535 at once", s.err, s.took)
-			}
-			time.Sleep(time.Second)
-		}
-		want(t, "AUTHs with the old key in 20 s", len(auths.all()), 1)
-		key.Store(good)
-		time.Sleep(30 * time.Second) // the longest back-off
-		if s := sendOne(t.Context(), client, 100); s.err != nil || s.took != 0 {
-			t.Errorf("with the new key: %v after %v", s.err, s.took)
-		}
-
-		// And the key that was refused may be the right one again.
-		broken := relay.Fault(smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 account suspended"})
-		cfg = configOf(relay)
-		client = newClient(t, cfg)
-		if s := sendOne(t.Context(), client, 101); failure(s.err).Code != 535 {
-			t.Errorf("suspended: %v", s.err)
-		}
-		want(t, "535s", broken.Hits(), 1)
-		time.Sleep(29 * time.Second)
-		if s := sendOne(t.Context(), client, 102); failure(s.err).Code != 535 || s.took != 0 {
-			t.Errorf("in the pause: %v after %v; want the 535 at once", s.err, s.took)
-		}
-		time.Sleep(time.Second)
-		if s := sendOne(t.Context(), client, 103); s.err != nil {
-			t.Errorf("after the pause: %v", s.err)
-		}
-	})
+	}
 }
 
 // A relay says in many ways that there are too many connections. All of them lower the cap for a while, and as long as one
@@ -425,199 +314,6 @@ func TestLIMITSHigherThanConfiguredDoNot(t *testing.T) {
 	})
 }
 
-// 452 to a recipient says that the others may have another transaction; so does 552, which old relays say (RFC 5321,
-// 4.5.3.1.10). Each recipient gets the message once. With AllOrNothing nobody gets it, since nobody could take it back.
-func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
-	for _, reply := range []string{"452 4.5.3 Too many recipients", "452 too many", "552 too many recipients", "451 4.5.3 Too many recipients"} {
-		t.Run(reply, func(t *testing.T) {
-			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-				const most, recipients = 10, 95
-				relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
-				relay.Fault(smtptest.Fault{
-					At: smtptest.Rcpt, Reply: reply, Count: -1,
-					When: func(e smtptest.Event) bool { return len(e.To) >= most },
-				})
-				client := newClient(t, configOf(relay))
-				m := numbered(0)
-				m.To = moreRecipients(recipients)
-				m.AllOrNothing = true
-				_, err := client.Send(t.Context(), m)
-				if e := failure(err); e.Outcome != smtprelay.NotAccepted || relay.Accepted() != 0 {
-					t.Errorf("AllOrNothing: %v, and the relay has taken %d messages; want it for nobody", err, relay.Accepted())
-				}
-
-				m.AllOrNothing = false
-				receipt, err := client.Send(t.Context(), m)
-				if err != nil {
-					t.Fatal(err)
-				}
-				ids := map[string][]string{}
-				for _, got := range relay.Messages() {
-					for _, to := range got.To {
-						ids[to] = append(ids[to], got.ID)
-					}
-				}
-				want(t, "recipients", len(ids), recipients)
-				want(t, "transactions", relay.Accepted(), (recipients+most-1)/most)
-				for _, r := range receipt.Recipients {
-					if len(ids[r.To]) != 1 || ids[r.To][0] != r.QueueID || r.Outcome != smtprelay.Accepted {
-						t.Errorf("%s: %v as %q; the relay has %q", r.To, r.Outcome, r.QueueID, ids[r.To])
-					}
-				}
-			})
-		})
-	}
-}
-
-// limitRcpts has relay take n recipients in a transaction, and say so to the others.
-func limitRcpts(relay *smtptest.Server, n int) {
-	relay.Fault(smtptest.Fault{
-		At: smtptest.Rcpt, Reply: "452 4.5.3 Too many recipients", Count: -1,
-		When: func(e smtptest.Event) bool { return len(e.To) >= n },
-	})
-}
-
-func TestNumberOfRecipientsIsLearntWithinAMessage(t *testing.T) {
-	for _, tt := range []struct{ most, recipients, commands int }{
-		{1, 1000, 4500},
-		{50, 2000, 2000 + 950 + 2*40 + 150}, // the first transaction, and now and then a few too many
-	} {
-		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-			relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
-			limitRcpts(relay, tt.most)
-			m := numbered(0)
-			m.To = moreRecipients(tt.recipients)
-			if _, err := newClient(t, relay.Config()).Send(t.Context(), m); err != nil {
-				t.Fatal(err)
-			}
-			all := 0
-			for _, verb := range []string{"EHLO", "RSET", "MAIL", "RCPT", "DATA", "BDAT", "QUIT"} {
-				all += commands(relay, verb)
-			}
-			if all > tt.commands {
-				t.Errorf("%d recipients, %d in a transaction: %d commands, want at most %d", tt.recipients, tt.most, all, tt.commands)
-			}
-		})
-	}
-}
-
-func TestNumberOfRecipientsIsRememberedForAWhile(t *testing.T) {
-	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
-		limitRcpts(relay, 50)
-		client := newClient(t, relay.Config())
-		send := func() (rcpts int) {
-			before := commands(relay, "RCPT")
-			m := numbered(0)
-			m.To = moreRecipients(1000)
-			if _, err := client.Send(t.Context(), m); err != nil {
-				t.Fatal(err)
-			}
-			return commands(relay, "RCPT") - before
-		}
-		if n := send(); n < 1950 {
-			t.Errorf("at first: %d RCPT commands, want all 1000 offered at once", n)
-		}
-		if n := send(); n > 1050 {
-			t.Errorf("then: %d RCPT commands, want 1000 and a few", n)
-		}
-		time.Sleep(11 * time.Minute)
-		if n := send(); n < 1950 {
-			t.Errorf("after eleven minutes: %d RCPT commands, want all 1000 offered at once", n)
-		}
-	})
-}
-
-// Postfix hangs up on the twentieth refusal of a session. What it took by then is the number; nothing is unknown, since it was
-// leaving when it came to the message.
-func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
-	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
-		var refused atomic.Int64
-		relay.Fault(smtptest.Fault{
-			At: smtptest.Rcpt, Reply: "421 4.7.0 Error: too many errors", Drop: true,
-			When: func(smtptest.Event) bool { return refused.Load() == 20 },
-		})
-		relay.Fault(smtptest.Fault{
-			At: smtptest.Rcpt, Reply: "452 4.5.3 Error: too many recipients", Count: -1,
-			When: func(e smtptest.Event) bool {
-				if len(e.To) < 50 {
-					return false
-				}
-				refused.Add(1)
-				return true
-			},
-		})
-		client := newClient(t, relay.Config())
-		if _, err := client.Send(t.Context(), numbered(1)); err != nil { // behind AUTH the body would wait for all replies
-			t.Fatal(err)
-		}
-		m := numbered(0)
-		m.To = moreRecipients(200)
-		if _, err := client.Send(t.Context(), m); err != nil {
-			t.Fatal(err)
-		}
-		want(t, "transactions", relay.Accepted(), 1+4)
-		want(t, "connections", len(relay.Conns()), 2)
-	})
-}
-
-// A mailbox that is full has the same code as one recipient too many.
-func TestFullMailboxesTeachNoNumber(t *testing.T) {
-	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near)
-		var lifted atomic.Bool
-		relay.Fault(smtptest.Fault{
-			At: smtptest.Rcpt, Reply: "452 4.2.2 mailbox full", Count: -1,
-			When: func(e smtptest.Event) bool { return !lifted.Load() && e.Rcpt != "r1@y.example" },
-		})
-		client := newClient(t, relay.Config())
-		m := numbered(0)
-		m.To = moreRecipients(5)
-		for range 2 {
-			_, err := client.Send(t.Context(), m)
-			want(t, "refused", len(failure(err).Refused), 4)
-		}
-		lifted.Store(true)
-		before := relay.Accepted()
-		if _, err := client.Send(t.Context(), m); err != nil {
-			t.Fatal(err)
-		}
-		want(t, "transactions", relay.Accepted()-before, 1)
-	})
-}
-
-func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T) {
-	for _, tt := range []struct {
-		why                    string
-		max, recipients, as    int
-		allOrNothing, onceOnly bool
-	}{
-		{why: "a thousand", recipients: 1000, as: 1},
-		{why: "more than that", recipients: 2001, as: 3},
-		{why: "no limit", max: -1, recipients: 2001, as: 1},
-		{why: "AllOrNothing is one transaction", recipients: 2001, as: 1, allOrNothing: true},
-		{why: "and so is what can be written once only", recipients: 2001, as: 1, onceOnly: true},
-	} {
-		t.Run(tt.why, func(t *testing.T) {
-			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-				relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
-				cfg := relay.Config()
-				cfg.Limits.MaxRecipients = tt.max
-				m := numbered(0)
-				m.To, m.AllOrNothing = moreRecipients(tt.recipients), tt.allOrNothing
-				if tt.onceOnly {
-					m.Body = smtprelay.Reader(strings.NewReader("Subject: once\r\n\r\nonce\r\n"))
-				}
-				if _, err := newClient(t, cfg).Send(t.Context(), m); err != nil {
-					t.Fatal(err)
-				}
-				want(t, "transactions", relay.Accepted(), tt.as)
-			})
-		})
-	}
-}
-
 // Two programs that share one allowance of ten: each thinks that all of it is its own, and both get on.
 func TestTwoClientsShareAnAllowance(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -678,29 +374,96 @@ func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 	})
 }
 
-// A relay that wants another mechanism says so for good. A wrong certificate may be that of somebody on the way, who may be
-// gone later. Both are told at once, and nobody tries again.
-func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true; s.Mechanisms = []string{"XOAUTH2"} })
-		stranger := configOf(relay)
-		stranger.TLSConfig = &tls.Config{}
-		for i, cfg := range []smtprelay.Config{configOf(relay), stranger} {
-			before := len(relay.Conns())
-			cfg.Retry.MaxAttempts = -1
-			s := sendOne(t.Context(), newClient(t, cfg), 0)
-			if e := failure(s.err); e.Temporary() != (i == 1) || e.Outcome != smtprelay.NotAccepted || errors.Is(s.err, context.DeadlineExceeded) {
-				t.Errorf("%v; want an error that is told at once, temporary: %t", s.err, i == 1)
-			}
-			want(t, "connections", len(relay.Conns())-before, 1)
-		}
+// A sender who has the next message ready as soon as one is accepted uses one connection, and not one more each time that
+// he is faster than the bookkeeping.
+func TestLoneSenderNeverOpensASecondConnection(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxMessages = -1 })
+		cfg := configOf(relay)
+		cfg.Limits.MaxMessagesPerConn = -1
+		client := newClient(t, cfg)
+		sendNumbered(t, client, 500, 1)
+		want(t, "connections opened", len(relay.Conns()), 1)
 	})
 }
 
-// moreRecipients are those of a call with more=n.
-func moreRecipients(n int) (to []string) {
-	for i := range n {
-		to = append(to, fmt.Sprintf("r%d@y.example", i+1))
+// A relay that takes its time to close: its connections count until then, and the cap holds.
+func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
+		relay.Fault(smtptest.Fault{At: smtptest.Quit, Delay: 3 * time.Second, Count: -1})
+		cfg := configOf(relay)
+		cfg.Limits.MaxMessagesPerConn = 5
+		client := newClient(t, cfg)
+		all := sendAtOnce(t.Context(), client, 0, 500)
+		client.Close()
+		allAccepted(t, relay, all)
+		want(t, "most open at once", relay.MaxOpen(), 10)
+		want(t, "connections refused", relay.Refused421(), 0)
+	})
+	for _, secure := range []bool{false, true} {
+		t.Run(fmt.Sprintf("over sockets, TLS: %t", secure), func(t *testing.T) {
+			relay := newRelay(t, func(s *smtptest.Server) { s.NoTLS = !secure })
+			cfg := configOf(relay)
+			cfg.Limits.MaxMessagesPerConn = 5
+			client := newClient(t, cfg)
+			all := sendAtOnce(t.Context(), client, 0, 250)
+			client.Close()
+			allAccepted(t, relay, all)
+			atMost(t, "open at once", relay.MaxOpen(), 10)
+			want(t, "connections refused", relay.Refused421(), 0)
+		})
 	}
-	return to
+}
+
+func TestShortSessionsDoNotHoldBackOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var conns atomic.Int64
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			conns.Store(max(conns.Load(), int64(n)))
+			if l == "." {
+				time.Sleep(500 * time.Millisecond)
+			}
+			return agree("250-PIPELINING\n250 LIMITS MAILMAX=20", l)
+		})})
+		c.Send(t.Context(), shortMessage("b@y.example"))
+		done := make(chan bool, 15)
+		for range 15 {
+			go func() { c.Send(t.Context(), shortMessage("b@y.example")); done <- true }()
+		}
+		for range 15 {
+			<-done
+		}
+		if n := conns.Load(); n < 5 {
+			t.Errorf("15 messages at once on %d connections", n)
+		}
+		c.Close()
+	})
+}
+
+func TestConnectionThatIsOldBeforeItIsReadyCarriesAMessage(t *testing.T) {
+	for _, age := range []time.Duration{5 * time.Second, time.Nanosecond} {
+		synctest.Test(t, func(t *testing.T) {
+			var conns atomic.Int64
+			c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1, MaxConnAge: age}, Dial: answering(0, func(n int, l string) string {
+				conns.Store(int64(n))
+				if l == "" {
+					time.Sleep(6 * time.Second) // as a relay does that waits for who speaks first
+				}
+				return agree("250 PIPELINING", l)
+			})})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			for i := range 3 {
+				if _, err := c.Send(ctx, shortMessage("b@y.example")); err != nil {
+					t.Errorf("age %v, message %d: %v", age, i, err)
+				}
+			}
+			c.Close()
+			if n := conns.Load(); n != 3 {
+				t.Errorf("age %v: %d connections for 3 messages", age, n)
+			}
+			time.Sleep(time.Minute)
+		})
+	}
 }

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here belong mistakes of the caller: they are told before anything is written, and no connection is touched.
+package test
 
 import (
 	"context"

@@ -1,4 +1,6 @@
-package smtprelay_test
+// Here belongs the end of a Client: Close and Shutdown, idle, under load and while connections open. The bubble that each test runs in
+// fails it if a goroutine is left.
+package test
 
 import (
 	"context"
@@ -13,8 +15,6 @@ import (
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
-
-// These tests are about the end of a Client. The bubble that each of them runs in fails it if a goroutine is left.
 
 // load is traffic that goes on until the client is closed.
 type load struct {

@@ -1,0 +1,97 @@
+// Here belong bodies in chunks (BDAT): refused chunks, and the end that stands behind the last one.
+package test
+
+import (
+	"bytes"
+	"io"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var refused bool
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(1<<20, func(_ int, l string) string {
+			if strings.HasPrefix(l, "BDAT") && l != "BDAT 8" {
+				if refused {
+					return "503 5.5.1 bad sequence"
+				}
+				refused = true
+				return "452 4.3.1 insufficient storage"
+			}
+			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+		})})
+		m := shortMessage("b@y.example")
+		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("hello world, this\r\n"), 12000))
+		_, err := c.Send(t.Context(), m)
+		e := err.(*smtprelay.Error)
+		if e.Code != 452 {
+			t.Errorf("code %d, want 452; temporary=%v", e.Code, e.Temporary())
+		}
+		c.Close()
+	})
+}
+
+func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var bd atomic.Int64
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				if bd.Add(1) == 1 {
+					time.Sleep(100 * time.Millisecond)
+				}
+			}
+			if l == "RSET" && bd.Load() == 1 {
+				time.Sleep(6 * time.Second)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		errs := make(chan error, 4)
+		for range 4 {
+			go func() { _, err := c.Send(t.Context(), shortMessage("b@y.example")); errs <- err }()
+		}
+		for range 4 {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		c.Close()
+	})
+}
+
+func TestLastChunkIsNotSentOnceAChunkWasRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") && !strings.HasSuffix(l, "LAST") {
+				return "452 4.3.1 no room for this chunk"
+			}
+			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+		})})
+		m := shortMessage("b@y.example")
+		m.Body = slowChunks{}
+		_, err := c.Send(t.Context(), m)
+		if err == nil {
+			t.Error("truncated message, chunk known to be refused, reported accepted")
+		}
+		c.Close()
+	})
+}
+
+type slowChunks struct{}
+
+func (slowChunks) WriteTo(w io.Writer) (total int64, err error) {
+	for range 3 {
+		n, err := w.Write(bytes.Repeat([]byte("0123456789abcdef0123456789abcd\r\n"), 900))
+		total += int64(n)
+		if err != nil {
+			return total, err
+		}
+		time.Sleep(time.Second)
+	}
+	return total, nil
+}

@@ -1,0 +1,358 @@
+// Here belong callers whose context ends: each Send ends when it should, and harms nobody else.
+package test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/textproto"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+func TestContextIsTheBudgetOfAllTries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var nobody noRelay
+		cfg := nobody.config()
+		cfg.Retry.MaxAttempts = -1
+		client := newClient(t, cfg)
+		for _, budget := range []time.Duration{time.Millisecond, time.Second, time.Minute, time.Hour} {
+			ctx, cancel := context.WithTimeout(t.Context(), budget)
+			before := len(nobody.dials())
+			s := sendOne(ctx, client, 0)
+			cancel()
+			e := failure(s.err)
+			want(t, "attempts", e.Attempts, max(len(nobody.dials())-before, 1))
+			if s.took != budget || !errors.Is(s.err, context.DeadlineExceeded) || !e.Timeout() || e.Outcome != smtprelay.NotAccepted {
+				t.Errorf("ended after %v with %v; want the end of the context after %v, not accepted", s.took, s.err, budget)
+			}
+			if !errors.Is(s.err, syscall.ECONNREFUSED) && !contains(s.err, "connection refused") {
+				t.Errorf("%q does not say why there was no connection", s.err)
+			}
+		}
+	})
+}
+
+func TestPingEndsWithItsContextAtASilentAuth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Dial: answering(0, func(_ int, l string) string {
+			if strings.HasPrefix(l, "AUTH") {
+				time.Sleep(time.Hour)
+			}
+			return agree("250-PIPELINING\n250 AUTH PLAIN", l)
+		})})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		began := time.Now()
+		err := c.Ping(ctx)
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || took != time.Second {
+			t.Errorf("got %v after %v, want the context's error after a second", err, took)
+		}
+		c.Close()
+		time.Sleep(2 * time.Hour)
+	})
+}
+
+type slowBody struct{}
+
+func (slowBody) WriteTo(w io.Writer) (int64, error) {
+	time.Sleep(2 * time.Second)
+	n, err := w.Write(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 124))
+	return int64(n), err
+}
+
+func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stall := make(chan struct{})
+		dial := func(context.Context, string, string) (net.Conn, error) {
+			c, s := netpipe.New(600)
+			go func() {
+				defer s.Close()
+				br := bufio.NewReaderSize(s, 16)
+				io.WriteString(s, "220 hi\r\n")
+				n := 0
+				for {
+					l, err := br.ReadString('\n')
+					if err != nil {
+						return
+					}
+					l = strings.TrimSpace(l)
+					if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+						k, _ := strconv.Atoi(f[1])
+						io.CopyN(io.Discard, br, int64(k))
+						if n++; n == 4 { // the question first, then what is sent of A: a chunk and the end
+							<-stall
+						}
+					}
+					io.WriteString(s, strings.ReplaceAll(agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l), "\n", "\r\n")+"\r\n")
+				}
+			}()
+			return c, nil
+		}
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: dial})
+		big := func() smtprelay.Message {
+			m := shortMessage("b@y.example")
+			m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 30))
+			return m
+		}
+		res := make(chan string, 5)
+		send := func(ctx context.Context, name string, m smtprelay.Message) {
+			go func() { _, err := c.Send(ctx, m); res <- fmt.Sprintf("%s: %v", name, err) }()
+			synctest.Wait()
+		}
+		m := big()
+		m.Body = slowBody{}
+		send(t.Context(), "A", m)
+		send(t.Context(), "B", big())
+		send(t.Context(), "C", big())
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		send(ctx, "D", big())
+		send(t.Context(), "E", big())
+		time.Sleep(time.Minute)
+		close(stall)
+		for range 5 {
+			if r := <-res; !strings.HasPrefix(r, "D") && !strings.HasSuffix(r, ": <nil>") {
+				t.Error(r)
+			}
+		}
+		c.Close()
+	})
+}
+
+// B, a large message behind A, is cancelled while its write is blocked: A's final reply, due in 20 s, is awaited for 2 s only.
+func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: answering(600, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				time.Sleep(20 * time.Second)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		res := make(chan error, 1)
+		go func() {
+			_, err := c.Send(t.Context(), shortMessage("b@y.example"))
+			res <- err
+		}()
+		time.Sleep(time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		m := shortMessage("b@y.example")
+		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 3000))
+		if _, err := c.Send(ctx, m); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v, want the context's error", err)
+		}
+		if err := <-res; err != nil {
+			t.Errorf("its neighbour was told %v", err)
+		}
+		c.Close()
+		time.Sleep(time.Hour)
+	})
+}
+
+func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				time.Sleep(time.Minute)
+			}
+			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})})
+		first := make(chan error, 1)
+		go func() {
+			m := shortMessage("b@y.example")
+			m.Body = slowBody{}
+			_, err := c.Send(t.Context(), m)
+			first <- err
+		}()
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		began := time.Now()
+		m := shortMessage("b@y.example", "c@y.example")
+		m.AllOrNothing = true
+		_, err := c.Send(ctx, m)
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || !smtprelay.SafeToRetry(err) || took != 10*time.Second {
+			t.Errorf("got %v after %v, want the context's error after 10 s", err, took)
+		}
+		if err := <-first; err != nil {
+			t.Errorf("the message before: %v", err)
+		}
+		c.Close()
+		time.Sleep(time.Minute)
+	})
+}
+
+// A relay that has stopped reading holds up whoever writes for a while, but nobody beyond his context.
+func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T) {
+	for _, test := range []struct {
+		extensions   string
+		window, size int
+		recipients   int
+	}{
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 64 << 10, 13_000, 1},
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 600, 1000, 1},
+		{"250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING", 600, 1000, 1000},
+		{"250 PIPELINING", 600, 1000, 1},
+		{"250 PIPELINING", 600, 1000, 1000},
+		{"250 PIPELINING", 600, 16300, 1},
+	} {
+		t.Run(fmt.Sprintf("%v", test), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				stall := make(chan struct{})
+				dial := func(context.Context, string, string) (net.Conn, error) {
+					c, s := netpipe.New(test.window)
+					go func() {
+						defer s.Close()
+						br := bufio.NewReaderSize(s, 16)
+						io.WriteString(s, "220 hi\r\n")
+						for l := ""; ; {
+							var err error
+							if l, err = br.ReadString('\n'); err != nil {
+								return
+							}
+							l = strings.TrimSpace(l)
+							if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+								k, _ := strconv.Atoi(f[1])
+								io.CopyN(io.Discard, br, int64(k))
+								<-stall
+							}
+							if _, err := io.WriteString(s, strings.ReplaceAll(agree(test.extensions, l), "\n", "\r\n")+"\r\n"); err != nil {
+								return
+							}
+							if l == "DATA" {
+								br.ReadString('\n')
+								<-stall
+								io.Copy(io.Discard, textproto.NewReader(br).DotReader())
+								io.WriteString(s, "250 ok\r\n")
+							}
+						}
+					}()
+					return c, nil
+				}
+				c := bubbleClient(t, smtprelay.Config{Dial: dial, Limits: smtprelay.Limits{MaxConns: 1, MaxInFlight: 32}})
+				var senders sync.WaitGroup
+				for i := range 20 {
+					senders.Go(func() {
+						m := shortMessage("b@y.example")
+						if m.Body = (slowBody{}); i > 0 {
+							for range test.recipients - 1 {
+								m.To = append(m.To, "b@y.example")
+							}
+							m.Body = smtprelay.Bytes(bytes.Repeat([]byte("0123456789abcdef0123456789abcd\r\n"), test.size/32))
+							time.Sleep(time.Second)
+						}
+						ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+						defer cancel()
+						began := time.Now()
+						_, err := c.Send(ctx, m)
+						if took := time.Since(began); took > 10*time.Second {
+							t.Errorf("message %d: %v after %v", i, err, took)
+						}
+					})
+				}
+				senders.Wait()
+				close(stall)
+				c.Close()
+				time.Sleep(time.Hour)
+			})
+		})
+	}
+}
+
+// Whose context ends while the first connection is being opened is told where that has got stuck: the time-outs of the steps
+// are longer than most callers wait.
+func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
+	for _, test := range []struct {
+		step smtptest.Step
+		says string
+	}{
+		{smtptest.Connect, "has come to: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
+		{smtptest.EHLO, "has come to: EHLO"},
+		{smtptest.StartTLS, "has come to: STARTTLS"},
+		{smtptest.TLSHandshake, "has come to: TLS handshake"},
+	} {
+		t.Run(test.step.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
+				relay.Fault(smtptest.Fault{At: test.step, Stall: true, Count: -1})
+				client := newClient(t, configOf(relay))
+				for _, call := range []func(context.Context) error{
+					client.Ping,
+					func(ctx context.Context) error { _, err := client.Send(ctx, numbered(0)); return err },
+				} {
+					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+					err := call(ctx)
+					cancel()
+					if !errors.Is(err, context.DeadlineExceeded) || !strings.HasSuffix(err.Error(), test.says) {
+						t.Errorf("got %v, want a deadline exceeded that ends in %q", err, test.says)
+					}
+				}
+			})
+		})
+	}
+}
+
+// Many senders, of whom a part goes away at any moment: each of those ends at that moment, the others have all of their
+// messages accepted, and what the relay has is what everybody was told.
+func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
+	for seed := range uint64(8) {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
+			cfg := configOf(relay)
+			cfg.Limits.MaxConns = 3
+			client := newClient(t, cfg)
+			random := rand.New(rand.NewPCG(seed, 0))
+			const senders, messages = 20, 10
+			var mu sync.Mutex // guards all
+			var all []sent
+			var running sync.WaitGroup
+			for i := range senders {
+				patience := make([]time.Duration, messages) // before the message is given up; 0 is never
+				for j := range patience {
+					if random.IntN(4) == 0 {
+						patience[j] = rand.N(300 * time.Millisecond)
+					}
+				}
+				running.Go(func() {
+					for j, p := range patience {
+						ctx, cancel := context.WithCancel(t.Context())
+						if p > 0 {
+							time.AfterFunc(p, cancel)
+						}
+						s := sendOne(ctx, client, messages*i+j)
+						cancel()
+						if s.err != nil && (p == 0 || s.took != p || !errors.Is(s.err, context.Canceled)) {
+							t.Errorf("seed %d: message %d, given up after %v (0s: not at all), ended after %v: %v", seed, s.number, p, s.took, s.err)
+						}
+						mu.Lock()
+						all = append(all, s)
+						mu.Unlock()
+					}
+				})
+			}
+			running.Wait()
+			if err := client.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+			relay.Close()
+			checkLedger(t, relay, all)
+			want(t, "sends that have ended", len(all), senders*messages)
+			atMost(t, "open at once", relay.MaxOpen(), 3)
+		})
+	}
+}

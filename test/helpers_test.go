@@ -1,0 +1,404 @@
+// Package test holds the tests of the client's behaviour, by topic, through its public interface alone. Time is that of a synctest
+// bubble wherever a test speaks of time. TESTING.md says where a new test goes.
+//
+// In this file: what tests of several topics need. What one topic needs stands in its file.
+package test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/netpipe"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// newRelay returns a started relay with STARTTLS that is closed at the end of the test.
+func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
+	t.Helper()
+	relay := smtptest.NewUnstartedServer()
+	for _, f := range set {
+		f(relay)
+	}
+	relay.Start()
+	t.Cleanup(relay.Close)
+	return relay
+}
+
+// configOf is the configuration for relay, with Chunking where the relay offers it.
+func configOf(relay *smtptest.Server) smtprelay.Config {
+	cfg := relay.Config()
+	cfg.Chunking = relay.Chunking
+	return cfg
+}
+
+func newClient(t *testing.T, cfg smtprelay.Config) *smtprelay.Client {
+	t.Helper()
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+// far is a relay in memory, for use in a synctest bubble, at a distance of 20 ms.
+func far(s *smtptest.Server) {
+	s.InMemory = true
+	s.Delay = 20 * time.Millisecond
+	s.DropBodies = true
+}
+
+// numbered returns the ith of many messages that all differ.
+func numbered(i int) smtprelay.Message {
+	return smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{fmt.Sprintf("customer%d@example.org", i)},
+		Body: smtprelay.Bytes(fmt.Appendf(nil, "Subject: order %d\r\n\r\nIt is ready.\r\n", i)),
+	}
+}
+
+// sendNumbered sends n messages from so many goroutines and fails the test if one of them is not accepted.
+func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
+	t.Helper()
+	numbers := make(chan int)
+	var senders sync.WaitGroup
+	for range goroutines {
+		senders.Go(func() {
+			for i := range numbers {
+				if _, err := client.Send(t.Context(), numbered(i)); err != nil {
+					t.Errorf("message %d: %v", i, err)
+				}
+			}
+		})
+	}
+	for i := range n {
+		numbers <- i
+	}
+	close(numbers)
+	senders.Wait()
+}
+
+// want fails the test if a figure is not what it should be.
+func want(t *testing.T, what string, got, want int) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: got %d, want %d", what, got, want)
+	}
+}
+
+func atMost(t *testing.T, what string, got, most int) {
+	t.Helper()
+	if got > most {
+		t.Errorf("%s: got %d, want at most %d", what, got, most)
+	}
+}
+
+// commands is how many commands with that verb the relay has carried out or refused.
+func commands(relay *smtptest.Server, verb string) (n int) {
+	for _, c := range relay.Conns() {
+		n += c.Commands[verb]
+	}
+	return n
+}
+
+// inBothModes runs a test in a bubble of its own with a relay that takes bodies by DATA, and again with one that takes them
+// in chunks. near sets up a relay of the kind, in memory and without TLS.
+func inBothModes(t *testing.T, f func(t *testing.T, near func(*smtptest.Server))) {
+	t.Helper()
+	for _, chunking := range []bool{false, true} {
+		name := map[bool]string{false: "by DATA", true: "in chunks"}[chunking]
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f(t, func(s *smtptest.Server) {
+					s.InMemory, s.NoTLS, s.Chunking = true, true, chunking
+				})
+			})
+		})
+	}
+}
+
+// bodyStep is the step at which the relay is asked to take a body.
+func bodyStep(relay *smtptest.Server) smtptest.Step {
+	if relay.Chunking {
+		return smtptest.Bdat
+	}
+	return smtptest.Data
+}
+
+// sent is what became of a message.
+type sent struct {
+	number  int
+	receipt smtprelay.Receipt
+	err     error
+	began   time.Time
+	took    time.Duration
+}
+
+func (s sent) outcome() smtprelay.Outcome {
+	if s.err == nil {
+		return smtprelay.Accepted
+	}
+	return failure(s.err).Outcome
+}
+
+// failure returns err as the *Error that it must be.
+func failure(err error) *smtprelay.Error {
+	e, ok := errors.AsType[*smtprelay.Error](err)
+	if !ok {
+		return &smtprelay.Error{Op: "no *Error", Err: err}
+	}
+	return e
+}
+
+// sendAtOnce sends the messages with numbers from first on, n of them, all at the same time, and returns what became of
+// them, in their order.
+func sendAtOnce(ctx context.Context, client *smtprelay.Client, first, n int) []sent {
+	results := make([]sent, n)
+	var senders sync.WaitGroup
+	for i := range n {
+		senders.Go(func() { results[i] = sendOne(ctx, client, first+i) })
+	}
+	senders.Wait()
+	return results
+}
+
+func sendOne(ctx context.Context, client *smtprelay.Client, number int) sent {
+	s := sent{number: number, began: time.Now()}
+	s.receipt, s.err = client.Send(ctx, numbered(number))
+	s.took = time.Since(s.began)
+	return s
+}
+
+// checkLedger holds what the callers were told against what the relay has: each message that was accepted is there once,
+// under the queue ID of its receipt; none that was not accepted is; of those whose fate is unknown there is one copy at most.
+func checkLedger(t *testing.T, relay *smtptest.Server, results []sent) {
+	t.Helper()
+	ids := map[string][]string{}
+	for _, m := range relay.Messages() {
+		ids[m.To[0]] = append(ids[m.To[0]], m.ID)
+	}
+	accepted := 0
+	for _, s := range results {
+		got := ids[numbered(s.number).To[0]]
+		switch s.outcome() {
+		case smtprelay.Accepted:
+			accepted++
+			if len(got) != 1 || got[0] != s.receipt.QueueID {
+				t.Errorf("message %d was accepted as %q; the relay has it as %q", s.number, s.receipt.QueueID, got)
+			}
+		case smtprelay.NotAccepted:
+			if len(got) != 0 {
+				t.Errorf("message %d was not accepted (%v); the relay has it as %q", s.number, s.err, got)
+			}
+		default:
+			if len(got) > 1 {
+				t.Errorf("message %d, whose fate is unknown, is at the relay %d times", s.number, len(got))
+			}
+		}
+	}
+	if accepted > relay.Accepted() {
+		t.Errorf("%d messages were accepted; the relay has %d", accepted, relay.Accepted())
+	}
+	want(t, "duplicates", relay.Duplicates(), 0)
+}
+
+// allAccepted fails the test for each message that was not accepted, and checks the ledger.
+func allAccepted(t *testing.T, relay *smtptest.Server, results []sent) {
+	t.Helper()
+	noneFailed(t, results)
+	checkLedger(t, relay, results)
+}
+
+func noneFailed(t *testing.T, results []sent) {
+	t.Helper()
+	for _, s := range results {
+		if s.err != nil {
+			t.Errorf("message %d: %v", s.number, s.err)
+		}
+	}
+}
+
+// noRelay is a Dial that fails, and remembers when it was asked.
+type noRelay struct {
+	mu    sync.Mutex // guards the field below
+	times []time.Time
+}
+
+func (n *noRelay) Dial(context.Context, string, string) (net.Conn, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.times = append(n.times, time.Now())
+	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+}
+
+func (n *noRelay) dials() []time.Time {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.times
+}
+
+func (n *noRelay) config() smtprelay.Config {
+	return smtprelay.Config{Addr: "relay.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: n.Dial}
+}
+
+func contains(err error, words string) bool {
+	return err != nil && strings.Contains(err.Error(), words)
+}
+
+// inChunks is a relay in memory that offers CHUNKING, and no TLS and AUTH.
+func inChunks(s *smtptest.Server) {
+	s.InMemory, s.Chunking, s.NoTLS, s.NoAuth = true, true, true, true
+}
+
+// pieces writes a body in pieces of so many octets.
+type pieces struct {
+	text []byte
+	size int
+}
+
+func (p pieces) WriteTo(w io.Writer) (total int64, err error) {
+	for rest := p.text; len(rest) > 0; {
+		n, err := w.Write(rest[:min(p.size, len(rest))])
+		if total += int64(n); err != nil {
+			return total, err
+		}
+		rest = rest[n:]
+	}
+	return total, nil
+}
+
+// answering dials a relay of which h gives the answer to each command line of the nth connection: to "" its greeting, to "."
+// and BDAT when the body is in.
+func answering(buf int, h func(n int, line string) string) func(ctx context.Context, _, _ string) (net.Conn, error) {
+	var n atomic.Int64
+	return func(context.Context, string, string) (net.Conn, error) {
+		id := int(n.Add(1))
+		c, s := netpipe.New(buf)
+		go func() {
+			defer s.Close()
+			say := func(t string) bool {
+				if t == "" {
+					return true
+				}
+				_, err := io.WriteString(s, strings.ReplaceAll(t, "\n", "\r\n")+"\r\n")
+				return err == nil
+			}
+			if !say(h(id, "")) {
+				return
+			}
+			br := bufio.NewReader(s)
+			data := false
+			for {
+				l, err := br.ReadString('\n')
+				if err != nil {
+					return
+				}
+				l = strings.TrimRight(l, "\r\n")
+				if data && l != "." {
+					continue
+				}
+				data = false
+				if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
+					k, _ := strconv.Atoi(f[1])
+					if _, err := io.CopyN(io.Discard, br, int64(k)); err != nil {
+						return
+					}
+				}
+				r := h(id, l)
+				data = strings.HasPrefix(r, "354")
+				if !say(r) || l == "QUIT" {
+					return
+				}
+			}
+		}()
+		return c, nil
+	}
+}
+
+// agree is a relay that takes everything, and offers what ext says.
+func agree(ext, line string) string {
+	switch {
+	case line == "":
+		return "220 hi"
+	case strings.HasPrefix(line, "EHLO"):
+		return "250-hi\n" + ext
+	case line == "DATA":
+		return "354 go"
+	case line == "BDAT 8": // out of order
+		return "503 MAIL first"
+	case line == "QUIT":
+		return "221 bye"
+	case strings.HasPrefix(line, "AUTH"):
+		return "235 ok"
+	}
+	return "250 ok"
+}
+
+func bubbleClient(t *testing.T, c smtprelay.Config) *smtprelay.Client {
+	c.Addr, c.TLS, c.Chunking = "relay.example:587", smtprelay.TLSNone, true
+	cl, err := smtprelay.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cl.Close() })
+	return cl
+}
+
+func shortMessage(to ...string) smtprelay.Message {
+	return smtprelay.Message{From: "a@x.example", To: to, Body: smtprelay.Bytes([]byte("Subject: x\r\n\r\nhello\r\n"))}
+}
+
+const (
+	secretUser = "secret-tests-user"
+	secretKey  = "SG.k3y-with/odd+chars=.and%percent"
+)
+
+// lockedBuffer is a buffer that many goroutines write to.
+type lockedBuffer struct {
+	mu sync.Mutex // guards the field below
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// relayOf returns a Dial that connects to a relay which serve plays.
+func relayOf(serve func(in *bufio.Reader, conn net.Conn)) func(context.Context, string, string) (net.Conn, error) {
+	return func(context.Context, string, string) (net.Conn, error) {
+		client, server := netpipe.New(0)
+		go func() { // ends with the connection
+			defer server.Close()
+			serve(bufio.NewReader(server), server)
+		}()
+		return client, nil
+	}
+}
+
+func (l *lockedBuffer) reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b.Reset()
+}

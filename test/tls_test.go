@@ -1,0 +1,313 @@
+// Here belong STARTTLS and TLS, wrong settings of it, and what is believed of a relay before it.
+package test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// recorder keeps what a client writes to its connections, beneath TLS.
+type recorder struct {
+	dial func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	mu  sync.Mutex // guards the field below
+	raw bytes.Buffer
+}
+
+func (r *recorder) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := r.dial(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	return &recordedConn{conn, r}, nil
+}
+
+type recordedConn struct {
+	net.Conn
+	r *recorder
+}
+
+func (c *recordedConn) Write(p []byte) (int, error) {
+	c.r.mu.Lock()
+	c.r.raw.Write(p)
+	c.r.mu.Unlock()
+	return c.Conn.Write(p)
+}
+
+func (r *recorder) written() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.raw.String()
+}
+
+// What a user sees who got the address, the port, the TLS mode, the certificate or the key wrong: one error, which names
+// the cure, and no secret sent to anybody who should not have it.
+func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
+	const password = "the-real-key-0123456789"
+	otherName := func(s *smtptest.Server) { s.CertNames = []string{"mail.example.net"} }
+	expired := func(s *smtptest.Server) { s.CertNotAfter = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC) }
+	noTLS := func(s *smtptest.Server) { s.NoTLS = true }
+
+	for _, test := range []struct {
+		name     string
+		relay    func(*smtptest.Server)
+		implicit bool // the relay speaks TLS from the first byte
+		client   func(*smtprelay.Config)
+		op       smtprelay.Op
+		says     []string
+		isTLS    bool // a TLS connection may have been set up, and credentials have gone through it
+	}{
+		{
+			name:  "certificate for another name",
+			relay: otherName,
+			op:    smtprelay.OpTLS,
+			says:  []string{"relay.example.com", "mail.example.net"},
+		},
+		{
+			name:     "certificate for another name, implicit TLS",
+			relay:    otherName,
+			implicit: true,
+			client:   func(c *smtprelay.Config) { c.Addr = "relay.example.com:465" },
+			op:       smtprelay.OpTLS,
+			says:     []string{"relay.example.com", "mail.example.net"},
+		},
+		{
+			name:  "expired certificate",
+			relay: expired,
+			op:    smtprelay.OpTLS,
+			says:  []string{"expired", "2020-01-01"},
+		},
+		{
+			name:   "certificate of an unknown authority",
+			client: func(c *smtprelay.Config) { c.TLSConfig.RootCAs = x509.NewCertPool() },
+			op:     smtprelay.OpTLS,
+			says:   []string{"unknown authority", "RootCAs"},
+		},
+		{
+			name: "a relay that has old TLS only",
+			relay: func(s *smtptest.Server) {
+				s.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
+			},
+			op:   smtprelay.OpTLS,
+			says: []string{"TLS in common", "MinVersion", "1.2"},
+		},
+		{
+			name:   "a client that wants new TLS only",
+			relay:  func(s *smtptest.Server) { s.TLS = &tls.Config{MaxVersion: tls.VersionTLS12} },
+			client: func(c *smtprelay.Config) { c.TLSConfig.MinVersion = tls.VersionTLS13 },
+			op:     smtprelay.OpTLS,
+			says:   []string{"TLS in common", "MinVersion"},
+		},
+		{
+			name:  "STARTTLS stripped",
+			relay: noTLS,
+			op:    smtprelay.OpSTARTTLS,
+			says:  []string{"does not offer STARTTLS", "465", "TLSNone"},
+		},
+		{
+			name:     "plain text on a TLS port",
+			implicit: true,
+			client: func(c *smtprelay.Config) {
+				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and says nothing
+			},
+			op:   smtprelay.OpGreeting,
+			says: []string{"TLSImplicit"},
+		},
+		{
+			name:   "wrong password",
+			client: func(c *smtprelay.Config) { c.Password = "the-wrong-key-9876543210" },
+			op:     smtprelay.OpAuth,
+			says:   []string{"535", "Password"},
+			isTLS:  true,
+		},
+		{
+			name:   "nobody listens",
+			client: func(c *smtprelay.Config) { c.Addr = closedPort(t); c.Dial = nil },
+			op:     smtprelay.OpDial,
+			says:   []string{"127.0.0.1:", "refused"},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			relay := smtptest.NewUnstartedServer()
+			relay.Password = password
+			relay.CertNames = []string{"relay.example.com"}
+			if test.relay != nil {
+				test.relay(relay)
+			}
+			if test.implicit {
+				relay.StartTLS()
+			} else {
+				relay.Start()
+			}
+			defer relay.Close()
+
+			wire := &recorder{dial: relay.Dial}
+			cfg := smtprelay.Config{
+				Addr:      "relay.example.com:587",
+				Username:  configOf(relay).Username,
+				Password:  password,
+				TLSConfig: &tls.Config{RootCAs: relay.Roots()},
+				Retry:     smtprelay.Retry{MaxAttempts: 1},
+				Dial:      wire.Dial,
+			}
+			if test.client != nil {
+				test.client(&cfg)
+			}
+			client := newClient(t, cfg)
+			m := numbered(0)
+			_, err := client.Send(t.Context(), m)
+			e, ok := errors.AsType[*smtprelay.Error](err)
+			if !ok {
+				t.Fatalf("got %T %v, want an *Error", err, err)
+			}
+			t.Logf("%v", err)
+			if e.Op != test.op || e.Outcome != smtprelay.NotAccepted {
+				t.Errorf("op %q, outcome %v; want %q, not accepted", e.Op, e.Outcome, test.op)
+			}
+			for _, words := range test.says {
+				if !strings.Contains(err.Error(), words) {
+					t.Errorf("%q does not say %q", err, words)
+				}
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q is more than one line", err)
+			}
+			if err := client.Ping(t.Context()); err == nil {
+				t.Error("Ping finds nothing wrong")
+			}
+			client.Close()
+			relay.Close()
+
+			want(t, "messages at the relay", relay.Accepted(), 0)
+			if !test.isTLS {
+				want(t, "AUTHs at the relay", relay.Auths(), 0)
+			}
+			raw := wire.written()
+			for _, secret := range []string{
+				password, base64.StdEncoding.EncodeToString([]byte(password)),
+				base64.StdEncoding.EncodeToString([]byte("\x00" + cfg.Username + "\x00" + password)),
+				"AUTH", "MAIL", "RCPT", m.From, m.To[0],
+			} {
+				if strings.Contains(raw, secret) {
+					t.Errorf("%q went over the wire in the clear: %q", secret, raw)
+				}
+			}
+		})
+	}
+}
+
+// Most relays greet whoever connects, so that a client which speaks TLS on a port for STARTTLS reads a 220 where it wants
+// a ServerHello.
+func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	heard := make(chan []byte, 1)
+	go func() { // until the client closes
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		_, _ = io.WriteString(conn, "220 relay.example.com ESMTP\r\n")
+		b, _ := io.ReadAll(conn)
+		heard <- b
+	}()
+	client := newClient(t, smtprelay.Config{
+		Addr:     l.Addr().String(),
+		TLS:      smtprelay.TLSImplicit,
+		Password: "the-real-key-0123456789",
+		Retry:    smtprelay.Retry{MaxAttempts: 1},
+	})
+	_, err = client.Send(t.Context(), numbered(0))
+	t.Log(err)
+	e, ok := errors.AsType[*smtprelay.Error](err)
+	if !ok || e.Op != smtprelay.OpTLS || e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
+		t.Errorf("got %v; want the TLS handshake to have failed, which somebody on the way may have brought about", err)
+	}
+	if !strings.Contains(err.Error(), "use TLSStartTLS") {
+		t.Errorf("%q does not name the cure", err)
+	}
+	if b := <-heard; bytes.Contains(b, []byte("AUTH")) || bytes.Contains(b, []byte("MAIL")) {
+		t.Errorf("the relay was told %q in the clear", b)
+	}
+}
+
+// closedPort returns an address of this machine at which nobody listens.
+func closedPort(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
+	const ready, offer = "220 relay\r\n", "250-relay\r\n250 STARTTLS\r\n"
+	for _, tt := range []struct {
+		why    string
+		tls    smtprelay.TLSMode
+		script []string // the greeting, and what is said to each command
+	}{
+		{"greeting", smtprelay.TLSStartTLS, []string{"554 go away\r\n"}},
+		{"EHLO", smtprelay.TLSStartTLS, []string{ready, "554 go away\r\n"}},
+		{"EHLO not known", smtprelay.TLSStartTLS, []string{ready, "502 what?\r\n"}},
+		{"EHLO for now", smtprelay.TLSStartTLS, []string{ready, "451 later\r\n"}},
+		{"no STARTTLS offered", smtprelay.TLSStartTLS, []string{ready, "250 relay\r\n"}},
+		{"STARTTLS refused", smtprelay.TLSStartTLS, []string{ready, offer, "554 no\r\n"}},
+		{"an alert in place of TLS", smtprelay.TLSStartTLS, []string{ready, offer, "220 go\r\n\x15\x03\x03\x00\x02\x02\x28"}},
+		{"an alert", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x28"}},
+		{"protocol version", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x46"}},
+		{"a refusal in place of TLS", smtprelay.TLSImplicit, []string{"554 go away\r\n"}},
+		{"a greeting in place of TLS", smtprelay.TLSImplicit, []string{ready}},
+		{"no reply at all", smtprelay.TLSStartTLS, []string{"HTTP/1.1 400 Bad Request\r\n"}},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var dials atomic.Int64
+				client := newClient(t, smtprelay.Config{
+					Addr: "relay.example:587", TLS: tt.tls, Retry: smtprelay.Retry{MaxAttempts: 2},
+					Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
+						dials.Add(1)
+						for i, words := range tt.script {
+							if i > 0 || tt.tls == smtprelay.TLSImplicit {
+								if _, err := in.ReadByte(); err != nil {
+									return
+								}
+							}
+							if i > 0 {
+								in.ReadString('\n')
+							}
+							io.WriteString(conn, words)
+						}
+						io.Copy(io.Discard, in)
+					}),
+				})
+				_, err := client.Send(t.Context(), numbered(0))
+				if e := failure(err); !e.Temporary() || e.Outcome != smtprelay.NotAccepted {
+					t.Errorf("got %v, want an error that is temporary", err)
+				}
+				t.Log(err, dials.Load())
+			})
+		})
+	}
+}
