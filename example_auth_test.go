@@ -1,3 +1,4 @@
+// Examples of Config.Auth.
 package smtprelay_test
 
 import (

@@ -1,3 +1,4 @@
+// The example of bodies. It stays the only one in its file: its type is shown with it.
 package smtprelay_test
 
 import (

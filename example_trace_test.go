@@ -1,3 +1,4 @@
+// Examples of Trace.
 package smtprelay_test
 
 import (
