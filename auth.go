@@ -126,7 +126,7 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 	mechanism := strings.ToUpper(name)
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
 	if ir != nil {
-		if e := s.cfg.learnt.refused(mark); e != nil {
+		if e := s.cfg.profile.refusalOf(mark); e != nil {
 			return e
 		}
 	}
@@ -137,7 +137,7 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 			encoded = "="
 		}
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
-			if mayLead && name == sasl.Plain && s.pipelining() && !s.cfg.learnt.authAlone.Load() {
+			if mayLead && name == sasl.Plain && s.pipelining() && s.cfg.profile.authMayBeFollowed() {
 				s.saying(mechanism, ir)
 				s.lead, s.leadMark = []byte(full), mark
 				return nil
@@ -196,12 +196,12 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 // authError is the relay's refusal of credentials, of which mark is the mark.
 func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
 	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
-	if e.Code/100 == 5 && !tooManyConns(e) {
+	if e.Code/100 == 5 && !e.says(tooManyConns, OpAuth) {
 		e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
 		if s.cfg.Auth != nil {
 			e.Err = errors.New("check what Config.Auth returns")
 		}
-		s.cfg.learnt.refuse(mark, e)
+		s.cfg.profile.credentialsRefused(mark, e)
 	}
 	return e
 }
@@ -221,20 +221,3 @@ func (s *session) authenticate(ctx context.Context) *Error {
 }
 
 // refused credentials are not tried again for a while.
-
-// refuse notes credentials that the relay has refused.
-func (l *learnt) refuse(mark [sha256.Size]byte, e *Error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.badAuth, l.badAuthError, l.badAuthUntil = mark, e.clone(), time.Now().Add(authPause)
-}
-
-// refused returns the relay's refusal of just these credentials if that is not long ago.
-func (l *learnt) refused(mark [sha256.Size]byte) *Error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.badAuthError == nil || l.badAuth != mark || !time.Now().Before(l.badAuthUntil) {
-		return nil
-	}
-	return l.badAuthError.clone()
-}

@@ -8,7 +8,6 @@ import (
 	"io"
 	"strconv"
 	"sync"
-	"time"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -50,35 +49,6 @@ type chunkedBody struct {
 	dots   wire.BodyWriter // by DATA after all
 	left   int64           // of Bytes: octets still to be written
 	room   int             // of the chunk that is being written
-}
-
-// discard is what an address has shown about the octets of a chunk that it refuses.
-type discard struct {
-	yes   bool      // it throws them away
-	until time.Time // when that is forgotten
-}
-
-const (
-	discardFor  = time.Hour // how long an address is believed to be as it has shown itself
-	discardMost = 256       // addresses remembered
-)
-
-// discardsAt returns what the relay at addr has shown.
-func (l *learnt) discardsAt(addr string) (yes, known bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	d, ok := l.discards[addr]
-	return d.yes, ok && time.Now().Before(d.until)
-}
-
-// noteDiscard notes what the relay at addr has shown.
-func (l *learnt) noteDiscard(addr string, yes bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.discards == nil || len(l.discards) >= discardMost {
-		l.discards = make(map[string]discard)
-	}
-	l.discards[addr] = discard{yes, time.Now().Add(discardFor)}
 }
 
 // showDiscard finds out whether the relay throws away the octets of a chunk that it refuses. It sends a chunk out of order,
@@ -273,7 +243,7 @@ func (t *transaction) beginChunks(size int64) bool {
 	s := t.s
 	if !s.inStep {
 		s.inStep = true
-		s.cfg.learnt.noteDiscard(s.addr, true)
+		s.cfg.profile.noteDiscard(s.addr, true)
 	}
 	if together {
 		s.mu.Lock()

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/printable"
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // delivery is one Send: the transactions that it takes until each recipient's fate is known.
@@ -107,9 +108,9 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 	for i, to := range t.rcpts {
 		r := &d.receipt.Recipients[to]
 		r.Reply = publicReply(replies[i])
-		if tooManyRcpts(r.Reply) {
+		if r.says(tooManyRcpts, OpRcpt) {
 			tooMany++
-			number = number && (meansTheNumber(r.Reply) || r.EnhancedCode == EnhancedCode{} && len(t.rcpts) > 2)
+			number = number && (r.says(numberOfRcpts, OpRcpt) || r.EnhancedCode == EnhancedCode{} && len(t.rcpts) > 2)
 		} else if r.Code/100 == 2 && tooMany > 0 {
 			number = false
 		}
@@ -124,7 +125,7 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 			open = append(open, to)
 		case d.m.AllOrNothing || code == 421 || code/100 == 3:
 			open = append(open, to)
-		case tooManyRcpts(r.Reply) && accepted > 0:
+		case r.says(tooManyRcpts, OpRcpt) && accepted > 0:
 			open = append(open, to) // another transaction, at once
 		default:
 			refusal := &Error{Op: OpRcpt, subject: printable.Address(r.To), Reply: r.Reply, Outcome: NotAccepted}
@@ -143,7 +144,7 @@ func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
 	if mailed && (tooMany > 0 || e == nil && d.rcpts.most > 0) {
 		d.rcpts.took(len(t.rcpts), accepted, tooMany)
 		if tooMany == 0 || accepted > 0 && number {
-			d.c.cfg.learnt.rcptsTaken(len(t.rcpts), accepted, tooMany)
+			d.c.cfg.profile.rcptsTaken(len(t.rcpts), accepted, tooMany)
 		}
 	}
 	return wait
@@ -289,16 +290,6 @@ func (e *Error) blame(cause error) {
 	default:
 		e.Err = lost(cause)
 	}
-}
-
-// isWord reports whether s consists of letters, digits, hyphens and underscores.
-func isWord(s string) bool {
-	for _, c := range []byte(s) {
-		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-' || c == '_') {
-			return false
-		}
-	}
-	return s != ""
 }
 
 // decidesLocked reports whether e, a refusal in the envelope, means that what was sent behind it is not accepted, although
@@ -518,37 +509,47 @@ func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 	return n
 }
 
-// queueIDs find an identifier in a final reply, each in the words of some relays; the first that finds one counts.
-var queueIDs = []*regexp.Regexp{
-	regexp.MustCompile(`(?i)queued (?:as|with id)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),      // Postfix, SendGrid
-	regexp.MustCompile(`(?i)queued \(([A-Za-z0-9][\w.@+=/-]*)\)`),                        // Haraka
-	regexp.MustCompile(`(?i)\bid[ =:]+<?([A-Za-z0-9][\w.@+=/-]*)`),                       // Exim
-	regexp.MustCompile(`(?i)^<?([A-Za-z0-9][\w.@+/-]*)>? message accepted for delivery`), // OpenSMTPD, Sendmail
-	regexp.MustCompile(`(?i)message accepted for delivery[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),
-	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
-}
-
-// maxQueueID is how long an identifier may be, in octets. Those of real relays have up to some 100. A longer one is none: a
-// part of it would find nothing.
-const maxQueueID = 128
-
-// findQueueID returns the identifier in the text of a final reply, in printable ASCII; "" if there is none.
-func findQueueID(text string) string {
-	if id := searchQueueID(text); len(id) <= maxQueueID && isPrintable(id) {
-		return id
+// begin checks the message and fills in what the delivery needs to know of it.
+func (d *delivery) begin() error {
+	if err := ended(d.ctx); err != nil {
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err}
 	}
-	return ""
-}
-
-func searchQueueID(text string) string {
-	// The common case, without the cost of a search.
-	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
-		return id
+	if err := d.m.check(); err != nil {
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err, permanent: true}
 	}
-	for _, re := range queueIDs {
-		if m := re.FindStringSubmatch(text); m != nil {
-			return strings.TrimRight(m[1], ".")
+	if d.m.MailOptions != nil {
+		d.mail = *d.m.MailOptions
+	}
+	if !isASCII(d.m.From) {
+		d.utf8 = d.m.From
+	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
+		d.utf8 = d.m.To[i]
+	}
+	d.size = canonicalSize(d.m)
+	if len(d.m.To) > 1 {
+		d.rcpts = d.c.cfg.profile.maxRcpts()
+	}
+	d.todo = make([]int, len(d.m.To))
+	d.receipt.Recipients = make([]RecipientReceipt, len(d.m.To))
+	for i, to := range d.m.To {
+		d.todo[i] = i
+		d.receipt.Recipients[i] = RecipientReceipt{To: to, Outcome: NotAccepted}
+		if o := d.m.RcptOptions[to]; o != nil {
+			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
+				d.dsnFor = to
+			}
+			if d.rrvsFor == "" && !o.RequireRecipientValidSince.IsZero() {
+				d.rrvsFor = to
+			}
 		}
 	}
-	return ""
+	return nil
+}
+
+// canonicalSize is the size of a body that is known before it is written, or 0.
+func canonicalSize(m *Message) int64 {
+	if b, ok := m.Body.(bytesBody); ok {
+		return wire.CanonicalSize(b)
+	}
+	return 0
 }

@@ -117,7 +117,7 @@ func (s *session) prepare() {
 	c := s.cfg
 	s.out = bufio.NewWriterSize(s, outBuffer)
 	s.limit = c.Limits.MaxMessagesPerConn
-	for _, limit := range []int{s.ext.Limits.MailMax, c.learnt.maxMessages()} {
+	for _, limit := range []int{s.ext.Limits.MailMax, c.profile.maxMessages()} {
 		if limit > 0 && (s.limit == 0 || limit < s.limit) {
 			s.limit = limit
 		}
@@ -171,7 +171,7 @@ func (d *dialogue) converse(ctx context.Context) *Error {
 	shown, known := false, true
 	if c.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
 		s.addr = remoteAddr(s.raw)
-		shown, known = c.learnt.discardsAt(s.addr)
+		shown, known = c.profile.discardsAt(s.addr)
 	}
 	if e := d.startAuth(ctx, s, known); e != nil {
 		return e
@@ -179,7 +179,7 @@ func (d *dialogue) converse(ctx context.Context) *Error {
 	if !known {
 		var e *Error
 		if shown, e = d.showDiscard(); !shown && ctx.Err() == nil {
-			c.learnt.noteDiscard(s.addr, false)
+			c.profile.noteDiscard(s.addr, false)
 		}
 		if e != nil {
 			return e

@@ -215,7 +215,7 @@ func (e *Error) lasting() bool {
 		}
 		return true
 	}
-	return e.Code/100 == 5 && !tooManyConns(e)
+	return e.Code/100 == 5 && !e.says(tooManyConns, e.Op)
 }
 
 // oneLine is the text of err on one line. Errors that were joined stand one behind the other.
@@ -244,7 +244,7 @@ func (r RecipientError) Temporary() bool {
 	if r.Outcome == Unknown {
 		return false
 	}
-	return r.Code/100 == 4 || r.Code == 0 || tooManyRcpts(r.Reply)
+	return r.Code/100 == 4 || r.Code == 0 || r.says(tooManyRcpts, OpRcpt)
 }
 
 // Timeout reports whether the cause was that a step, or the whole call, took too long.
@@ -255,29 +255,4 @@ func (e *Error) Timeout() bool { return e.Err != nil && isTimeout(e.Err) }
 func SafeToRetry(err error) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && e.Outcome == NotAccepted
-}
-
-// tooManyRcpts reports whether r, to RCPT, says that the recipient may have another transaction: 452, and 552 which old
-// servers say in its place (RFC 5321, 4.5.3.1.10), or any code with the detail "too many recipients" of RFC 3463, 3.6.
-func tooManyRcpts(r Reply) bool {
-	return r.Code == 452 || r.Code == 552 || r.Code/100 >= 4 && r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3
-}
-
-// meansTheNumber reports whether r, for which tooManyRcpts holds, is about the number of recipients beyond doubt: 452 is also
-// said of a mailbox that is full.
-func meansTheNumber(r Reply) bool {
-	return r.EnhancedCode[1] == 5 && r.EnhancedCode[2] == 3 || strings.Contains(strings.ToLower(r.Message), "too many")
-}
-
-// tooManyMails reports whether r, to MAIL, says that the session has had its share of messages (OpenSMTPD says
-// "452 4.5.3 Too many messages sent", and keeps the connection open).
-func tooManyMails(r wire.Reply) bool {
-	return r.Class() == 4 && r.Enhanced[1] == 5 && r.Enhanced[2] == 3
-}
-
-// idleTooLong reports whether r, to MAIL, is what Gmail and SES say when they end an idle session: it has crossed with MAIL.
-// SES says "451 4.4.2 Timeout waiting for data from client" with and without the enhanced code.
-func idleTooLong(r wire.Reply) bool {
-	return r.Code == 451 && (r.Enhanced == [3]int{4, 4, 2} ||
-		r.Enhanced == [3]int{} && strings.HasPrefix(strings.ToLower(r.Text), "timeout waiting"))
 }

@@ -2,7 +2,6 @@ package smtprelay
 
 import (
 	"math/rand/v2"
-	"strings"
 	"time"
 )
 
@@ -45,7 +44,7 @@ func (g *gate) failed(e *Error, round int, cfg *settings, now time.Time) bool {
 	g.failures++
 	g.last = e.clone()
 	wait := cfg.Retry.backoff(g.failures)
-	g.paused = e.Op == OpAuth && e.Code/100 == 5 && !tooManyConns(e)
+	g.paused = e.Op == OpAuth && e.Code/100 == 5 && !e.says(tooManyConns, e.Op)
 	if g.paused && cfg.Auth == nil {
 		// The same credentials again: no use, and some relays lock the account.
 		wait = backoffUpTo(authPause, authPauseMost, g.failures)
@@ -125,15 +124,4 @@ func (g *gate) stop() {
 			t.Stop()
 		}
 	}
-}
-
-// tooManyConns reports whether the relay refuses a connection because there are too many: 421 before the first message,
-// 432 (Microsoft 365), or words to that effect under another code (Mailtrap says 535 5.7.8).
-func tooManyConns(e *Error) bool {
-	switch e.Op {
-	case OpGreeting, OpEHLO, OpAuth:
-		text := strings.ToLower(e.Message)
-		return e.Code == 421 || e.Code == 432 || e.Code >= 400 && strings.Contains(text, "too many") && strings.Contains(text, "connection")
-	}
-	return e.Code == 432
 }

@@ -248,62 +248,6 @@ func TestSizeIsKnownOfBytesOnly(t *testing.T) {
 	}
 }
 
-func TestQueueIDIsFound(t *testing.T) {
-	for _, tt := range []struct{ relay, text, want string }{
-		{"SendGrid", "Ok: queued as _bXzmsKbSfuMyZzZmB0wLg", "_bXzmsKbSfuMyZzZmB0wLg"},
-		{"Postfix", "Ok: queued as 4Xyz1b2C3dz4fRt", "4Xyz1b2C3dz4fRt"},
-		{"Postfix's short form", "Ok: queued as 9C0A31F", "9C0A31F"},
-		{"Exim", "OK id=1tDabc-00000001Xyz-2pQr", "1tDabc-00000001Xyz-2pQr"},
-		{"Amazon SES", "Ok 010001897a5b6c7d-0e1f2a3b-4c5d-6e7f-8a9b-0c1d2e3f4a5b-000000", "010001897a5b6c7d-0e1f2a3b-4c5d-6e7f-8a9b-0c1d2e3f4a5b-000000"},
-		{"OpenSMTPD", "7f3a1b2c Message accepted for delivery", "7f3a1b2c"},
-		{"Sendmail", "4AOEJ1x2012345 Message accepted for delivery", "4AOEJ1x2012345"},
-		{"an identifier in brackets", "Message queued as <a.1@relay.example>", "a.1@relay.example"},
-		{"a sentence's dot is not the identifier's", "Queued as abc123.", "abc123"},
-		{"the words in any case", "OK ID=x1", "x1"},
-		{"go-smtp says no identifier", "OK: queued", ""},
-		{"aiosmtpd", "OK", ""},
-		{"smtp-server", "OK: message queued", ""},
-		{"Gmail says a time and more", "OK  1700000000 d2e1a72fcca58-12345.67 - gsmtp", ""},
-		{"Mailgun's words", "Great success", ""},
-		{"id within a word", "sender identified, will be idle", ""},
-		{"an identifier that is none", "queued as ???", ""},
-		{"nothing", "", ""},
-	} {
-		t.Run(tt.relay, func(t *testing.T) {
-			if got := findQueueID(tt.text); got != tt.want {
-				t.Errorf("%q: got %q, want %q", tt.text, got, tt.want)
-			}
-		})
-	}
-}
-
-func FuzzQueueID(f *testing.F) {
-	for _, seed := range []string{
-		"Ok: queued as _bXzmsKbSfuMyZzZmB0wLg", "OK id=1tDabc-00000001Xyz-2pQr", "Ok 010001897a5b6c7d-0e1f2a3b", "7f3a1b2c Message accepted for delivery",
-		"OK: queued", "OK  1700000000 d2e1a72fcca58-12345.67 - gsmtp", "Message accepted for delivery = <x@y>.", "queued with id <...", "id id = = a.",
-		"first line\nOk: queued as 1",
-	} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		id := findQueueID(text)
-		if id == "" {
-			return
-		}
-		if !strings.Contains(text, id) {
-			t.Errorf("%q is not in %q", id, text)
-		}
-		if strings.ContainsFunc(id, func(r rune) bool {
-			return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`<>"'()[]`, r)
-		}) {
-			t.Errorf("%q of %q is more than a word", id, text)
-		}
-		if strings.HasSuffix(id, ".") {
-			t.Errorf("%q of %q ends in a dot", id, text)
-		}
-	})
-}
-
 // parser is a go-smtp server, in memory, of which only the envelope's syntax matters: it tells what it has read.
 type parser struct {
 	conn    *netpipe.Conn

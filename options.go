@@ -1,11 +1,7 @@
 package smtprelay
 
 import (
-	"errors"
-	"fmt"
-	"slices"
 	"time"
-	"unicode/utf8"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -145,90 +141,3 @@ func (o *RcptOptions) params() (p wire.RcptParams) {
 }
 
 func (by *DeliverBy) seconds() int64 { return int64(by.Time / time.Second) }
-
-// check finds the mistakes in o that can be found without a relay.
-func (o *MailOptions) check() (mistakes []error) {
-	mistake := func(format string, args ...any) {
-		mistakes = append(mistakes, fmt.Errorf("MailOptions."+format, args...))
-	}
-	switch o.Body {
-	case "", Body7Bit, Body8BitMIME:
-	case BodyBinaryMIME:
-		mistake("Body BINARYMIME: the message is sent as text")
-	default:
-		mistake("Body %s is unknown", quoted(o.Body))
-	}
-	if o.Size < 0 {
-		mistake("Size is negative")
-	}
-	switch o.Return {
-	case "", DSNReturnFull, DSNReturnHeaders:
-	default:
-		mistake("Return %s: want FULL or HDRS", quoted(o.Return))
-	}
-	if len(o.EnvelopeID) > 100 || !isPrintable(o.EnvelopeID) {
-		mistake("EnvelopeID: want at most 100 printable ASCII characters (RFC 3461, 4.4)")
-	}
-	if o.Auth != nil && *o.Auth != "" {
-		if err := checkPath(*o.Auth); err != nil {
-			mistake("Auth %s: %w", quoted(*o.Auth), err)
-		}
-	}
-	if by := o.DeliverBy; by != nil {
-		if by.Mode != DeliverByNotify && by.Mode != DeliverByReturn {
-			mistake("DeliverBy.Mode %s: want N or R", quoted(by.Mode))
-		}
-		const most = 999_999_999
-		if s := by.seconds(); s < -most || s > most {
-			mistake("DeliverBy.Time is %d seconds: want at most nine digits (RFC 2852, 4)", s)
-		} else if by.Mode == DeliverByReturn && s < 1 {
-			mistake("DeliverBy.Time must be a second at least with mode R (RFC 2852, 4)")
-		}
-	}
-	if p := o.Priority; p != nil && (*p < -9 || *p > 9) {
-		mistake("Priority is %d: want -9 to 9 (RFC 6710, 3)", *p)
-	}
-	return mistakes
-}
-
-// check finds the mistakes in o that can be found without a relay.
-func (o *RcptOptions) check() (mistakes []error) {
-	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
-	for i, n := range o.Notify {
-		switch n {
-		case DSNNotifyNever:
-			if len(o.Notify) > 1 {
-				mistake("Notify: NEVER stands alone (RFC 3461, 4.1)")
-			}
-		case DSNNotifyDelayed, DSNNotifyFailure, DSNNotifySuccess:
-			if slices.Contains(o.Notify[:i], n) {
-				mistake("Notify: %s stands twice", n)
-			}
-		default:
-			mistake("Notify %s is unknown", quoted(n))
-		}
-	}
-	switch o.OriginalRecipientType {
-	case "", DSNAddressTypeRFC822:
-		if !isPrintable(o.OriginalRecipient) {
-			mistake("OriginalRecipient %s is not printable ASCII; its type may be UTF-8", quoted(o.OriginalRecipient))
-		}
-	case DSNAddressTypeUTF8:
-		if !utf8.ValidString(o.OriginalRecipient) {
-			mistake("OriginalRecipient is not valid UTF-8")
-		} else if err := checkCharacters(o.OriginalRecipient); err != nil {
-			mistake("OriginalRecipient %s: %w", quoted(o.OriginalRecipient), err)
-		}
-	default:
-		mistake("OriginalRecipientType %s is unknown", quoted(o.OriginalRecipientType))
-	}
-	if len(o.OriginalRecipient) > 500 {
-		mistake("OriginalRecipient has more than 500 octets (RFC 3461, 4.2)")
-	}
-	if t := o.RequireRecipientValidSince; !t.IsZero() {
-		if year := t.UTC().Year(); year < 1 || year > 9999 {
-			mistakes = append(mistakes, errors.New("RequireRecipientValidSince: want a year from 1 to 9999 (RFC 3339)"))
-		}
-	}
-	return mistakes
-}

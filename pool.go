@@ -538,7 +538,7 @@ func (p *pool) worked() {
 func (p *pool) failedLocked(e *Error, round int) {
 	now := time.Now()
 	working := p.workingLocked()
-	if tooManyConns(e) && (working || p.slots.open > 1) { // beside the one that was refused
+	if e.says(tooManyConns, e.Op) && (working || p.slots.open > 1) { // beside the one that was refused
 		p.crowdedLocked()
 		p.fillLocked(now)
 		return

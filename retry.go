@@ -79,7 +79,7 @@ func (c *Client) mayRetry(t *transaction, e *Error) next {
 	}
 	if e.Op == OpAuth {
 		switch {
-		case tooManyConns(e):
+		case e.says(tooManyConns, e.Op):
 			return crowded
 		case e.Code/100 == 3:
 			return elsewhere // the relay takes no initial response: AUTH will go alone from now on
@@ -117,7 +117,7 @@ func (t *transaction) late(e *Error) bool {
 	if t.asked == 0 {
 		return true // the session has ended before a word of this one, whatever the relay has said about that
 	}
-	return e.Code == 0 || e.Code == 421 || idleTooLong(t.mailed) || t.mailed.Code != 0 && tooManyMails(t.mailed)
+	return e.Code == 0 || e.Code == 421 || publicReply(t.mailed).says(idleTooLong, OpMail) || publicReply(t.mailed).says(tooManyMessages, OpMail)
 }
 
 func (t *transaction) firstOnSession() bool { return t.seq == 1 }

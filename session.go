@@ -148,7 +148,7 @@ func (s *session) pipelining() bool {
 
 // overlaps reports whether commands may be written behind a final dot.
 func (s *session) overlaps() bool {
-	return s.cfg.Pipelining == PipelineAcross && s.ext.Has("PIPELINING") && !s.cfg.learnt.noOverlap.Load()
+	return s.cfg.Pipelining == PipelineAcross && s.ext.Has("PIPELINING") && s.cfg.profile.overlaps()
 }
 
 // inFlightLocked is how many messages may be on their way whose final reply is not in. With DATA it is two: the next one's
@@ -261,10 +261,10 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	if s.head == len(s.waiting) {
 		s.waiting, s.head = s.waiting[:0], 0
 	}
-	if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == OpMail && tooManyMails(r)) {
-		s.cfg.learnt.sessionFull(x.tx.seq-1, s.born)
+	if (x.op == OpMail || x.op == OpRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == OpMail && publicReply(r).says(tooManyMessages, x.op)) {
+		s.cfg.profile.sessionFull(x.tx.seq-1, s.born)
 	} else if x.op == OpMail && r.Class() == 2 {
-		s.cfg.learnt.sessionGoesOn(x.tx.seq)
+		s.cfg.profile.sessionGoesOn(x.tx.seq)
 	}
 	if r.Code == 421 && x.op != OpQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
@@ -275,7 +275,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	if x.tx != nil {
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
-		s.cfg.learnt.noOverlap.Store(true)
+		s.cfg.profile.overlapFailed()
 	}
 	if x.op == OpQuit {
 		// What is left is to see the relay's close.
@@ -399,7 +399,7 @@ func (s *session) lossLocked(err error) error {
 	}
 	if x.first && (s.cause == nil || time.Since(s.heard) >= tellingSilence) {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
-		s.cfg.learnt.noOverlap.Store(true)
+		s.cfg.profile.overlapFailed()
 	}
 	return &timeoutError{op: x.op, after: x.limit}
 }

@@ -467,7 +467,8 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	if r.Code == 432 && s.retired == "" {
 		s.retired = closeFault // one connection too many, and this is it
 	}
-	if x.op == OpMail && (tooManyMails(r) || idleTooLong(r)) && s.retired == "" {
+	said := publicReply(r)
+	if x.op == OpMail && (said.says(tooManyMessages, x.op) || said.says(idleTooLong, x.op)) && s.retired == "" {
 		s.retired = closeFull
 	}
 	if x.op == OpMail && (r.Code == 503 && t.rset.Code != 503 || r.Code == 530) && s.retired == "" {
@@ -479,17 +480,17 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		s.cfg.countAuth(r.Class() == 2)
 		if r.Class() != 2 {
 			t.authErr = s.authError(r, s.leadMark)
-			s.tooMany = tooManyConns(t.authErr)
+			s.tooMany = t.authErr.says(tooManyConns, OpAuth)
 			s.doomLocked(t.authErr)
 		}
 		if r.Class() == 3 {
-			s.cfg.learnt.authAlone.Store(true)
+			s.cfg.profile.authFollowedFailed()
 		}
 	case OpRset:
 		t.rset = r
 		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
 			if x.first && r.Code != 421 { // which is no answer to this command, but to all
-				s.cfg.learnt.noOverlap.Store(true)
+				s.cfg.profile.overlapFailed()
 			}
 			s.doomLocked(&replyError{x.op, r})
 		}
@@ -514,7 +515,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 	if r.Class() < 4 && r.Class() != positive {
 		if t.overlapped {
-			s.cfg.learnt.noOverlap.Store(true)
+			s.cfg.profile.overlapFailed()
 		}
 		s.doomLocked(&replyError{x.op, r})
 	}
@@ -556,7 +557,7 @@ func (t *transaction) overlapRefused() bool {
 		return false
 	}
 	s := t.s
-	s.cfg.learnt.noOverlap.Store(true)
+	s.cfg.profile.overlapFailed()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return t.mailed.Code == 503 && t.data.Class() != 3 && (s.limit == 0 || s.used < s.limit)

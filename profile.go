@@ -1,0 +1,212 @@
+package smtprelay
+
+import (
+	"crypto/sha256"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// profile is what a Client has learnt about its relay. Each lesson has one method that teaches it and one that tells it:
+//
+//	taught by                            changes                                                  forgotten
+//	overlapFailed                        nothing is written behind a final dot                    never
+//	authFollowedFailed                   AUTH travels alone                                       never
+//	sessionFull, sessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
+//	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
+//	credentialsRefused                   the same credentials are not tried (refusalOf)           after 30 seconds
+//	noteDiscard                          chunks, DATA or a question for an address (discardsAt)   after an hour
+//
+// It is safe for concurrent use.
+type profile struct {
+	noOverlap atomic.Bool
+	authAlone atomic.Bool
+
+	messages atomic.Int64 // after so many transactions the relay ended a connection with 421; 0: never. Written under mu
+
+	mu            sync.Mutex // guards the fields below
+	messagesTimes int        // how often in a row, with the same number
+	messagesFirst time.Time  // when the first of these was
+	messagesUntil time.Time
+
+	discards map[string]discard // by remote address
+
+	rcpts      rcptLimit
+	rcptsUntil time.Time
+
+	badAuth      [sha256.Size]byte // mark of the credentials that were refused
+	badAuthError *Error            // what the relay said; nil if it has refused none
+	badAuthUntil time.Time
+}
+
+// learntFor is how long a limit is believed without being met again.
+const learntFor = 10 * time.Minute
+
+// overlapFailed is told when the relay has refused or thrown away commands that stood behind a final dot. From then on a
+// transaction begins when the one before has its final reply. Disabling overlap by mistake costs one round trip per message;
+// leaving it on costs a timeout each time.
+func (p *profile) overlapFailed() { p.noOverlap.Store(true) }
+
+// overlaps reports whether commands may follow a final dot, as far as is known.
+func (p *profile) overlaps() bool { return !p.noOverlap.Load() }
+
+// authFollowedFailed is told when the relay has answered AUTH with a challenge although the initial response came with it.
+// From then on AUTH is sent alone, before the first transaction.
+func (p *profile) authFollowedFailed() { p.authAlone.Store(true) }
+
+// authMayBeFollowed reports whether commands may follow AUTH in one write, as far as is known.
+func (p *profile) authMayBeFollowed() bool { return !p.authAlone.Load() }
+
+// sessionFull is told when the relay has said 421 on a connection that had had n transactions and was opened at born. The
+// same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on connections are
+// retired after n.
+//
+// A connection that was open already when the first one was told so does not count: a relay that restarts tells them all.
+func (p *profile) sessionFull(n int, born time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	switch {
+	case int64(n) != p.messages.Load():
+		p.messages.Store(int64(n))
+		p.messagesTimes, p.messagesFirst = 1, now
+	case !born.Before(p.messagesFirst):
+		p.messagesTimes++
+	}
+	p.messagesUntil = now.Add(learntFor)
+}
+
+// sessionGoesOn is told when the relay has accepted the nth MAIL of a connection. If n is beyond what sessionFull has taught,
+// that is forgotten: an overloaded relay that says 421 at random would otherwise teach smaller and smaller numbers.
+func (p *profile) sessionGoesOn(n int) {
+	if most := p.messages.Load(); most == 0 || int64(n) <= most {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if int64(n) > p.messages.Load() {
+		p.messages.Store(0)
+		p.messagesTimes = 0
+	}
+}
+
+// maxMessages is the number of transactions after which the relay ends a connection; 0 means that it is not known.
+func (p *profile) maxMessages() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.messagesTimes < 2 || time.Now().After(p.messagesUntil) {
+		return 0
+	}
+	return int(p.messages.Load())
+}
+
+// rcptsTaken is told of a transaction that offered n recipients: the relay accepted some of them, and told some of the others
+// that there were too many. It changes how many recipients go into the next transactions.
+func (p *profile) rcptsTaken(n, accepted, tooMany int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rcpts.took(n, accepted, tooMany)
+	if tooMany > 0 {
+		p.rcptsUntil = time.Now().Add(learntFor)
+	}
+}
+
+// maxRcpts is what is known of the relay's limit of recipients in a transaction.
+func (p *profile) maxRcpts() rcptLimit {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !time.Now().Before(p.rcptsUntil) {
+		p.rcpts = rcptLimit{}
+	}
+	return p.rcpts
+}
+
+// rcptLimit is how many recipients a relay takes in one transaction, as its "too many recipients" tells. The zero value knows
+// of no limit.
+type rcptLimit struct {
+	most int // 0 means that no limit is known
+	full int // transactions in a row with most recipients that were all accepted
+	wait int // how many of those before a few more are offered
+}
+
+// A few more recipients are offered in the transaction after the one that has shown the limit, then after firstProbe full
+// ones, and after twice as many each time that they are refused. What is refused costs a RCPT, and relays hang up on many
+// refusals: maxProbe is how many more are offered at most.
+const firstProbe, maxProbe = 8, 8
+
+// offer is how many recipients, of n, go into the next transaction.
+func (l rcptLimit) offer(n int) int {
+	switch {
+	case l.most == 0 || n <= l.most:
+		return n
+	case l.full < l.wait:
+		return l.most
+	}
+	return min(n, l.most+min(max(l.most/8, 1), maxProbe))
+}
+
+// took takes into account a transaction that offered n recipients; see [profile.rcptsTaken].
+func (l *rcptLimit) took(n, accepted, tooMany int) {
+	switch {
+	case tooMany > 0 && accepted > 0:
+		wait := 0
+		if l.most > 0 && n > l.most && accepted >= l.most {
+			wait = max(2*l.wait, firstProbe) // the limit has not changed
+		}
+		*l = rcptLimit{most: accepted, wait: wait}
+	case tooMany > 0:
+		l.most *= 2 // it is not the number, but each recipient: they are all told so in a few transactions
+	case l.most > 0 && n > l.most:
+		*l = rcptLimit{most: n}
+	case l.most > 0 && n == l.most:
+		l.full++
+	}
+}
+
+// credentialsRefused is told when the relay has refused credentials for good; mark identifies them. They are not sent again
+// for a while: some relays lock the account.
+func (p *profile) credentialsRefused(mark [sha256.Size]byte, e *Error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.badAuth, p.badAuthError, p.badAuthUntil = mark, e.clone(), time.Now().Add(authPause)
+}
+
+// refusalOf returns the relay's refusal of just these credentials if that is not long ago; else nil.
+func (p *profile) refusalOf(mark [sha256.Size]byte) *Error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.badAuthError == nil || p.badAuth != mark || !time.Now().Before(p.badAuthUntil) {
+		return nil
+	}
+	return p.badAuthError.clone()
+}
+
+// discard is what an address has shown about the octets of a chunk that it refuses.
+type discard struct {
+	yes   bool // it throws them away
+	until time.Time
+}
+
+const (
+	discardFor  = time.Hour // how long that is believed: a node may be replaced
+	discardMost = 256       // addresses remembered
+)
+
+// noteDiscard is told what the relay at addr has shown. Bodies go in chunks to an address that discards the octets of a
+// refused chunk, and by DATA to one that does not; an address that is not known is asked.
+func (p *profile) noteDiscard(addr string, yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.discards == nil || len(p.discards) >= discardMost {
+		p.discards = make(map[string]discard)
+	}
+	p.discards[addr] = discard{yes, time.Now().Add(discardFor)}
+}
+
+// discardsAt returns what the relay at addr has shown.
+func (p *profile) discardsAt(addr string) (yes, known bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d, ok := p.discards[addr]
+	return d.yes, ok && time.Now().Before(d.until)
+}

@@ -1,0 +1,114 @@
+package smtprelay
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// meaning is what relays say with more than the class of a reply's code.
+type meaning int
+
+const (
+	tooManyConns    meaning = iota // this connection is one too many
+	tooManyMessages                // this connection has had its share of messages; another one may have this message
+	tooManyRcpts                   // the recipient may have another transaction
+	numberOfRcpts                  // of a reply that says tooManyRcpts: it is about their number, not about one mailbox
+	idleTooLong                    // the relay was ending the idle connection when the command came
+)
+
+// meanings are the replies that mean something. A row matches a reply that fits all of its columns.
+var meanings = []struct {
+	means  meaning
+	source string // who says so, or where it is written
+	ops    []Op   // replies to which commands; nil: any
+	code   int    // three digits, or the class alone; 0: any refusal
+	detail [2]int // subject and detail of the enhanced code (RFC 3463); zero: any
+	bare   bool   // there is no enhanced code
+	text   *regexp.Regexp
+}{
+	{means: tooManyConns, source: "any relay that leaves before the first message", ops: beforeMail, code: 421},
+	{means: tooManyConns, source: "Microsoft 365: 432 4.3.2 Concurrent connections limit exceeded", code: 432},
+	{means: tooManyConns, source: "Mailtrap: 535 5.7.8 and words", ops: beforeMail, text: words("too many.*connection|connection.*too many")},
+
+	{means: tooManyMessages, source: "OpenSMTPD: 452 4.5.3 Too many messages sent; the connection stays open", ops: []Op{OpMail}, code: 4, detail: [2]int{5, 3}},
+
+	{means: tooManyRcpts, source: "RFC 5321, 4.5.3.1.10", ops: []Op{OpRcpt}, code: 452},
+	{means: tooManyRcpts, source: "RFC 5321, 4.5.3.1.10: older relays", ops: []Op{OpRcpt}, code: 552},
+	{means: tooManyRcpts, source: "RFC 3463, 3.6: too many recipients", ops: []Op{OpRcpt}, detail: [2]int{5, 3}},
+
+	{means: numberOfRcpts, source: "RFC 3463, 3.6; 452 alone is also said of a mailbox that is full", ops: []Op{OpRcpt}, detail: [2]int{5, 3}},
+	{means: numberOfRcpts, source: "Postfix, Exim: too many recipients", ops: []Op{OpRcpt}, text: words("too many")},
+
+	{means: idleTooLong, source: "Gmail: 451 4.4.2 Timeout - closing connection", ops: []Op{OpMail}, code: 451, detail: [2]int{4, 2}},
+	{means: idleTooLong, source: "Amazon SES: 451 Timeout waiting for data from client", ops: []Op{OpMail}, code: 451, bare: true, text: words("^timeout waiting")},
+}
+
+// beforeMail are the commands before the first message, and the greeting.
+var beforeMail = []Op{OpGreeting, OpEHLO, OpAuth}
+
+func words(pattern string) *regexp.Regexp { return regexp.MustCompile("(?is)" + pattern) }
+
+// says reports whether r, the reply to op, has the meaning what.
+func (r Reply) says(what meaning, op Op) bool {
+	if r.Code < 400 {
+		return false
+	}
+	for i := range meanings {
+		m := &meanings[i]
+		if m.means == what &&
+			(m.ops == nil || slices.Contains(m.ops, op)) &&
+			(m.code == 0 || m.code == r.Code || m.code == r.Code/100) &&
+			(m.detail == [2]int{} || m.detail == [2]int(r.EnhancedCode[1:])) &&
+			(!m.bare || r.EnhancedCode == EnhancedCode{}) &&
+			(m.text == nil || m.text.MatchString(r.Message)) {
+			return true
+		}
+	}
+	return false
+}
+
+// queueIDs find the relay's identifier of a message in its final reply; the first that finds one counts.
+var queueIDs = []*regexp.Regexp{
+	regexp.MustCompile(`(?i)queued (?:as|with id)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),      // Postfix, SendGrid
+	regexp.MustCompile(`(?i)queued \(([A-Za-z0-9][\w.@+=/-]*)\)`),                        // Haraka
+	regexp.MustCompile(`(?i)\bid[ =:]+<?([A-Za-z0-9][\w.@+=/-]*)`),                       // Exim
+	regexp.MustCompile(`(?i)^<?([A-Za-z0-9][\w.@+/-]*)>? message accepted for delivery`), // OpenSMTPD, Sendmail
+	regexp.MustCompile(`(?i)message accepted for delivery[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),
+	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
+}
+
+// maxQueueID is how long an identifier may be, in octets. Those of real relays have up to some 100. A longer one is none: a
+// part of it would find nothing.
+const maxQueueID = 128
+
+// findQueueID returns the identifier in the text of a final reply, in printable ASCII; "" if there is none.
+func findQueueID(text string) string {
+	if id := searchQueueID(text); len(id) <= maxQueueID && isPrintable(id) {
+		return id
+	}
+	return ""
+}
+
+func searchQueueID(text string) string {
+	// The common case, without the cost of a search.
+	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
+		return id
+	}
+	for _, re := range queueIDs {
+		if m := re.FindStringSubmatch(text); m != nil {
+			return strings.TrimRight(m[1], ".")
+		}
+	}
+	return ""
+}
+
+// isWord reports whether s consists of letters, digits, hyphens and underscores.
+func isWord(s string) bool {
+	for _, c := range []byte(s) {
+		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-' || c == '_') {
+			return false
+		}
+	}
+	return s != ""
+}

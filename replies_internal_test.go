@@ -1,0 +1,111 @@
+package smtprelay
+
+// What a reply's code and words mean beyond its class, and the queue IDs in it.
+
+import (
+	"strings"
+	"testing"
+	"unicode"
+)
+
+func TestRepliesMeanWhatTheirRelaysMean(t *testing.T) {
+	for _, tt := range []struct {
+		why  string
+		op   Op
+		r    Reply
+		says []meaning
+	}{
+		{"421 before the first message", OpGreeting, Reply{Code: 421}, []meaning{tooManyConns}},
+		{"421 to AUTH", OpAuth, Reply{Code: 421}, []meaning{tooManyConns}},
+		{"421 to a message is about the connection", OpMail, Reply{Code: 421}, nil},
+		{"Microsoft 365, at any step", OpFinalDot, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, []meaning{tooManyConns}},
+		{"Mailtrap, to AUTH", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "Too many concurrent\nConnections"}, []meaning{tooManyConns}},
+		{"the words the other way round", OpAuth, Reply{454, EnhancedCode{}, "connections: too many"}, []meaning{tooManyConns}},
+		{"credentials that are wrong", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "too many wrong passwords"}, nil},
+		{"a greeting with the words that is none of refusal", OpGreeting, Reply{220, EnhancedCode{}, "too many connections"}, nil},
+
+		{"OpenSMTPD: another connection may have the message", OpMail, Reply{452, EnhancedCode{4, 5, 3}, "Too many messages sent"}, []meaning{tooManyMessages}},
+		{"the relay is full, which no other connection mends", OpMail, Reply{Code: 452, EnhancedCode: EnhancedCode{4, 3, 1}}, nil},
+		{"for good is not for this connection", OpMail, Reply{Code: 550, EnhancedCode: EnhancedCode{5, 5, 3}}, nil},
+
+		{"RFC 5321, 4.5.3.1.10; or a mailbox is full", OpRcpt, Reply{Code: 452}, []meaning{tooManyRcpts}},
+		{"in the words of Postfix", OpRcpt, Reply{452, EnhancedCode{4, 5, 3}, "Error: too many recipients"}, []meaning{tooManyRcpts, numberOfRcpts}},
+		{"in words alone", OpRcpt, Reply{452, EnhancedCode{}, "Too many recipients"}, []meaning{tooManyRcpts, numberOfRcpts}},
+		{"what older relays say", OpRcpt, Reply{Code: 552}, []meaning{tooManyRcpts}},
+		{"a mailbox that is full", OpRcpt, Reply{452, EnhancedCode{4, 2, 2}, "Mailbox full"}, []meaning{tooManyRcpts}},
+		{"RFC 3463, 3.6 under another code", OpRcpt, Reply{Code: 550, EnhancedCode: EnhancedCode{5, 5, 3}}, []meaning{tooManyRcpts, numberOfRcpts}},
+		{"no such user", OpRcpt, Reply{550, EnhancedCode{5, 1, 1}, "no such user"}, nil},
+		{"452 to the message is not about recipients", OpFinalDot, Reply{Code: 452}, nil},
+
+		{"Gmail ends an idle connection", OpMail, Reply{451, EnhancedCode{4, 4, 2}, "Timeout - closing connection."}, []meaning{idleTooLong}},
+		{"Amazon SES does", OpMail, Reply{451, EnhancedCode{}, "Timeout waiting for data from client."}, []meaning{idleTooLong}},
+		{"another 451", OpMail, Reply{451, EnhancedCode{4, 7, 1}, "Timeout waiting for greylisting"}, nil},
+		{"the words further on", OpMail, Reply{451, EnhancedCode{}, "no timeout waiting here"}, nil},
+	} {
+		for m := tooManyConns; m <= idleTooLong; m++ {
+			want := false
+			for _, s := range tt.says {
+				want = want || s == m
+			}
+			if got := tt.r.says(m, tt.op); got != want {
+				t.Errorf("%s: %s: %v: meaning %d: got %v, want %v", tt.why, tt.op, tt.r, m, got, want)
+			}
+		}
+	}
+}
+
+func TestQueueIDIsFound(t *testing.T) {
+	for _, tt := range []struct{ relay, text, want string }{
+		{"SendGrid", "Ok: queued as _bXzmsKbSfuMyZzZmB0wLg", "_bXzmsKbSfuMyZzZmB0wLg"},
+		{"Postfix", "Ok: queued as 4Xyz1b2C3dz4fRt", "4Xyz1b2C3dz4fRt"},
+		{"Postfix's short form", "Ok: queued as 9C0A31F", "9C0A31F"},
+		{"Exim", "OK id=1tDabc-00000001Xyz-2pQr", "1tDabc-00000001Xyz-2pQr"},
+		{"Amazon SES", "Ok 010001897a5b6c7d-0e1f2a3b-4c5d-6e7f-8a9b-0c1d2e3f4a5b-000000", "010001897a5b6c7d-0e1f2a3b-4c5d-6e7f-8a9b-0c1d2e3f4a5b-000000"},
+		{"OpenSMTPD", "7f3a1b2c Message accepted for delivery", "7f3a1b2c"},
+		{"Sendmail", "4AOEJ1x2012345 Message accepted for delivery", "4AOEJ1x2012345"},
+		{"an identifier in brackets", "Message queued as <a.1@relay.example>", "a.1@relay.example"},
+		{"a sentence's dot is not the identifier's", "Queued as abc123.", "abc123"},
+		{"the words in any case", "OK ID=x1", "x1"},
+		{"go-smtp says no identifier", "OK: queued", ""},
+		{"aiosmtpd", "OK", ""},
+		{"smtp-server", "OK: message queued", ""},
+		{"Gmail says a time and more", "OK  1700000000 d2e1a72fcca58-12345.67 - gsmtp", ""},
+		{"Mailgun's words", "Great success", ""},
+		{"id within a word", "sender identified, will be idle", ""},
+		{"an identifier that is none", "queued as ???", ""},
+		{"nothing", "", ""},
+	} {
+		t.Run(tt.relay, func(t *testing.T) {
+			if got := findQueueID(tt.text); got != tt.want {
+				t.Errorf("%q: got %q, want %q", tt.text, got, tt.want)
+			}
+		})
+	}
+}
+
+func FuzzQueueID(f *testing.F) {
+	for _, seed := range []string{
+		"Ok: queued as _bXzmsKbSfuMyZzZmB0wLg", "OK id=1tDabc-00000001Xyz-2pQr", "Ok 010001897a5b6c7d-0e1f2a3b", "7f3a1b2c Message accepted for delivery",
+		"OK: queued", "OK  1700000000 d2e1a72fcca58-12345.67 - gsmtp", "Message accepted for delivery = <x@y>.", "queued with id <...", "id id = = a.",
+		"first line\nOk: queued as 1",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		id := findQueueID(text)
+		if id == "" {
+			return
+		}
+		if !strings.Contains(text, id) {
+			t.Errorf("%q is not in %q", id, text)
+		}
+		if strings.ContainsFunc(id, func(r rune) bool {
+			return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`<>"'()[]`, r)
+		}) {
+			t.Errorf("%q of %q is more than a word", id, text)
+		}
+		if strings.HasSuffix(id, ".") {
+			t.Errorf("%q of %q ends in a dot", id, text)
+		}
+	})
+}
