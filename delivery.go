@@ -2,10 +2,8 @@ package smtprelay
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/printable"
@@ -396,117 +394,6 @@ func (t *transaction) stepLocked() (Op, string) {
 		}
 	}
 	return OpMail, ""
-}
-
-// fit makes the message fit for what the relay offers on s: the parameters of MAIL, and how many of d.todo go into one
-// transaction. It fails where the relay lacks what the message needs; nothing has been written then.
-func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
-	ext := &s.ext
-	mail = d.mail
-	lacks := func(keyword, what string) *Error {
-		return &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("%s: the relay does not offer %s", what, keyword)}
-	}
-	switch {
-	case mail.Body == "" && ext.Has("8BITMIME"):
-		mail.Body = Body8BitMIME
-	case mail.Body == Body7Bit && !ext.Has("8BITMIME"):
-		mail.Body = ""
-	case mail.Body != "" && !ext.Has("8BITMIME"):
-		return mail, nil, lacks("8BITMIME", "MailOptions.Body "+string(mail.Body))
-	}
-	if mail.Size == 0 {
-		mail.Size = d.size
-	}
-	if ext.Size > 0 && mail.Size > ext.Size {
-		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true, Err: &sizeError{ext.Size}}
-	}
-	if !ext.Has("SIZE") {
-		mail.Size = 0
-	}
-	if d.utf8 != "" {
-		mail.UTF8 = true
-	}
-	switch {
-	case d.utf8 != "" && !ext.Has("SMTPUTF8"):
-		return mail, nil, lacks("SMTPUTF8", fmt.Sprintf("address %s is not ASCII", printable.Address(d.utf8)))
-	case mail.UTF8 && !ext.Has("SMTPUTF8"):
-		return mail, nil, lacks("SMTPUTF8", "MailOptions.UTF8")
-	case mail.Return != "" && !ext.Has("DSN"):
-		return mail, nil, lacks("DSN", "MailOptions.Return")
-	case mail.EnvelopeID != "" && !ext.Has("DSN"):
-		return mail, nil, lacks("DSN", "MailOptions.EnvelopeID")
-	case mail.RequireTLS && s.tls == nil:
-		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("MailOptions.RequireTLS: the connection is in the clear")}
-	case mail.RequireTLS && !d.c.cfg.verifies():
-		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-			Err: errors.New("MailOptions.RequireTLS: TLSConfig says that the relay's certificate is not verified (RFC 8689, 2)")}
-	case mail.RequireTLS && !ext.Has("REQUIRETLS"):
-		return mail, nil, lacks("REQUIRETLS", "MailOptions.RequireTLS")
-	case mail.DeliverBy != nil && !ext.Has("DELIVERBY"):
-		return mail, nil, lacks("DELIVERBY", "MailOptions.DeliverBy")
-	case mail.DeliverBy != nil && mail.DeliverBy.Mode == DeliverByReturn && mail.DeliverBy.seconds() < ext.DeliverBy:
-		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("MailOptions.DeliverBy: the relay wants %d seconds at least (DELIVERBY)", ext.DeliverBy)}
-	case mail.Priority != nil && !ext.Has("MT-PRIORITY"):
-		return mail, nil, lacks("MT-PRIORITY", "MailOptions.Priority")
-	}
-	if !ext.Has("AUTH") {
-		mail.Auth = nil // may be left out (RFC 4954, 5)
-	}
-	of := func(to string) string { return fmt.Sprintf("RcptOptions of %s: ", printable.Address(to)) }
-	switch {
-	case d.dsnFor != "" && !ext.Has("DSN"):
-		return mail, nil, lacks("DSN", of(d.dsnFor)+"Notify, OriginalRecipient")
-	case d.rrvsFor != "" && !ext.Has("RRVS"):
-		return mail, nil, lacks("RRVS", of(d.rrvsFor)+"RequireRecipientValidSince")
-	}
-	most := len(d.todo)
-	for _, limit := range []int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax} {
-		if limit > 0 {
-			most = min(most, limit)
-		}
-	}
-	if !d.m.AllOrNothing {
-		if limit := d.c.cfg.split; limit > 0 && !oneShot(d.m.Body) {
-			most = min(most, limit)
-		}
-		most = d.rcpts.offer(most)
-	}
-	if limit := ext.Limits.RcptDomainMax; limit > 0 {
-		fresh := len(s.domains) == 0
-		if n := s.admitDomains(d.m.To, d.todo[:most], limit); n < most {
-			most = n
-			if !fresh {
-				most = 0 // another session has room for more of them
-			}
-		}
-	}
-	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
-		return mail, nil, &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)}
-	}
-	return mail, d.todo[:most], nil
-}
-
-// admitDomains tells how many of rcpts may be named before the session has seen more than limit different domains
-// (RFC 9422, 4.3), and notes theirs.
-func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
-	if s.domains == nil {
-		s.domains = make(map[string]struct{})
-	}
-	for _, i := range rcpts {
-		domain := strings.ToLower(to[i][strings.LastIndexByte(to[i], '@')+1:])
-		if _, known := s.domains[domain]; !known {
-			if len(s.domains) >= limit {
-				return n
-			}
-			s.domains[domain] = struct{}{}
-		}
-		n++
-	}
-	return n
 }
 
 // begin checks the message and fills in what the delivery needs to know of it.

@@ -168,11 +168,11 @@ var mutants = []mutant{
 	{"LIMITS MAILMAX is not heeded", "dial.go",
 		"[]int{s.ext.Limits.MailMax, c.profile.maxMessages()}",
 		"[]int{c.profile.maxMessages()}"},
-	{"LIMITS RCPTMAX is not heeded", "delivery.go",
+	{"LIMITS RCPTMAX is not heeded", "fit.go",
 		"[]int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax}",
 		"[]int{d.c.cfg.Limits.MaxRecipients}"},
 
-	{"LIMITS RCPTDOMAINMAX is not heeded", "delivery.go",
+	{"LIMITS RCPTDOMAINMAX is not heeded", "fit.go",
 		"limit := ext.Limits.RcptDomainMax; limit > 0 {",
 		"limit := ext.Limits.RcptDomainMax; limit > 999999 {"},
 

@@ -1,0 +1,173 @@
+package smtprelay
+
+import (
+	"cmp"
+	"fmt"
+	"strings"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// fit makes the message fit what the relay offers on s: the parameters of MAIL, and which of d.todo go into one transaction,
+// none if s can take no more domains. It fails where the relay lacks what the message needs; nothing has been written then.
+func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
+	ext := &s.ext
+	lacks := cmp.Or(d.lacks(ext), d.lacksTLS(s), d.lacksForDelivery(ext), d.lacksForRcpts(ext))
+	if lacks != nil {
+		return d.mail, nil, lacks
+	}
+	most := d.mostRcpts(ext)
+	if limit := ext.Limits.RcptDomainMax; limit > 0 {
+		fresh := len(s.domains) == 0
+		if n := s.admitDomains(d.m.To, d.todo[:most], limit); n < most {
+			most = n
+			if !fresh {
+				most = 0 // another session has room for more of them
+			}
+		}
+	}
+	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
+		return d.mail, nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
+	}
+	return d.params(ext), d.todo[:most], nil
+}
+
+// params are the parameters of MAIL for a relay that offers ext: what only helps is left out where it is not offered, and
+// added where it is.
+func (d *delivery) params(ext *wire.Extensions) MailOptions {
+	mail := d.mail
+	switch {
+	case mail.Body == "" && ext.Has("8BITMIME"):
+		mail.Body = Body8BitMIME
+	case mail.Body == Body7Bit && !ext.Has("8BITMIME"):
+		mail.Body = ""
+	}
+	if mail.Size == 0 {
+		mail.Size = d.size
+	}
+	if !ext.Has("SIZE") {
+		mail.Size = 0
+	}
+	if d.utf8 != "" {
+		mail.UTF8 = true
+	}
+	if !ext.Has("AUTH") {
+		mail.Auth = nil // may be left out (RFC 4954, 5)
+	}
+	return mail
+}
+
+// unfit is the error of a message that the relay cannot take.
+func unfit(format string, args ...any) *Error {
+	return &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true, Err: fmt.Errorf(format, args...)}
+}
+
+// notOffered is the error of a message that needs an extension which the relay does not have.
+func notOffered(keyword, what string) *Error {
+	return unfit("%s: the relay does not offer %s", what, keyword)
+}
+
+// lacks returns what the message and its options need and the relay does not offer; nil if there is nothing.
+func (d *delivery) lacks(ext *wire.Extensions) *Error {
+	mail := &d.mail
+	size := mail.Size
+	if size == 0 {
+		size = d.size
+	}
+	dsn := ext.Has("DSN")
+	utf8 := ext.Has("SMTPUTF8")
+	switch {
+	case mail.Body != "" && mail.Body != Body7Bit && !ext.Has("8BITMIME"):
+		return notOffered("8BITMIME", "MailOptions.Body "+string(mail.Body))
+	case ext.Size > 0 && size > ext.Size:
+		return unfit("%w", &sizeError{ext.Size})
+	case d.utf8 != "" && !utf8:
+		return notOffered("SMTPUTF8", fmt.Sprintf("address %s is not ASCII", printable.Address(d.utf8)))
+	case mail.UTF8 && !utf8:
+		return notOffered("SMTPUTF8", "MailOptions.UTF8")
+	case mail.Return != "" && !dsn:
+		return notOffered("DSN", "MailOptions.Return")
+	case mail.EnvelopeID != "" && !dsn:
+		return notOffered("DSN", "MailOptions.EnvelopeID")
+	}
+	return nil
+}
+
+// lacksTLS is lacks for RequireTLS (RFC 8689).
+func (d *delivery) lacksTLS(s *session) *Error {
+	switch {
+	case !d.mail.RequireTLS:
+	case s.tls == nil:
+		return unfit("MailOptions.RequireTLS: the connection is in the clear")
+	case !d.c.cfg.verifies():
+		return unfit("MailOptions.RequireTLS: TLSConfig says that the relay's certificate is not verified (RFC 8689, 2)")
+	case !s.ext.Has("REQUIRETLS"):
+		return notOffered("REQUIRETLS", "MailOptions.RequireTLS")
+	}
+	return nil
+}
+
+// lacksForDelivery is lacks for when the message is delivered (RFC 2852, RFC 6710).
+func (d *delivery) lacksForDelivery(ext *wire.Extensions) *Error {
+	by := d.mail.DeliverBy
+	switch {
+	case by != nil && !ext.Has("DELIVERBY"):
+		return notOffered("DELIVERBY", "MailOptions.DeliverBy")
+	case by != nil && by.Mode == DeliverByReturn && by.seconds() < ext.DeliverBy:
+		return unfit("MailOptions.DeliverBy: the relay wants %d seconds at least (DELIVERBY)", ext.DeliverBy)
+	case d.mail.Priority != nil && !ext.Has("MT-PRIORITY"):
+		return notOffered("MT-PRIORITY", "MailOptions.Priority")
+	}
+	return nil
+}
+
+// lacksForRcpts is lacks for RcptOptions.
+func (d *delivery) lacksForRcpts(ext *wire.Extensions) *Error {
+	of := func(to, options string) string {
+		return fmt.Sprintf("RcptOptions of %s: %s", printable.Address(to), options)
+	}
+	switch {
+	case d.dsnFor != "" && !ext.Has("DSN"):
+		return notOffered("DSN", of(d.dsnFor, "Notify, OriginalRecipient"))
+	case d.rrvsFor != "" && !ext.Has("RRVS"):
+		return notOffered("RRVS", of(d.rrvsFor, "RequireRecipientValidSince"))
+	}
+	return nil
+}
+
+// mostRcpts is how many of d.todo go into one transaction, as the settings, the relay's offer and its profile say.
+func (d *delivery) mostRcpts(ext *wire.Extensions) int {
+	most := len(d.todo)
+	for _, limit := range []int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax} {
+		if limit > 0 {
+			most = min(most, limit)
+		}
+	}
+	if d.m.AllOrNothing {
+		return most
+	}
+	if limit := d.c.cfg.split; limit > 0 && !oneShot(d.m.Body) {
+		most = min(most, limit)
+	}
+	return d.rcpts.offer(most)
+}
+
+// admitDomains tells how many of rcpts may be named before the session has seen more than limit different domains
+// (RFC 9422, 4.3), and notes theirs.
+func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
+	if s.domains == nil {
+		s.domains = make(map[string]struct{})
+	}
+	for _, i := range rcpts {
+		domain := strings.ToLower(to[i][strings.LastIndexByte(to[i], '@')+1:])
+		if _, known := s.domains[domain]; !known {
+			if len(s.domains) >= limit {
+				return n
+			}
+			s.domains[domain] = struct{}{}
+		}
+		n++
+	}
+	return n
+}
