@@ -101,6 +101,28 @@ func TestBodiesAreRecognised(t *testing.T) {
 	}
 }
 
+// TestOnlyTheLeakOfGoSMTPIsLeftOut holds the count of goroutines to all but one kind.
+func TestOnlyTheLeakOfGoSMTPIsLeftOut(t *testing.T) {
+	const (
+		leak    = "github.com/emersion/go-smtp.(*Conn).handleBdat.func1()\n\tconn.go:1072 +0x1\n"
+		created = "created by github.com/emersion/go-smtp.(*Conn).handleBdat in goroutine 7\n\tconn.go:1047 +0x2"
+		backend = "github.com/smtprelay/smtprelay/internal/test/sockets.(*session).Data(0x1)\n\trelay_test.go:1 +0x3\n"
+	)
+	for g, want := range map[string]bool{
+		"goroutine 8 [chan send]:\n" + leak + created:                                                    false,
+		"goroutine 8 [chan send, 2 minutes]:\n" + leak + created:                                         false,
+		"goroutine 8 [sync.Mutex.Lock]:\n" + leak + created:                                              true,
+		"goroutine 8 [chan send]:\n" + backend + leak + created:                                          true,
+		"goroutine 8 [chan send]:\ngithub.com/emersion/go-smtp.(*Server).Serve(0x1)\n\tserver.go:1 +0x1": true,
+		"goroutine 8 [chan send]:\ngithub.com/smtprelay/smtprelay.(*pool).take(0x1)\n\tpool.go:1 +0x1":   true,
+		"goroutine 8 [chan send]:\ntesting.(*T).Run(0x1)\n\ttesting.go:1 +0x1":                           false,
+	} {
+		if got := isOurs(g); got != want {
+			t.Errorf("isOurs is %v for\n%s", got, g)
+		}
+	}
+}
+
 // TestOneConnectionTooMany opens a second connection where one may be open: beside the first, and after the first has left
 // without a word.
 func TestOneConnectionTooMany(t *testing.T) {

@@ -225,9 +225,22 @@ func stacks() string {
 func running() int {
 	n := -1 // the one who asks
 	for g := range strings.SplitSeq(stacks(), "\n\n") {
-		if strings.Contains(g, "smtprelay/smtprelay") || strings.Contains(g, "emersion/go-smtp") {
+		if isOurs(g) {
 			n++
 		}
 	}
 	return n
+}
+
+// isOurs reports whether a goroutine with the stack g is one of those that must end.
+//
+// go-smtp's server leaks one now and then (seen in v0.25.1). The goroutine that reads the chunks of a message which is given
+// up sends its result to whatever channel the connection has by then. If that is the next message's, and this one is given up
+// too, the channel has room for one of the two results, and nobody reads it any more.
+func isOurs(g string) bool {
+	header, stack, _ := strings.Cut(g, "\n")
+	if strings.Contains(header, "[chan send") && strings.HasPrefix(stack, "github.com/emersion/go-smtp.(*Conn).handleBdat.func1(") {
+		return false
+	}
+	return strings.Contains(g, "smtprelay/smtprelay") || strings.Contains(g, "emersion/go-smtp")
 }
