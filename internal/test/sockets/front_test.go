@@ -21,10 +21,12 @@ func listen(t testing.TB) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// counter is a listener that knows how many clients were connected at once.
+// counter is a listener that knows how many clients were connected at once. A connection counts until this side has ended
+// it, be it with FIN only: the client can see no more than that, and need not wait for what it has written to be read.
 type counter struct {
 	*net.TCPListener
-	most int // that may be; told by exceeded
+	most      int  // that may be; told by exceeded
+	impatient bool // the client may have given up the wait for a relay that does not answer QUIT: what it has closed does not count
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*counted]struct{}
@@ -36,8 +38,17 @@ type counted struct {
 	c *counter
 }
 
-func count(l *net.TCPListener, most int) *counter {
-	return &counter{TCPListener: l, most: most, open: map[*counted]struct{}{}}
+// connState is the state of a connection on this side of it.
+type connState int
+
+const (
+	over        connState = iota // this side has sent FIN, or one of them RST
+	halfClosed                   // the client has sent FIN, and this side has not
+	established                  // nobody has
+)
+
+func count(l *net.TCPListener, s setup) *counter {
+	return &counter{TCPListener: l, most: s.maxConns, impatient: s.forgets(), open: map[*counted]struct{}{}}
 }
 
 func (c *counter) Accept() (net.Conn, error) {
@@ -52,7 +63,7 @@ func (c *counter) Accept() (net.Conn, error) {
 	for try := 0; len(c.open) > c.most; try++ {
 		n := 0
 		for o := range c.open {
-			if !isReset(o.TCPConn) {
+			if s := tcpState(o.TCPConn); s == established || s == halfClosed && !c.impatient {
 				n++
 			}
 		}

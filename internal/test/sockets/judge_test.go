@@ -2,7 +2,6 @@ package sockets
 
 import (
 	"bytes"
-	"net"
 	"testing"
 
 	"github.com/smtprelay/smtprelay"
@@ -119,33 +118,6 @@ func TestOnlyTheLeakOfGoSMTPIsLeftOut(t *testing.T) {
 	} {
 		if got := isOurs(g); got != want {
 			t.Errorf("isOurs is %v for\n%s", got, g)
-		}
-	}
-}
-
-// TestOneConnectionTooMany opens a second connection where one may be open: beside the first, and after the first has left
-// without a word.
-func TestOneConnectionTooMany(t *testing.T) {
-	for _, left := range []bool{false, true} {
-		c := count(listen(t), 1)
-		defer c.Close()
-		for n := range 2 {
-			client, err := net.Dial("tcp", c.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer client.Close()
-			conn, err := c.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			if left && n == 0 {
-				reset(client.(*net.TCPConn))
-			}
-		}
-		if tooMany := c.exceeded > 0; tooMany == left {
-			t.Errorf("the first has left: %v; one too many: %v", left, tooMany)
 		}
 	}
 }

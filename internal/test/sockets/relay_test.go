@@ -54,6 +54,9 @@ type setup struct {
 	weather  weather // of the proxy
 }
 
+// forgets reports whether some commands are never answered.
+func (s setup) forgets() bool { return s.behind == smtptest.HabitDiscard }
+
 // relay is a relay under way.
 type relay struct {
 	setup
@@ -75,7 +78,7 @@ func start(t testing.TB, s setup, ms []*message) *relay {
 	default:
 		l := listen(t)
 		addr = l.Addr().String()
-		r.front = count(l, s.maxConns)
+		r.front = count(l, s)
 		r.config.TLS = smtprelay.TLSNone
 		var serveOn net.Listener = r.front
 		if s.kind.isTLS() {
@@ -90,7 +93,7 @@ func start(t testing.TB, s setup, ms []*message) *relay {
 		}
 	}
 	if s.proxied {
-		r.front = count(listen(t), s.maxConns)
+		r.front = count(listen(t), s)
 		r.proxy = newProxy(r.front, addr, s.weather)
 		addr = r.front.Addr().String()
 	}

@@ -121,10 +121,11 @@ func (r *round) run(t testing.TB) tally {
 	if r.password != "" {
 		cfg.Username, cfg.Password = "user", r.password
 	}
-	cfg.Timeouts.Command, cfg.Timeouts.Data, cfg.Timeouts.FinalReply = 20*time.Second, 20*time.Second, 20*time.Second
-	if r.behind == smtptest.HabitDiscard { // some replies never come
-		cfg.Timeouts.Overlap, cfg.Timeouts.Command, cfg.Timeouts.FinalReply = 100*time.Millisecond, time.Second, time.Second
+	limit := 20 * time.Second // more than a relay under load takes
+	if r.forgets() {
+		limit, cfg.Timeouts.Overlap = time.Second, 100*time.Millisecond
 	}
+	cfg.Timeouts.Command, cfg.Timeouts.Data, cfg.Timeouts.FinalReply, cfg.Timeouts.Quit = limit, limit, limit, limit
 	client, err := smtprelay.New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -150,7 +151,7 @@ func (r *round) run(t testing.TB) tally {
 	if r.calm {
 		relay.calmness(all)
 	}
-	if r.behind != smtptest.HabitDiscard {
+	if !r.forgets() {
 		relay.silence(all)
 	}
 	if r.told != nil {
