@@ -80,23 +80,25 @@ var smuggled = []string{
 // TestBodyIsNoCommands sends such bodies to a relay that refuses the envelope, and does not throw away the chunk that it
 // refuses with it.
 func TestBodyIsNoCommands(t *testing.T) {
-	for _, refuses := range []string{"RCPT", "MAIL", "AUTH"} {
-		for b := range smuggled {
-			for kind := range bodyKinds {
-				t.Run(fmt.Sprintf("%s refused/body %d/kind %d", refuses, b, kind), func(t *testing.T) {
-					r := &round{setup: setup{kind: strictTLS, chunking: true, maxConns: 1}}
-					r.habits = habits{readsRefusedChunks: true, refusesMail: refuses == "MAIL", refusesAuth: refuses == "AUTH"}
-					r.password = map[string]string{"AUTH": "wrong"}[refuses]
-					for n := range 3 { // the first finds a new connection, the others one that has been used
-						id := 1 + n
-						r.senders = append(r.senders, []*message{
-							{id: id, to: []string{recipient("gone", 0, id)}, raw: smuggled[b], kind: kind, deadline: -1},
-							{id: 10 + id, to: []string{recipient("ok", 0, 10+id)}, size: 300, deadline: -1},
-							{id: 20 + id, to: []string{recipient("gone", 0, 20+id)}, raw: smuggled[b], kind: kind, deadline: -1},
-						})
-					}
-					check(t, r.run(t))
-				})
+	for _, relay := range []relayMake{strictTLS, smtptestTLS} {
+		for _, refuses := range []string{"RCPT", "MAIL", "AUTH"} {
+			for b := range smuggled {
+				for kind := range bodyKinds {
+					t.Run(fmt.Sprintf("%s/%s refused/body %d/kind %d", relay, refuses, b, kind), func(t *testing.T) {
+						r := &round{setup: setup{kind: relay, chunking: true, maxConns: 1}}
+						r.habits = habits{readsRefusedChunks: true, refusesMail: refuses == "MAIL", refusesAuth: refuses == "AUTH"}
+						r.password = map[string]string{"AUTH": "wrong"}[refuses]
+						for n := range 3 { // the first finds a new connection, the others one that has been used
+							id := 1 + n
+							r.senders = append(r.senders, []*message{
+								{id: id, to: []string{recipient("gone", 0, id)}, raw: smuggled[b], kind: kind, deadline: -1},
+								{id: 10 + id, to: []string{recipient("ok", 0, 10+id)}, size: 300, deadline: -1},
+								{id: 20 + id, to: []string{recipient("gone", 0, 20+id)}, raw: smuggled[b], kind: kind, deadline: -1},
+							})
+						}
+						check(t, r.run(t))
+					})
+				}
 			}
 		}
 	}
@@ -110,31 +112,33 @@ func TestEnvelopeThatStays(t *testing.T) {
 		{id: 2, to: []string{recipient("ok", 0, 2)}, size: 300, deadline: -1},
 		{id: 3, to: []string{recipient("ok", 0, 3)}, size: 300, deadline: -1},
 	}
-	for name, senders := range map[string][][]*message{
-		"one after the other": {ms},
-		"at once":             {ms[:1], ms[1:2], ms[2:]},
-	} {
-		for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
-			t.Run(fmt.Sprintf("data/%s/pipelining %d", name, pipelining), func(t *testing.T) {
-				r := &round{setup: setup{kind: strictClear, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
-				check(t, r.run(t))
-			})
-			// In chunks the body may have left with the envelope. Who gets it then is out of our hands, but not what is told of it.
-			t.Run(fmt.Sprintf("chunks/%s/pipelining %d", name, pipelining), func(t *testing.T) {
-				r := &round{setup: setup{kind: strictClear, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
-				r.told = func(led *ledger, all []*told) {
-					for _, e := range led.entries {
-						for _, told := range all {
-							if o, _ := told.outcome(); o != smtprelay.Unknown && idOf(e.from) != told.m.id && strings.Contains(strings.Join(e.to, " "), told.m.to[0]) {
-								led.complain("message %d went with the envelope of message %d, and is told as %v: %v", told.m.id, idOf(e.from), o, told.err)
+	for _, relay := range []relayMake{strictClear, smtptestClear} {
+		for name, senders := range map[string][][]*message{
+			"one after the other": {ms},
+			"at once":             {ms[:1], ms[1:2], ms[2:]},
+		} {
+			for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
+				t.Run(fmt.Sprintf("%s/data/%s/pipelining %d", relay, name, pipelining), func(t *testing.T) {
+					r := &round{setup: setup{kind: relay, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+					check(t, r.run(t))
+				})
+				// In chunks the body may have left with the envelope. Who gets it then is out of our hands, but not what is told of it.
+				t.Run(fmt.Sprintf("%s/chunks/%s/pipelining %d", relay, name, pipelining), func(t *testing.T) {
+					r := &round{setup: setup{kind: relay, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
+					r.told = func(led *ledger, all []*told) {
+						for _, e := range led.entries {
+							for _, told := range all {
+								if o, _ := told.outcome(); o != smtprelay.Unknown && idOf(e.from) != told.m.id && strings.Contains(strings.Join(e.to, " "), told.m.to[0]) {
+									led.complain("message %d went with the envelope of message %d, and is told as %v: %v", told.m.id, idOf(e.from), o, told.err)
+								}
 							}
 						}
 					}
-				}
-				a := r.run(t)
-				a.strangers, a.mixed = 0, 0
-				check(t, a)
-			})
+					a := r.run(t)
+					a.strangers, a.mixed = 0, 0
+					check(t, a)
+				})
+			}
 		}
 	}
 }

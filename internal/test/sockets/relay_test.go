@@ -40,6 +40,8 @@ const (
 
 var relayMakes = []relayMake{smtptestClear, smtptestStartTLS, smtptestTLS, goSMTPClear, goSMTPTLS, strictClear, strictTLS}
 
+func (m relayMake) isFake() bool { return strings.HasPrefix(string(m), "smtptest") }
+
 func (m relayMake) isTLS() bool { return strings.HasSuffix(string(m), "-tls") }
 
 // setup says which relay is started.
@@ -48,14 +50,15 @@ type setup struct {
 	chunking bool // is used where the relay offers it
 	maxConns int
 	habits   habits
-	behind   smtptest.Habit
-	dotDelay time.Duration // smtptest's answer to the final dot comes so late
+	behind   smtptest.Habit // of smtptest, as are the next two
+	dotDelay time.Duration  // the answer to the final dot comes so late
+	fault    smtptest.Fault // the zero value means that there is none
 	proxied  bool
 	weather  weather // of the proxy
 }
 
 // forgets reports whether some commands are never answered.
-func (s setup) forgets() bool { return s.behind == smtptest.HabitDiscard }
+func (s setup) forgets() bool { return s.behind == smtptest.HabitDiscard || s.fault.Discard }
 
 // relay is a relay under way.
 type relay struct {
@@ -72,10 +75,9 @@ type relay struct {
 func start(t testing.TB, s setup, ms []*message) *relay {
 	r := &relay{setup: s, ledger: newLedger(ms)}
 	var addr string
-	switch s.kind {
-	case smtptestClear, smtptestStartTLS, smtptestTLS:
+	if s.kind.isFake() {
 		addr = r.startFake(ms)
-	default:
+	} else {
 		l := listen(t)
 		addr = l.Addr().String()
 		r.front = count(l, s)
@@ -125,8 +127,9 @@ func (r *relay) close(t testing.TB) {
 
 func (r *relay) startFake(ms []*message) (addr string) {
 	s := smtptest.NewUnstartedServer()
-	s.MaxConns, s.MaxMessages, s.Chunking, s.Behind = -1, -1, true, r.behind
-	s.NoAuth, s.NoTLS = true, r.kind == smtptestClear
+	s.MaxConns, s.MaxMessages, s.Chunking, s.Behind = -1, -1, !r.habits.noChunking, r.behind
+	s.KeepRefusedChunks, s.KeepEnvelopeOnRset = r.habits.readsRefusedChunks, r.habits.keepsEnvelope
+	s.NoAuth, s.NoTLS = !r.habits.refusesAuth, r.kind == smtptestClear
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{own.cert}}
 	s.Reject = map[string]string{}
 	if r.habits.noSize {
@@ -144,11 +147,29 @@ func (r *relay) startFake(ms []*message) (addr string) {
 	} else {
 		s.Start()
 	}
+	s.Fault(smtptest.Fault{Count: -1, When: r.strange})
+	if r.habits.refusesMail {
+		s.Fault(smtptest.Fault{At: smtptest.Mail, Reply: "550 5.7.1 not from you", Count: -1})
+	}
 	if r.dotDelay > 0 {
 		s.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: r.dotDelay, Count: -1})
 	}
+	if r.fault.At != 0 {
+		s.Fault(r.fault)
+	}
 	r.config, r.end, r.fake = s.Config(), s.Close, s
 	return s.Addr()
+}
+
+// strange complains of commands that have come out of a body. It lets no fault strike.
+func (r *relay) strange(e smtptest.Event) bool {
+	switch {
+	case e.Step == smtptest.Mail && r.ledger.messages[idOf(e.From)] == nil:
+		r.ledger.complain("smuggled: %s", e.Line)
+	case e.Step == smtptest.Rcpt && r.ledger.messages[idOf(e.Rcpt)] == nil:
+		r.ledger.complain("smuggled: %s", e.Line)
+	}
+	return false
 }
 
 // serveGoSMTP serves with go-smtp until the function that it returns is called, when all clients have gone.

@@ -48,8 +48,15 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 		r.behind = []smtptest.Habit{smtptest.HabitRefuse, smtptest.HabitDiscard}[rng.IntN(2)]
 		r.dotDelay = time.Duration(rng.IntN(2000)) * time.Microsecond
 	}
+	if one(3) {
+		r.fault = drawFault(rng, chunking)
+	}
+	r.habits.keepsEnvelope = !chunking && one(6) // in chunks another's body may have left before anybody can know
 	if r.calm {
-		r.weather.breaks, r.behind = 0, smtptest.HabitNone
+		r.weather.breaks, r.habits.keepsEnvelope = 0, false
+	}
+	if r.calm || !kind.isFake() {
+		r.behind, r.fault = smtptest.HabitNone, smtptest.Fault{}
 	}
 	hurry := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 1500 * time.Microsecond, 10 * time.Millisecond}[rng.IntN(4)]
 	for range 1 + rng.IntN(2*r.maxConns) {
@@ -61,6 +68,30 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 		r.senders = append(r.senders, ms)
 	}
 	return r
+}
+
+// drawFault draws what goes wrong in smtptest itself.
+func drawFault(rng *rand.Rand, chunking bool) (f smtptest.Fault) {
+	steps := []smtptest.Step{smtptest.Mail, smtptest.Rcpt, smtptest.Data, smtptest.Bdat, smtptest.Body, smtptest.FinalDot, smtptest.Accepted, smtptest.Rset}
+	f.At = steps[rng.IntN(len(steps))]
+	f.Pipelined = f.At != smtptest.Body && rng.IntN(2) == 0
+	f.Nth, f.Count = 1+rng.IntN(40), 1+rng.IntN(4)
+	if f.At == smtptest.Body {
+		f.AfterBytes = rng.Int64N(100 << 10)
+	}
+	switch effect := rng.IntN(5); {
+	case effect == 0 && !chunking: // in chunks the rest of a body would be read as commands
+		f.Discard = true
+	case effect <= 1 && f.At != smtptest.Accepted: // a relay that has the message and refuses it is beyond help
+		f.Reply = []string{"451 4.3.0 not now", "503 5.5.1 bad sequence of commands", "550 5.7.1 no"}[rng.IntN(3)]
+	case effect == 2 && f.At != smtptest.Accepted:
+		f.Reply, f.Drop = "421 4.3.2 going down", true
+	case effect == 3:
+		f.Drop = true
+	default:
+		f.Reset = true
+	}
+	return f
 }
 
 func drawMessage(rng *rand.Rand, id int, calm bool, hurry time.Duration) *message {

@@ -14,7 +14,8 @@ import (
 // A strict relay on plain sockets: it reads SMTP with DATA and CHUNKING by itself, complains of clients that break the
 // rules, and has the bad habits of relays that exist, where a test wants them.
 
-// habits are what a relay does that it should not do.
+// habits are what a relay does that it should not do. smtptest has all of them, and takes cut chunks always; go-smtp's server
+// has those that it has, and knows noSize.
 type habits struct {
 	takesCutChunk      bool // a last chunk that ends with the connection is taken as it is (go-smtp 0.25.1 and older)
 	readsRefusedChunks bool // the octets of a refused chunk are read as commands (go-smtp 0.25.0 and 0.24.0, nginx)
