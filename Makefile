@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays soak storm mutants cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays soak storm sockets mutants cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
 FUZZTIME ?= 30s
@@ -33,6 +33,9 @@ soak: ## five million messages over loopback, one in a hundred failing
 
 storm: ## a hundred thousand storms from random seeds
 	go test -run '^TestStorm$$' -v -timeout 3h ./internal/test/storm -storm.seeds=100000 -storm.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+
+sockets: ## a million messages over real connections that break, and contexts that end at any moment of a body's way
+	go test -v -timeout 4h ./internal/test/sockets -sockets.sends=1000000 -sockets.cancels=50000
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
 	go run ./internal/mutants
