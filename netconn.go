@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -105,10 +106,18 @@ func (c *progressConn) listen(wait time.Duration) bool {
 	return !c.abandoned
 }
 
+// peerClosed are the errors of a read, or of a write, on a connection that the relay has closed or reset.
+var peerClosed = []error{
+	io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe,
+	syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE,
+	// Windows reports these two as WSAECONNRESET and WSAECONNABORTED. Its syscall.ECONNRESET is a number of Go's own that no
+	// call returns, and no other system has errors with these numbers.
+	syscall.Errno(10054), syscall.Errno(10053),
+}
+
 // closedByPeer reports whether err, of a read, means that the relay has closed the connection.
 func closedByPeer(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
-		errors.Is(err, io.ErrClosedPipe) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
+	return slices.ContainsFunc(peerClosed, func(target error) bool { return errors.Is(err, target) })
 }
 
 func isTimeout(err error) bool {

@@ -543,7 +543,8 @@ func TestResetOverSockets(t *testing.T) {
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 		r.want("250 ", "250 ", "354 ")
 		r.say("text", ".")
-		if _, err := r.br.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
+		const wsaECONNRESET = syscall.Errno(10054) // what Windows calls it
+		if _, err := r.br.ReadByte(); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, wsaECONNRESET) {
 			t.Errorf("got %v", err)
 		}
 		if s.Accepted() != 0 || s.Open() != 0 {
