@@ -38,7 +38,7 @@ sockets: ## a million messages over real connections that break, and contexts th
 	go test -v -timeout 4h ./internal/test/sockets -sockets.sends=1000000 -sockets.cancels=50000
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
-	go run ./internal/mutants
+	go run ./tools/mutants
 
 cover: ## coverage of the root module, as a page in the browser
 	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof

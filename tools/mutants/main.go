@@ -1,9 +1,10 @@
 // Mutants proves that the tests can fail. It breaks the client on purpose, one line at a time, in a copy of the module,
 // and runs the storm against each broken client; what the storm lets pass is given to all tests of the root module.
 //
-//	go run ./internal/mutants            # all of them; exits with 1 if one survives or can no longer be made
-//	go run ./internal/mutants -only=RSET # those whose name contains this
-//	go run ./internal/mutants -list
+//	go run ./tools/mutants            # all of them; exits with 1 if one survives or can no longer be made
+//	go run ./tools/mutants -only=RSET # those whose name contains this
+//	go run ./tools/mutants -check     # report those that can no longer be made, and run none
+//	go run ./tools/mutants -list
 package main
 
 import (
@@ -30,6 +31,7 @@ type mutant struct {
 var (
 	only  = flag.String("only", "", "run the mutants whose name contains `text`")
 	list  = flag.Bool("list", false, "list the mutants and run none")
+	check = flag.Bool("check", false, "report the mutants that can no longer be made and run none")
 	seeds = flag.Int("seeds", 3000, "how many seeds of the storm each has to survive")
 )
 
@@ -45,6 +47,9 @@ func run() error {
 	root, err := moduleRoot()
 	if err != nil {
 		return err
+	}
+	if *check {
+		return checkAll(root)
 	}
 	dir, err := os.MkdirTemp("", "mutants")
 	if err != nil {
@@ -85,19 +90,40 @@ func run() error {
 	return nil
 }
 
+// checkAll reports each mutant that cannot be made of the source below root.
+func checkAll(root string) error {
+	var errs []error
+	for _, m := range mutants {
+		if _, err := m.source(root); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", m.name, err))
+		}
+	}
+	fmt.Printf("%d mutants, %d cannot be made\n", len(mutants), len(errs))
+	return errors.Join(errs...)
+}
+
+// source returns the file that m changes, or an error if it does not have exactly one place to change.
+func (m mutant) source(root string) ([]byte, error) {
+	src, err := os.ReadFile(filepath.Join(root, filepath.FromSlash(m.file)))
+	if err != nil {
+		return nil, err
+	}
+	if n := bytes.Count(src, []byte(m.old)); n != 1 {
+		return nil, fmt.Errorf("%q is %d times in %s, want once", m.old, n, m.file)
+	}
+	return src, nil
+}
+
 // try makes one mutant, tests it and unmakes it. It reports whether that went as it should.
 func try(dir string, m mutant) (verdict string, ok bool) {
 	if m.file != "" {
 		path := filepath.Join(dir, filepath.FromSlash(m.file))
-		src, err := os.ReadFile(path)
+		src, err := m.source(dir)
 		if err != nil {
-			return err.Error(), false
-		}
-		if n := strings.Count(string(src), m.old); n != 1 {
-			return fmt.Sprintf("DOES NOT APPLY: %q is %d times in %s", m.old, n, m.file), false
+			return "DOES NOT APPLY: " + err.Error(), false
 		}
 		defer os.WriteFile(path, src, 0o666)
-		if err := os.WriteFile(path, []byte(strings.Replace(string(src), m.old, m.new, 1)), 0o666); err != nil {
+		if err := os.WriteFile(path, bytes.Replace(src, []byte(m.old), []byte(m.new), 1), 0o666); err != nil {
 			return err.Error(), false
 		}
 		if out, err := command(dir, "build", "./..."); err != nil {
@@ -153,8 +179,7 @@ func moduleRoot() (string, error) {
 	return string(bytes.TrimSpace(out)), err
 }
 
-// copyModule copies the root module. Modules below it stay behind, and so does this program, whose own test would notice every
-// mutant.
+// copyModule copies the root module. Modules below it stay behind.
 func copyModule(to, from string) error {
 	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -166,7 +191,7 @@ func copyModule(to, from string) error {
 		}
 		if d.IsDir() {
 			_, err := os.Stat(filepath.Join(path, "go.mod"))
-			if rel != "." && (err == nil || strings.HasPrefix(d.Name(), ".")) || rel == filepath.Join("internal", "mutants") {
+			if rel != "." && (err == nil || strings.HasPrefix(d.Name(), ".")) {
 				return fs.SkipDir
 			}
 			return os.MkdirAll(filepath.Join(to, rel), 0o777)

@@ -66,7 +66,7 @@ func TestStorm(t *testing.T) {
 
 // TestStormFound runs the seeds that found a fault of the client, a few times each, since the scheduler has its part in them.
 // A change to what is drawn from a seed makes other storms of them: then look for new ones, by undoing what mended the fault
-// (internal/mutants undoes some).
+// (tools/mutants undoes some).
 func TestStormFound(t *testing.T) {
 	stormTLS()
 	for _, found := range []struct {
