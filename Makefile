@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays soak storm sockets mutants cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays soak storm sockets mutants api cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
 FUZZTIME ?= 30s
@@ -39,6 +39,9 @@ sockets: ## a million messages over real connections that break, and contexts th
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
 	go run ./tools/mutants
+
+api: ## write down the exported interface, which .ci/run compares
+	go run ./tools/api >tools/api/api.txt
 
 cover: ## coverage of the root module, as a page in the browser
 	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof
