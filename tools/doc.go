@@ -1,3 +1,3 @@
-// Package tools holds no code: its go.mod pins the programs that check this repository ("go tool staticcheck"), in a module
-// of its own so that they are nobody's dependency.
+// Package tools holds no code: its go.mod pins staticcheck ("go tool staticcheck"). Below it are the programs that check this
+// repository: api, docs and mutants. They are a module of their own so that what they need is nobody's dependency.
 package tools

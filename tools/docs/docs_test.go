@@ -1,0 +1,319 @@
+// Package docs tests what the Markdown files of this repository say: that the files, tests and make targets they name are
+// there, that their links lead somewhere, and that their Go code compiles. It has no code of its own.
+//
+// A block of Go that begins with "package" or with a declaration is a file. Any other block is the body of a function, whose
+// parameters and results stand in a comment right above the block, where readers of the page do not see it:
+//
+//	<!-- go: (ctx context.Context, m smtprelay.Message) error -->
+//
+// Unused variables and imports are no faults, and imports are added: those in the table named imported.
+package docs
+
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/tools/go/packages"
+)
+
+const module = "github.com/smtprelay/smtprelay"
+
+// imported are the packages that blocks of Go may use without an import line.
+var imported = []string{
+	"bytes", "context", "crypto/tls", "crypto/x509", "encoding/json", "errors", "fmt", "io", "log", "log/slog", "maps", "net",
+	"net/http", "net/mail", "net/textproto", "os", "os/signal", "slices", "strings", "sync", "syscall", "testing", "time",
+	module, module + "/smtptest",
+}
+
+var (
+	code     = regexp.MustCompile("`([^`\n]+)`")
+	link     = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	heading  = regexp.MustCompile(`(?m)^#+ +(.+)$`)
+	fence    = regexp.MustCompile("(?ms)^```([a-z]*)[^\n]*\n(.*?)^```$")
+	goBlock  = regexp.MustCompile("(?ms)^(?:<!-- go: ([^\n]*) -->\n+)?```go\n(.*?)^```$")
+	testName = regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark|Example)[A-Z]\w+`)
+	testFunc = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark|Example)\w+)\(`)
+	goFile   = regexp.MustCompile(`^[\w./*{}-]+\.(?:go|md|txt)$`)
+	target   = regexp.MustCompile(`^make ([a-z]+)`)
+)
+
+// tree is what the repository has, by path from its root with slashes.
+type tree struct {
+	files []string
+	pages map[string]string // Markdown and GitHub's YAML, with their text
+	tests map[string]bool   // functions in test files
+}
+
+func read(t *testing.T) tree {
+	t.Helper()
+	all := tree{pages: map[string]string{}, tests: map[string]bool{}}
+	root := os.DirFS("../..")
+	err := fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == ".git" || d.Name() == "node_modules"):
+			return fs.SkipDir
+		}
+		all.files = append(all.files, name)
+		isTest := strings.HasSuffix(name, "_test.go")
+		isPage := strings.HasSuffix(name, ".md") || strings.HasPrefix(name, ".github/") && strings.HasSuffix(name, ".yml")
+		if d.IsDir() || !isTest && !isPage {
+			return nil
+		}
+		text, err := fs.ReadFile(root, name)
+		if err != nil {
+			return err
+		}
+		if isPage {
+			all.pages[name] = string(text)
+		}
+		for _, m := range testFunc.FindAllSubmatch(text, -1) {
+			all.tests[string(m[1])] = all.tests[string(m[1])] || isTest
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// has reports whether there is a file or folder of this name, which may be a pattern.
+func (all tree) has(name string) bool {
+	name = strings.TrimSuffix(name, "/")
+	return slices.ContainsFunc(all.files, func(f string) bool {
+		ok, err := path.Match(name, f)
+		return ok && err == nil
+	})
+}
+
+// hasScript reports whether a file of this name lies in a folder of test data.
+func (all tree) hasScript(name string) bool {
+	return slices.ContainsFunc(all.files, func(f string) bool { return strings.Contains(f, "testdata/") && path.Base(f) == name })
+}
+
+// prose returns a page without its fenced blocks.
+func prose(text string) string { return fence.ReplaceAllString(text, "") }
+
+func TestFilesNamedInArchitectureExist(t *testing.T) {
+	all := read(t)
+	mod, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(all.pages["ARCHITECTURE.md"]) {
+		if !strings.HasPrefix(line, "|") {
+			continue
+		}
+		for _, m := range code.FindAllStringSubmatch(line, -1) {
+			name := m[1]
+			if strings.Contains(string(mod), name) || !goFile.MatchString(name) && !regexp.MustCompile(`^[\w.-]+/[\w./-]*$`).MatchString(name) {
+				continue
+			}
+			if !all.has(name) {
+				t.Errorf("ARCHITECTURE.md: there is no %s", name)
+			}
+		}
+	}
+}
+
+// examples are names that pages use to show what a test's name looks like.
+var examples = []string{"TestSendIsNotRepeatedAfterFinalDot", "TestBroken"}
+
+func TestTestsNamedInPagesExist(t *testing.T) {
+	all := read(t)
+	for page, text := range all.pages {
+		for _, m := range code.FindAllStringSubmatch(prose(text), -1) {
+			for _, name := range testName.FindAllString(m[1], -1) {
+				if !all.tests[name] && !slices.Contains(examples, name) {
+					t.Errorf("%s: there is no %s", page, name)
+				}
+			}
+			if page == "TESTING.md" && goFile.MatchString(m[1]) && !all.has(m[1]) && !all.hasScript(m[1]) {
+				t.Errorf("%s: there is no %s", page, m[1])
+			}
+		}
+	}
+}
+
+// The table of complaints in TESTING.md gives each a reason why it cannot concern this module, or the tests and transcripts
+// that hold it; that those exist is tested above.
+func TestEachComplaintIsHeldBySomething(t *testing.T) {
+	_, section, found := strings.Cut(read(t).pages["TESTING.md"], "\n## Complaints of other clients\n")
+	if !found {
+		t.Fatal("TESTING.md has no section on the complaints of other clients")
+	}
+	number := 0
+	for _, m := range regexp.MustCompile(`(?m)^\| (\d+) \|.*\| ([^|]*) \|$`).FindAllStringSubmatch(section, -1) {
+		number++
+		if m[1] != strconv.Itoa(number) {
+			t.Errorf("complaint %d is numbered %s", number, m[1])
+		}
+		if strings.TrimSpace(m[2]) == "" {
+			t.Errorf("complaint %d is held by nothing", number)
+		}
+	}
+	if !strings.Contains(section, fmt.Sprintf(", %d in all,", number)) {
+		t.Errorf("TESTING.md does not say that the complaints are %d in all", number)
+	}
+}
+
+func TestMakeTargetsNamedInPagesExist(t *testing.T) {
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page, text := range read(t).pages {
+		for _, m := range code.FindAllStringSubmatch(prose(text), -1) {
+			if name := target.FindStringSubmatch(m[1]); name != nil && !strings.Contains(string(makefile), "\n"+name[1]+":") {
+				t.Errorf("%s: the Makefile has no target %s", page, name[1])
+			}
+		}
+	}
+}
+
+// Links to this repository on GitHub count as relative ones.
+func TestLinksLeadSomewhere(t *testing.T) {
+	all := read(t)
+	own := regexp.MustCompile(`https://` + module + `/(?:blob|tree)/main/([^\s)"']+)`)
+	for page, text := range all.pages {
+		var links []string
+		for _, m := range link.FindAllStringSubmatch(prose(text), -1) {
+			if !strings.Contains(m[1], ":") {
+				links = append(links, m[1])
+			}
+		}
+		for _, m := range own.FindAllStringSubmatch(text, -1) {
+			links = append(links, "/"+m[1])
+		}
+		for _, l := range links {
+			file, anchor, _ := strings.Cut(l, "#")
+			switch {
+			case file == "":
+				file = page
+			case file[0] == '/':
+				file = file[1:]
+			default:
+				file = path.Join(path.Dir(page), file)
+			}
+			if !slices.Contains(all.files, strings.TrimSuffix(file, "/")) {
+				t.Errorf("%s: %s leads to no file", page, l)
+			} else if anchor != "" && !slices.Contains(anchors(all.pages[file]), anchor) {
+				t.Errorf("%s: %s leads to no heading", page, l)
+			}
+		}
+	}
+}
+
+// anchors returns the names that GitHub gives to the headings of a page.
+func anchors(text string) []string {
+	var names []string
+	seen := map[string]int{}
+	for _, m := range heading.FindAllStringSubmatch(prose(text), -1) {
+		name := strings.ToLower(regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`).ReplaceAllString(m[1], "$1"))
+		name = strings.ReplaceAll(regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(name, ""), " ", "-")
+		if n := seen[name]; n > 0 {
+			names = append(names, fmt.Sprintf("%s-%d", name, n))
+		} else {
+			names = append(names, name)
+		}
+		seen[name]++
+	}
+	return names
+}
+
+func TestGoInPagesCompiles(t *testing.T) {
+	all := read(t)
+	std, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps, Dir: filepath.Join("..", "..")}, imported...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := importer{}
+	for _, p := range std {
+		known[p.PkgPath] = p.Types
+	}
+	for page, text := range all.pages {
+		for _, m := range goBlock.FindAllStringSubmatchIndex(text, -1) {
+			signature := "()"
+			if m[2] >= 0 {
+				signature = text[m[2]:m[3]]
+			}
+			line := strings.Count(text[:m[4]], "\n") + 1
+			if err := known.check(fmt.Sprintf("%s:%d", page, line), signature, text[m[4]:m[5]]); err != nil {
+				t.Errorf("%s:%d: %v", page, line, err)
+			}
+		}
+	}
+}
+
+func TestGoThatDoesNotCompileIsFound(t *testing.T) {
+	known := importer{}
+	for _, c := range []struct{ signature, block, want string }{
+		{"()", "undefined()", "undefined: undefined"},
+		{"() int", `return "a"`, "cannot use"},
+		{"()", "if {", "missing condition"},
+		{"()", "x := 1", ""},
+		{"(n int) error", "if n > 0 {\n\treturn nil\n}", ""},
+		{"()", "func f() {}", ""},
+	} {
+		err := known.check("block", c.signature, c.block)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q: got %v, want %q", c.block, err, c.want)
+		}
+	}
+}
+
+// importer finds packages that are loaded already, by their path.
+type importer map[string]*types.Package
+
+// Import implements types.Importer.
+func (known importer) Import(path string) (*types.Package, error) {
+	if p := known[path]; p != nil {
+		return p, nil
+	}
+	return nil, fmt.Errorf("%s is not in the table of packages that pages may use", path)
+}
+
+// check compiles a block of Go.
+func (known importer) check(name, signature, block string) error {
+	var imports strings.Builder
+	for path := range known {
+		fmt.Fprintf(&imports, "import %q; ", path)
+	}
+	files := token.NewFileSet()
+	parse := func(source string) (*ast.File, error) {
+		return parser.ParseFile(files, name, source, parser.SkipObjectResolution)
+	}
+	var file *ast.File
+	var err error
+	if strings.HasPrefix(block, "package ") {
+		file, err = parse(block)
+	} else if file, err = parse("package page; " + imports.String() + block); err != nil {
+		// The panic is for blocks that leave out their last return.
+		file, err = parse("package page; " + imports.String() + "func _" + signature + " {\n" + block + "\npanic(0)\n}")
+	}
+	if err != nil {
+		return err
+	}
+	var first error
+	conf := types.Config{Importer: known, Error: func(err error) {
+		if e, ok := err.(types.Error); first == nil && !(ok && e.Soft) { // soft: something is not used
+			first = err
+		}
+	}}
+	conf.Check("page", files, []*ast.File{file}, nil)
+	return first
+}
