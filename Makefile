@@ -1,7 +1,7 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
 .PHONY: all help test race fuzz bench peers relays soak storm sockets mutants api cover lint quickstart ci
 
-MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*')))
+MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*' -not -path './tools/lint/*')))
 FUZZTIME ?= 30s
 in_each   = @for m in $(MODULES); do echo "$$m: $(1)"; (cd $$m && $(1)) || exit 1; done
 
@@ -46,10 +46,11 @@ api: ## write down the exported interface, which .ci/run compares
 cover: ## coverage of the root module, as a page in the browser
 	go test -coverpkg=./... -coverprofile=cover.prof ./... && go tool cover -html=cover.prof
 
-lint: ## gofmt, go vet and staticcheck of every module
+lint: ## gofmt, go vet and staticcheck of every module; golangci-lint of the root (minutes, the first time)
 	@test -z "$$(find . -name '*.go' -not -path './.*' -exec gofmt -l {} + | tee /dev/stderr)"
 	$(call in_each,go vet ./...)
 	$(call in_each,go tool staticcheck ./...)
+	"$$(cd tools/lint && GOWORK=off go tool -n golangci-lint)" run ./...
 
 quickstart: ## 1,000 messages to a fake relay, measured
 	go run ./examples/quickstart
