@@ -188,22 +188,30 @@ func (d *dialogue) startAuth(ctx context.Context, s *session, mayLead bool) *Err
 	}
 	s.cfg.countAuth(reply.Class() == 2)
 	if reply.Class() != 2 {
-		return s.authError(reply, mark)
+		return s.cfg.authRefused(reply, mark)
 	}
 	return nil
 }
 
-// authError is the relay's refusal of credentials, of which mark is the mark.
-func (s *session) authError(r wire.Reply, mark [sha256.Size]byte) *Error {
-	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
-	if e.Code/100 == 5 && !e.says(tooManyConns, OpAuth) {
-		e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
-		if s.cfg.Auth != nil {
-			e.Err = errors.New("check what Config.Auth returns")
-		}
-		s.cfg.profile.credentialsRefused(mark, e)
+// authRefused takes in the relay's refusal of credentials, of which mark is the mark.
+func (c *settings) authRefused(r wire.Reply, mark [sha256.Size]byte) *Error {
+	e := refusedBy(OpAuth, r)
+	if c.explainAuth(e) {
+		c.profile.credentialsRefused(mark, e)
 	}
 	return e
+}
+
+// explainAuth says what to do where e is the relay's refusal of credentials for good, and reports whether it is.
+func (c *settings) explainAuth(e *Error) bool {
+	if e.Op != OpAuth || e.Code/100 != 5 || e.says(tooManyConns, OpAuth) {
+		return false
+	}
+	e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
+	if c.Auth != nil {
+		e.Err = errors.New("check what Config.Auth returns")
+	}
+	return true
 }
 
 // authenticate sends the AUTH that was to lead the first transaction alone.
@@ -217,7 +225,12 @@ func (s *session) authenticate(ctx context.Context) *Error {
 	if t.lead() && t.sendNow() && t.awaitEnvelope() {
 		return nil
 	}
-	return t.verdict()
+	r := believed(t.result())
+	e := verdict(t.m, nil, &r)
+	if e != nil {
+		s.cfg.explainAuth(e)
+	}
+	return e
 }
 
 // refused credentials are not tried again for a while.

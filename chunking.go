@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -193,11 +194,11 @@ func (t *transaction) readAhead() error {
 	case err != io.EOF:
 		return err
 	case n == 0:
-		return errEmptyBody
+		return conn.ErrEmptyBody
 	}
 	t.m.Body, t.size = bytesBody(head.Bytes()), wire.CanonicalSize(head.Bytes())
 	if limit := t.s.ext.Size; limit > 0 && t.size > limit {
-		return &sizeError{limit}
+		return &conn.SizeError{Limit: limit}
 	}
 	t.declare(t.size)
 	return nil
@@ -210,7 +211,7 @@ type readerUntil struct {
 }
 
 func (u readerUntil) Read(p []byte) (int, error) {
-	if err := ended(u.ctx); err != nil {
+	if err := conn.ContextError(u.ctx); err != nil {
 		return 0, err
 	}
 	return u.r.Read(p)
@@ -309,7 +310,8 @@ func (t *transaction) goByData() error {
 func (t *transaction) unwanted() bool {
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
-	return t.refusalLocked() != nil
+	step, _ := t.replies.Refusal(t.m.AllOrNothing)
+	return step != ""
 }
 
 // startChunk writes the command for a chunk of n octets, unless the relay does not want it.

@@ -2,10 +2,11 @@ package smtprelay
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"slices"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -52,26 +53,7 @@ func (d *delivery) run() (Receipt, error) {
 		}
 		t := newTransaction(d.ctx, s, d.m, d.size, mail, rcpts)
 		t.run(d.c.pool)
-		e := t.verdict()
-		if e != nil {
-			d.c.pool.learn(s, e)
-		}
-		if t.authed() {
-			d.c.pool.worked()
-		}
-		wait := d.note(t, e)
-		if e != nil && e.Op == OpRcpt && e.Code/100 >= 4 && e.Code != 421 && !d.m.AllOrNothing {
-			e = nil // each of these recipients was refused for itself; the others have not been tried
-		}
-		d.size = t.size
-		used := t.bodyBegun && oneShot(d.m.Body)
-		if e == nil && used && len(d.todo) > 0 {
-			err = &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
-		} else if e == nil && wait != nil {
-			err = d.pause(again, wait)
-		} else if e != nil && len(d.todo) > 0 {
-			err = d.pause(d.c.mayRetry(t, e), e)
-		}
+		err = d.settle(s, rcpts, believed(t.result()))
 		t.recycle()
 		if err != nil {
 			return d.end(err)
@@ -80,88 +62,104 @@ func (d *delivery) run() (Receipt, error) {
 	return d.end(nil)
 }
 
-// note writes down what a transaction that ended in e, nil if it was accepted, means for its recipients. Those of them
-// that wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
-func (d *delivery) note(t *transaction, e *Error) (wait *Error) {
-	outcome, final := Accepted, Reply{}
+// settle takes in what became of a transaction on s for rcpts, and waits where another one is due after a while. An error
+// ends the Send.
+func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
+	e := verdict(d.m, rcpts, &r)
 	if e != nil {
-		outcome = e.Outcome
+		d.c.cfg.explainAuth(e)
+		d.c.pool.learn(s, e)
 	}
-	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
-	replies := t.rcpt
-	if outcome == Accepted {
-		final = publicReply(t.final)
+	if r.Auth.Class() == 2 {
+		d.c.pool.worked()
 	}
-	mailed := t.mailed.Class() == 2 && t.authErr == nil
+	wait := d.note(rcpts, &r, e)
+	d.learnRcpts(&r, e)
+	d.size = r.Size
+	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing {
+		e = nil // each of these recipients was refused for itself; the others have not been tried
+	}
+	switch {
+	case len(d.todo) == 0:
+		return nil
+	case e != nil:
+		return d.pause(d.c.cfg.Retry.next(d.m, &r, e), e)
+	case r.BodyBegun && oneShot(d.m.Body):
+		return &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
+	case wait != nil:
+		return d.pause(retryLater, wait)
+	}
+	return nil
+}
 
+// errBodyUsed is told for recipients that need another transaction.
+var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
+
+// note writes down the fate of each of rcpts, the recipients of a transaction that ended in r with the verdict e. Those that
+// wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
+func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 	queueID := ""
-	if outcome == Accepted {
+	if e == nil {
+		final := publicReply(r.Final)
 		queueID = findQueueID(final.Message)
 		d.receipt.Reply, d.receipt.QueueID = final, queueID
 	}
-	accepted := t.acceptedRcpts()
 	var open []int
-	tooMany, number := 0, true // number: what was too many was the number of recipients, and not some of them
-	for i, to := range t.rcpts {
-		r := &d.receipt.Recipients[to]
-		r.Reply = publicReply(replies[i])
-		if r.says(tooManyRcpts, OpRcpt) {
-			tooMany++
-			number = number && (r.says(numberOfRcpts, OpRcpt) || r.EnhancedCode == EnhancedCode{} && len(t.rcpts) > 2)
-		} else if r.Code/100 == 2 && tooMany > 0 {
-			number = false
+	for i, to := range rcpts {
+		rcpt := &d.receipt.Recipients[to]
+		rcpt.Reply = publicReply(r.Rcpt[i])
+		refusal := func() *Error {
+			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted}
 		}
-		switch code := r.Code; {
-		case outcome == Unknown && (code == 0 || code/100 == 2):
-			// In chunks the message leaves with its envelope, whose replies may be missing.
-			r.Outcome = Unknown
+		switch fateOf(d.m, r, i, e, d.c.cfg.Retry.Temporary) {
+		case fateAccepted:
+			rcpt.Outcome, rcpt.QueueID = Accepted, queueID
+		case fateUnknown:
+			rcpt.Outcome = Unknown
 			d.unknown = e
-		case outcome == Accepted && code/100 == 2:
-			r.Outcome, r.QueueID = Accepted, queueID
-		case code == 0 || code/100 == 2 || !mailed:
+		case fateOpen:
 			open = append(open, to)
-		case d.m.AllOrNothing || code == 421 || code/100 == 3:
+		case fateLater:
 			open = append(open, to)
-		case r.says(tooManyRcpts, OpRcpt) && accepted > 0:
-			open = append(open, to) // another transaction, at once
-		default:
-			refusal := &Error{Op: OpRcpt, subject: printable.Address(r.To), Reply: r.Reply, Outcome: NotAccepted}
-			if d.c.cfg.Retry.Temporary && code/100 == 4 {
-				open = append(open, to)
-				wait = refusal
-				continue
-			}
+			wait = refusal()
+		case fateRefused:
 			if d.refusal == nil {
-				d.refusal = refusal
+				d.refusal = refusal()
 			}
 		}
 	}
-	d.todo = d.todo[len(t.rcpts)-len(open):] // in place: there may be thousands, and a transaction for each
+	d.todo = d.todo[len(rcpts)-len(open):] // in place: there may be thousands, and a transaction for each
 	copy(d.todo, open)
-	if mailed && (tooMany > 0 || e == nil && d.rcpts.most > 0) {
-		d.rcpts.took(len(t.rcpts), accepted, tooMany)
-		if tooMany == 0 || accepted > 0 && number {
-			d.c.cfg.profile.rcptsTaken(len(t.rcpts), accepted, tooMany)
-		}
-	}
 	return wait
+}
+
+// learnRcpts takes in what a transaction tells of how many recipients the relay takes in one.
+func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
+	tooMany, sure := countTooMany(r)
+	if !mailed(r) || tooMany == 0 && (e != nil || d.rcpts.most == 0) {
+		return
+	}
+	accepted := r.Accepted()
+	d.rcpts.took(len(r.Rcpt), accepted, tooMany)
+	if tooMany == 0 || accepted > 0 && sure {
+		d.c.cfg.profile.rcptsTaken(len(r.Rcpt), accepted, tooMany)
+	}
 }
 
 // pause waits before the next try if there is one, as what says. Else it returns e, the reason.
 func (d *delivery) pause(what next, e *Error) *Error {
-	if what == crowded {
-		what = again
+	if what == waitForSlot {
+		what = retryLater
 		if d.c.pool.open() > 1 {
-			what = elsewhere // the others work, and whoever waits is served in turn
+			what = retryNow // the others work, and whoever waits is served in turn
 		}
 	}
-	if what == elsewhere {
+	if what == retryNow {
 		d.traceRetry(0, e)
 		return nil
 	}
 	d.attempts++
-	if what == stop || d.c.cfg.Retry.exhausted(d.attempts) {
+	if what == giveUp || d.c.cfg.Retry.exhausted(d.attempts) {
 		return e
 	}
 	wait := d.c.cfg.Retry.backoff(d.attempts)
@@ -220,185 +218,9 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	return d.receipt, e
 }
 
-// verdict tells what became of the transaction; nil means that the message was accepted for the recipients that were.
-func (t *transaction) verdict() *Error {
-	s := t.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case t.finalIn && t.final.Class() == 2 && t.acceptedRcpts() > 0 && t.data.Class() < 4:
-		return nil
-	case t.finalIn && (t.final.Class() == 3 || t.final.Class() == 2 && t.agreedRcpts() > 0): // behind a refusal of MAIL or of a chunk
-		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: Unknown} // whatever it may mean
-	}
-	if t.dubiousLocked() {
-		clear(t.rcpt)
-		e := &Error{Op: OpData, Outcome: NotAccepted}
-		e.blame(s.cause)
-		return e
-	}
-	if e := t.refusalLocked(); e != nil && (t.finalIn || t.endAt == 0 || t.decidesLocked(e)) {
-		e.Outcome = NotAccepted
-		return e
-	}
-	switch {
-	case t.finalIn:
-		return &Error{Op: t.endOp(), Reply: publicReply(t.final), Outcome: NotAccepted}
-	case t.endAt > 0 && (s.attempted >= t.endAt || s.cause == nil && s.writeErr == nil) && !t.behind421Locked():
-		// On a session that works the dot may still be in the buffer, but it will leave.
-		err := ended(t.ctx)
-		if err == nil {
-			err = lost(s.cause)
-		}
-		return &Error{Op: t.endOp(), Outcome: Unknown, Err: err}
-	}
-	e := &Error{Op: OpFinalDot, Outcome: NotAccepted}
-	switch {
-	case t.asked == 0:
-		e.Op = OpWait
-	case t.answered < t.asked:
-		e.Op, e.subject = t.stepLocked()
-	case t.endAt == 0:
-		e.Op = OpBody
-	}
-	e.blame(s.cause)
-	if t.bodyErr != nil {
-		e.Op, e.Err = OpBody, t.bodyErr
-		_, e.permanent = t.bodyErr.(*sizeError)
-	}
-	if err := ended(t.ctx); err != nil && (t.bodyErr == nil || t.cancelled) && e.Code == 0 {
-		e.Err = err
-	}
-	return e
-}
-
-// blame makes the end of a session the reason for e.
-func (e *Error) blame(cause error) {
-	switch cause := cause.(type) {
-	case *unexpectedReply:
-		if cause.reply.Class() >= 4 { // the relay says why it does not take the body
-			e.Reply = publicReply(cause.reply)
-		} else {
-			e.Err = cause
-		}
-	case *replyError: // to what another transaction had asked: only 421 is for all
-		if e.Err = cause; cause.reply.Code == 421 {
-			e.Err, e.Reply = nil, publicReply(cause.reply)
-		}
-	default:
-		e.Err = lost(cause)
-	}
-}
-
-// decidesLocked reports whether e, a refusal in the envelope, means that what was sent behind it is not accepted, although
-// there is no reply to its end. That the relay refuses RSET says nothing of what stands behind, unless it leaves, nor does
-// it when one recipient is refused and another one not, or MAIL is and a recipient not.
-func (t *transaction) decidesLocked(e *Error) bool {
-	switch e.Op {
-	case OpRset:
-		return e.Code == 421
-	case OpMail, OpRcpt:
-		// A relay that has said 421 and closed in order was leaving, and has taken nothing of what came behind.
-		return t.agreedRcpts() == 0 || e.Code == 421 && t.s.leftInOrder
-	}
-	return true
-}
-
-// dubiousLocked reports whether the replies to an envelope behind a final dot may be those to other commands: a relay that
-// throws away a part of what came with the dot is short of as many replies, until one side ends the connection.
-func (t *transaction) dubiousLocked() bool {
-	if !t.overlapped || t.endAt > 0 || t.s.cause == nil || t.rset.Class() != 2 {
-		return false
-	}
-	_, ended := t.s.cause.(*replyError) // 421, or one that cannot be the reply to its command
-	return ended || t.answered < t.asked && isTimeout(t.s.cause)
-}
-
-// behind421Locked reports whether the relay has said 421 to a transaction before t, and nothing more until the connection
-// ended in order: replies come in order (RFC 2920, 3.2), so it was leaving when it came to t, and has taken nothing of it.
-func (t *transaction) behind421Locked() bool {
-	return t.s.said421 && t.answered == 0 && t.s.leftInOrder
-}
-
-// endOp is the step that ends the message.
-func (t *transaction) endOp() Op {
-	if t.byData {
-		return OpFinalDot
-	}
-	return OpBdat
-}
-
-// lost says of err, a fault of the connection, what it means.
-func lost(err error) error {
-	if err == nil {
-		return nil
-	}
-	if closedByPeer(err) {
-		return fmt.Errorf("connection lost: %w", err)
-	}
-	return err
-}
-
-// refusalLocked is the relay's first refusal in the envelope: what it says later is a consequence, as is its hanging up.
-func (t *transaction) refusalLocked() *Error {
-	if t.authErr != nil {
-		return t.authErr.clone()
-	}
-	if t.rset.Code != 0 && t.rset.Class() != 2 && t.mailed.Class() != 2 { // else it did no harm
-		return &Error{Op: OpRset, Reply: publicReply(t.rset)}
-	}
-	if t.mailRefused() {
-		return &Error{Op: OpMail, subject: printable.Address(t.m.From), Reply: publicReply(t.mailed)}
-	}
-	first, accepted, refused := -1, 0, 0
-	for i, r := range t.rcpt {
-		switch {
-		case r.Class() == 2:
-			accepted++
-		case r.Code != 0:
-			refused++
-			if first < 0 || r.Code == 421 {
-				first = i
-			}
-		}
-	}
-	if first >= 0 && (refused == len(t.rcpts) || t.m.AllOrNothing || t.rcpt[first].Code == 421) {
-		return &Error{Op: OpRcpt, subject: printable.Address(t.m.To[t.rcpts[first]]), Reply: publicReply(t.rcpt[first])}
-	}
-	if t.data.Code != 0 && t.data.Class() > 3 {
-		return &Error{Op: t.dataOp(), Reply: publicReply(t.data)}
-	}
-	return nil
-}
-
-// dataOp is the step that begins the message.
-func (t *transaction) dataOp() Op {
-	if op := t.endOp(); op != OpFinalDot {
-		return op
-	}
-	return OpData
-}
-
-// stepLocked is the oldest command of the envelope that has no reply.
-func (t *transaction) stepLocked() (Op, string) {
-	s := t.s
-	for _, x := range s.waiting[s.head:] {
-		if x.tx == t {
-			if x.op == OpRcpt {
-				return x.op, printable.Address(t.m.To[t.rcpts[x.rcpt]])
-			}
-			if x.op == OpMail {
-				return x.op, printable.Address(t.m.From)
-			}
-			return x.op, ""
-		}
-	}
-	return OpMail, ""
-}
-
 // begin checks the message and fills in what the delivery needs to know of it.
 func (d *delivery) begin() error {
-	if err := ended(d.ctx); err != nil {
+	if err := conn.ContextError(d.ctx); err != nil {
 		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err}
 	}
 	if err := d.m.check(); err != nil {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -49,23 +50,23 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 }
 
 func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error) {
-	conn, err := c.dialTCP(ctx)
+	nc, err := c.dialTCP(ctx)
 	if err != nil {
 		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
 	}
-	raw := &progressConn{Conn: conn, limit: c.Timeouts.Write}
+	raw := &progressConn{Conn: nc, limit: c.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
 	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), doomed: make(chan struct{}), done: make(chan struct{}), said: c.said.NewStream()}
 	s.wrote.L = &s.mu
 	d := &dialogue{s: s, ctx: ctx}
 	e := d.open(ctx)
 	if e == nil && !stop() {
-		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: ended(ctx)}
+		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: conn.ContextError(ctx)}
 	}
 	if e != nil {
 		defer stop()
 		if e.Err != nil && ctx.Err() != nil {
-			e.Err = ended(ctx)
+			e.Err = conn.ContextError(ctx)
 		}
 		return nil, func() {
 			defer context.AfterFunc(ctx, raw.abandon)()
@@ -78,9 +79,9 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	return s, nil, nil
 }
 
-// remoteAddr is the address that conn leads to, IP and port.
-func remoteAddr(conn net.Conn) string {
-	if a := conn.RemoteAddr(); a != nil {
+// remoteAddr is the address that nc leads to, IP and port.
+func remoteAddr(nc net.Conn) string {
+	if a := nc.RemoteAddr(); a != nil {
 		return a.String()
 	}
 	return ""
@@ -97,19 +98,19 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 	if dial == nil {
 		dial = new(net.Dialer).DialContext
 	}
-	conn, err := dial(ctx, "tcp", c.Addr)
+	nc, err := dial(ctx, "tcp", c.Addr)
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%w; check host and port in Addr", err)
-	case conn == nil:
+	case nc == nil:
 		return nil, errors.New("Config.Dial has returned neither a connection nor an error")
 	}
 	// All that bounds a wait is a deadline, and all that ends one.
-	if err := cmp.Or(conn.SetReadDeadline(time.Time{}), conn.SetWriteDeadline(time.Time{})); err != nil {
-		conn.Close()
+	if err := cmp.Or(nc.SetReadDeadline(time.Time{}), nc.SetWriteDeadline(time.Time{})); err != nil {
+		nc.Close()
 		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
 	}
-	return conn, nil
+	return nc, nil
 }
 
 // prepare fills in what the relay's offer decides, once the dialogue has come to its end.
@@ -190,13 +191,13 @@ func (d *dialogue) converse(ctx context.Context) *Error {
 }
 
 func (d *dialogue) startTLS(ctx context.Context) *Error {
-	conn, e := d.s.cfg.handshake(ctx, d.s.raw)
+	nc, e := d.s.cfg.handshake(ctx, d.s.raw)
 	if e != nil {
 		return e
 	}
-	state := conn.ConnectionState()
-	d.s.conn, d.s.tls = conn, &state
-	d.s.replies = wire.NewReplyReader(conn)
+	state := nc.ConnectionState()
+	d.s.conn, d.s.tls = nc, &state
+	d.s.replies = wire.NewReplyReader(nc)
 	return nil
 }
 
@@ -301,13 +302,13 @@ func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
 	}
 	s.raw.SetReadDeadline(deadline)
 	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
-		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: ended(d.ctx)}
+		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: conn.ContextError(d.ctx)}
 	}
 	r, raw, err := s.readReply(op == OpEHLO || op == OpAuth)
 	d.raw = raw
 	switch {
 	case err != nil && isTimeout(err):
-		err = &timeoutError{op: op, after: limit}
+		err = &conn.TimeoutError{Step: conn.Step(op), After: limit}
 		fallthrough
 	case err != nil:
 		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(err)}
@@ -335,7 +336,7 @@ func (d *dialogue) leave(e *Error) {
 }
 
 // localName is the argument of EHLO (RFC 5321, 4.1.4): the full name of this host, else the address of the connection.
-func (c *settings) localName(conn net.Conn) string {
+func (c *settings) localName(nc net.Conn) string {
 	if c.LocalName != "" {
 		return c.LocalName
 	}
@@ -343,7 +344,7 @@ func (c *settings) localName(conn net.Conn) string {
 	if err == nil && strings.Contains(host, ".") && !strings.HasPrefix(host, "localhost.") && validDomain(host) {
 		return host
 	}
-	addr, ok := conn.LocalAddr().(*net.TCPAddr)
+	addr, ok := nc.LocalAddr().(*net.TCPAddr)
 	switch {
 	case !ok:
 		return "[127.0.0.1]"

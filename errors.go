@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/textproto"
-	"strconv"
 	"strings"
 
 	"github.com/emersion/go-smtp"
@@ -87,14 +86,7 @@ type Reply struct {
 // String returns the reply on one line of printable characters, with the relay's words as a Go string literal, as in
 // `550 5.1.1 "no such user"`. Words of more than a kilobyte are cut, and "..." follows the closing quote.
 func (r Reply) String() string {
-	text := strconv.Itoa(r.Code)
-	if r.EnhancedCode != (EnhancedCode{}) {
-		text += " " + r.EnhancedCode.String()
-	}
-	if r.Message != "" {
-		text += " " + printable.Quote(r.Message, printable.MostWords)
-	}
-	return text
+	return wire.Reply{Code: r.Code, Enhanced: r.EnhancedCode, Text: r.Message}.String()
 }
 
 func publicReply(r wire.Reply) Reply {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -81,7 +82,7 @@ func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	case mail.Body != "" && mail.Body != Body7Bit && !ext.Has("8BITMIME"):
 		return notOffered("8BITMIME", "MailOptions.Body "+string(mail.Body))
 	case ext.Size > 0 && size > ext.Size:
-		return unfit("%w", &sizeError{ext.Size})
+		return unfit("%w", &conn.SizeError{Limit: ext.Size})
 	case d.utf8 != "" && !utf8:
 		return notOffered("SMTPUTF8", fmt.Sprintf("address %s is not ASCII", printable.Address(d.utf8)))
 	case mail.UTF8 && !utf8:

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
 // pool keeps the sessions of a Client and hands them out, first come first served.
@@ -86,7 +88,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 		p.mu.Unlock()
 		return nil, errClosed()
 	}
-	if err := ended(ctx); err != nil {
+	if err := conn.ContextError(ctx); err != nil {
 		p.mu.Unlock()
 		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
 	}
@@ -173,7 +175,7 @@ func (p *pool) forget(w *waiter) *Error {
 	}
 	p.waiters = slices.Delete(p.waiters, i, i+1)
 	p.waiting.Add(-1)
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(ended(w.ctx))}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(conn.ContextError(w.ctx))}
 }
 
 // explainLocked adds to err, with which a wait has ended, why there was no connection: how the last one failed, or else
@@ -685,7 +687,7 @@ func (p *pool) shutdown(ctx context.Context) error {
 	select {
 	case <-p.empty:
 	case <-ctx.Done():
-		err = ended(ctx)
+		err = conn.ContextError(ctx)
 	}
 	p.shut()
 	return err

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
@@ -153,10 +154,10 @@ func (c endsMeanwhile) Err() error {
 func TestContextThatEndsMeanwhileHasNotEndedYet(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	both := endsMeanwhile{ctx, cancel}
-	if err := ended(both); err != nil {
+	if err := conn.ContextError(both); err != nil {
 		t.Errorf("got %v, want no error", err)
 	}
-	if err := ended(both); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "a cause of its own") {
+	if err := conn.ContextError(both); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "a cause of its own") {
 		t.Errorf("got %v, want both errors", err)
 	}
 }

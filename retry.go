@@ -2,9 +2,10 @@ package smtprelay
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
 // Retry says how often a message is tried again when the relay cannot have accepted it: no connection could be opened, or
@@ -48,79 +49,66 @@ func (r Retry) backoff(failures int) time.Duration {
 type next int
 
 const (
-	stop      next = iota // the caller is told
-	again                 // another try after a wait, as long as there are attempts left
-	elsewhere             // at once and uncounted, on another session
-	crowded               // on another session, once there is room: the relay says that there are too many connections
+	giveUp      next = iota // the caller is told
+	retryLater              // another try after a wait, as long as there are attempts left
+	retryNow                // at once and uncounted, on another connection
+	waitForSlot             // on another connection, once there is room: the relay says that there are too many
 )
 
-// mayRetry tells what follows a try of t that ended in e.
-func (c *Client) mayRetry(t *transaction, e *Error) next {
-	if e.Outcome != NotAccepted {
-		return stop // the relay may have accepted it: only the caller can decide
+// next tells what follows a transaction of m that ended in r with the error e.
+func (c Retry) next(m *Message, r *conn.Result, e *Error) next {
+	switch {
+	case e.Outcome != NotAccepted:
+		return giveUp // the relay may have accepted it: only the caller can decide
+	case r.CtxErr != nil:
+		return giveUp // nobody waits for another try
+	case r.BodyErr != nil, r.BodyBegun && oneShot(m.Body):
+		return giveUp // the message cannot be written, or not again
+	case e.Code == 432:
+		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
+	case late(r, e):
+		return retryNow // the connection was used up or dead before this message came
+	case e.Code == 0, !r.Begun, e.Code == 421 && e.Op != OpAuth:
+		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
+	case e.Op == OpAuth:
+		return nextOfAuth(e)
+	case (e.Op == OpRset || e.Code < 400) && r.Overlapped:
+		return retryNow // the relay is out of step behind a final dot, or has thrown away a part: that is not tried again
+	case e.Op == OpRset, e.Code < 400:
+		return retryLater // the connection was at fault, not the message; or no refusal, but a relay that is out of step
+	case e.Op == OpMail && e.Code == 503 && r.Seq > 1:
+		return retryLater // our idea of the connection's state was wrong
+	case e.Temporary() && c.Temporary:
+		return retryLater
 	}
-	if t.ctx.Err() != nil {
-		return stop // nobody waits for another try
-	}
-	if t.bodyErr != nil || (t.bodyBegun && oneShot(t.m.Body)) {
-		return stop // the message cannot be written, or not again
-	}
-	if e.Code == 432 {
-		return crowded // Microsoft 365: "Concurrent connections limit exceeded"
-	}
-	if t.late(e) {
-		return elsewhere // the session was used up or dead before this message came: not its fault
-	}
-	if e.Code == 0 || t.asked == 0 || (e.Code == 421 && e.Op != OpAuth) {
-		return again // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
-	}
-	if e.Op == OpRset && t.overlapped {
-		return elsewhere // the relay is out of step behind a final dot, which will not be tried again
-	}
-	if e.Op == OpAuth {
-		switch {
-		case e.says(tooManyConns, e.Op):
-			return crowded
-		case e.Code/100 == 3:
-			return elsewhere // the relay takes no initial response: AUTH will go alone from now on
-		case e.Code/100 == 4:
-			return again
-		}
-		return stop // the credentials are refused
-	}
-	if e.Op == OpRset {
-		return again // the session was at fault, not the message
-	}
-	if e.Code/100 < 4 {
-		if t.overlapped {
-			return elsewhere // a part of what stood behind the final dot was thrown away; that will not be tried again
-		}
-		return again // no refusal, but a relay that is out of step
-	}
-	if e.Op == OpMail && e.Code == 503 && !t.firstOnSession() {
-		return again // our idea of the session's state was wrong
-	}
-	if e.Temporary() && c.cfg.Retry.Temporary {
-		return again
-	}
-	return stop // when in doubt, tell the caller
+	return giveUp // when in doubt, tell the caller
 }
 
-// late reports whether t was not even begun for the relay, on a session that had dealt with another message before. So each
-// such loss stands for a message that came to its end, which bounds how often it can happen.
-func (t *transaction) late(e *Error) bool {
-	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
-	if t.s.used <= 1 || t.mailed.Class() == 2 {
+// nextOfAuth is next where e is a reply to AUTH.
+func nextOfAuth(e *Error) next {
+	switch {
+	case e.says(tooManyConns, OpAuth):
+		return waitForSlot
+	case e.Code < 400:
+		return retryNow // the relay takes no initial response: AUTH will go alone from now on
+	case e.Code < 500:
+		return retryLater
+	}
+	return giveUp // the credentials are refused
+}
+
+// late reports whether a transaction was not even begun for the relay, on a connection that had dealt with another message
+// before. Each such loss stands for a message that came to its end, which bounds how often it can happen.
+func late(r *conn.Result, e *Error) bool {
+	if r.Used <= 1 || r.Mail.Class() == 2 {
 		return false
 	}
-	if t.asked == 0 {
-		return true // the session has ended before a word of this one, whatever the relay has said about that
+	if !r.Begun {
+		return true // the connection has ended before a word of this one, whatever the relay has said about that
 	}
-	return e.Code == 0 || e.Code == 421 || publicReply(t.mailed).says(idleTooLong, OpMail) || publicReply(t.mailed).says(tooManyMessages, OpMail)
+	mail := publicReply(r.Mail)
+	return e.Code == 0 || e.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
 }
-
-func (t *transaction) firstOnSession() bool { return t.seq == 1 }
 
 // sleep waits for d or the end of ctx or of the Client.
 func sleep(ctx context.Context, d time.Duration, closed <-chan struct{}) error {
@@ -130,17 +118,8 @@ func sleep(ctx context.Context, d time.Duration, closed <-chan struct{}) error {
 	case <-timer.C:
 		return nil
 	case <-ctx.Done():
-		return ended(ctx)
+		return conn.ContextError(ctx)
 	case <-closed:
 		return ErrClosed
 	}
-}
-
-// ended is the error of a context that has ended, and its cause where that was given one of its own; nil if it has not.
-func ended(ctx context.Context) error {
-	err := ctx.Err()
-	if cause := context.Cause(ctx); err != nil && cause != err { // it may end in between
-		return fmt.Errorf("%w: %w", err, cause)
-	}
-	return err
 }

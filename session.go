@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -250,7 +250,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	s.traceReply(r)
 	s.mu.Lock()
 	if s.earlyLocked(r) {
-		s.doomLocked(&unexpectedReply{r})
+		s.doomLocked(&conn.UnexpectedReply{Reply: r})
 		s.mu.Unlock()
 		return false
 	}
@@ -270,7 +270,7 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 		// The relay is leaving, whatever it may still say to what was sent already.
 		s.said421 = true
 		s.hurryLocked(s.cfg.Timeouts.Quit)
-		s.doomLocked(&replyError{x.op, r})
+		s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 	}
 	if x.tx != nil {
 		x.tx.replyLocked(x, r)
@@ -401,7 +401,7 @@ func (s *session) lossLocked(err error) error {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
 		s.cfg.profile.overlapFailed()
 	}
-	return &timeoutError{op: x.op, after: x.limit}
+	return &conn.TimeoutError{Step: conn.Step(x.op), After: x.limit}
 }
 
 // tellingSilence is how long there must be no reply to what stood behind a final dot, once that has its own, to conclude
@@ -564,32 +564,3 @@ func (s *session) traceCommand(ctx context.Context, line string) {
 		t.Command(ctx, s.id, line)
 	}
 }
-
-// Faults.
-
-// unexpectedReply is a reply that nobody waited for: the relay is leaving, or is out of step.
-type unexpectedReply struct{ reply wire.Reply }
-
-func (e *unexpectedReply) Error() string {
-	return "the relay said, unasked: " + publicReply(e.reply).String()
-}
-
-// replyError is a reply after which the session cannot be used.
-type replyError struct {
-	op    Op
-	reply wire.Reply
-}
-
-func (e *replyError) Error() string {
-	return string(e.op) + ": " + publicReply(e.reply).String()
-}
-
-// timeoutError says which reply did not come.
-type timeoutError struct {
-	op    Op
-	after time.Duration
-}
-
-func (e *timeoutError) Error() string   { return fmt.Sprintf("no reply to %s within %v", e.op, e.after) }
-func (e *timeoutError) Timeout() bool   { return true }
-func (e *timeoutError) Temporary() bool { return true }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
@@ -86,16 +87,16 @@ func (c *settings) verifies() bool {
 	return !c.tls.InsecureSkipVerify || c.tls.VerifyPeerCertificate != nil || c.tls.VerifyConnection != nil
 }
 
-// handshake begins TLS on conn.
-func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Error) {
+// handshake begins TLS on nc.
+func (c *settings) handshake(ctx context.Context, nc net.Conn) (*tls.Conn, *Error) {
 	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
 	// before the relay has closed it too.
 	c.opening.Store(OpTLS)
 	limit := c.Timeouts.TLS
 	if limit > 0 {
-		conn.SetReadDeadline(time.Now().Add(limit))
+		nc.SetReadDeadline(time.Now().Add(limit))
 	}
-	tc := tls.Client(conn, c.tls)
+	tc := tls.Client(nc, c.tls)
 	err := context.Cause(ctx) // whose deadline may just have been overwritten
 	if err == nil {
 		err = tc.HandshakeContext(context.WithoutCancel(ctx))
@@ -106,7 +107,7 @@ func (c *settings) handshake(ctx context.Context, conn net.Conn) (*tls.Conn, *Er
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 	case isTimeout(err):
-		err = &timeoutError{op: OpTLS, after: limit}
+		err = &conn.TimeoutError{Step: conn.Step(OpTLS), After: limit}
 	}
 	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
 	if code := clearReply(err); code >= 400 {

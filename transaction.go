@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -46,14 +47,12 @@ type transaction struct {
 
 	unguard func() bool // ends what guard has begun
 
+	known bool         // the read loop, or the guard, may still look at the transaction; set by result
+	taken []wire.Reply // to RCPT, of the result
+
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
-	auth, rset      wire.Reply
-	mailed, data    wire.Reply
-	rcpt            []wire.Reply // for each of rcpts
-	authErr         *Error       // the credentials are refused
-	final           wire.Reply
-	finalIn         bool
+	replies         conn.Replies
 	told            bool // it is in, and the keeper knows
 	cancelled       bool // the end of ctx is why the session was doomed
 }
@@ -72,9 +71,9 @@ type keeper interface {
 // newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
 func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail MailOptions, rcpts []int) *transaction {
 	t := s.cfg.transactions.Get().(*transaction)
-	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, rcpt: t.rcpt[:0], unguard: unguarded}
+	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, replies: conn.Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
 	for range rcpts {
-		t.rcpt = append(t.rcpt, wire.Reply{})
+		t.replies.Rcpt = append(t.replies.Rcpt, wire.Reply{})
 	}
 	select {
 	case <-t.signal:
@@ -83,20 +82,53 @@ func newTransaction(ctx context.Context, s *session, m *Message, size int64, mai
 	return t
 }
 
-// recycle may be called once nobody else knows t.
-func (t *transaction) recycle() {
-	t.s.mu.Lock()
-	known := t.shared || t.asked != t.answered || (t.endAt > 0 && !t.told)
-	t.s.mu.Unlock()
-	if !known {
-		cfg := t.s.cfg
-		if t.chunked.buffer != nil {
-			chunkPool.Put(t.chunked.buffer)
-		}
-		clear(t.rcpt) // the relay's words are not kept for the next one
-		*t = transaction{signal: t.signal, rcpt: t.rcpt[:0]}
-		cfg.transactions.Put(t)
+// result tells what became of t, which is over: nothing of it is written any more. It is called once.
+func (t *transaction) result() conn.Result {
+	s := t.s
+	ctxErr := conn.ContextError(t.ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.told
+	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
+	r := conn.Result{
+		Replies: t.replies,
+		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Size: t.size,
+		Seq: t.seq, Used: s.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: s.cause, Left421: s.said421 && s.leftInOrder,
 	}
+	r.Rcpt = t.taken
+	switch {
+	case t.endAt == 0:
+	case s.attempted >= t.endAt:
+		r.End = conn.EndSent
+	case s.cause == nil && s.writeErr == nil:
+		r.End = conn.EndDue
+	default:
+		r.End = conn.EndUnsent
+	}
+	if t.answered < t.asked {
+		for _, x := range s.waiting[s.head:] {
+			if x.tx == t {
+				r.Waiting, r.WaitingRcpt = conn.Step(x.op), x.rcpt
+				break
+			}
+		}
+	}
+	return r
+}
+
+// recycle may be called once nobody uses the result.
+func (t *transaction) recycle() {
+	if t.known {
+		return
+	}
+	cfg := t.s.cfg
+	if t.chunked.buffer != nil {
+		chunkPool.Put(t.chunked.buffer)
+	}
+	clear(t.replies.Rcpt) // the relay's words are not kept for the next one
+	clear(t.taken)
+	*t = transaction{signal: t.signal, replies: conn.Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0]}
+	cfg.transactions.Put(t)
 }
 
 // run makes the transaction. It gives the write side back in any case.
@@ -322,7 +354,7 @@ func (t *transaction) envelope() bool {
 		return false
 	}
 	for i, to := range t.rcpts {
-		if !s.pipelining() && t.mailRefused() {
+		if !s.pipelining() && t.replies.MailRefused() {
 			break
 		}
 		addr := t.m.To[to]
@@ -350,14 +382,14 @@ func (t *transaction) startData() bool {
 		return false
 	}
 	switch {
-	case t.data.Class() != 3:
+	case t.replies.Data.Class() != 3:
 		return false
-	case t.mailRefused() || t.clearing && t.acceptedRcpts() == 0:
+	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
 		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
 		// the final dot may leave, which would send an empty message to whoever that is for.
-		t.s.doom(&replyError{OpData, t.data})
+		t.s.doom(&conn.ReplyError{Step: conn.Data, Reply: t.replies.Data})
 		return false
-	case t.acceptedRcpts() == 0:
+	case t.replies.Accepted() == 0:
 		t.loneDot()
 		return false
 	}
@@ -448,7 +480,7 @@ func (t *transaction) askLine(x exchange) bool {
 func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	s := t.s
 	if x.final {
-		t.final, t.finalIn = r, true
+		t.replies.Final = r
 		if r.Code == 432 && s.retired == "" {
 			s.retired = closeFault
 		}
@@ -458,7 +490,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 				s.open = false
 			}
 		case 3:
-			s.doomLocked(&replyError{x.op, r})
+			s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 		}
 		return
 	}
@@ -471,41 +503,41 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	if x.op == OpMail && (said.says(tooManyMessages, x.op) || said.says(idleTooLong, x.op)) && s.retired == "" {
 		s.retired = closeFull
 	}
-	if x.op == OpMail && (r.Code == 503 && t.rset.Code != 503 || r.Code == 530) && s.retired == "" {
+	if x.op == OpMail && (r.Code == 503 && t.replies.Rset.Code != 503 || r.Code == 530) && s.retired == "" {
 		s.retired = closeFault // the relay does not think of the session what we do
 	}
 	switch x.op {
 	case OpAuth:
-		t.auth = r
+		t.replies.Auth = r
 		s.cfg.countAuth(r.Class() == 2)
 		if r.Class() != 2 {
-			t.authErr = s.authError(r, s.leadMark)
-			s.tooMany = t.authErr.says(tooManyConns, OpAuth)
-			s.doomLocked(t.authErr)
+			e := s.cfg.authRefused(r, s.leadMark)
+			s.tooMany = e.says(tooManyConns, OpAuth)
+			s.doomLocked(e)
 		}
 		if r.Class() == 3 {
 			s.cfg.profile.authFollowedFailed()
 		}
 	case OpRset:
-		t.rset = r
+		t.replies.Rset = r
 		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
 			if x.first && r.Code != 421 { // which is no answer to this command, but to all
 				s.cfg.profile.overlapFailed()
 			}
-			s.doomLocked(&replyError{x.op, r})
+			s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 		}
 	case OpMail:
-		t.mailed = r
+		t.replies.Mail = r
 	case OpRcpt:
-		t.rcpt[x.rcpt] = r
+		t.replies.Rcpt[x.rcpt] = r
 	case OpData:
-		t.data = r
+		t.replies.Data = r
 	case OpBdat:
-		if t.data.Class() == 2 && r.Class() >= 4 && s.retired == "" {
+		if t.replies.Data.Class() == 2 && r.Class() >= 4 && s.retired == "" {
 			s.retired = closeFull // the body stays incomplete
 		}
-		if t.data.Class() < 4 { // the first refusal is the reason for those that follow
-			t.data = r
+		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
+			t.replies.Data = r
 		}
 	}
 	// A reply of the wrong kind means that we are out of step with the relay.
@@ -517,7 +549,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		if t.overlapped {
 			s.cfg.profile.overlapFailed()
 		}
-		s.doomLocked(&replyError{x.op, r})
+		s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 	}
 }
 
@@ -553,14 +585,14 @@ func (t *transaction) awaitEnvelope() bool {
 // in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
 // rest, and that is the transaction.
 func (t *transaction) overlapRefused() bool {
-	if !t.overlapped || t.rset.Code != 503 {
+	if !t.overlapped || t.replies.Rset.Code != 503 {
 		return false
 	}
 	s := t.s
 	s.cfg.profile.overlapFailed()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return t.mailed.Code == 503 && t.data.Class() != 3 && (s.limit == 0 || s.used < s.limit)
+	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (s.limit == 0 || s.used < s.limit)
 }
 
 // repeat makes t as new, to be begun again on the same session.
@@ -569,45 +601,17 @@ func (t *transaction) repeat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t.asked, t.answered = 0, 0
-	t.auth, t.rset, t.mailed, t.data = wire.Reply{}, wire.Reply{}, wire.Reply{}, wire.Reply{}
-	clear(t.rcpt)
-}
-
-// authed reports whether the relay has taken the AUTH that led the transaction.
-func (t *transaction) authed() bool {
-	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
-	return t.auth.Class() == 2
-}
-
-func (t *transaction) mailRefused() bool { return t.mailed.Code != 0 && t.mailed.Class() != 2 }
-
-// acceptedRcpts is how many recipients the relay has accepted. Where it has refused MAIL it has accepted none, whatever it
-// says to RCPT: it means the recipients of another envelope, which it has not let go of.
-func (t *transaction) acceptedRcpts() (n int) {
-	if t.mailRefused() {
-		return 0
-	}
-	return t.agreedRcpts()
-}
-
-// agreedRcpts is to how many RCPTs the relay has said yes.
-func (t *transaction) agreedRcpts() (n int) {
-	for _, r := range t.rcpt {
-		if r.Class() == 2 {
-			n++
-		}
-	}
-	return n
+	clear(t.replies.Rcpt)
+	t.replies = conn.Replies{Rcpt: t.replies.Rcpt}
 }
 
 // dataIsDue reports whether DATA, or a body in chunks, was held back and is due: the relay has accepted some recipients, or all of them if
 // AllOrNothing says so.
 func (t *transaction) dataIsDue() bool {
-	if t.data.Code != 0 || t.authErr != nil || t.mailRefused() {
+	if t.replies.Data.Code != 0 || t.replies.AuthRefused() || t.replies.MailRefused() {
 		return false
 	}
-	accepted := t.acceptedRcpts()
+	accepted := t.replies.Accepted()
 	if t.m.AllOrNothing {
 		return accepted == len(t.rcpts)
 	}
@@ -625,18 +629,6 @@ func (t *transaction) loneDot() {
 	t.s.flush()
 }
 
-// errEmptyBody and sizeError are reasons to give up a body; sizeError is also found before anything is written.
-var errEmptyBody = errors.New("the body is empty: WriteTo has written nothing")
-
-// errBodyUsed is told for recipients that need another transaction.
-var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
-
-type sizeError struct{ limit int64 }
-
-func (e *sizeError) Error() string {
-	return fmt.Sprintf("the message is larger than the relay takes, %d octets (SIZE)", e.limit)
-}
-
 // writeBody has the body written through s.body, without the final dot.
 func (t *transaction) writeBody() error {
 	s := t.s
@@ -649,7 +641,7 @@ func (t *transaction) writeBody() error {
 		err = io.ErrShortWrite
 	}
 	if err == nil && s.body.Taken() == 0 {
-		err = errEmptyBody
+		err = conn.ErrEmptyBody
 	}
 	if err == nil {
 		if err = s.body.Close(); err != nil {
@@ -702,14 +694,14 @@ func (t *transaction) Write(p []byte) (n int, err error) {
 	case t.sinkErr != nil:
 		return 0, t.sinkErr
 	case t.ctx.Err() != nil:
-		t.sinkErr = ended(t.ctx)
+		t.sinkErr = conn.ContextError(t.ctx)
 		return 0, t.sinkErr
 	}
 	n, err = s.body.Write(p)
 	if err != nil {
 		t.lostWriting = true
 	} else if s.ext.Size > 0 && s.body.Size() > s.ext.Size {
-		err = &sizeError{s.ext.Size}
+		err = &conn.SizeError{Limit: s.ext.Size}
 	}
 	t.sinkErr = err
 	return n, err

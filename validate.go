@@ -9,6 +9,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
@@ -35,7 +36,7 @@ func (m *Message) check() error {
 	if m.Body == nil {
 		mistake("Body is nil")
 	} else if b, ok := m.Body.(bytesBody); ok && len(b) == 0 {
-		mistakes = append(mistakes, errEmptyBody)
+		mistakes = append(mistakes, conn.ErrEmptyBody)
 	}
 	if o := m.MailOptions; o != nil {
 		mistakes = append(mistakes, o.check()...)

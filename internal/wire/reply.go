@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"unicode/utf8"
 
 	"github.com/smtprelay/smtprelay/internal/printable"
@@ -44,6 +45,19 @@ type Reply struct {
 	Code     int    // 200 to 599
 	Enhanced [3]int // zero if there is none
 	Text     string // without code and enhanced code, lines joined by "\n"; no more than MaxText or MaxLongText of it
+}
+
+// String returns the reply on one line of printable characters, with the relay's words as a Go string literal, as in
+// `550 5.1.1 "no such user"`. Words of more than a kilobyte are cut, and "..." follows the closing quote.
+func (r Reply) String() string {
+	text := strconv.Itoa(r.Code)
+	if e := r.Enhanced; e != [3]int{} {
+		text += fmt.Sprintf(" %d.%d.%d", e[0], e[1], e[2])
+	}
+	if r.Text != "" {
+		text += " " + printable.Quote(r.Text, printable.MostWords)
+	}
+	return text
 }
 
 // Class is the first digit of the code.

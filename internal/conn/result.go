@@ -1,0 +1,181 @@
+package conn
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// Step is a command, or another step of a connection, that something happened at. Its text is made for an operator to read.
+type Step string
+
+// The steps that a transaction can end at.
+const (
+	Auth     Step = "AUTH"
+	Rset     Step = "RSET"
+	Mail     Step = "MAIL FROM"
+	Rcpt     Step = "RCPT TO"
+	Data     Step = "DATA"
+	Body     Step = "sending the body"
+	FinalDot Step = "final dot"
+	Bdat     Step = "BDAT"
+	Quit     Step = "QUIT"
+)
+
+// Replies are the relay's replies to the commands of a transaction; Code 0: none.
+type Replies struct {
+	Auth, Rset, Mail wire.Reply
+	Rcpt             []wire.Reply // one for each recipient
+	Data             wire.Reply   // to DATA; or to BDAT, the first refusal of a chunk
+	Final            wire.Reply   // to the final dot, or to the last chunk
+}
+
+// Result is what became of a transaction. It is taken once, when the transaction is over, and does not change.
+type Result struct {
+	Replies
+
+	Waiting     Step // the oldest command of the envelope, or chunk, without reply; "": none
+	WaitingRcpt int  // for Rcpt: which of Rcpt
+	Begun       bool // a command was written
+
+	End        End
+	Chunked    bool  // the body went in chunks, and not behind DATA
+	Overlapped bool  // begun behind a final dot that had no reply yet
+	BodyBegun  bool  // the body was asked to write itself
+	BodyErr    error // why the body could not be completed
+	Size       int64 // of the message in its canonical form; 0: not known
+
+	Seq  int // 1-based number of this transaction on its connection; 0: not begun
+	Used int // transactions begun on the connection
+
+	CtxErr    error // the context has ended
+	Cancelled bool  // and that is why the connection was given up
+
+	// Lost is why the connection can be used no more: an *UnexpectedReply, a *ReplyError, a *TimeoutError or a fault of the
+	// network; nil: it works.
+	Lost error
+	// Left421 is set where the relay said 421 and closed the connection in order, so that nothing it said is missing.
+	Left421 bool
+}
+
+// End tells how much has left of what ends a message: the final dot, or the last chunk.
+type End int
+
+const (
+	EndUnwritten End = iota // none: it is not even in the write buffer
+	EndUnsent               // none, and none will: the connection ended first
+	EndDue                  // perhaps none yet; it will leave, since the connection works
+	EndSent                 // some of it, at least: the relay may have the message
+)
+
+// Accepted is how many recipients the relay has accepted. Where it has refused MAIL it has accepted none, whatever it says
+// to RCPT: it means the recipients of another envelope, which it has kept.
+func (r *Replies) Accepted() int {
+	if r.MailRefused() {
+		return 0
+	}
+	return r.Agreed()
+}
+
+// Agreed is how many RCPTs the relay has said yes to.
+func (r *Replies) Agreed() (n int) {
+	for i := range r.Rcpt {
+		if r.Rcpt[i].Class() == 2 {
+			n++
+		}
+	}
+	return n
+}
+
+// AuthRefused reports whether the relay has refused AUTH.
+func (r *Replies) AuthRefused() bool { return isNot2xx(r.Auth) }
+
+// MailRefused reports whether the relay has refused MAIL.
+func (r *Replies) MailRefused() bool { return isNot2xx(r.Mail) }
+
+func isNot2xx(r wire.Reply) bool { return r.Code != 0 && r.Class() != 2 }
+
+// Refusal returns the relay's first refusal of the transaction, and for RCPT which of the recipients it is about; "" if there
+// is none. What the relay says later is a consequence, as is its hanging up.
+//
+// A recipient's refusal is one of the transaction where all are refused, where all is set and they are to get the message
+// together or not at all, and where it is a 421.
+func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
+	switch {
+	case r.AuthRefused():
+		return Auth, 0
+	case isNot2xx(r.Rset) && r.Mail.Class() != 2: // else it did no harm
+		return Rset, 0
+	case r.MailRefused():
+		return Mail, 0
+	}
+	first, refused := -1, 0
+	for i := range r.Rcpt {
+		if isNot2xx(r.Rcpt[i]) {
+			refused++
+			if first < 0 || r.Rcpt[i].Code == 421 {
+				first = i
+			}
+		}
+	}
+	switch {
+	case first >= 0 && (refused == len(r.Rcpt) || all || r.Rcpt[first].Code == 421):
+		return Rcpt, first
+	case r.Data.Class() >= 4:
+		return Data, 0
+	}
+	return "", 0
+}
+
+// EndStep is the step that ends the message.
+func (r *Result) EndStep() Step {
+	if r.Chunked {
+		return Bdat
+	}
+	return FinalDot
+}
+
+// DataStep is the step that begins the body.
+func (r *Result) DataStep() Step {
+	if r.Chunked {
+		return Bdat
+	}
+	return Data
+}
+
+// UnexpectedReply is a reply that no command was waiting for: the relay is leaving, or is out of step.
+type UnexpectedReply struct{ Reply wire.Reply }
+
+func (e *UnexpectedReply) Error() string { return "unexpected reply: " + e.Reply.String() }
+
+// ReplyError is a reply after which the connection cannot be used.
+type ReplyError struct {
+	Step  Step
+	Reply wire.Reply
+}
+
+func (e *ReplyError) Error() string { return string(e.Step) + ": " + e.Reply.String() }
+
+// TimeoutError says which reply did not come in time.
+type TimeoutError struct {
+	Step  Step
+	After time.Duration
+}
+
+func (e *TimeoutError) Error() string {
+	return fmt.Sprintf("no reply to %s within %v", e.Step, e.After)
+}
+func (e *TimeoutError) Timeout() bool   { return true }
+func (e *TimeoutError) Temporary() bool { return true }
+
+// ErrEmptyBody is the BodyErr of a body that has written nothing.
+var ErrEmptyBody = errors.New("the body is empty: WriteTo has written nothing")
+
+// SizeError is the BodyErr of a body that is larger than the relay takes.
+type SizeError struct{ Limit int64 }
+
+func (e *SizeError) Error() string {
+	return fmt.Sprintf("the message is larger than the relay takes, %d octets (SIZE)", e.Limit)
+}

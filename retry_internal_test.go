@@ -1,0 +1,70 @@
+package smtprelay
+
+// What is done after a transaction that ended in an error.
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
+)
+
+func TestResultDecidesWhatIsDoneNext(t *testing.T) {
+	first := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 1, 1, true; return r }
+	later := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 2, 2, true; return r }
+	refused := func(op Op, code int) Error { return Error{Op: op, Outcome: NotAccepted, Reply: Reply{Code: code}} }
+	lost := func(op Op) Error { return Error{Op: op, Outcome: NotAccepted, Err: io.EOF} }
+	mail250 := conn.Result{Replies: replies(250, 0, 0, 0)}
+	for _, tt := range []struct {
+		why       string
+		r         conn.Result
+		e         Error
+		temporary bool // Retry.Temporary
+		want      next
+	}{
+		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpFinalDot, Outcome: Unknown, Err: io.EOF}, true, giveUp},
+		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
+		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
+		{"the body was read, and can be read once only", first(conn.Result{BodyBegun: true}), lost(OpBody), true, giveUp},
+
+		{"lost on the way: nothing was accepted", first(mail250), lost(OpBody), false, retryLater},
+		{"lost before a word, on a new connection", conn.Result{}, lost(OpWait), false, retryLater},
+		{"lost before a word, on one that had a message before: it was idle", conn.Result{Used: 2}, lost(OpWait), false, retryNow},
+		{"lost before MAIL was answered, on such a one", later(conn.Result{}), lost(OpMail), false, retryNow},
+		{"lost behind MAIL's reply: it cost the relay an attempt", later(mail250), lost(OpRcpt), false, retryLater},
+		{"421 in place of MAIL's reply, on such a one (RFC 5321, 3.8)", later(conn.Result{}), refused(OpMail, 421), false, retryNow},
+		{"421 to the first message", first(conn.Result{}), refused(OpMail, 421), false, retryLater},
+		{"Gmail has ended the idle connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(451, 4, 4, 2)}}), refused(OpMail, 451), false, retryNow},
+		{"OpenSMTPD wants another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
+		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
+
+		{"Microsoft 365: too many connections", first(mail250), refused(OpFinalDot, 432), false, waitForSlot},
+		{"AUTH refused since there are too many connections", first(conn.Result{}), Error{Op: OpAuth, Outcome: NotAccepted, Reply: Reply{Code: 535, Message: "too many connections"}}, false, waitForSlot},
+		{"421 to AUTH means the same", first(conn.Result{}), refused(OpAuth, 421), false, waitForSlot},
+		{"credentials refused", first(conn.Result{}), refused(OpAuth, 535), true, giveUp},
+		{"AUTH refused for now (RFC 4954, 6)", first(conn.Result{}), refused(OpAuth, 454), false, retryLater},
+		{"a challenge after an initial response: AUTH goes alone next time", first(conn.Result{}), refused(OpAuth, 334), false, retryNow},
+
+		{"RSET refused behind a final dot: no more overlap", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpRset, 503), false, retryNow},
+		{"RSET refused", later(mail250), refused(OpRset, 500), false, retryLater},
+		{"a reply that cannot be, behind a final dot", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpData, 250), false, retryNow},
+		{"a reply that cannot be", first(mail250), refused(OpData, 250), false, retryLater},
+		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, retryLater},
+		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
+
+		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpFinalDot, 451), false, giveUp},
+		{"4xx, and the caller has said to try", first(mail250), refused(OpFinalDot, 451), true, retryLater},
+		{"5xx", first(mail250), refused(OpFinalDot, 554), true, giveUp},
+	} {
+		body := Bytes([]byte("x"))
+		if tt.r.BodyBegun {
+			body = Reader(strings.NewReader("x"))
+		}
+		if got := (Retry{Temporary: tt.temporary}).next(&Message{Body: body}, &tt.r, &tt.e); got != tt.want {
+			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
+		}
+	}
+}
