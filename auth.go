@@ -225,7 +225,7 @@ func (s *session) authenticate(ctx context.Context) *Error {
 	if t.lead() && t.sendNow() && t.awaitEnvelope() {
 		return nil
 	}
-	r := believed(t.result())
+	r := t.result()
 	e := verdict(t.m, nil, &r)
 	if e != nil {
 		s.cfg.explainAuth(e)

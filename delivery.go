@@ -53,7 +53,7 @@ func (d *delivery) run() (Receipt, error) {
 		}
 		t := newTransaction(d.ctx, s, d.m, d.size, mail, rcpts)
 		t.run(d.c.pool)
-		err = d.settle(s, rcpts, believed(t.result()))
+		err = d.settle(s, rcpts, t.result())
 		t.recycle()
 		if err != nil {
 			return d.end(err)
@@ -66,6 +66,7 @@ func (d *delivery) run() (Receipt, error) {
 // ends the Send.
 func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(d.m, rcpts, &r)
+	r = believed(r)
 	if e != nil {
 		d.c.cfg.explainAuth(e)
 		d.c.pool.learn(s, e)

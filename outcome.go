@@ -16,16 +16,15 @@ import (
 // verdict returns what became of the transaction of m for rcpts that ended in r; nil if the relay has accepted the message,
 // for the recipients that it has accepted.
 func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
-	switch class := r.Final.Class(); {
-	case class == 2 && r.Accepted() > 0 && r.Data.Class() < 4:
-		return nil
-	case class == 3 || class == 2 && r.Agreed() > 0:
-		// Behind a refusal of MAIL or of a chunk: for whom, and whether all of it, nobody knows.
+	switch {
+	case doubtful(r):
 		return &Error{Op: Op(r.EndStep()), Reply: publicReply(r.Final), Outcome: Unknown}
+	case r.Final.Class() == 2 && r.Accepted() > 0:
+		return nil
 	case dubious(r):
 		return lostAt(OpData, "", r)
 	}
-	if e := refusal(m, rcpts, r); e != nil && (r.Final.Code != 0 || r.End == conn.EndUnwritten || decides(e, r)) {
+	if e := refusal(m, rcpts, r); e != nil && !shifted(r) && (r.Final.Code != 0 || r.End == conn.EndUnwritten || decides(e, r)) {
 		return e
 	}
 	switch {
@@ -76,6 +75,26 @@ func decides(e *Error, r *conn.Result) bool {
 	return true
 }
 
+// doubtful reports whether the final reply may be that to another command, or whether nobody knows for whom and for how much
+// of the message it speaks. By DATA it is that to the final dot: 354 stands before it, and is the reply to no other command. In
+// chunks a relay that answers one command twice, or with too little, makes one 250 pass for another; so its 250 counts only
+// where all that it said before fits.
+func doubtful(r *conn.Result) bool {
+	switch class := r.Final.Class(); {
+	case class == 3, r.Contradicted, r.Chunked && r.After421:
+		return true
+	case class != 2 || r.Agreed() == 0:
+		return false
+	}
+	return r.MailRefused() || r.Data.Class() >= 4 || r.Chunked && r.Rset.Code != 0 && r.Rset.Class() != 2
+}
+
+// shifted reports whether the replies to an envelope whose message has left may be those to other commands: one of them was out
+// of step, and the end of the message has no reply.
+func shifted(r *conn.Result) bool {
+	return r.OutOfStep && r.Final.Code == 0 && r.End != conn.EndUnwritten
+}
+
 // dubious reports whether the replies to an envelope behind a final dot may be those to other commands: a relay that throws
 // away a part of what came with the dot is short of as many replies, until one side ends the connection.
 func dubious(r *conn.Result) bool {
@@ -88,7 +107,7 @@ func dubious(r *conn.Result) bool {
 
 // believed returns r without the replies that may be those to other commands.
 func believed(r conn.Result) conn.Result {
-	if dubious(&r) {
+	if dubious(&r) || shifted(&r) || r.Chunked && doubtful(&r) {
 		r.Rcpt = make([]wire.Reply, len(r.Rcpt))
 	}
 	return r

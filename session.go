@@ -96,6 +96,7 @@ type session struct {
 	hangingUp   bool        // the read loop is through, and has a deadline of its own for the relay's close
 	leftInOrder bool        // the relay has closed the connection, and nothing that it said is missing
 	overlapped  bool        // the relay has answered, in full, an envelope that left in one write with the end before it
+	outOfStep   bool        // a reply cannot be that to its command, so those behind it are to others too
 }
 
 // closeReason tells why a session takes no further transaction.
@@ -284,11 +285,16 @@ func (s *session) deliver(r wire.Reply) (more bool) {
 	if x.final {
 		s.pending--
 	}
-	if next := s.replies.Peek(); !x.final && s.head == len(s.waiting) && (next == '2' || next == '3') {
-		s.doomLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+	if next := s.replies.Peek(); next != 0 && s.head == len(s.waiting) {
+		switch {
+		case x.final && next/100 != r.Class() && next != 421 && next != 221:
+			x.tx.contradicted = true
+		case !x.final && next < 400:
+			s.doomLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+		}
 	}
 	s.armLocked()
-	more = s.cause == nil || s.dueLocked()
+	more = !s.outOfStep && (s.cause == nil || s.dueLocked())
 	s.mu.Unlock()
 
 	if x.final {
@@ -431,6 +437,13 @@ func (s *session) doomLocked(err error) {
 		s.retired = closeFault
 	}
 	close(s.doomed)
+}
+
+// stepLostLocked ends the session because of a reply that cannot be that to its command. No final reply is awaited any more: what
+// comes would be taken for the reply to another message.
+func (s *session) stepLostLocked(err error) {
+	s.outOfStep = true
+	s.doomLocked(err)
 }
 
 // kill ends the session now, awaiting nothing.

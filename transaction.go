@@ -55,6 +55,8 @@ type transaction struct {
 	replies         conn.Replies
 	told            bool // it is in, and the keeper knows
 	cancelled       bool // the end of ctx is why the session was doomed
+	after421        bool // the final reply is 2xx, and 421 was said before it
+	contradicted    bool // the final reply came together with another one that says the contrary
 }
 
 // keeper hands out the write sides of sessions.
@@ -94,6 +96,7 @@ func (t *transaction) result() conn.Result {
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Size: t.size,
 		Seq: t.seq, Used: s.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: s.cause, Left421: s.said421 && s.leftInOrder,
+		OutOfStep: s.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
 	switch {
@@ -486,11 +489,11 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		}
 		switch r.Class() {
 		case 2:
-			if t.seq == s.used {
+			if t.after421 = s.said421; t.seq == s.used {
 				s.open = false
 			}
 		case 3:
-			s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
+			s.stepLostLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 		}
 		return
 	}
@@ -549,7 +552,7 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 		if t.overlapped {
 			s.cfg.profile.overlapFailed()
 		}
-		s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
+		s.stepLostLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
 	}
 }
 

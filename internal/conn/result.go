@@ -53,6 +53,10 @@ type Result struct {
 	CtxErr    error // the context has ended
 	Cancelled bool  // and that is why the connection was given up
 
+	OutOfStep    bool // a reply could not be that to its command; what came behind it was not read
+	After421     bool // Final is 2xx, and 421 was said before it
+	Contradicted bool // another reply, which says the contrary, came together with Final
+
 	// Lost is why the connection can be used no more: an *UnexpectedReply, a *ReplyError, a *TimeoutError or a fault of the
 	// network; nil: it works.
 	Lost error

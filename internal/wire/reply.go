@@ -79,13 +79,12 @@ func NewReplyReader(r io.Reader) *ReplyReader {
 // Buffered tells how many bytes were received and not yet read as replies.
 func (r *ReplyReader) Buffered() int { return r.br.Buffered() }
 
-// Peek returns the first octet of a further reply that was received already; 0 if there is none. Empty lines do not count.
-func (r *ReplyReader) Peek() byte {
+// Peek returns the code of a further reply that was received already; 0 if there is none. Empty lines do not count.
+func (r *ReplyReader) Peek() int {
 	b, _ := r.br.Peek(r.br.Buffered())
-	if b = bytes.TrimLeft(b, "\r\n"); len(b) == 0 {
-		return 0
-	}
-	return b[0]
+	line, _, _ := bytes.Cut(bytes.TrimLeft(b, "\r\n"), []byte{'\n'})
+	code, _, _, _ := splitLine(bytes.TrimSuffix(line, []byte{'\r'}))
+	return code
 }
 
 // ReadReply reads one reply and keeps MaxText octets of its text. At a clean end of input the error is io.EOF, within a reply
