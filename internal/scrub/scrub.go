@@ -5,7 +5,7 @@
 //   - whole secrets of four characters or more: plain, in base64, in hex, and percent-encoded;
 //   - runs of twelve characters or more of a secret, or of its base64, wherever in a base64 text it began.
 //
-// The case of letters is ignored. So is what does not print and blanks: a run may be cut by the ends of lines and replies.
+// The case of letters is ignored. So are blanks, marks on letters, and what does not print or is no UTF-8: a run may be cut by the ends of lines and replies.
 // Shorter secrets are found within one line, or across a line's end, if they have less than eight characters.
 package scrub
 
@@ -21,6 +21,8 @@ import (
 	"sync/atomic"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
 // Redacted stands where a secret was.
@@ -305,7 +307,8 @@ func appendNormal(b []byte, text string) []byte {
 
 // appendRune appends a character beyond ASCII as it is compared.
 func appendRune(b []byte, r rune) []byte {
-	if !unicode.IsGraphic(r) || unicode.IsSpace(r) {
+	// U+FFFD stands where a reply was no UTF-8.
+	if !printable.Prints(r) || unicode.IsMark(r) || r == utf8.RuneError {
 		return b
 	}
 	return utf8.AppendRune(b, unicode.ToLower(r))
