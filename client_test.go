@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +17,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -375,78 +374,20 @@ func (g *generator) WriteTo(w io.Writer) (written int64, err error) {
 	return written, nil
 }
 
-// sinkConn is a connection to a relay that takes one message and keeps nothing of it: what memory is in use is the client's.
-type sinkConn struct {
-	net.Conn // nil: whatever else is called panics
-	dialogue []line
-	replies  chan string
-
-	unread   string // of a reply; the reader's
-	tail     []byte // the last octets that came; the writer's, like the next
-	received int64
-}
-
-// line is what a relay waits for, and what it says then.
-type line struct{ end, reply string }
-
-func newSinkConn() *sinkConn {
-	s := &sinkConn{dialogue: []line{
-		{"\r\n", "250-sink\r\n250-PIPELINING\r\n250 SIZE\r\n"},
-		{"DATA\r\n", "250 ok\r\n250 ok\r\n354 go\r\n"},
-		{"\r\n.\r\n", "250 ok: queued as 1\r\n"},
-		{"QUIT\r\n", "221 bye\r\n"},
-	}}
-	s.replies = make(chan string, 1+len(s.dialogue))
-	s.replies <- "220 sink ESMTP\r\n"
-	return s
-}
-
-func (s *sinkConn) Write(p []byte) (int, error) {
-	s.received += int64(len(p))
-	const most = 6 // octets of the longest end
-	s.tail = append(s.tail, p[max(0, len(p)-most):]...)
-	s.tail = append(s.tail[:0], s.tail[max(0, len(s.tail)-most):]...)
-	if len(s.dialogue) > 0 && bytes.HasSuffix(s.tail, []byte(s.dialogue[0].end)) {
-		s.replies <- s.dialogue[0].reply
-		if s.dialogue = s.dialogue[1:]; len(s.dialogue) == 0 {
-			close(s.replies)
-		}
-	}
-	return len(p), nil
-}
-
-func (s *sinkConn) Read(p []byte) (int, error) {
-	if s.unread == "" {
-		if s.unread = <-s.replies; s.unread == "" {
-			return 0, io.EOF // behind the last reply
-		}
-	}
-	n := copy(p, s.unread)
-	s.unread = s.unread[n:]
-	return n, nil
-}
-
-func (s *sinkConn) Close() error { return nil }
-
-func (s *sinkConn) SetReadDeadline(time.Time) error { return nil }
-
-func (s *sinkConn) SetWriteDeadline(time.Time) error { return nil }
-
-func (s *sinkConn) LocalAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
-
 func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
-	conn := newSinkConn()
-	client := newClient(t, smtprelay.Config{
-		Addr: "sink.example:25",
-		TLS:  smtprelay.TLSNone,
-		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
-	})
-	sendOneGiB(t, client, conn)
+	sendOneGiB(t, "250-PIPELINING\n250 SIZE")
 }
 
-// sendOneGiB sends a message of that size, and holds that it takes no memory.
-func sendOneGiB(t *testing.T, client *smtprelay.Client, conn *sinkConn) {
+func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
+	sendOneGiB(t, "250-PIPELINING\n250-SIZE 2000000000\n250 CHUNKING")
+}
+
+// sendOneGiB sends a message of that size to a relay with these extensions, and holds that it takes no memory.
+func sendOneGiB(t *testing.T, extensions string) {
 	t.Helper()
+	var received relaytest.Octets
+	relay := &relaytest.Relay{Body: &received, Answer: func(_ int, line string) string { return relaytest.Agree(extensions, line) }}
+	client := newClient(t, smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, Chunking: true, Dial: relay.Dial})
 	inUse := func() uint64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -464,8 +405,8 @@ func sendOneGiB(t *testing.T, client *smtprelay.Client, conn *sinkConn) {
 	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
 		t.Fatal(err)
 	}
-	if conn.received < size {
-		t.Errorf("the relay received %d bytes, want at least %d", conn.received, size)
+	if n := received.Load(); n < size {
+		t.Errorf("the relay received %d bytes, want at least %d", n, size)
 	}
 	if grown := int64(peak) - int64(before); grown >= 1<<20 {
 		t.Errorf("memory grew by %d KiB while 1 GiB was sent, want less than 1 MiB", grown>>10)
@@ -599,70 +540,4 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 			want(t, fmt.Sprintf("QUITs on connection %d", c.Conn), c.Commands["QUIT"], 1)
 		}
 	})
-}
-
-// chunkSinkConn is a connection to a relay that takes messages in chunks and keeps nothing of them.
-type chunkSinkConn struct {
-	sinkConn
-	line   []byte
-	left   int    // of the chunk
-	reply  string // to it
-	mailed bool   // there was a MAIL
-}
-
-func (s *chunkSinkConn) RemoteAddr() net.Addr { return nil }
-
-func (s *chunkSinkConn) Write(p []byte) (int, error) {
-	n := len(p)
-	for len(p) > 0 {
-		if s.left > 0 {
-			k := min(s.left, len(p))
-			s.left, p, s.received = s.left-k, p[k:], s.received+int64(k)
-			if s.left == 0 {
-				s.replies <- s.reply
-			}
-			continue
-		}
-		s.line, p = append(s.line, p[0]), p[1:]
-		if !bytes.HasSuffix(s.line, []byte("\r\n")) {
-			continue
-		}
-		verb, arg, _ := strings.Cut(string(s.line[:len(s.line)-2]), " ")
-		s.line = s.line[:0]
-		switch verb {
-		case "BDAT":
-			size, _, _ := strings.Cut(arg, " ")
-			s.left, _ = strconv.Atoi(size)
-			switch {
-			case !s.mailed: // out of order
-				s.reply = "503 MAIL first\r\n"
-			case s.left == 0:
-				s.replies <- "250 ok\r\n"
-			default:
-				s.reply = "250 ok\r\n"
-			}
-		case "MAIL":
-			s.mailed = true
-			s.replies <- "250 ok\r\n"
-		case "EHLO":
-			s.replies <- "250-sink\r\n250-PIPELINING\r\n250-SIZE 2000000000\r\n250 CHUNKING\r\n"
-		case "QUIT":
-			s.replies <- "221 bye\r\n"
-			close(s.replies)
-		default:
-			s.replies <- "250 ok\r\n"
-		}
-	}
-	return n, nil
-}
-
-func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
-	conn := &chunkSinkConn{sinkConn: sinkConn{replies: make(chan string, 8)}}
-	conn.replies <- "220 sink ESMTP\r\n"
-	client := newClient(t, smtprelay.Config{
-		Addr: "sink.example:25",
-		TLS:  smtprelay.TLSNone, Chunking: true,
-		Dial: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
-	})
-	sendOneGiB(t, client, &conn.sinkConn)
 }

@@ -2,10 +2,7 @@
 package test
 
 import (
-	"bufio"
 	"context"
-	"io"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -15,7 +12,9 @@ import (
 	"time"
 
 	"github.com/emersion/go-sasl"
+
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -143,20 +142,12 @@ func TestChallengesWithoutEndAreGivenUp(t *testing.T) {
 		client := newClient(t, smtprelay.Config{
 			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
 			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return talker{}, nil },
-			Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-				io.WriteString(conn, "220 relay\r\n")
-				for {
-					line, err := in.ReadString('\n')
-					switch {
-					case err != nil:
-						return
-					case strings.HasPrefix(line, "EHLO"):
-						io.WriteString(conn, "250-relay\r\n250 AUTH X-TALK\r\n")
-					default:
-						answers.Add(1)
-						io.WriteString(conn, "334 \r\n")
-					}
+			Dial: relaytest.Dial(0, func(_ int, line string) string {
+				if line == "" || strings.HasPrefix(line, "EHLO") {
+					return relaytest.Agree("250 AUTH X-TALK", line)
 				}
+				answers.Add(1)
+				return "334 "
 			}),
 		})
 		_, err := client.Send(t.Context(), numbered(0))
@@ -181,20 +172,12 @@ func TestSlowChallengesAreBoundedTogether(t *testing.T) {
 		client := newClient(t, smtprelay.Config{
 			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1}, Timeouts: smtprelay.Timeouts{Command: time.Minute},
 			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return talker{}, nil },
-			Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-				io.WriteString(conn, "220 relay\r\n")
-				for {
-					line, err := in.ReadString('\n')
-					switch {
-					case err != nil:
-						return
-					case strings.HasPrefix(line, "EHLO"):
-						io.WriteString(conn, "250-relay\r\n250 AUTH X-TALK\r\n")
-					default:
-						time.Sleep(25 * time.Second)
-						io.WriteString(conn, "334 \r\n")
-					}
+			Dial: relaytest.Dial(0, func(_ int, line string) string {
+				if line == "" || strings.HasPrefix(line, "EHLO") {
+					return relaytest.Agree("250 AUTH X-TALK", line)
 				}
+				time.Sleep(25 * time.Second)
+				return "334 "
 			}),
 		})
 		began := time.Now()

@@ -11,12 +11,13 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
 func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var refused bool
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(1<<20, func(_ int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(1<<20, func(_ int, l string) string {
 			if strings.HasPrefix(l, "BDAT") && l != "BDAT 8" {
 				if refused {
 					return "503 5.5.1 bad sequence"
@@ -24,7 +25,7 @@ func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 				refused = true
 				return "452 4.3.1 insufficient storage"
 			}
-			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
 		})})
 		m := shortMessage("b@y.example")
 		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("hello world, this\r\n"), 12000))
@@ -40,7 +41,7 @@ func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var bd atomic.Int64
-		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: relaytest.Dial(0, func(n int, l string) string {
 			if strings.HasPrefix(l, "BDAT") {
 				if bd.Add(1) == 1 {
 					time.Sleep(100 * time.Millisecond)
@@ -49,7 +50,7 @@ func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
 			if l == "RSET" && bd.Load() == 1 {
 				time.Sleep(6 * time.Second)
 			}
-			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
 		})})
 		errs := make(chan error, 4)
 		for range 4 {
@@ -66,11 +67,11 @@ func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
 
 func TestLastChunkIsNotSentOnceAChunkWasRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
 			if strings.HasPrefix(l, "BDAT") && !strings.HasSuffix(l, "LAST") {
 				return "452 4.3.1 no room for this chunk"
 			}
-			return agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 10000000\n250 CHUNKING", l)
 		})})
 		m := shortMessage("b@y.example")
 		m.Body = slowChunks{}

@@ -2,16 +2,12 @@
 package test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
-	"net/textproto"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,7 +16,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/netpipe"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -49,11 +45,11 @@ func TestContextIsTheBudgetOfAllTries(t *testing.T) {
 
 func TestPingEndsWithItsContextAtASilentAuth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Dial: answering(0, func(_ int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Dial: relaytest.Dial(0, func(_ int, l string) string {
 			if strings.HasPrefix(l, "AUTH") {
 				time.Sleep(time.Hour)
 			}
-			return agree("250-PIPELINING\n250 AUTH PLAIN", l)
+			return relaytest.Agree("250-PIPELINING\n250 AUTH PLAIN", l)
 		})})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -78,31 +74,15 @@ func (slowBody) WriteTo(w io.Writer) (int64, error) {
 func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stall := make(chan struct{})
-		dial := func(context.Context, string, string) (net.Conn, error) {
-			c, s := netpipe.New(600)
-			go func() {
-				defer s.Close()
-				br := bufio.NewReaderSize(s, 16)
-				io.WriteString(s, "220 hi\r\n")
-				n := 0
-				for {
-					l, err := br.ReadString('\n')
-					if err != nil {
-						return
-					}
-					l = strings.TrimSpace(l)
-					if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
-						k, _ := strconv.Atoi(f[1])
-						io.CopyN(io.Discard, br, int64(k))
-						if n++; n == 4 { // the question first, then what is sent of A: a chunk and the end
-							<-stall
-						}
-					}
-					io.WriteString(s, strings.ReplaceAll(agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l), "\n", "\r\n")+"\r\n")
+		chunks := 0
+		dial := relaytest.Dial(600, func(_ int, l string) string {
+			if strings.HasPrefix(l, "BDAT") {
+				if chunks++; chunks == 4 { // the question first, then what is sent of A: a chunk and the end
+					<-stall
 				}
-			}()
-			return c, nil
-		}
+			}
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+		})
 		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: dial})
 		big := func() smtprelay.Message {
 			m := shortMessage("b@y.example")
@@ -137,11 +117,11 @@ func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
 // B, a large message behind A, is cancelled while its write is blocked: A's final reply, due in 20 s, is awaited for 2 s only.
 func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: answering(600, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: relaytest.Dial(600, func(n int, l string) string {
 			if strings.HasPrefix(l, "BDAT") {
 				time.Sleep(20 * time.Second)
 			}
-			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
 		})})
 		res := make(chan error, 1)
 		go func() {
@@ -166,11 +146,11 @@ func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
 
 func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: relaytest.Dial(0, func(n int, l string) string {
 			if strings.HasPrefix(l, "BDAT") {
 				time.Sleep(time.Minute)
 			}
-			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
 		})})
 		first := make(chan error, 1)
 		go func() {
@@ -214,37 +194,10 @@ func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T
 		t.Run(fmt.Sprintf("%v", test), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				stall := make(chan struct{})
-				dial := func(context.Context, string, string) (net.Conn, error) {
-					c, s := netpipe.New(test.window)
-					go func() {
-						defer s.Close()
-						br := bufio.NewReaderSize(s, 16)
-						io.WriteString(s, "220 hi\r\n")
-						for l := ""; ; {
-							var err error
-							if l, err = br.ReadString('\n'); err != nil {
-								return
-							}
-							l = strings.TrimSpace(l)
-							if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
-								k, _ := strconv.Atoi(f[1])
-								io.CopyN(io.Discard, br, int64(k))
-								<-stall
-							}
-							if _, err := io.WriteString(s, strings.ReplaceAll(agree(test.extensions, l), "\n", "\r\n")+"\r\n"); err != nil {
-								return
-							}
-							if l == "DATA" {
-								br.ReadString('\n')
-								<-stall
-								io.Copy(io.Discard, textproto.NewReader(br).DotReader())
-								io.WriteString(s, "250 ok\r\n")
-							}
-						}
-					}()
-					return c, nil
-				}
-				c := bubbleClient(t, smtprelay.Config{Dial: dial, Limits: smtprelay.Limits{MaxConns: 1, MaxInFlight: 32}})
+				relay := &relaytest.Relay{Window: test.window, Body: stalledWriter(stall), Answer: func(_ int, l string) string {
+					return relaytest.Agree(test.extensions, l)
+				}}
+				c := bubbleClient(t, smtprelay.Config{Dial: relay.Dial, Limits: smtprelay.Limits{MaxConns: 1, MaxInFlight: 32}})
 				var senders sync.WaitGroup
 				for i := range 20 {
 					senders.Go(func() {
@@ -355,4 +308,12 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 			atMost(t, "open at once", relay.MaxOpen(), 3)
 		})
 	}
+}
+
+// stalledWriter takes the first that is written to it only once it is closed.
+type stalledWriter chan struct{}
+
+func (w stalledWriter) Write(p []byte) (int, error) {
+	<-w
+	return len(p), nil
 }

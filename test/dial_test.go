@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -61,22 +62,13 @@ func (c *countedConn) Close() error {
 
 func TestFailedGreetingsLeaveNoDescriptorOpen(t *testing.T) {
 	const times = 250
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	greetings := []string{"554 5.7.1 not you", "421 4.3.2 not now", "hello there", ""}
+	relay := &relaytest.Relay{Answer: func(n int, _ string) string { return greetings[n%len(greetings)] + relaytest.Hangup }}
+	l, err := relay.Listen()
 	if err != nil {
 		t.Fatal(err)
 	}
-	greetings := []string{"554 5.7.1 not you\r\n", "421 4.3.2 not now\r\n", "hello there\r\n", ""}
-	var relay sync.WaitGroup
-	relay.Go(func() { // until the listener is closed
-		for n := 0; ; n++ {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			io.WriteString(conn, greetings[n%len(greetings)])
-			conn.Close()
-		}
-	})
+	defer l.Close()
 	var open atomic.Int64
 	client := newClient(t, smtprelay.Config{
 		Addr:  l.Addr().String(),
@@ -104,8 +96,6 @@ func TestFailedGreetingsLeaveNoDescriptorOpen(t *testing.T) {
 		t.Errorf("Stats().DialErrors: got %d, want %d at least", n, times*len(greetings))
 	}
 	atMost(t, "open files", openFiles(), before+5) // the runtime and the relay may hold a few, but not one for each failure
-	l.Close()
-	relay.Wait()
 }
 
 // addressedConn is a connection with another local address.
@@ -248,11 +238,11 @@ func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 		var down atomic.Bool
 		var dials atomic.Int64
 		down.Store(true)
-		inner := answering(0, func(n int, l string) string {
+		inner := relaytest.Dial(0, func(n int, l string) string {
 			if l == "." && n == 1 {
 				time.Sleep(9 * time.Minute)
 			}
-			return agree("250 SIZE 1000", l)
+			return relaytest.Agree("250 SIZE 1000", l)
 		})
 		c := bubbleClient(t, smtprelay.Config{Dial: func(ctx context.Context, a, b string) (net.Conn, error) {
 			dials.Add(1)
@@ -299,7 +289,7 @@ func (noDeadlines) SetReadDeadline(time.Time) error { return errNoDeadline }
 func (noDeadlines) SetWriteDeadline(time.Time) error { return errNoDeadline }
 
 func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
-	silent := answering(0, func(_ int, l string) string { return "" })
+	silent := relaytest.Dial(0, func(_ int, l string) string { return "" })
 	for _, test := range []struct {
 		dial func(context.Context, string, string) (net.Conn, error)
 		want string

@@ -2,17 +2,14 @@
 package test
 
 import (
-	"bufio"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,7 +18,9 @@ import (
 	"unicode"
 
 	"github.com/emersion/go-sasl"
+
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
 // runsOf returns the runs of twelve characters of a secret, and of its base64, that nobody may see.
@@ -97,68 +96,60 @@ func (e *echoer) echo(code int) string {
 	reply := ""
 	for rand.N(3) == 0 && len(s) > 1 {
 		n := 1 + rand.N(len(s)-1)
-		reply += fmt.Sprintf("%d-%s%s\r\n", code, words, s[:n])
+		reply += fmt.Sprintf("%d-%s%s\n", code, words, s[:n])
 		s, words = s[n:], ""
 	}
-	return reply + fmt.Sprintf("%d %s%s\r\n", code, words, s)
+	return reply + fmt.Sprintf("%d %s%s", code, words, s)
 }
 
-func (e *echoer) serve(in *bufio.Reader, conn net.Conn) {
-	greeting := "220 relay\r\n"
-	if e.given.Load() { // on another connection
-		greeting = e.echo(220)
+// answer is the relay's to a line.
+func (e *echoer) answer(_ int, line string) string {
+	code := 250
+	switch verb, _, _ := strings.Cut(line, " "); verb {
+	case "":
+		if !e.given.Load() {
+			return "220 relay"
+		}
+		code = 220 // on another connection
+	case "EHLO":
+		keyword := ""
+		if e.given.Load() {
+			keyword = "250-X-" + e.secrets[0] + "\n"
+		}
+		return "250-relay\n" + keyword + "250-PIPELINING\n250 AUTH PLAIN XOAUTH2 LOGIN"
+	case "RCPT":
+		code = []int{250, 250, 250, 550, 450, 452}[rand.N(6)]
+	case "DATA":
+		code = 354
+		if rand.N(8) == 0 {
+			code = 554
+		}
+	case ".":
+		code = []int{250, 250, 250, 554, 451}[rand.N(5)]
+	case "MAIL", "RSET", "QUIT":
+		if rand.N(20) == 0 {
+			code = []int{421, 550, 354}[rand.N(3)]
+		}
+	default: // AUTH, or behind AUTH LOGIN, which has the user's name, the password
+		if strings.HasPrefix(line, "AUTH LOGIN") {
+			return "334 UGFzc3dvcmQ6"
+		}
+		e.given.Store(true)
+		code = []int{235, 235, 235, 235, 235, 235, 535, 454}[rand.N(8)]
 	}
-	io.WriteString(conn, greeting)
-	for {
-		line, err := in.ReadString('\n')
-		if err != nil {
-			return
-		}
-		code := 250
-		switch verb, _, _ := strings.Cut(strings.TrimSpace(line), " "); verb {
-		case "EHLO":
-			keyword := "250-relay\r\n"
-			if e.given.Load() {
-				keyword += "250-X-" + e.secrets[0] + "\r\n"
-			}
-			io.WriteString(conn, keyword+"250-PIPELINING\r\n250 AUTH PLAIN XOAUTH2 LOGIN\r\n")
-			continue
-		case "AUTH":
-			if strings.HasPrefix(line, "AUTH LOGIN") { // with the user's name
-				io.WriteString(conn, "334 UGFzc3dvcmQ6\r\n")
-				in.ReadString('\n')
-			}
-			e.given.Store(true)
-			code = []int{235, 235, 235, 235, 235, 235, 535, 454}[rand.N(8)]
-		case "RCPT":
-			code = []int{250, 250, 250, 550, 450, 452}[rand.N(6)]
-		case "DATA":
-			code = 354
-			if rand.N(8) == 0 {
-				code = 554
-			}
-		case ".":
-			code = []int{250, 250, 250, 554, 451}[rand.N(5)]
-		case "MAIL", "RSET", "QUIT":
-			if rand.N(20) == 0 {
-				code = []int{421, 550, 354}[rand.N(3)]
-			}
-		default:
-			continue // of the body
-		}
-		answer := e.echo(code)
-		switch rand.N(40) {
-		case 0:
-			answer = answer[2:] // malformed
-		case 1:
-			answer += e.echo(250) // unasked
-		case 2:
-			answer += e.echo(421)
-		}
-		if _, err := io.WriteString(conn, answer); err != nil {
-			return
-		}
+	answer := e.echo(code)
+	if line == "" {
+		return answer
 	}
+	switch rand.N(40) {
+	case 0:
+		answer = answer[2:] // malformed
+	case 1:
+		answer += "\n" + e.echo(250) // unasked
+	case 2:
+		answer += "\n" + e.echo(421)
+	}
+	return answer
 }
 
 var echoes = flag.Int64("echoes", 5000, "echoes of TestEchoesOfTheCredentialsAreShownToNobody")
@@ -217,7 +208,7 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
 				relay.given.Store(false) // nothing by this Client
 				cfg := smtprelay.Config{
-					Addr: "relay.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: relayOf(relay.serve), Auth: auth, Trace: &trace,
+					Addr: "relay.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
 					Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 2},
 				}
 				if auth == nil {
@@ -276,21 +267,14 @@ func TestTokenInTheChallengeOfItsRefusalIsNotShown(t *testing.T) {
 		client := newClient(t, smtprelay.Config{
 			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
 			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return bearer{}, nil },
-			Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-				io.WriteString(conn, "220 relay\r\n")
-				for {
-					line, err := in.ReadString('\n')
-					switch {
-					case err != nil:
-						return
-					case strings.HasPrefix(line, "EHLO"):
-						io.WriteString(conn, "250-relay\r\n250 AUTH XOAUTH2\r\n")
-					case strings.HasPrefix(line, "AUTH"):
-						io.WriteString(conn, "334 "+base64.StdEncoding.EncodeToString([]byte(`{"status":"401\n\u001b","token":"`+secretKey+`"}`+"\n\x1b"))+"\r\n")
-					default:
-						io.WriteString(conn, "535 5.7.8 "+strings.ToUpper(secretKey)+"\r\n")
-					}
+			Dial: relaytest.Dial(0, func(_ int, line string) string {
+				switch {
+				case line == "" || strings.HasPrefix(line, "EHLO"):
+					return relaytest.Agree("250 AUTH XOAUTH2", line)
+				case strings.HasPrefix(line, "AUTH"):
+					return "334 " + base64.StdEncoding.EncodeToString([]byte(`{"status":"401\n\u001b","token":"`+secretKey+`"}`+"\n\x1b"))
 				}
+				return "535 5.7.8 " + strings.ToUpper(secretKey)
 			}),
 		})
 		_, err := client.Send(t.Context(), numbered(0))

@@ -5,24 +5,20 @@
 package test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/netpipe"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -281,73 +277,6 @@ func (p pieces) WriteTo(w io.Writer) (total int64, err error) {
 	return total, nil
 }
 
-// answering dials a relay of which h gives the answer to each command line of the nth connection: to "" its greeting, to "."
-// and BDAT when the body is in.
-func answering(buf int, h func(n int, line string) string) func(ctx context.Context, _, _ string) (net.Conn, error) {
-	var n atomic.Int64
-	return func(context.Context, string, string) (net.Conn, error) {
-		id := int(n.Add(1))
-		c, s := netpipe.New(buf)
-		go func() {
-			defer s.Close()
-			say := func(t string) bool {
-				if t == "" {
-					return true
-				}
-				_, err := io.WriteString(s, strings.ReplaceAll(t, "\n", "\r\n")+"\r\n")
-				return err == nil
-			}
-			if !say(h(id, "")) {
-				return
-			}
-			br := bufio.NewReader(s)
-			data := false
-			for {
-				l, err := br.ReadString('\n')
-				if err != nil {
-					return
-				}
-				l = strings.TrimRight(l, "\r\n")
-				if data && l != "." {
-					continue
-				}
-				data = false
-				if f := strings.Fields(l); len(f) > 1 && f[0] == "BDAT" {
-					k, _ := strconv.Atoi(f[1])
-					if _, err := io.CopyN(io.Discard, br, int64(k)); err != nil {
-						return
-					}
-				}
-				r := h(id, l)
-				data = strings.HasPrefix(r, "354")
-				if !say(r) || l == "QUIT" {
-					return
-				}
-			}
-		}()
-		return c, nil
-	}
-}
-
-// agree is a relay that takes everything, and offers what ext says.
-func agree(ext, line string) string {
-	switch {
-	case line == "":
-		return "220 hi"
-	case strings.HasPrefix(line, "EHLO"):
-		return "250-hi\n" + ext
-	case line == "DATA":
-		return "354 go"
-	case line == "BDAT 8": // out of order
-		return "503 MAIL first"
-	case line == "QUIT":
-		return "221 bye"
-	case strings.HasPrefix(line, "AUTH"):
-		return "235 ok"
-	}
-	return "250 ok"
-}
-
 func bubbleClient(t *testing.T, c smtprelay.Config) *smtprelay.Client {
 	c.Addr, c.TLS, c.Chunking = "relay.example:587", smtprelay.TLSNone, true
 	cl, err := smtprelay.New(c)
@@ -383,18 +312,6 @@ func (l *lockedBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
-}
-
-// relayOf returns a Dial that connects to a relay which serve plays.
-func relayOf(serve func(in *bufio.Reader, conn net.Conn)) func(context.Context, string, string) (net.Conn, error) {
-	return func(context.Context, string, string) (net.Conn, error) {
-		client, server := netpipe.New(0)
-		go func() { // ends with the connection
-			defer server.Close()
-			serve(bufio.NewReader(server), server)
-		}()
-		return client, nil
-	}
 }
 
 func (l *lockedBuffer) reset() {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -419,12 +420,12 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 func TestShortSessionsDoNotHoldBackOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var conns atomic.Int64
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
 			conns.Store(max(conns.Load(), int64(n)))
 			if l == "." {
 				time.Sleep(500 * time.Millisecond)
 			}
-			return agree("250-PIPELINING\n250 LIMITS MAILMAX=20", l)
+			return relaytest.Agree("250-PIPELINING\n250 LIMITS MAILMAX=20", l)
 		})})
 		c.Send(t.Context(), shortMessage("b@y.example"))
 		done := make(chan bool, 15)
@@ -445,12 +446,12 @@ func TestConnectionThatIsOldBeforeItIsReadyCarriesAMessage(t *testing.T) {
 	for _, age := range []time.Duration{5 * time.Second, time.Nanosecond} {
 		synctest.Test(t, func(t *testing.T) {
 			var conns atomic.Int64
-			c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1, MaxConnAge: age}, Dial: answering(0, func(n int, l string) string {
+			c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1, MaxConnAge: age}, Dial: relaytest.Dial(0, func(n int, l string) string {
 				conns.Store(int64(n))
 				if l == "" {
 					time.Sleep(6 * time.Second) // as a relay does that waits for who speaks first
 				}
-				return agree("250 PIPELINING", l)
+				return relaytest.Agree("250 PIPELINING", l)
 			})})
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()

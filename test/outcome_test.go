@@ -2,14 +2,11 @@
 package test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,6 +16,7 @@ import (
 	"unicode"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -158,14 +156,14 @@ func sendErr(ctx context.Context, client *smtprelay.Client, m smtprelay.Message)
 func TestErrorIsOneLineWhateverTheRelayAndTheUserWrite(t *testing.T) {
 	const forged = "x\x1b[2J\x00\u202e\u2028\u0085"
 	for _, tt := range []struct{ why, offer, rcpt, to string }{
-		{"a refusal of lines that look like ours", "250 relay\r\n", "550-x\r\n550-2026/11/30 02:00:00 smtprelay: accepted, queued as FORGED\r\n550 " + forged + "\r\n", "b@y.example"},
-		{"a refusal with our advice", "250 relay\r\n", "550 no\"; check Username and Password\r\n", "b@y.example"},
-		{"a bare CR", "250 relay\r\n", "550 no\rsmtprelay: accepted\r\n", "b@y.example"},
-		{"a malformed reply", "250 relay\r\n", "what?" + forged + "\r\n", "b@y.example"},
-		{"keywords", "250-relay\r\n250 AUTH" + forged + "\r\n", "550 no\r\n", "b@y.example"},
-		{"mechanisms", "250-relay\r\n250 AUTH " + forged + "\r\n", "550 no\r\n", "b@y.example"},
-		{"an address", "250 relay\r\n", "550 no\r\n", "b\r\nsmtprelay: \x1b[2J\u202e@y.example"},
-		{"a long address", "250 relay\r\n", "550 no\r\n", strings.Repeat("b", 100_000) + "@y.example"},
+		{"a refusal of lines that look like ours", "250 relay", "550-x\n550-2026/11/30 02:00:00 smtprelay: accepted, queued as FORGED\n550 " + forged, "b@y.example"},
+		{"a refusal with our advice", "250 relay", "550 no\"; check Username and Password", "b@y.example"},
+		{"a bare CR", "250 relay", "550 no\rsmtprelay: accepted", "b@y.example"},
+		{"a malformed reply", "250 relay", "what?" + forged, "b@y.example"},
+		{"keywords", "250-relay\n250 AUTH" + forged, "550 no", "b@y.example"},
+		{"mechanisms", "250-relay\n250 AUTH " + forged, "550 no", "b@y.example"},
+		{"an address", "250 relay", "550 no", "b\r\nsmtprelay: \x1b[2J\u202e@y.example"},
+		{"a long address", "250 relay", "550 no", strings.Repeat("b", 100_000) + "@y.example"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -173,21 +171,16 @@ func TestErrorIsOneLineWhateverTheRelayAndTheUserWrite(t *testing.T) {
 				cfg := smtprelay.Config{
 					Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 1},
 					Trace: smtprelay.LogTrace(slog.New(&plainHandler{out: &logged})),
-					Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-						io.WriteString(conn, "220 relay\r\n")
-						for {
-							line, err := in.ReadString('\n')
-							switch {
-							case err != nil:
-								return
-							case strings.HasPrefix(line, "EHLO"):
-								io.WriteString(conn, tt.offer)
-							case strings.HasPrefix(line, "RCPT"):
-								io.WriteString(conn, tt.rcpt)
-							default:
-								io.WriteString(conn, "250 ok\r\n")
-							}
+					Dial: relaytest.Dial(0, func(_ int, line string) string {
+						switch {
+						case line == "":
+							return "220 relay"
+						case strings.HasPrefix(line, "EHLO"):
+							return tt.offer
+						case strings.HasPrefix(line, "RCPT"):
+							return tt.rcpt
 						}
+						return "250 ok"
 					}),
 				}
 				if strings.Contains(tt.offer, "AUTH") {

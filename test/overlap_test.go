@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -24,14 +25,14 @@ func TestOverlapGoesOnAfterWhatSaysNothingAboutIt(t *testing.T) {
 	} {
 		t.Run(test.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: answering(0, func(n int, l string) string {
+				c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: relaytest.Dial(0, func(n int, l string) string {
 					if l == "." || l == "RSET" {
 						time.Sleep(time.Second)
 					}
 					if l == "RSET" && n == 1 && test.leave {
 						return "421 4.3.2 shutting down"
 					}
-					return agree("250 PIPELINING", l)
+					return relaytest.Agree("250 PIPELINING", l)
 				})})
 				send := func(ctx context.Context) {
 					go c.Send(ctx, shortMessage("b@y.example"))

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -266,8 +267,8 @@ func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
 
 func TestAllOrNothingTakesASessionWithRoomForItsDomains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
-			return agree("250-PIPELINING\n250 LIMITS RCPTDOMAINMAX=2", l)
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
+			return relaytest.Agree("250-PIPELINING\n250 LIMITS RCPTDOMAINMAX=2", l)
 		})})
 		for i, to := range [][]string{{"b@x.example"}, {"b@y.example", "c@z.example"}} {
 			if err := c.SendMail("a@x.example", to, []byte("Subject: x\r\n\r\nx\r\n")); err != nil {
@@ -280,14 +281,14 @@ func TestAllOrNothingTakesASessionWithRoomForItsDomains(t *testing.T) {
 
 func TestEachRecipientKeepsItsOwnReplyInAllOrNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
 			switch {
 			case strings.Contains(l, "<b@"):
 				return "550 5.1.1 no b"
 			case strings.Contains(l, "<c@"):
 				return "451 4.7.1 c is greylisted"
 			}
-			return agree("250 PIPELINING", l)
+			return relaytest.Agree("250 PIPELINING", l)
 		})})
 		m := shortMessage("b@y.example", "c@y.example", "d@y.example")
 		m.AllOrNothing = true

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -258,7 +259,7 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got atomic.Int64
-		c := bubbleClient(t, smtprelay.Config{Dial: answering(0, func(n int, l string) string {
+		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
 			if strings.Contains(l, "<c@") && n == 1 {
 				return "421 4.7.28 try c again later"
 			}
@@ -266,7 +267,7 @@ func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {
 				got.Add(1)
 				time.Sleep(8 * time.Second)
 			}
-			return agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
+			return relaytest.Agree("250-PIPELINING\n250-SIZE 1000000\n250 CHUNKING", l)
 		})})
 		_, err := c.Send(t.Context(), shortMessage("b@y.example", "c@y.example"))
 		if n := got.Load(); n > 1 {

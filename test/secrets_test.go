@@ -24,7 +24,9 @@ import (
 	"time"
 
 	"github.com/emersion/go-sasl"
+
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -43,11 +45,11 @@ func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
 						DialDone:   func(_ context.Context, d smtprelay.DialInfo) { leak("DialDone", d.Err) },
 						ConnClosed: func(_ context.Context, d smtprelay.CloseInfo) { leak("ConnClosed", d.Err) },
 					},
-					Dial: answering(0, func(_ int, l string) string {
+					Dial: relaytest.Dial(0, func(_ int, l string) string {
 						if strings.HasPrefix(l, "AUTH") {
 							return "421 4.7.0 too many errors after: " + l
 						}
-						return agree(ext, l)
+						return relaytest.Agree(ext, l)
 					})})
 				_, err := c.Send(t.Context(), shortMessage("b@y.example"))
 				leak("Send", err)

@@ -2,24 +2,19 @@
 package test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/textproto"
-	"strconv"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/internal/netpipe"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -27,34 +22,12 @@ import (
 func TestSlowRelayIsNotGivenUpWhileItReads(t *testing.T) {
 	for _, extensions := range []string{"250-SIZE 1000000\n250 PIPELINING", "250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING"} {
 		synctest.Test(t, func(t *testing.T) {
-			var taken atomic.Int64
+			var taken relaytest.Octets
+			relay := &relaytest.Relay{Body: &taken, Answer: func(_ int, l string) string { return relaytest.Agree(extensions, l) }}
 			dial := func(context.Context, string, string) (net.Conn, error) {
-				c, s := netpipe.New(200)
-				go func() {
-					defer s.Close()
-					br := bufio.NewReader(slowReader{s})
-					io.WriteString(s, "220 hi\r\n")
-					for {
-						l, err := br.ReadString('\n')
-						if err != nil {
-							return
-						}
-						l = strings.TrimSpace(l)
-						switch f := strings.Fields(l); {
-						case l == "DATA":
-							io.WriteString(s, "354 go\r\n")
-							n, _ := io.Copy(io.Discard, textproto.NewReader(br).DotReader())
-							taken.Add(n)
-							l = "."
-						case len(f) > 1 && f[0] == "BDAT":
-							k, _ := strconv.ParseInt(f[1], 10, 64)
-							n, _ := io.CopyN(io.Discard, br, k)
-							taken.Add(n)
-						}
-						io.WriteString(s, strings.ReplaceAll(agree(extensions, l), "\n", "\r\n")+"\r\n")
-					}
-				}()
-				return c, nil
+				client, server := netpipe.New(200)
+				go relay.Serve(slowReader{server}, 1) // ends with the connection
+				return client, nil
 			}
 			ten := 10 * time.Second
 			c := bubbleClient(t, smtprelay.Config{

@@ -2,11 +2,12 @@
 package test
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
 var soakMessages = flag.Int("soak.messages", 20_000, "messages of TestSoak")
@@ -31,6 +33,7 @@ type soakRelay struct {
 	open     atomic.Int64
 	most     atomic.Int64
 	faults   atomic.Int64
+	chunked  atomic.Int64 // messages that were taken in chunks
 	serving  sync.WaitGroup
 }
 
@@ -47,128 +50,127 @@ func (r *soakRelay) run() {
 		for most := r.most.Load(); open > most && !r.most.CompareAndSwap(most, open); most = r.most.Load() {
 		}
 		r.serving.Go(func() {
-			r.serve(conn, n)
-			r.open.Add(-1)
-			conn.Close()
+			c := &soakConn{Conn: conn, r: r, chance: rand.New(rand.NewPCG(uint64(n), 0))}
+			(&relaytest.Relay{Answer: c.answer, Body: &c.text}).Serve(c, int(n))
 		})
 	}
 }
 
-func (r *soakRelay) serve(conn net.Conn, n int64) {
-	in, out := bufio.NewReaderSize(conn, 16<<10), bufio.NewWriter(conn)
-	chance := rand.New(rand.NewPCG(uint64(n), 0))
-	// The fault of the message under way: none, or where it strikes.
-	fault := ""
-	strikes := func(at string) bool {
-		if fault != at {
-			return false
-		}
-		r.faults.Add(1)
-		return true
-	}
-	fmt.Fprint(out, "220 soak\r\n")
-	for {
-		if in.Buffered() == 0 {
-			out.Flush()
-			conn.SetReadDeadline(time.Now().Add(soakIdle))
-		}
-		line, err := in.ReadString('\n')
-		if err != nil {
-			out.WriteString("421 4.4.2 idle\r\n")
-			out.Flush()
-			return
-		}
-		conn.SetReadDeadline(time.Time{})
-		verb, _, _ := strings.Cut(strings.TrimSpace(line), " ")
-		reply := "250 2.0.0 Ok\r\n"
-		switch verb {
-		case "EHLO":
-			reply = "250-soak\r\n250-PIPELINING\r\n250 SIZE 1000000\r\n"
-			if n%2 == 0 {
-				reply = "250-soak\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 SIZE 1000000\r\n"
-			}
-		case "MAIL":
-			fault = ""
-			if chance.IntN(100) == 0 {
-				all := []string{"mail", "421", "rcpt", "data", "body", "before", "after", "451", "250"}
-				fault = all[chance.IntN(len(all))]
-			}
-			if strikes("mail") {
-				return
-			}
-			if strikes("421") {
-				out.WriteString("421 4.3.2 not now\r\n")
-				out.Flush()
-				return
-			}
-		case "RCPT":
-			if strikes("rcpt") {
-				reply = "550 5.1.1 nobody\r\n"
-			}
-		case "DATA", "BDAT":
-			if verb == "DATA" {
-				if fault == "rcpt" {
-					out.WriteString("554 5.5.1 no valid recipients\r\n")
-					continue
-				}
-				if strikes("data") {
-					return
-				}
-				out.WriteString("354 go on\r\n")
-				out.Flush()
-			}
-			number, whole := r.body(in, line)
-			if !whole || strikes("body") || strikes("before") {
-				return
-			}
-			switch {
-			case fault == "rcpt":
-				reply = "554 5.5.1 no valid recipients\r\n"
-			case strikes("451"):
-				reply = "451 4.3.0 later\r\n"
-			default:
-				r.taken[number].Add(1)
-				if strikes("after") {
-					return
-				}
-				reply = "250 2.0.0 Ok: queued as " + strconv.Itoa(number) + "\r\n"
-				if strikes("250") { // as some relays do, with nothing said of it
-					out.WriteString(reply)
-					out.Flush()
-					return
-				}
-			}
-		case "QUIT":
-			out.WriteString("221 Bye\r\n")
-			out.Flush()
-			return
-		}
-		out.WriteString(reply)
-	}
+// soakConn is one connection of a soakRelay.
+type soakConn struct {
+	net.Conn
+	r      *soakRelay
+	chance *rand.Rand
+	within bool         // a transaction is open
+	fault  string       // of its message: "", or where it strikes
+	text   bytes.Buffer // what has come of its body
 }
 
-// body reads a body, or the chunk that line announces, and tells which message it is.
-func (r *soakRelay) body(in *bufio.Reader, line string) (number int, whole bool) {
-	left := -1
-	if size, ok := strings.CutPrefix(line, "BDAT "); ok {
-		size, _, _ = strings.Cut(size, " ")
-		left, _ = strconv.Atoi(size)
+// Read closes a connection that is idle.
+func (c *soakConn) Read(p []byte) (int, error) {
+	var limit time.Time
+	if !c.within {
+		limit = time.Now().Add(soakIdle)
 	}
-	for first := true; left != 0; first = false {
-		text, err := in.ReadString('\n')
-		if err != nil {
-			return 0, false
-		}
-		if left > 0 {
-			left -= len(text)
-		} else if text == ".\r\n" {
-			break
-		}
-		if first {
-			number, _ = strconv.Atoi(strings.TrimSpace(strings.TrimPrefix(text, "Message-ID: ")))
-		}
+	c.SetReadDeadline(limit)
+	n, err := c.Conn.Read(p)
+	if err != nil && !c.within {
+		io.WriteString(c, "421 4.4.2 idle\r\n")
 	}
-	return number, true
+	return n, err
+}
+
+// Close comes before the client can know that the connection is over.
+func (c *soakConn) Close() error {
+	c.r.open.Add(-1)
+	return c.Conn.Close()
+}
+
+// strikes tells whether the message's fault strikes here.
+func (c *soakConn) strikes(at string) bool {
+	if c.fault != at {
+		return false
+	}
+	c.r.faults.Add(1)
+	return true
+}
+
+func (c *soakConn) answer(n int, line string) string {
+	verb, _, _ := strings.Cut(line, " ")
+	switch verb {
+	case "EHLO":
+		if n%2 == 0 {
+			return "250-soak\n250-PIPELINING\n250-CHUNKING\n250 SIZE 1000000"
+		}
+		return "250-soak\n250-PIPELINING\n250 SIZE 1000000"
+	case "RSET":
+		c.within = false
+	case "MAIL":
+		c.within, c.fault = true, ""
+		c.text.Reset()
+		if c.chance.IntN(100) == 0 {
+			all := []string{"mail", "421", "rcpt", "data", "body", "before", "after", "451", "250"}
+			c.fault = all[c.chance.IntN(len(all))]
+		}
+		if c.strikes("mail") {
+			return relaytest.Hangup
+		}
+		if c.strikes("421") {
+			return "421 4.3.2 not now" + relaytest.Hangup
+		}
+	case "RCPT":
+		if c.strikes("rcpt") {
+			return "550 5.1.1 nobody"
+		}
+	case "DATA":
+		if c.fault == "rcpt" {
+			return "554 5.5.1 no valid recipients"
+		}
+		if c.strikes("data") {
+			return relaytest.Hangup
+		}
+		return "354 go on"
+	case "BDAT":
+		switch {
+		case !c.within:
+			return "503 5.5.1 MAIL first"
+		case c.fault == "rcpt":
+			return "554 5.5.1 no valid recipients"
+		case c.fault == "body":
+			return c.end()
+		case strings.HasSuffix(line, " LAST"):
+			c.r.chunked.Add(1)
+			return c.end()
+		}
+	case ".":
+		return c.end()
+	}
+	return relaytest.Agree("", line)
+}
+
+// end answers the end of a body, and keeps the ledger.
+func (c *soakConn) end() string {
+	c.within = false
+	if c.strikes("body") || c.strikes("before") {
+		return relaytest.Hangup
+	}
+	if c.strikes("451") {
+		return "451 4.3.0 later"
+	}
+	first, _, _ := strings.Cut(c.text.String(), "\r\n")
+	number, err := strconv.Atoi(strings.TrimPrefix(first, "Message-ID: "))
+	if err != nil {
+		return "554 5.6.0 " + err.Error()
+	}
+	c.r.taken[number].Add(1)
+	if c.strikes("after") {
+		return relaytest.Hangup
+	}
+	reply := "250 2.0.0 Ok: queued as " + strconv.Itoa(number)
+	if c.strikes("250") { // as some relays do, with nothing said of it
+		return reply + relaytest.Hangup
+	}
+	return reply
 }
 
 // A long run: nothing is lost or sent twice, and neither memory nor goroutines grow. By default it is a short one.
@@ -183,9 +185,10 @@ func TestSoak(t *testing.T) {
 	relay := &soakRelay{listener: listener, taken: make([]atomic.Uint32, total)}
 	relay.serving.Go(relay.run)
 	client, err := smtprelay.New(smtprelay.Config{
-		Addr:  listener.Addr().String(),
-		TLS:   smtprelay.TLSNone,
-		Retry: smtprelay.Retry{MinBackoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond},
+		Addr:     listener.Addr().String(),
+		TLS:      smtprelay.TLSNone,
+		Chunking: true,
+		Retry:    smtprelay.Retry{MinBackoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -251,7 +254,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	t.Logf("%d messages: %d accepted, %d unknown, %d not accepted; %d lost, %d twice", total, accepted, unknown, total-accepted-unknown, lost, twice)
-	t.Logf("%d connections, %d open at most, %d faults, %d retries, %d overlapped", relay.conns.Load(), relay.most.Load(), relay.faults.Load(), stats.Retries, stats.Overlapped)
+	t.Logf("%d connections, %d open at most, %d messages in chunks, %d faults, %d retries, %d overlapped", relay.conns.Load(), relay.most.Load(), relay.chunked.Load(), relay.faults.Load(), stats.Retries, stats.Overlapped)
 	t.Logf("live heap after each tenth: %d octets", heaps)
 	t.Logf("goroutines after each tenth: %d", running)
 	if lost > 0 || twice > 0 {
@@ -262,6 +265,9 @@ func TestSoak(t *testing.T) {
 	}
 	if relay.faults.Load() == 0 {
 		t.Error("no fault struck")
+	}
+	if relay.chunked.Load() == 0 {
+		t.Error("no message was sent in chunks")
 	}
 	if first, last := heaps[0], heaps[parts-1]; last > first+1<<20 {
 		t.Errorf("the live heap has grown from %d to %d octets", first, last)

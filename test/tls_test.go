@@ -2,14 +2,12 @@
 package test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
-	"io"
 	"net"
 	"strings"
 	"sync"
@@ -19,6 +17,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -215,22 +214,19 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 // Most relays greet whoever connects, so that a client which speaks TLS on a port for STARTTLS reads a 220 where it wants
 // a ServerHello.
 func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	var mu sync.Mutex // guards the next
+	var heard []string
+	relay := &relaytest.Relay{Answer: func(_ int, line string) string {
+		mu.Lock()
+		defer mu.Unlock()
+		heard = append(heard, line)
+		return relaytest.Agree("250 AUTH PLAIN", line)
+	}}
+	l, err := relay.Listen()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	heard := make(chan []byte, 1)
-	go func() { // until the client closes
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer conn.Close()
-		_, _ = io.WriteString(conn, "220 relay.example.com ESMTP\r\n")
-		b, _ := io.ReadAll(conn)
-		heard <- b
-	}()
 	client := newClient(t, smtprelay.Config{
 		Addr:     l.Addr().String(),
 		TLS:      smtprelay.TLSImplicit,
@@ -246,8 +242,10 @@ func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
 	if !strings.Contains(err.Error(), "use TLSStartTLS") {
 		t.Errorf("%q does not name the cure", err)
 	}
-	if b := <-heard; bytes.Contains(b, []byte("AUTH")) || bytes.Contains(b, []byte("MAIL")) {
-		t.Errorf("the relay was told %q in the clear", b)
+	mu.Lock()
+	defer mu.Unlock()
+	if said := strings.Join(heard, "\n"); strings.Contains(said, "AUTH") || strings.Contains(said, "MAIL") {
+		t.Errorf("the relay was told %q in the clear", said)
 	}
 }
 
@@ -262,44 +260,40 @@ func closedPort(t *testing.T) string {
 }
 
 func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
-	const ready, offer = "220 relay\r\n", "250-relay\r\n250 STARTTLS\r\n"
+	const ready, offer = "220 relay", "250-relay\n250 STARTTLS"
 	for _, tt := range []struct {
 		why    string
 		tls    smtprelay.TLSMode
 		script []string // the greeting, and what is said to each command
 	}{
-		{"greeting", smtprelay.TLSStartTLS, []string{"554 go away\r\n"}},
-		{"EHLO", smtprelay.TLSStartTLS, []string{ready, "554 go away\r\n"}},
-		{"EHLO not known", smtprelay.TLSStartTLS, []string{ready, "502 what?\r\n"}},
-		{"EHLO for now", smtprelay.TLSStartTLS, []string{ready, "451 later\r\n"}},
-		{"no STARTTLS offered", smtprelay.TLSStartTLS, []string{ready, "250 relay\r\n"}},
-		{"STARTTLS refused", smtprelay.TLSStartTLS, []string{ready, offer, "554 no\r\n"}},
-		{"an alert in place of TLS", smtprelay.TLSStartTLS, []string{ready, offer, "220 go\r\n\x15\x03\x03\x00\x02\x02\x28"}},
+		{"greeting", smtprelay.TLSStartTLS, []string{"554 go away"}},
+		{"EHLO", smtprelay.TLSStartTLS, []string{ready, "554 go away"}},
+		{"EHLO not known", smtprelay.TLSStartTLS, []string{ready, "502 what?"}},
+		{"EHLO for now", smtprelay.TLSStartTLS, []string{ready, "451 later"}},
+		{"no STARTTLS offered", smtprelay.TLSStartTLS, []string{ready, "250 relay"}},
+		{"STARTTLS refused", smtprelay.TLSStartTLS, []string{ready, offer, "554 no"}},
+		{"an alert in place of TLS", smtprelay.TLSStartTLS, []string{ready, offer, "220 go\n\x15\x03\x03\x00\x02\x02\x28"}},
 		{"an alert", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x28"}},
 		{"protocol version", smtprelay.TLSImplicit, []string{"\x15\x03\x03\x00\x02\x02\x46"}},
-		{"a refusal in place of TLS", smtprelay.TLSImplicit, []string{"554 go away\r\n"}},
+		{"a refusal in place of TLS", smtprelay.TLSImplicit, []string{"554 go away"}},
 		{"a greeting in place of TLS", smtprelay.TLSImplicit, []string{ready}},
-		{"no reply at all", smtprelay.TLSStartTLS, []string{"HTTP/1.1 400 Bad Request\r\n"}},
+		{"no reply at all", smtprelay.TLSStartTLS, []string{"HTTP/1.1 400 Bad Request"}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var dials atomic.Int64
+				var dials, said atomic.Int64
 				client := newClient(t, smtprelay.Config{
 					Addr: "relay.example:587", TLS: tt.tls, Retry: smtprelay.Retry{MaxAttempts: 2},
-					Dial: relayOf(func(in *bufio.Reader, conn net.Conn) {
-						dials.Add(1)
-						for i, words := range tt.script {
-							if i > 0 || tt.tls == smtprelay.TLSImplicit {
-								if _, err := in.ReadByte(); err != nil {
-									return
-								}
-							}
-							if i > 0 {
-								in.ReadString('\n')
-							}
-							io.WriteString(conn, words)
+					Dial: relaytest.Dial(0, func(n int, line string) string {
+						if line == "" {
+							dials.Add(1)
+							said.Store(0)
 						}
-						io.Copy(io.Discard, in)
+						i := int(said.Add(1)) - 1
+						if i >= len(tt.script) {
+							return ""
+						}
+						return tt.script[i]
 					}),
 				})
 				_, err := client.Send(t.Context(), numbered(0))
