@@ -1,13 +1,19 @@
-// Examples of the calls: sending one message and many, checking the relay, ending, reading a URL. A longer wish has a file of its own.
+// Examples of what a service does with a Client, from sending to what went wrong, AUTH and Trace. That of bodies has a file of its
+// own: go doc shows the type in it along with it.
 package smtprelay_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log"
+	"log/slog"
 	"slices"
+	"strings"
 	"time"
+
+	"github.com/emersion/go-sasl"
 
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
@@ -144,4 +150,233 @@ func ExampleParseURL() {
 	// Output:
 	// smtp.sendgrid.net:465 apikey 4
 	// true
+}
+
+// What a service does with an error: its Outcome says whether the message may be sent again, and to whom.
+func ExampleError() {
+	relay := smtptest.NewUnstartedServer()
+	relay.Reject = map[string]string{
+		"gone@example.org": "550 5.1.1 no such user",
+		"full@example.org": "452 4.2.2 mailbox full",
+	}
+	relay.Start()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	send := func(to ...string) {
+		receipt, err := client.Send(context.Background(), smtprelay.Message{
+			From: "shop@example.com",
+			To:   to,
+			Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+		})
+		var e *smtprelay.Error
+		switch {
+		case err == nil:
+			fmt.Println("accepted for all, code", receipt.Code)
+		case !errors.As(err, &e) || e.Outcome == smtprelay.Unknown:
+			fmt.Println("perhaps accepted: a person decides")
+		case e.Outcome == smtprelay.Accepted:
+			for _, r := range e.Refused {
+				fmt.Println("accepted, but not for", r.To, "who got", r.Code)
+			}
+		case e.Temporary():
+			fmt.Println("later:", e.Code)
+		default:
+			fmt.Println("never:", e.Code)
+		}
+	}
+	send("ann@example.org")
+	send("ann@example.org", "gone@example.org")
+	send("full@example.org")
+	send("gone@example.org")
+
+	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Drop: true}) // the connection is lost before the reply
+	send("ann@example.org")
+	// Output:
+	// accepted for all, code 250
+	// accepted, but not for gone@example.org who got 550
+	// later: 452
+	// never: 550
+	// perhaps accepted: a person decides
+}
+
+// A relay with greylisting refuses the first try of each new recipient with a 4yz reply. By default that is told to the
+// caller, who knows better how long the message can wait; with Temporary the client tries again by itself.
+func ExampleRetry() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 greylisted, try again"})
+
+	cfg := relay.Config()
+	cfg.Retry = smtprelay.Retry{
+		Temporary:   true,
+		MaxAttempts: 3,
+		MinBackoff:  time.Millisecond, // really: minutes, for greylisting, since a random part is waited
+		MaxBackoff:  10 * time.Millisecond,
+	}
+	cfg.Trace = &smtprelay.Trace{
+		Retry: func(_ context.Context, attempt int, _ time.Duration, err error) {
+			fmt.Printf("try %d failed: %v\n", attempt, err)
+		},
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	receipt, err := client.Send(context.Background(), smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{"ann@example.org"},
+		Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+	})
+	fmt.Println(receipt.Code, err)
+	// Output:
+	// try 1 failed: smtprelay: RCPT TO <ann@example.org>: 451 4.7.1 "greylisted, try again"
+	// 250 <nil>
+}
+
+// SafeToRetry is the one question before a message goes back into a queue.
+func ExampleSafeToRetry() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	m := smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{"ann@example.org"},
+		Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+	}
+
+	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 try again later"})
+	_, err = client.Send(context.Background(), m)
+	fmt.Println(smtprelay.SafeToRetry(err), err)
+
+	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // taken, and lost before the relay could say so
+	_, err = client.Send(context.Background(), m)
+	fmt.Println(smtprelay.SafeToRetry(err))
+	fmt.Println("at the relay:", relay.Accepted())
+	// Output:
+	// true smtprelay: final dot: 451 4.3.0 "try again later"
+	// false
+	// at the relay: 1
+}
+
+// tokens stands for what hands out OAuth tokens, such as an oauth2.TokenSource.
+type tokens struct{}
+
+func (tokens) Token(context.Context) (string, error) { return "ya29.token", nil }
+
+// OAuth: Auth is asked once for each connection, so that the token it returns is always a fresh one.
+func ExampleConfig_auth() {
+	var source tokens
+	relay := smtptest.NewUnstartedServer()
+	relay.Mechanisms = []string{sasl.OAuthBearer}
+	relay.SASL = func(string) (smtptest.SASLServer, error) {
+		return sasl.NewOAuthBearerServer(func(opts sasl.OAuthBearerOptions) *sasl.OAuthBearerError {
+			fmt.Println("relay:", opts.Username, opts.Token)
+			return nil
+		}), nil
+	}
+	relay.Start()
+	defer relay.Close()
+
+	cfg := relay.Config()
+	cfg.Username, cfg.Password = "", ""
+	cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+		token, err := source.Token(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "shop@example.com", Token: token}), nil
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	fmt.Println("ping:", client.Ping(context.Background()))
+	// Output:
+	// relay: shop@example.com ya29.token
+	// ping: <nil>
+}
+
+// A key that is replaced while the program runs: each new connection takes the present one, and those that are open go on.
+func ExampleConfig_rotatingKey() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	cfg := relay.Config()
+	user, key := cfg.Username, cfg.Password // really: read from where the key is kept, each time
+	cfg.Username, cfg.Password = "", ""
+	cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+		return sasl.NewPlainClient("", user, key), nil
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	fmt.Println(client.Ping(context.Background()))
+	// Output:
+	// <nil>
+}
+
+// Counting and timing: hooks get the context of the Send that they belong to, so a span can hang on it.
+func ExampleTrace() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	cfg := relay.Config()
+	cfg.Trace = &smtprelay.Trace{
+		DialDone: func(_ context.Context, d smtprelay.DialInfo) {
+			fmt.Println("connection", d.Conn, "ready:", d.Err == nil)
+		},
+		SendDone: func(_ context.Context, r smtprelay.Result, took time.Duration) {
+			fmt.Println("sent to", r.Message.To, "error:", r.Err)
+			_ = took // goes into a histogram
+		},
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	for _, to := range []string{"ann@example.org", "bob@example.org"} {
+		_ = client.SendMail("shop@example.com", []string{to}, []byte("Subject: hello\r\n\r\nHello.\r\n"))
+	}
+	// Output:
+	// connection 1 ready: true
+	// sent to [ann@example.org] error: <nil>
+	// sent to [bob@example.org] error: <nil>
+}
+
+// LogTrace logs what an operator should see and, at debug level, the dialogue: without secrets and bodies.
+func ExampleLogTrace() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	var logged bytes.Buffer // really: os.Stderr
+	cfg := relay.Config()
+	cfg.Trace = smtprelay.LogTrace(slog.New(slog.NewTextHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, []byte("Subject: hello\r\n\r\nHello.\r\n")))
+	client.Close()
+
+	for _, words := range []string{`line="AUTH PLAIN [redacted]"`, `line="RCPT TO:<ann@example.org>"`, `msg="smtp message accepted"`, "Hello."} {
+		fmt.Println(words, strings.Contains(logged.String(), words))
+	}
+	// Output:
+	// <nil>
+	// line="AUTH PLAIN [redacted]" true
+	// line="RCPT TO:<ann@example.org>" true
+	// msg="smtp message accepted" true
+	// Hello. false
 }

@@ -30,6 +30,7 @@ type said struct {
 // TestDialogueCutAnywhere plays each script again with a connection lost after the Nth octet in either direction, for every
 // N. The relay keeps to the script until then, and improvises afterwards. Whatever happens, the rules of truths must hold.
 func TestDialogueCutAnywhere(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run leaves little behind
 	plan := cuts(t)
 	thin(plan)
 	var total atomic.Int64

@@ -1,4 +1,5 @@
-package smtprelay_test
+// Here belong measurements: allocations, and benchmarks with round trips for each message.
+package test
 
 import (
 	"bufio"
@@ -17,7 +18,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// sink is a relay that accepts everything and costs next to nothing, so that what is measured is the client. It counts
+// sink is a relay that accepts everything and costs next to nothing, as relaytest does not: what is measured is the client. It counts
 // turns: how often it had answered all that it had got, waited, and then got something.
 type sink struct {
 	extensions []string
