@@ -58,13 +58,14 @@ type Config struct {
 	// relay that carries volume offers it (SendGrid, Mailgun and SES do not; Postfix, Exim, Gmail and Microsoft 365 do).
 	//
 	// The Client first asks each address of the relay, once an hour at most, what it does with a chunk that it refuses, by one
-	// that is out of order. An address that does not throw it away gets bodies by DATA, and so do bodies that begin with a
-	// blank or with the "From " line of a mailbox. On each connection a whole message follows another one without a reply only
-	// once the relay has answered an envelope that came together with the end of a message.
+	// that is out of order. An address that does not throw it away gets bodies by DATA. So do connections from Dial that have
+	// no RemoteAddr, and bodies that begin with a blank or with the "From " line of a mailbox. On each connection a whole message
+	// follows another one without a reply only once the relay has answered an envelope that came together with the end of
+	// a message. With a proxy or a load balancer between, all relays behind its address are taken for one.
 	//
-	// That the relay has done so once is no proof that it always will. One that throws away a whole message behind another,
-	// and is silent about it, may have the reply to a later message taken for the reply to that one. DATA does not have this
-	// risk, since its reply, 354, cannot be mistaken for another.
+	// That a relay has done so once is no proof that it always will. One that throws away a whole message behind another and
+	// is silent about it, or answers a command of the envelope twice, may have the reply to one command taken for that to
+	// another. DATA does not have this risk before the final dot, since its reply, 354, cannot be mistaken for another.
 	Chunking bool
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at

@@ -79,7 +79,7 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	return s, nil, nil
 }
 
-// remoteAddr is the address that nc leads to, IP and port.
+// remoteAddr is the address that nc leads to, IP and port; "" if it does not tell.
 func remoteAddr(nc net.Conn) string {
 	if a := nc.RemoteAddr(); a != nil {
 		return a.String()
@@ -171,8 +171,10 @@ func (d *dialogue) converse(ctx context.Context) *Error {
 	}
 	shown, known := false, true
 	if c.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
-		s.addr = remoteAddr(s.raw)
-		shown, known = c.profile.discardsAt(s.addr)
+		// Without an address, what is known of one relay could be believed of another.
+		if s.addr = remoteAddr(s.raw); s.addr != "" {
+			shown, known = c.profile.discardsAt(s.addr)
+		}
 	}
 	if e := d.startAuth(ctx, s, known); e != nil {
 		return e

@@ -3,7 +3,9 @@ package test
 
 import (
 	"bytes"
+	"context"
 	"io"
+	"net"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -95,4 +97,29 @@ func (slowChunks) WriteTo(w io.Writer) (total int64, err error) {
 		time.Sleep(time.Second)
 	}
 	return total, nil
+}
+
+// addressless is a connection that does not tell where it leads.
+type addressless struct{ net.Conn }
+
+func (addressless) RemoteAddr() net.Addr { return nil }
+
+// What one relay has shown says nothing of another, so a connection that may lead to any of them has no chunks.
+func TestBodyGoesByDataWhereTheRelayHasNoAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, inChunks)
+		cfg := configOf(relay)
+		dial := cfg.Dial
+		cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dial(ctx, network, addr)
+			return addressless{conn}, err
+		}
+		client := newClient(t, cfg)
+		if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes([]byte("Subject: x\r\n"))}); err != nil {
+			t.Fatal(err)
+		}
+		if got := relay.Conns()[0].Commands; got["BDAT"] != 0 || got["DATA"] != 1 {
+			t.Errorf("got %d BDAT and %d DATA, want 0 and 1", got["BDAT"], got["DATA"])
+		}
+	})
 }
