@@ -182,9 +182,10 @@ func (e *Error) Unwrap() []error {
 		errs = append(errs, e.Err)
 	}
 	if e.Code != 0 {
+		text := printable.Line(e.Message) // whoever logs these types alone is safe from forged lines, too
 		errs = append(errs,
-			&smtp.SMTPError{Code: e.Code, EnhancedCode: smtp.EnhancedCode(e.EnhancedCode), Message: e.Message},
-			&textproto.Error{Code: e.Code, Msg: e.Message})
+			&smtp.SMTPError{Code: e.Code, EnhancedCode: smtp.EnhancedCode(e.EnhancedCode), Message: text},
+			&textproto.Error{Code: e.Code, Msg: text})
 	}
 	return errs
 }
