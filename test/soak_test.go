@@ -62,6 +62,7 @@ type soakConn struct {
 	r      *soakRelay
 	chance *rand.Rand
 	within bool         // a transaction is open
+	inBody bool         // DATA's
 	fault  string       // of its message: "", or where it strikes
 	text   bytes.Buffer // what has come of its body
 }
@@ -69,12 +70,12 @@ type soakConn struct {
 // Read closes a connection that is idle.
 func (c *soakConn) Read(p []byte) (int, error) {
 	var limit time.Time
-	if !c.within {
+	if !c.inBody {
 		limit = time.Now().Add(soakIdle)
 	}
 	c.SetReadDeadline(limit)
 	n, err := c.Conn.Read(p)
-	if err != nil && !c.within {
+	if err != nil && !c.inBody {
 		io.WriteString(c, "421 4.4.2 idle\r\n")
 	}
 	return n, err
@@ -129,6 +130,7 @@ func (c *soakConn) answer(n int, line string) string {
 		if c.strikes("data") {
 			return relaytest.Hangup
 		}
+		c.inBody = true
 		return "354 go on"
 	case "BDAT":
 		switch {
@@ -150,7 +152,7 @@ func (c *soakConn) answer(n int, line string) string {
 
 // end answers the end of a body, and keeps the ledger.
 func (c *soakConn) end() string {
-	c.within = false
+	c.within, c.inBody = false, false
 	if c.strikes("body") || c.strikes("before") {
 		return relaytest.Hangup
 	}
