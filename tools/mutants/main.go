@@ -131,7 +131,7 @@ func try(dir string, m mutant) (verdict string, ok bool) {
 		}
 	}
 	if m.file != "" { // the dialogues take a second and catch most
-		if out, err := command(dir, "test", "-run", "TestDialogue$", "."); err != nil {
+		if out, err := command(dir, "test", "-run", "TestDialogue$", "./internal/test/dialogue"); err != nil {
 			return "caught by a dialogue: " + firstFault(out), true
 		}
 	}
