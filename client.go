@@ -159,7 +159,7 @@ func New(cfg Config) (*Client, error) {
 // tell for whom.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	began := time.Now()
-	d := delivery{c: c, ctx: ctx, m: &m}
+	d := delivery{c: c, ctx: ctx, m: m}
 	receipt, err := Receipt{}, d.begin()
 	if err == nil {
 		receipt, err = d.run()
@@ -243,12 +243,8 @@ func (c *Client) Ping(ctx context.Context) error {
 	for {
 		s, err := c.pool.take(ctx, &attempts)
 		if err == nil {
-			if err = s.authenticate(ctx); err == nil {
-				c.pool.worked()
-			} else {
-				c.pool.learn(s, err)
-			}
-			c.pool.giveBack(s)
+			err = c.pool.authenticate(ctx, s)
+			c.pool.release(s)
 		}
 		if err == nil {
 			return nil

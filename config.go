@@ -8,11 +8,11 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unicode"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/scrub"
 )
 
@@ -28,7 +28,7 @@ type settings struct {
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
 
-	transactions sync.Pool // *transaction, to be used again; the Client's own, since they have a channel
+	conns *conn.Options
 }
 
 const defaultAddr = "smtp.sendgrid.net:587"
@@ -41,7 +41,6 @@ func (c Config) check() (*settings, error) {
 	s := &settings{Config: c, password: newSecret(c.Password)}
 	s.Config.Password = ""
 	s.said.Expect(c.Password)
-	s.transactions.New = func() any { return &transaction{signal: make(chan struct{}, 1)} }
 	if s.Addr == "" {
 		s.Addr = defaultAddr
 	}
@@ -118,6 +117,7 @@ func (c Config) check() (*settings, error) {
 	s.Retry = c.Retry.withDefaults()
 	s.Timeouts = c.Timeouts.withDefaults()
 	s.tls = tlsConfig(c.TLSConfig, s.host)
+	s.conns = s.connOptions()
 	return s, nil
 }
 

@@ -15,14 +15,14 @@ import (
 type delivery struct {
 	c       *Client
 	ctx     context.Context
-	m       *Message
-	mail    MailOptions // what the caller asks for
-	utf8    string      // the first address that is not ASCII
-	size    int64       // of the message in its canonical form; 0 if not known
-	dsnFor  string      // the first recipient whose options need DSN; "" if there is none
-	rrvsFor string      // the same for RRVS
-	rcpts   rcptLimit   // how many recipients go into one transaction
-	todo    []int       // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	m       Message
+	msg     conn.Message // what the next transaction sends of it
+	mail    MailOptions  // what the caller asks for
+	utf8    string       // the first address that is not ASCII
+	dsnFor  string       // the first recipient whose options need DSN; "" if there is none
+	rrvsFor string       // the same for RRVS
+	rcpts   rcptLimit    // how many recipients go into one transaction
+	todo    []int        // recipients whose fate is open, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
 	attempts int    // tries that failed and counted
@@ -38,23 +38,22 @@ func (d *delivery) run() (Receipt, error) {
 		if err != nil {
 			return d.end(err)
 		}
-		mail, rcpts, err := d.fit(s)
+		rcpts, err := d.fit(s)
 		if err != nil {
-			d.c.pool.giveBack(s)
+			d.c.pool.release(s)
 			return d.end(err)
 		}
 		if len(rcpts) == 0 { // no more domains on this session
-			s.retire(closeFull)
-			d.c.pool.giveBack(s)
+			s.Retire(conn.Full)
+			d.c.pool.release(s)
 			continue
 		}
 		if d.tries++; d.tries > 1 {
 			d.c.cfg.stats.retries.Add(1)
 		}
-		t := newTransaction(d.ctx, s, d.m, d.size, mail, rcpts)
-		t.run(d.c.pool)
-		err = d.settle(s, rcpts, t.result())
-		t.recycle()
+		t := conn.NewTransaction(d.ctx, s.Conn, &d.msg)
+		err = d.settle(s, rcpts, t.Run())
+		t.Recycle()
 		if err != nil {
 			return d.end(err)
 		}
@@ -65,7 +64,7 @@ func (d *delivery) run() (Receipt, error) {
 // settle takes in what became of a transaction on s for rcpts, and waits where another one is due after a while. An error
 // ends the Send.
 func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
-	e := verdict(d.m, rcpts, &r)
+	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
 	if e != nil {
 		d.c.cfg.explainAuth(e)
@@ -76,7 +75,6 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	}
 	wait := d.note(rcpts, &r, e)
 	d.learnRcpts(&r, e)
-	d.size = r.Size
 	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
@@ -84,8 +82,8 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	case len(d.todo) == 0:
 		return nil
 	case e != nil:
-		return d.pause(d.c.cfg.Retry.next(d.m, &r, e), e)
-	case r.BodyBegun && oneShot(d.m.Body):
+		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e), e)
+	case r.BodyBegun && conn.OneShot(d.msg.Body):
 		return &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
 	case wait != nil:
 		return d.pause(retryLater, wait)
@@ -95,6 +93,12 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 
 // errBodyUsed is told for recipients that need another transaction.
 var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
+
+// Recipient implements [conn.Recipients].
+func (d *delivery) Recipient(i int) (addr string, params wire.RcptParams) {
+	addr = d.m.To[d.todo[i]]
+	return addr, d.m.RcptOptions[addr].params()
+}
 
 // note writes down the fate of each of rcpts, the recipients of a transaction that ended in r with the verdict e. Those that
 // wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
@@ -112,7 +116,7 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 		refusal := func() *Error {
 			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted}
 		}
-		switch fateOf(d.m, r, i, e, d.c.cfg.Retry.Temporary) {
+		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.Temporary) {
 		case fateAccepted:
 			rcpt.Outcome, rcpt.QueueID = Accepted, queueID
 		case fateUnknown:
@@ -235,7 +239,7 @@ func (d *delivery) begin() error {
 	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
 		d.utf8 = d.m.To[i]
 	}
-	d.size = canonicalSize(d.m)
+	d.msg = conn.Message{From: d.m.From, To: d, AllOrNothing: d.m.AllOrNothing, Body: d.m.Body, Size: canonicalSize(&d.m)}
 	if len(d.m.To) > 1 {
 		d.rcpts = d.c.cfg.profile.maxRcpts()
 	}
@@ -258,7 +262,7 @@ func (d *delivery) begin() error {
 
 // canonicalSize is the size of a body that is known before it is written, or 0.
 func canonicalSize(m *Message) int64 {
-	if b, ok := m.Body.(bytesBody); ok {
+	if b, ok := m.Body.(conn.Bytes); ok {
 		return wire.CanonicalSize(b)
 	}
 	return 0

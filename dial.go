@@ -1,7 +1,6 @@
 package smtprelay
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
-	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // dial opens a connection and takes it to the point where a transaction can begin: TCP, TLS or greeting, EHLO, STARTTLS,
@@ -36,11 +34,11 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 		c.stats.dialErrors.Add(1)
 		info.Err = e
 	} else {
-		for _, keyword := range s.ext.Keywords {
+		for _, keyword := range s.Extensions().Keywords {
 			info.Extensions = append(info.Extensions, c.said.Scrub(keyword))
 		}
-		if s.tls != nil {
-			info.TLSVersion, info.Resumed = s.tls.Version, s.tls.DidResume
+		if state := s.TLS(); state != nil {
+			info.TLSVersion, info.Resumed = state.Version, state.DidResume
 		}
 	}
 	if t := c.Trace; t != nil && t.DialDone != nil {
@@ -54,37 +52,91 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 	if err != nil {
 		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
 	}
-	raw := &progressConn{Conn: nc, limit: c.Timeouts.Write}
-	stop := context.AfterFunc(ctx, raw.abandon)
-	s := &session{id: id, cfg: c, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), doomed: make(chan struct{}), done: make(chan struct{}), said: c.said.NewStream()}
-	s.wrote.L = &s.mu
-	d := &dialogue{s: s, ctx: ctx}
-	e := d.open(ctx)
-	if e == nil && !stop() {
-		e = &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: conn.ContextError(ctx)}
+	s := &session{id: id}
+	var e *conn.OpenError
+	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(id)); e != nil {
+		return nil, leave, c.explain(ctx, e)
 	}
-	if e != nil {
-		defer stop()
-		if e.Err != nil && ctx.Err() != nil {
-			e.Err = conn.ContextError(ctx)
+	limit := c.Limits.MaxMessagesPerConn
+	for _, least := range []int{s.Extensions().Limits.MailMax, c.profile.maxMessages()} {
+		if least > 0 && (limit == 0 || least < limit) {
+			limit = least
 		}
-		return nil, func() {
-			defer context.AfterFunc(ctx, raw.abandon)()
-			d.leave(e)
-			raw.hangUp(c.Timeouts.Quit) // a relay that does not answer counts the connection all the same
-		}, e
 	}
-	raw.SetReadDeadline(time.Time{})
-	s.prepare()
+	expires := time.Time{}
+	if age := c.Limits.MaxConnAge; age > 0 {
+		expires = s.Born().Add(age - rand.N(age/10+1))
+	}
+	s.Bound(limit, expires)
 	return s, nil, nil
 }
 
-// remoteAddr is the address that nc leads to, IP and port; "" if it does not tell.
-func remoteAddr(nc net.Conn) string {
-	if a := nc.RemoteAddr(); a != nil {
-		return a.String()
+// explain makes an Error of the reason why a connection could not be opened, with what to do about it.
+func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
+	e := &Error{Op: Op(failed.Step), Outcome: NotAccepted, Err: failed.Err, permanent: failed.Permanent}
+	if failed.Reply.Code != 0 {
+		e.Reply = publicReply(failed.Reply)
 	}
-	return ""
+	if failed.Clear && (c.implicit() || !c.clearAllowed()) {
+		// Whoever said it, or would not speak TLS, may be somebody on the way.
+		e.unproven = true
+	}
+	if ctx.Err() != nil && e.Err != nil {
+		if e.Op == OpDial {
+			e.subject = c.Addr
+		}
+		return e
+	}
+	c.advise(e, failed)
+	return e
+}
+
+// advise adds to e, which failed became, what to do about it.
+func (c *settings) advise(e *Error, failed *conn.OpenError) {
+	switch {
+	case e.Op == OpTLS:
+		c.explainTLS(e)
+	case e.Op == OpGreeting && e.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
+		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
+	case e.Op == OpEHLO && e.Code/100 == 5:
+		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", failed.Said)
+	case errors.Is(e.Err, conn.ErrNoSTARTTLS):
+		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)
+	case e.Op == OpAuth:
+		if not, ok := e.Err.(*conn.NotOfferedError); ok {
+			e.Err = fmt.Errorf("Config.Auth has chosen %q: the relay offers %s", not.Mechanism, c.offered(not.Offered))
+		}
+		if e.Err == nil {
+			c.explainAuth(e)
+		}
+	}
+}
+
+// connOptions are what the connections of a Client have in common.
+func (c *settings) connOptions() *conn.Options {
+	t := c.Timeouts
+	o := &conn.Options{
+		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, Data: t.Data, Write: t.Write,
+			FinalReply: t.FinalReply, Overlap: t.Overlap, Quit: t.Quit},
+		LocalName:   c.localName,
+		Pipelining:  c.Pipelining != PipelineOff,
+		Overlap:     c.Pipelining == PipelineAcross,
+		Chunking:    c.Chunking,
+		MaxInFlight: c.Limits.MaxInFlight,
+		Implicit:    c.implicit(),
+		AllowClear:  c.clearAllowed(),
+		Secrets:     func() (username, password string) { return c.Username, c.password.reveal() },
+		Said:        &c.said,
+		Profile:     relay{&c.profile, &c.stats},
+		Progress:    func(step conn.Step) { c.opening.Store(Op(step)) },
+	}
+	if c.TLS != TLSNone {
+		o.TLS = c.tls
+	}
+	if c.authenticates() {
+		o.Mechanism = c.mechanism
+	}
+	return o
 }
 
 func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
@@ -111,230 +163,6 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
 	}
 	return nc, nil
-}
-
-// prepare fills in what the relay's offer decides, once the dialogue has come to its end.
-func (s *session) prepare() {
-	c := s.cfg
-	s.out = bufio.NewWriterSize(s, outBuffer)
-	s.limit = c.Limits.MaxMessagesPerConn
-	for _, limit := range []int{s.ext.Limits.MailMax, c.profile.maxMessages()} {
-		if limit > 0 && (s.limit == 0 || limit < s.limit) {
-			s.limit = limit
-		}
-	}
-	if age := c.Limits.MaxConnAge; age > 0 {
-		s.expires = s.born.Add(age - rand.N(age/10+1))
-	}
-}
-
-// outBuffer is the size of a session's write buffer: a TLS record, so that a message of usual size leaves in one.
-const outBuffer = 16 << 10
-
-// dialogue is the conversation that makes a connection ready, one command at a time.
-type dialogue struct {
-	s      *session
-	ctx    context.Context
-	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
-	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
-}
-
-// open takes the connection to where a transaction can begin.
-func (d *dialogue) open(ctx context.Context) *Error {
-	e := d.converse(ctx)
-	if c := d.s.cfg; e != nil && d.s.tls == nil && (c.implicit() || !c.clearAllowed()) {
-		// Whoever said it, or would not speak TLS, may be somebody on the way.
-		e.unproven = true
-	}
-	return e
-}
-
-// converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
-func (d *dialogue) converse(ctx context.Context) *Error {
-	s, c := d.s, d.s.cfg
-	if c.implicit() {
-		if e := d.startTLS(ctx); e != nil {
-			return e
-		}
-	}
-	s.replies = wire.NewReplyReader(s.conn)
-	if e := d.greeting(); e != nil {
-		return e
-	}
-	if e := d.hello(); e != nil {
-		return e
-	}
-	if s.tls == nil && c.TLS != TLSNone {
-		if e := d.upgrade(ctx); e != nil {
-			return e
-		}
-	}
-	shown, known := false, true
-	if c.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
-		// Without an address, what is known of one relay could be believed of another.
-		if s.addr = remoteAddr(s.raw); s.addr != "" {
-			shown, known = c.profile.discardsAt(s.addr)
-		}
-	}
-	if e := d.startAuth(ctx, s, known); e != nil {
-		return e
-	}
-	if !known {
-		var e *Error
-		if shown, e = d.showDiscard(); !shown && ctx.Err() == nil {
-			c.profile.noteDiscard(s.addr, false)
-		}
-		if e != nil {
-			return e
-		}
-	}
-	s.chunked, s.inStep = shown, known
-	return nil
-}
-
-func (d *dialogue) startTLS(ctx context.Context) *Error {
-	nc, e := d.s.cfg.handshake(ctx, d.s.raw)
-	if e != nil {
-		return e
-	}
-	state := nc.ConnectionState()
-	d.s.conn, d.s.tls = nc, &state
-	d.s.replies = wire.NewReplyReader(nc)
-	return nil
-}
-
-func (d *dialogue) greeting() *Error {
-	r, e := d.read(OpGreeting, d.s.cfg.Timeouts.Greeting)
-	switch {
-	case e != nil && e.Code == 0 && !d.s.cfg.implicit() && (isTimeout(e) || closedByPeer(e)):
-		e.Err = fmt.Errorf("%w; %s", e.Err, d.s.cfg.silenceHint())
-		return e
-	case e != nil:
-		return e
-	case r.Class() != 2:
-		return refusedBy(OpGreeting, r)
-	}
-	return nil
-}
-
-// hello says EHLO; or HELO where that is not understood and nothing that only EHLO gives is needed.
-func (d *dialogue) hello() *Error {
-	s, c := d.s, d.s.cfg
-	line := "EHLO " + c.localName(s.raw)
-	r, e := d.command(OpEHLO, line, line, c.Timeouts.Command)
-	if e != nil {
-		return e
-	}
-	s.ext = wire.Extensions{}
-	switch {
-	case r.Class() == 2:
-		s.ext = wire.ParseEHLO(d.raw)
-		return nil
-	case (r.Code == 500 || r.Code == 502) && c.clearAllowed() && !c.authenticates():
-		line = "HELO " + c.localName(s.raw)
-		if r, e = d.command(OpEHLO, line, line, c.Timeouts.Command); e != nil {
-			return e
-		}
-		if r.Class() == 2 {
-			return nil
-		}
-	}
-	e = refusedBy(OpEHLO, r)
-	if r.Class() == 5 {
-		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", line)
-	}
-	return e
-}
-
-// upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
-func (d *dialogue) upgrade(ctx context.Context) *Error {
-	s, c := d.s, d.s.cfg
-	if !s.ext.Has("STARTTLS") {
-		if c.clearAllowed() {
-			return nil
-		}
-		return &Error{Op: OpSTARTTLS, Outcome: NotAccepted, permanent: true,
-			Err: fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)}
-	}
-	r, e := d.command(OpSTARTTLS, "STARTTLS", "STARTTLS", c.Timeouts.Command)
-	if e != nil {
-		return e
-	}
-	if r.Class() != 2 {
-		return refusedBy(OpSTARTTLS, r)
-	}
-	if s.replies.Buffered() > 0 {
-		// Somebody on the way wants them to be read as if they came through TLS (CVE-2011-0411).
-		return &Error{Op: OpSTARTTLS, Outcome: NotAccepted, Err: errors.New("there were more bytes behind the reply, in the clear")}
-	}
-	if e := d.startTLS(ctx); e != nil {
-		return e
-	}
-	return d.hello()
-}
-
-// refusedBy is the error of a reply that is not the one hoped for.
-func refusedBy(op Op, r wire.Reply) *Error {
-	return &Error{Op: op, Reply: publicReply(r), Outcome: NotAccepted}
-}
-
-// command writes a command and reads its reply; show is how it looks in a trace.
-func (d *dialogue) command(op Op, show, line string, limit time.Duration) (wire.Reply, *Error) {
-	d.s.traceCommand(d.ctx, show)
-	if _, err := d.s.conn.Write([]byte(line + "\r\n")); err != nil {
-		// The relay may have said why it hangs up.
-		if r, e := d.read(op, lastWords); e == nil {
-			return wire.Reply{}, refusedBy(op, r)
-		}
-		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: lost(err)}
-	}
-	return d.read(op, limit)
-}
-
-// read reads one reply. A 421 is an error whatever it answers.
-func (d *dialogue) read(op Op, limit time.Duration) (wire.Reply, *Error) {
-	s := d.s
-	s.cfg.opening.Store(op)
-	deadline := time.Time{}
-	if limit > 0 {
-		deadline = time.Now().Add(limit)
-	}
-	if op == OpAuth && !d.authBy.IsZero() {
-		deadline = d.authBy
-	}
-	s.raw.SetReadDeadline(deadline)
-	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
-		return wire.Reply{}, &Error{Op: op, Outcome: NotAccepted, Err: conn.ContextError(d.ctx)}
-	}
-	r, raw, err := s.readReply(op == OpEHLO || op == OpAuth)
-	d.raw = raw
-	switch {
-	case err != nil && isTimeout(err):
-		err = &conn.TimeoutError{Step: conn.Step(op), After: limit}
-		fallthrough
-	case err != nil:
-		return r, &Error{Op: op, Outcome: NotAccepted, Err: lost(err)}
-	}
-	if t := s.cfg.Trace; t != nil && t.Reply != nil {
-		shown := publicReply(r)
-		if op == OpAuth {
-			if r.Code == 334 {
-				shown.Message = redacted
-			}
-		}
-		t.Reply(d.ctx, s.id, op, shown)
-	}
-	if r.Code == 421 {
-		return r, refusedBy(op, r)
-	}
-	return r, nil
-}
-
-// leave says QUIT after a failure that leaves the relay listening. The reply is not read.
-func (d *dialogue) leave(e *Error) {
-	if e.Code != 0 && e.Code != 421 || e.permanent && e.Op != OpTLS {
-		d.s.conn.Write([]byte("QUIT\r\n"))
-	}
 }
 
 // localName is the argument of EHLO (RFC 5321, 4.1.4): the full name of this host, else the address of the connection.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/emersion/go-smtp"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -241,7 +242,7 @@ func (r RecipientError) Temporary() bool {
 }
 
 // Timeout reports whether the cause was that a step, or the whole call, took too long.
-func (e *Error) Timeout() bool { return e.Err != nil && isTimeout(e.Err) }
+func (e *Error) Timeout() bool { return e.Err != nil && conn.IsTimeout(e.Err) }
 
 // SafeToRetry reports whether err is the error of a Send whose message was accepted for nobody, so that sending it again
 // can deliver nothing twice. Whether it can help is another question: see [Error.Temporary].

@@ -10,13 +10,13 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// fit makes the message fit what the relay offers on s: the parameters of MAIL, and which of d.todo go into one transaction,
-// none if s can take no more domains. It fails where the relay lacks what the message needs; nothing has been written then.
-func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
-	ext := &s.ext
+// fit makes d.msg fit what the relay offers on s: the parameters of MAIL, and which of d.todo go into one transaction, none if
+// s can take no more domains. It fails where the relay lacks what the message needs; nothing has been written then.
+func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
+	ext := s.Extensions()
 	lacks := cmp.Or(d.lacks(ext), d.lacksTLS(s), d.lacksForDelivery(ext), d.lacksForRcpts(ext))
 	if lacks != nil {
-		return d.mail, nil, lacks
+		return nil, lacks
 	}
 	most := d.mostRcpts(ext)
 	if limit := ext.Limits.RcptDomainMax; limit > 0 {
@@ -29,9 +29,11 @@ func (d *delivery) fit(s *session) (mail MailOptions, rcpts []int, err *Error) {
 		}
 	}
 	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
-		return d.mail, nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
+		return nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
 	}
-	return d.params(ext), d.todo[:most], nil
+	mail := d.params(ext)
+	d.msg.Mail, d.msg.N = mail.params(), most
+	return d.todo[:most], nil
 }
 
 // params are the parameters of MAIL for a relay that offers ext: what only helps is left out where it is not offered, and
@@ -45,7 +47,7 @@ func (d *delivery) params(ext *wire.Extensions) MailOptions {
 		mail.Body = ""
 	}
 	if mail.Size == 0 {
-		mail.Size = d.size
+		mail.Size = d.msg.Size
 	}
 	if !ext.Has("SIZE") {
 		mail.Size = 0
@@ -74,7 +76,7 @@ func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	mail := &d.mail
 	size := mail.Size
 	if size == 0 {
-		size = d.size
+		size = d.msg.Size
 	}
 	dsn := ext.Has("DSN")
 	utf8 := ext.Has("SMTPUTF8")
@@ -99,11 +101,11 @@ func (d *delivery) lacks(ext *wire.Extensions) *Error {
 func (d *delivery) lacksTLS(s *session) *Error {
 	switch {
 	case !d.mail.RequireTLS:
-	case s.tls == nil:
+	case s.TLS() == nil:
 		return unfit("MailOptions.RequireTLS: the connection is in the clear")
 	case !d.c.cfg.verifies():
 		return unfit("MailOptions.RequireTLS: TLSConfig says that the relay's certificate is not verified (RFC 8689, 2)")
-	case !s.ext.Has("REQUIRETLS"):
+	case !s.Extensions().Has("REQUIRETLS"):
 		return notOffered("REQUIRETLS", "MailOptions.RequireTLS")
 	}
 	return nil
@@ -148,7 +150,7 @@ func (d *delivery) mostRcpts(ext *wire.Extensions) int {
 	if d.m.AllOrNothing {
 		return most
 	}
-	if limit := d.c.cfg.split; limit > 0 && !oneShot(d.m.Body) {
+	if limit := d.c.cfg.split; limit > 0 && !conn.OneShot(d.msg.Body) {
 		most = min(most, limit)
 	}
 	return d.rcpts.offer(most)

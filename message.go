@@ -2,6 +2,8 @@ package smtprelay
 
 import (
 	"io"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
 // Message is a mail and its envelope.
@@ -40,37 +42,12 @@ type Message struct {
 }
 
 // Bytes returns a Body that writes b, which must not change until Send has returned.
-func Bytes(b []byte) io.WriterTo { return bytesBody(b) }
+func Bytes(b []byte) io.WriterTo { return conn.Bytes(b) }
 
 // Reader returns a Body that copies r. It can be written once only: if a try fails after the body was begun, the message
 // is not tried again. Where the relay offers CHUNKING (RFC 3030) up to 64 KiB are read before the relay is asked, and kept:
 // there it is tried again until more than that was read.
-func Reader(r io.Reader) io.WriterTo { return &readerBody{r: r} }
-
-type bytesBody []byte
-
-func (b bytesBody) WriteTo(w io.Writer) (int64, error) {
-	n, err := w.Write(b)
-	return int64(n), err
-}
-
-type readerBody struct{ r io.Reader }
-
-// Read makes it an io.Reader too, which is how a Body says that it is used up by writing.
-func (b *readerBody) Read(p []byte) (int, error) { return b.r.Read(p) }
-
-func (b *readerBody) WriteTo(w io.Writer) (int64, error) {
-	return io.Copy(w, struct{ io.Reader }{b.r}) // not the reader's own WriteTo, which could write past the io.Writer given
-}
-
-// oneShot reports whether b is used up by writing.
-func oneShot(b io.WriterTo) bool {
-	if h, ok := b.(*headedBody); ok {
-		return h.used
-	}
-	_, ok := b.(io.Reader)
-	return ok
-}
+func Reader(r io.Reader) io.WriterTo { return conn.Reader(r) }
 
 // Receipt is what the relay said when it accepted a message.
 type Receipt struct {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/emersion/go-smtp"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -519,20 +520,21 @@ func TestOptionsOfManyRecipientsCostNothingPerTransaction(t *testing.T) {
 		m.To = append(m.To, to)
 		m.RcptOptions[to] = &RcptOptions{Notify: []DSNNotify{DSNNotifyNever}}
 	}
-	d := delivery{c: &Client{cfg: cfg}, ctx: t.Context(), m: &m}
+	d := delivery{c: &Client{cfg: cfg}, ctx: t.Context(), m: m}
 	if err := d.begin(); err != nil {
 		t.Fatal(err)
 	}
-	s := &session{cfg: cfg, ext: wire.Extensions{Keywords: []string{"DSN"}, Limits: wire.Limits{RcptMax: 1}}}
+	s := &session{Conn: new(conn.Conn)}
+	*s.Extensions() = wire.Extensions{Keywords: []string{"DSN"}, Limits: wire.Limits{RcptMax: 1}}
 	if n := testing.AllocsPerRun(1000, func() {
-		if _, rcpts, err := d.fit(s); err != nil || len(rcpts) != 1 {
+		if rcpts, err := d.fit(s); err != nil || len(rcpts) != 1 {
 			t.Fatalf("%d recipients, %v", len(rcpts), err)
 		}
 	}); n > 4 {
 		t.Errorf("%v allocations for a transaction, want a few", n)
 	}
-	s.ext.Keywords = nil
-	if _, _, err := d.fit(s); err == nil || !strings.Contains(err.Error(), "RcptOptions of <r0@y.example>: Notify") {
+	s.Extensions().Keywords = nil
+	if _, err := d.fit(s); err == nil || !strings.Contains(err.Error(), "RcptOptions of <r0@y.example>: Notify") {
 		t.Errorf("without DSN: %v, want the first recipient whose options need it", err)
 	}
 }

@@ -1,8 +1,6 @@
 package smtprelay
 
 import (
-	"fmt"
-
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -33,7 +31,7 @@ func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
 	case r.End >= conn.EndDue && !behind421(r):
 		err := r.CtxErr
 		if err == nil {
-			err = lost(r.Lost)
+			err = conn.Explain(r.Lost)
 		}
 		return &Error{Op: Op(r.EndStep()), Outcome: Unknown, Err: err}
 	}
@@ -45,15 +43,15 @@ func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 	step, i := r.Refusal(m.AllOrNothing)
 	e := &Error{Op: Op(step), Outcome: NotAccepted}
 	switch step {
-	case conn.Auth:
+	case conn.StepAuth:
 		e.Reply = publicReply(r.Auth)
-	case conn.Rset:
+	case conn.StepRset:
 		e.Reply = publicReply(r.Rset)
-	case conn.Mail:
+	case conn.StepMail:
 		e.subject, e.Reply = printable.Address(m.From), publicReply(r.Mail)
-	case conn.Rcpt:
+	case conn.StepRcpt:
 		e.subject, e.Reply = printable.Address(m.To[rcpts[i]]), publicReply(r.Rcpt[i])
-	case conn.Data:
+	case conn.StepData:
 		e.Op, e.Reply = Op(r.DataStep()), publicReply(r.Data)
 	default:
 		return nil
@@ -102,7 +100,7 @@ func dubious(r *conn.Result) bool {
 		return false
 	}
 	_, ended := r.Lost.(*conn.ReplyError) // 421, or one that cannot be the reply to its command
-	return ended || r.Waiting != "" && isTimeout(r.Lost)
+	return ended || r.Waiting != "" && conn.IsTimeout(r.Lost)
 }
 
 // believed returns r without the replies that may be those to other commands.
@@ -125,9 +123,9 @@ func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
 	switch {
 	case !r.Begun:
 		op = OpWait
-	case r.Waiting == conn.Mail:
+	case r.Waiting == conn.StepMail:
 		op, subject = OpMail, printable.Address(m.From)
-	case r.Waiting == conn.Rcpt:
+	case r.Waiting == conn.StepRcpt:
 		op, subject = OpRcpt, printable.Address(m.To[rcpts[r.WaitingRcpt]])
 	case r.Waiting != "":
 		op = Op(r.Waiting)
@@ -162,17 +160,9 @@ func lostAt(op Op, subject string, r *conn.Result) *Error {
 			e.Err = cause
 		}
 	default:
-		e.Err = lost(cause)
+		e.Err = conn.Explain(cause)
 	}
 	return e
-}
-
-// lost says of err, a fault of the connection, what it means.
-func lost(err error) error {
-	if err != nil && closedByPeer(err) {
-		return fmt.Errorf("connection lost: %w", err)
-	}
-	return err
 }
 
 // fate is what a transaction means for one of its recipients.

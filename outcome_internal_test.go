@@ -33,8 +33,8 @@ func replies(mail, data, final int, rcpt ...int) conn.Replies {
 func TestResultDecidesTheOutcome(t *testing.T) {
 	var (
 		eof     = error(io.EOF)
-		timeout = error(&conn.TimeoutError{Step: conn.Mail})
-		gone421 = error(&conn.ReplyError{Step: conn.Rset, Reply: code(421)})
+		timeout = error(&conn.TimeoutError{Step: conn.StepMail})
+		gone421 = error(&conn.ReplyError{Step: conn.StepRset, Reply: code(421)})
 		body    = errors.New("disk failed")
 	)
 	for _, tt := range []struct {
@@ -58,18 +58,18 @@ func TestResultDecidesTheOutcome(t *testing.T) {
 		{"no reply in time", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: timeout}, false, "unknown: final dot"},
 		{"the caller has gone, the dot has left", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, CtxErr: context.Canceled}, false, "unknown: final dot"},
 		{"and where it will leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndDue, CtxErr: context.Canceled}, false, "unknown: final dot"},
-		{"in chunks, with no reply to anything", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.Mail, Lost: eof}, false, "unknown: BDAT"},
+		{"in chunks, with no reply to anything", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: eof}, false, "unknown: BDAT"},
 
 		// Until the end has left the relay has no message.
 		{"the dot was written and did not leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndUnsent, Begun: true, Lost: eof}, false, "not accepted: final dot"},
 		{"lost within the body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: eof}, false, "not accepted: sending the body"},
 		{"the body failed", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, BodyErr: body, Lost: errors.New("given up")}, false, "not accepted: sending the body"},
-		{"lost at the envelope", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.Rcpt, Lost: eof}, false, "not accepted: RCPT TO"},
+		{"lost at the envelope", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, Lost: eof}, false, "not accepted: RCPT TO"},
 		{"lost before a word", conn.Result{Replies: replies(0, 0, 0, 0), Lost: eof}, false, "not accepted: waiting for a connection"},
 		{"the relay says on its way out why it takes no body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(552)}}, false, "not accepted: sending the body 552"},
 		{"a reply too many that refuses nothing is no reason", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(250)}}, false, "not accepted: sending the body"},
-		{"421 to another message is for all", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.Mail, Lost: gone421}, false, "not accepted: MAIL FROM 421"},
-		{"another's reply that cannot be is not this one's", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.Mail, Lost: &conn.ReplyError{Step: conn.FinalDot, Reply: code(354)}}, false, "not accepted: MAIL FROM"},
+		{"421 to another message is for all", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "not accepted: MAIL FROM 421"},
+		{"another's reply that cannot be is not this one's", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: &conn.ReplyError{Step: conn.StepFinalDot, Reply: code(354)}}, false, "not accepted: MAIL FROM"},
 
 		// The first refusal is the reason.
 		{"MAIL refused", conn.Result{Replies: replies(550, 503, 0, 503), Begun: true}, false, "not accepted: MAIL FROM 550"},
@@ -88,17 +88,17 @@ func TestResultDecidesTheOutcome(t *testing.T) {
 		{"all refused: the end cannot have been taken", conn.Result{Replies: replies(503, 0, 0, 503), End: conn.EndSent, Chunked: true, Lost: eof}, false, "not accepted: MAIL FROM 503"},
 
 		// Replies come in order (RFC 2920, 3.2).
-		{"a 421 before, then an orderly close: nothing was taken", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.Mail, Lost: gone421, Left421: true}, false, "not accepted: MAIL FROM 421"},
-		{"a 421 before, then a reset: words may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.Mail, Lost: gone421}, false, "unknown: BDAT"},
-		{"a reply to this one between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.Rcpt, Lost: gone421, Left421: true}, false, "unknown: BDAT"},
+		{"a 421 before, then an orderly close: nothing was taken", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421, Left421: true}, false, "not accepted: MAIL FROM 421"},
+		{"a 421 before, then a reset: words may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "unknown: BDAT"},
+		{"a reply to this one between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepRcpt, Lost: gone421, Left421: true}, false, "unknown: BDAT"},
 		{"421 to its RCPT, another taken, then an orderly close", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421, Left421: true}, false, "not accepted: RCPT TO 421"},
 		{"the same, then a reset", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421}, false, "unknown: BDAT"},
 
 		// What stood behind a final dot may have been thrown away.
-		{"replies too few behind a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.Data, Lost: timeout}, false, "not accepted: DATA"},
-		{"the same where nothing was overlapped: it is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.Data, Lost: timeout}, false, "not accepted: RCPT TO 550"},
+		{"replies too few behind a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: DATA"},
+		{"the same where nothing was overlapped: it is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: RCPT TO 550"},
 
-		{"the caller has gone before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.Rcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: RCPT TO"},
+		{"the caller has gone before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: RCPT TO"},
 	} {
 		m := &Message{From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, AllOrNothing: tt.all}
 		rcpts := []int{0, 1}[:len(tt.r.Rcpt)]

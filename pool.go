@@ -30,7 +30,7 @@ type pool struct {
 	mu       sync.Mutex // guards the fields below; never held across I/O or a callback
 	slots    *slots
 	gate     gate
-	sessions map[*session]*place
+	sessions map[*session]struct{}
 	idle     []*session // free; the one used last is at the end
 	ready    []*session // may be overlapped; the one that has waited longest is at the front
 	waiters  []*waiter  // oldest first
@@ -45,12 +45,39 @@ type pool struct {
 	patience *time.Timer   // runs while somebody waits for a session near its end
 }
 
-// place is what the pool knows of a session.
-type place struct {
+// session is an open connection and what the pool knows of it.
+type session struct {
+	*conn.Conn
+	id       int64
+	pool     *pool
+	round    int                 // of the dial gate, when this one was dialled
+	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
+	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
+
+	// Guarded by the pool's lock.
+	gone      bool // the relay has closed it
 	owned     bool // somebody holds the write side
 	listed    bool // in idle or ready
 	idleSince time.Time
 }
+
+// Wanted implements [conn.Owner].
+func (s *session) Wanted() bool { return s.pool.waiting.Load() > 0 }
+
+// Handoff implements [conn.Owner].
+func (s *session) Handoff() bool { return s.pool.handoff(s) }
+
+// Release implements [conn.Owner].
+func (s *session) Release() { s.pool.release(s) }
+
+// SendAway implements [conn.Owner].
+func (s *session) SendAway() bool { return s.pool.startSendAway(s) }
+
+// Changed implements [conn.Owner].
+func (s *session) Changed() { s.pool.changed(s) }
+
+// Closed implements [conn.Owner].
+func (s *session) Closed() { s.pool.sessionClosed(s) }
 
 // waiter is a Send that waits for a session.
 type waiter struct {
@@ -66,7 +93,7 @@ func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, 
 		cfg:      cfg,
 		dial:     dial,
 		slots:    newSlots(cfg.Limits.MaxConns),
-		sessions: make(map[*session]*place),
+		sessions: make(map[*session]struct{}),
 		ending:   make(chan struct{}),
 		empty:    make(chan struct{}),
 	}
@@ -138,10 +165,10 @@ func (p *pool) takeLocked(now time.Time) *session {
 		s := p.idle[len(p.idle)-1]
 		p.unlistLocked(s)
 		if p.spentLocked(s, now.Round(0)) {
-			s.retire(closeIdle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
+			s.Retire(conn.Idle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
 		}
-		if s.status(now) == statusFree {
-			p.sessions[s].owned = true
+		if s.Status(now) == conn.Free {
+			s.owned = true
 			return s
 		}
 		p.settleLocked(s, now) // too old, or dead
@@ -157,8 +184,8 @@ func (p *pool) overlapLocked(now time.Time) *session {
 	for len(p.ready) > 0 {
 		s := p.ready[0]
 		p.unlistLocked(s)
-		if st := s.status(now); st == statusOverlappable || st == statusFree {
-			p.sessions[s].owned = true
+		if st := s.Status(now); st == conn.Overlappable || st == conn.Free {
+			s.owned = true
 			return s
 		}
 	}
@@ -195,24 +222,21 @@ func (p *pool) explainLocked(err error) error {
 	return err
 }
 
-// wanted implements keeper.
-func (p *pool) wanted() bool { return p.waiting.Load() > 0 }
-
-// giveBack implements keeper. What is still in the buffer is another transaction's final dot: it leaves with the envelope of
+// release takes the write side of s back. What is still in the buffer is another transaction's final dot: it leaves with the envelope of
 // a waiter who can go on with s at once, else now, in a goroutine that ends when it has, since a relay that reads nothing
 // must not hold up a Send that has nothing to do with it.
-func (p *pool) giveBack(s *session) {
-	if s.out.Buffered() > 0 && p.handOver(s) {
+func (p *pool) release(s *session) {
+	if s.Buffered() && p.handoff(s) {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.sessions[s] == nil {
+	if s.gone {
 		return
 	}
-	if s.out.Buffered() > 0 {
+	if s.Buffered() {
 		p.running.Go(func() {
-			s.flush()
+			s.Flush()
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			p.releaseLocked(s)
@@ -222,45 +246,32 @@ func (p *pool) giveBack(s *session) {
 	p.releaseLocked(s)
 }
 
-// sendOff implements keeper.
-func (p *pool) sendOff(ctx context.Context, s *session) bool {
+// startSendAway has what is in the buffer of s leave, and reports false where s is gone.
+func (p *pool) startSendAway(s *session) bool {
 	p.mu.Lock()
-	if p.sessions[s] == nil { // nothing leaves any more
-		p.mu.Unlock()
-		return true
-	}
-	s.parted.Store(false)
-	p.running.Add(1)
-	go s.sendOff() // as it is: anything around it would be allocated, for one message in two
-	p.mu.Unlock()
-	select {
-	case <-s.sent:
-		return true
-	case <-ctx.Done():
-	}
-	if s.parted.CompareAndSwap(false, true) {
+	defer p.mu.Unlock()
+	if s.gone {
 		return false
 	}
-	<-s.sent
+	p.running.Add(1)
+	go s.sendAway() // as it is: anything around it would be allocated, for one message in two
 	return true
 }
 
 // releaseLocked takes the write side of s back.
 func (p *pool) releaseLocked(s *session) {
-	if at := p.sessions[s]; at != nil {
-		at.owned = false
-		p.settleLocked(s, time.Now())
-	}
+	s.owned = false
+	p.settleLocked(s, time.Now())
 }
 
-// handOver implements keeper.
-func (p *pool) handOver(s *session) bool {
+// handoff gives the write side of s to one who waits and can go on at once, and reports whether there is one.
+func (p *pool) handoff(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.waiters) == 0 || p.draining || p.sessions[s] == nil {
+	if len(p.waiters) == 0 || p.draining || s.gone {
 		return false
 	}
-	if st := s.status(time.Now()); st != statusOverlappable && st != statusFree {
+	if st := s.Status(time.Now()); st != conn.Overlappable && st != conn.Free {
 		return false
 	}
 	p.serveLocked(s, nil)
@@ -277,39 +288,37 @@ func (p *pool) changed(s *session) {
 // settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
 // be overlapped, or on its way out.
 func (p *pool) settleLocked(s *session, now time.Time) {
-	at := p.sessions[s]
-	if at == nil || at.owned {
+	if s.gone || s.owned {
 		return
 	}
 	p.unlistLocked(s)
-	st := s.status(now)
+	st := s.Status(now)
 	switch {
-	case st == statusRetired:
+	case st == conn.Retired:
 		p.quitLocked(s)
-	case st == statusFree && p.draining:
-		s.retire(closeClosed)
+	case st == conn.Free && p.draining:
+		s.Retire(conn.Closed)
 		p.quitLocked(s)
-	case st == statusBusy, st == statusDoomed, p.draining:
+	case st == conn.Busy, st == conn.Lost, p.draining:
 	case len(p.waiters) > 0:
-		at.owned = true
+		s.owned = true
 		p.serveLocked(s, nil)
-	case st == statusFree:
-		at.idleSince, at.listed = now, true
+	case st == conn.Free:
+		s.idleSince, s.listed = now, true
 		p.idle = append(p.idle, s)
 		p.usedUp = 0
 		p.watchIdleLocked(now)
 	default:
-		at.listed = true
+		s.listed = true
 		p.ready = append(p.ready, s)
 	}
 }
 
 func (p *pool) unlistLocked(s *session) {
-	at := p.sessions[s]
-	if !at.listed {
+	if !s.listed {
 		return
 	}
-	at.listed = false
+	s.listed = false
 	for _, list := range []*[]*session{&p.idle, &p.ready} {
 		if i := slices.Index(*list, s); i >= 0 {
 			*list = slices.Delete(*list, i, i+1)
@@ -329,8 +338,8 @@ func (p *pool) serveLocked(s *session, err *Error) {
 
 // quitLocked says QUIT on s, in a goroutine that ends when that is written. Nobody gets s any more.
 func (p *pool) quitLocked(s *session) {
-	p.sessions[s].owned = true
-	p.running.Go(s.quit)
+	s.owned = true
+	p.running.Go(s.Quit)
 }
 
 // Opening.
@@ -347,7 +356,7 @@ func (p *pool) mayDialLocked(more int, now time.Time) bool {
 // up are not followed by an eleventh. A session that has said nothing for a while is not relied on.
 func (p *pool) endingLocked(now time.Time) (room int) {
 	for s := range p.sessions {
-		room += s.lastRoom(now.Add(-endingTrust))
+		room += s.LastRoom(now.Add(-endingTrust))
 	}
 	if room > 0 && p.patience == nil {
 		p.patience = time.AfterFunc(endingTrust, p.wake)
@@ -414,38 +423,35 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 		p.mu.Unlock()
 		return
 	}
-	s.changed, s.closed, s.round = p.changed, p.sessionClosed, round
-	s.sendOff = func() {
+	s.pool, s.round = p, round
+	s.sendAway = func() {
 		defer p.running.Done()
-		s.sendAway()
+		s.Conn.SendAway()
 	}
-	s.limit = spread(s.limit, usedUp, p.cfg.Limits.MaxConns)
+	s.Bound(spread(s.Limit(), usedUp, p.cfg.Limits.MaxConns), s.Expires())
 	p.mu.Lock()
 	p.dialling--
-	p.sessions[s] = &place{owned: true}
-	p.running.Go(s.readLoop)
-	alone := s.lead != nil && len(p.waiters) == 0 && !p.draining
-	if s.lead == nil {
+	s.owned = true
+	p.sessions[s] = struct{}{}
+	p.running.Go(s.ReadLoop)
+	alone := s.PendingAuth() && len(p.waiters) == 0 && !p.draining
+	if !s.PendingAuth() {
 		p.gate.opened()
 	}
 	if !alone {
 		p.releaseLocked(s) // at once: between, whoever it is for would seem to need one more dial
 	}
 	p.mu.Unlock()
-	if p.closing.Err() != nil { // it got ready at the last moment, and whoever ends everything may have missed it
-		s.kill(ErrClosed)
+	if p.closing.Err() != nil { // Close may have swept p.sessions before this one was added
+		s.Kill(ErrClosed)
 	}
 	if alone {
-		if err := s.authenticate(ctx); err != nil {
-			p.learn(s, err)
-		} else {
-			p.worked()
-		}
-		p.giveBack(s)
+		p.authenticate(ctx, s)
+		p.release(s)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.fillLocked(time.Now()) // after a failure one dial at a time was all there was
+	p.fillLocked(time.Now()) // only one dial ran while the gate was closed; start the rest
 }
 
 // spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
@@ -461,14 +467,15 @@ func spread(limit, usedUp, conns int) int {
 
 // sessionClosed is told by a session that the relay has closed it.
 func (p *pool) sessionClosed(s *session) {
-	info := s.closeInfo()
+	info := s.Info()
 	p.mu.Lock()
 	p.unlistLocked(s)
 	delete(p.sessions, s)
-	if closeReason(info.Reason) == closeFull {
+	s.gone = true
+	if info.Reason == conn.Full {
 		p.usedUp++
 	}
-	if s.wasTooMany() && p.slots.open > 1 {
+	if publicReply(info.Auth).says(tooManyConns, OpAuth) && p.slots.open > 1 {
 		p.crowdedLocked() // before its place is free: its Send, which tells it too, may be later
 	}
 	p.freeLocked()
@@ -476,7 +483,7 @@ func (p *pool) sessionClosed(s *session) {
 		p.failAllLocked(err)
 	}
 	p.mu.Unlock()
-	p.traceClosed(info)
+	p.traceClosed(s, info)
 }
 
 // freeLocked gives back the slot of a connection that is no more.
@@ -492,11 +499,11 @@ func (p *pool) freeLocked() {
 func (p *pool) workingLocked() bool {
 	now := time.Now()
 	for s := range p.sessions {
-		switch s.status(now) {
-		case statusFree, statusOverlappable:
+		switch s.Status(now) {
+		case conn.Free, conn.Overlappable:
 			return true
-		case statusBusy:
-			if s.usable() {
+		case conn.Busy:
+			if s.Usable() {
 				return true
 			}
 		}
@@ -525,13 +532,29 @@ func (p *pool) learn(s *session, e *Error) {
 	}
 }
 
+// authenticate sends the AUTH that was to lead the first transaction on s alone, if that is still to be sent. The write side
+// is the caller's.
+func (p *pool) authenticate(ctx context.Context, s *session) *Error {
+	r, ok := s.Authenticate(ctx)
+	if ok {
+		p.worked()
+		return nil
+	}
+	e := verdict(&Message{}, nil, &r)
+	if e != nil {
+		p.cfg.explainAuth(e)
+		p.learn(s, e)
+	}
+	return e
+}
+
 // worked notes that a session has authenticated and does its work.
 func (p *pool) worked() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.gate.failures > 0 {
 		p.gate.opened()
-		p.fillLocked(time.Now()) // one dial at a time was all there was
+		p.fillLocked(time.Now()) // only one dial ran while the gate was closed; start the rest
 	}
 }
 
@@ -583,7 +606,7 @@ func (p *pool) crowdedLocked() {
 	open := p.dialling
 	now := time.Now()
 	for s := range p.sessions {
-		if st := s.status(now); st != statusDoomed && st != statusRetired && !s.atFault() {
+		if st := s.Status(now); st != conn.Lost && st != conn.Retired && !s.Failed() {
 			open++
 		}
 	}
@@ -613,9 +636,9 @@ func (p *pool) watchIdleLocked(now time.Time) {
 
 // idleUntilLocked is when s, which is idle, must end; zero means never.
 func (p *pool) idleUntilLocked(s *session) time.Time {
-	at := s.expires
+	at := s.Expires()
 	if limit := p.cfg.Limits.MaxIdleTime; limit > 0 {
-		if t := p.sessions[s].idleSince.Add(limit); at.IsZero() || t.Before(at) {
+		if t := s.idleSince.Add(limit); at.IsZero() || t.Before(at) {
 			at = t
 		}
 	}
@@ -636,8 +659,8 @@ func (p *pool) sweep() {
 	now := time.Now()
 	for _, s := range slices.Clone(p.idle) {
 		if p.spentLocked(s, now) {
-			if s.status(now) != statusRetired { // not by age
-				s.retire(closeIdle)
+			if s.Status(now) != conn.Retired { // not by age
+				s.Retire(conn.Idle)
 			}
 			p.settleLocked(s, now)
 		}
@@ -702,22 +725,22 @@ func (p *pool) shut() {
 	idle := slices.Clone(p.idle)
 	for _, s := range idle {
 		p.unlistLocked(s)
-		p.sessions[s].owned = true
+		s.owned = true
 	}
 	p.mu.Unlock()
 	p.drain()
 	p.cancel()
 	for _, s := range idle {
-		s.retire(closeClosed)
-		timer := time.AfterFunc(politeness, s.raw.interrupt)
-		s.quit()
+		s.Retire(conn.Closed)
+		timer := time.AfterFunc(politeness, s.InterruptWrites)
+		s.Quit()
 		timer.Stop()
 	}
 	p.mu.Lock()
 	all := slices.Collect(maps.Keys(p.sessions))
 	p.mu.Unlock()
 	for _, s := range all {
-		s.kill(ErrClosed)
+		s.Kill(ErrClosed)
 	}
 	p.running.Wait()
 }

@@ -39,8 +39,8 @@ func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
 					t.Fatal(err)
 				}
 				c.pool.mu.Lock()
-				for _, at := range c.pool.sessions {
-					at.idleSince = at.idleSince.Round(0).Add(-slept) // by the wall clock alone
+				for s := range c.pool.sessions {
+					s.idleSince = s.idleSince.Round(0).Add(-slept) // by the wall clock alone
 				}
 				c.pool.mu.Unlock()
 			}

@@ -5,17 +5,19 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // profile is what a Client has learnt about its relay. Each lesson has one method that teaches it and one that tells it:
 //
 //	taught by                            changes                                                  forgotten
-//	overlapFailed                        nothing is written behind a final dot                    never
-//	authFollowedFailed                   AUTH travels alone                                       never
-//	sessionFull, sessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
+//	OverlapFailed                        nothing is written behind a final dot                    never
+//	AuthFollowedFailed                   AUTH travels alone                                       never
+//	SessionFull, SessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
-//	credentialsRefused                   the same credentials are not tried (refusalOf)           after 30 seconds
-//	noteDiscard                          chunks, DATA or a question for an address (discardsAt)   after an hour
+//	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds
+//	NoteDiscard                          chunks, DATA or a question for an address (DiscardsAt)   after an hour
 //
 // It is safe for concurrent use.
 type profile struct {
@@ -35,34 +37,34 @@ type profile struct {
 	rcptsUntil time.Time
 
 	badAuth      [sha256.Size]byte // mark of the credentials that were refused
-	badAuthError *Error            // what the relay said; nil if it has refused none
+	badAuthReply wire.Reply        // what the relay said; Code 0 if it has refused none
 	badAuthUntil time.Time
 }
 
 // learntFor is how long a limit is believed without being met again.
 const learntFor = 10 * time.Minute
 
-// overlapFailed is told when the relay has refused or thrown away commands that stood behind a final dot. From then on a
+// OverlapFailed is told when the relay has refused or thrown away commands that stood behind a final dot. From then on a
 // transaction begins when the one before has its final reply. Disabling overlap by mistake costs one round trip per message;
 // leaving it on costs a timeout each time.
-func (p *profile) overlapFailed() { p.noOverlap.Store(true) }
+func (p *profile) OverlapFailed() { p.noOverlap.Store(true) }
 
-// overlaps reports whether commands may follow a final dot, as far as is known.
-func (p *profile) overlaps() bool { return !p.noOverlap.Load() }
+// Overlaps reports whether commands may follow a final dot, as far as is known.
+func (p *profile) Overlaps() bool { return !p.noOverlap.Load() }
 
-// authFollowedFailed is told when the relay has answered AUTH with a challenge although the initial response came with it.
+// AuthFollowedFailed is told when the relay has answered AUTH with a challenge although the initial response came with it.
 // From then on AUTH is sent alone, before the first transaction.
-func (p *profile) authFollowedFailed() { p.authAlone.Store(true) }
+func (p *profile) AuthFollowedFailed() { p.authAlone.Store(true) }
 
-// authMayBeFollowed reports whether commands may follow AUTH in one write, as far as is known.
-func (p *profile) authMayBeFollowed() bool { return !p.authAlone.Load() }
+// AuthMayBeFollowed reports whether commands may follow AUTH in one write, as far as is known.
+func (p *profile) AuthMayBeFollowed() bool { return !p.authAlone.Load() }
 
-// sessionFull is told when the relay has said 421 on a connection that had had n transactions and was opened at born. The
+// SessionFull is told when the relay has said 421 on a connection that had had n transactions and was opened at born. The
 // same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on connections are
 // retired after n.
 //
 // A connection that was open already when the first one was told so does not count: a relay that restarts tells them all.
-func (p *profile) sessionFull(n int, born time.Time) {
+func (p *profile) SessionFull(n int, born time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -76,9 +78,9 @@ func (p *profile) sessionFull(n int, born time.Time) {
 	p.messagesUntil = now.Add(learntFor)
 }
 
-// sessionGoesOn is told when the relay has accepted the nth MAIL of a connection. If n is beyond what sessionFull has taught,
+// SessionGoesOn is told when the relay has accepted the nth MAIL of a connection. If n is beyond what SessionFull has taught,
 // that is forgotten: an overloaded relay that says 421 at random would otherwise teach smaller and smaller numbers.
-func (p *profile) sessionGoesOn(n int) {
+func (p *profile) SessionGoesOn(n int) {
 	if most := p.messages.Load(); most == 0 || int64(n) <= most {
 		return
 	}
@@ -165,20 +167,20 @@ func (l *rcptLimit) took(n, accepted, tooMany int) {
 
 // credentialsRefused is told when the relay has refused credentials for good; mark identifies them. They are not sent again
 // for a while: some relays lock the account.
-func (p *profile) credentialsRefused(mark [sha256.Size]byte, e *Error) {
+func (p *profile) credentialsRefused(mark [sha256.Size]byte, r wire.Reply) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.badAuth, p.badAuthError, p.badAuthUntil = mark, e.clone(), time.Now().Add(authPause)
+	p.badAuth, p.badAuthReply, p.badAuthUntil = mark, r, time.Now().Add(authPause)
 }
 
-// refusalOf returns the relay's refusal of just these credentials if that is not long ago; else nil.
-func (p *profile) refusalOf(mark [sha256.Size]byte) *Error {
+// RefusalOf returns the relay's refusal of just these credentials if that is not long ago.
+func (p *profile) RefusalOf(mark [sha256.Size]byte) (r wire.Reply, refused bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.badAuthError == nil || p.badAuth != mark || !time.Now().Before(p.badAuthUntil) {
-		return nil
+	if p.badAuthReply.Code == 0 || p.badAuth != mark || !time.Now().Before(p.badAuthUntil) {
+		return wire.Reply{}, false
 	}
-	return p.badAuthError.clone()
+	return p.badAuthReply, true
 }
 
 // discard is what an address has shown about the octets of a chunk that it refuses.
@@ -192,9 +194,9 @@ const (
 	discardMost = 256       // addresses remembered
 )
 
-// noteDiscard is told what the relay at addr has shown. Bodies go in chunks to an address that discards the octets of a
+// NoteDiscard is told what the relay at addr has shown. Bodies go in chunks to an address that discards the octets of a
 // refused chunk, and by DATA to one that does not; an address that is not known is asked.
-func (p *profile) noteDiscard(addr string, yes bool) {
+func (p *profile) NoteDiscard(addr string, yes bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.discards == nil || len(p.discards) >= discardMost {
@@ -203,10 +205,44 @@ func (p *profile) noteDiscard(addr string, yes bool) {
 	p.discards[addr] = discard{yes, time.Now().Add(discardFor)}
 }
 
-// discardsAt returns what the relay at addr has shown.
-func (p *profile) discardsAt(addr string) (yes, known bool) {
+// DiscardsAt returns what the relay at addr has shown.
+func (p *profile) DiscardsAt(addr string) (yes, known bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	d, ok := p.discards[addr]
 	return d.yes, ok && time.Now().Before(d.until)
 }
+
+// relay is what connections ask and tell: the profile, the counters, and what replies mean. It implements [conn.Profile].
+type relay struct {
+	*profile
+	stats *counters
+}
+
+// AuthAnswered implements [conn.Profile].
+func (r relay) AuthAnswered(mark [sha256.Size]byte, reply wire.Reply) {
+	r.stats.auths.Add(1)
+	if reply.Class() != 2 {
+		r.stats.authErrors.Add(1)
+	}
+	if reply.Class() == 5 && !publicReply(reply).says(tooManyConns, OpAuth) {
+		r.credentialsRefused(mark, reply)
+	}
+}
+
+// AuthGivenUp implements [conn.Profile].
+func (r relay) AuthGivenUp() {
+	r.stats.auths.Add(1)
+	r.stats.authErrors.Add(1)
+}
+
+// Overlapped implements [conn.Profile].
+func (r relay) Overlapped() { r.stats.overlapped.Add(1) }
+
+// MeansFull implements [conn.Profile].
+func (r relay) MeansFull(mail wire.Reply) bool {
+	return publicReply(mail).says(tooManyMessages, OpMail)
+}
+
+// MeansIdle implements [conn.Profile].
+func (r relay) MeansIdle(mail wire.Reply) bool { return publicReply(mail).says(idleTooLong, OpMail) }

@@ -2,6 +2,7 @@ package smtprelay
 
 import (
 	"context"
+	"io"
 	"math/rand/v2"
 	"time"
 
@@ -55,14 +56,14 @@ const (
 	waitForSlot             // on another connection, once there is room: the relay says that there are too many
 )
 
-// next tells what follows a transaction of m that ended in r with the error e.
-func (c Retry) next(m *Message, r *conn.Result, e *Error) next {
+// next tells what follows a transaction that ended in r with the error e; body is what is left to send.
+func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error) next {
 	switch {
 	case e.Outcome != NotAccepted:
 		return giveUp // the relay may have accepted it: only the caller can decide
 	case r.CtxErr != nil:
 		return giveUp // nobody waits for another try
-	case r.BodyErr != nil, r.BodyBegun && oneShot(m.Body):
+	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
 		return giveUp // the message cannot be written, or not again
 	case e.Code == 432:
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"

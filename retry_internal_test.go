@@ -63,7 +63,7 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		if tt.r.BodyBegun {
 			body = Reader(strings.NewReader("x"))
 		}
-		if got := (Retry{Temporary: tt.temporary}).next(&Message{Body: body}, &tt.r, &tt.e); got != tt.want {
+		if got := (Retry{Temporary: tt.temporary}).next(body, &tt.r, &tt.e); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
 		}
 	}

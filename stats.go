@@ -1,6 +1,10 @@
 package smtprelay
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
+)
 
 // Stats is a snapshot of what a Client does and has done.
 type Stats struct {
@@ -55,22 +59,15 @@ func (c *counters) count(err error) {
 	}
 }
 
-func (c *settings) countAuth(ok bool) {
-	c.stats.auths.Add(1)
-	if !ok {
-		c.stats.authErrors.Add(1)
-	}
-}
-
-func (c *counters) countClose(why closeReason) {
+func (c *counters) countClose(why conn.Reason) {
 	switch why {
-	case closeFull:
+	case conn.Full:
 		c.full.Add(1)
-	case closeAge:
+	case conn.Age:
 		c.age.Add(1)
-	case closeIdle:
+	case conn.Idle:
 		c.idle.Add(1)
-	case closeFault:
+	case conn.Fault:
 		c.faulty.Add(1)
 	}
 }

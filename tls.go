@@ -1,18 +1,15 @@
 package smtprelay
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
@@ -87,39 +84,15 @@ func (c *settings) verifies() bool {
 	return !c.tls.InsecureSkipVerify || c.tls.VerifyPeerCertificate != nil || c.tls.VerifyConnection != nil
 }
 
-// handshake begins TLS on nc.
-func (c *settings) handshake(ctx context.Context, nc net.Conn) (*tls.Conn, *Error) {
-	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
-	// before the relay has closed it too.
-	c.opening.Store(OpTLS)
-	limit := c.Timeouts.TLS
-	if limit > 0 {
-		nc.SetReadDeadline(time.Now().Add(limit))
-	}
-	tc := tls.Client(nc, c.tls)
-	err := context.Cause(ctx) // whose deadline may just have been overwritten
-	if err == nil {
-		err = tc.HandshakeContext(context.WithoutCancel(ctx))
-	}
-	switch {
-	case err == nil:
-		return tc, nil
-	case ctx.Err() != nil:
-		err = context.Cause(ctx)
-	case isTimeout(err):
-		err = &conn.TimeoutError{Step: conn.Step(OpTLS), After: limit}
-	}
-	e := &Error{Op: OpTLS, Outcome: NotAccepted, Err: err}
-	if code := clearReply(err); code >= 400 {
+// explainTLS says what to do about e, a failed handshake.
+func (c *settings) explainTLS(e *Error) {
+	if code := clearReply(e.Err); code >= 400 {
 		// Exim refuses a connection over its limit in the clear, on a port that speaks TLS.
-		return nil, &Error{Op: OpGreeting, Reply: Reply{Code: code}, Outcome: NotAccepted,
-			Err: errors.New("it was said in the clear, in place of TLS")}
-	}
-	if hint := c.tlsHint(err); hint != "" {
-		e.Err = &hintedError{err, hint}
+		e.Op, e.Reply, e.Err = OpGreeting, Reply{Code: code}, errors.New("it was said in the clear, in place of TLS")
+	} else if hint := c.tlsHint(e.Err); hint != "" {
+		e.Err = &hintedError{e.Err, hint}
 		e.permanent = true
 	}
-	return nil, e
 }
 
 // hintedError is a fault of TLS and what to do. Its text may have names from the certificate of whoever has answered.

@@ -6,7 +6,9 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // Trace is a set of functions that are told what a Client does, in the manner of net/http/httptrace. Any may be nil. They
@@ -120,25 +122,35 @@ func (p *pool) traceGot(ctx context.Context, s *session, waited time.Duration) {
 	if t == nil || t.GotConn == nil {
 		return
 	}
-	s.mu.Lock()
-	info := GotConnInfo{Conn: s.id, Messages: s.used, Overlapped: s.pending > 0, Waited: waited}
-	s.mu.Unlock()
+	i := s.Info()
+	info := GotConnInfo{Conn: s.id, Messages: i.Used, Overlapped: i.Pending > 0, Waited: waited}
 	t.GotConn(ctx, info)
 }
 
-func (p *pool) traceClosed(info CloseInfo) {
-	p.cfg.stats.countClose(closeReason(info.Reason))
-	if t := p.cfg.Trace; t != nil && t.ConnClosed != nil {
-		t.ConnClosed(context.Background(), info)
+func (p *pool) traceClosed(s *session, i conn.Info) {
+	p.cfg.stats.countClose(i.Reason)
+	t := p.cfg.Trace
+	if t == nil || t.ConnClosed == nil {
+		return
 	}
+	info := CloseInfo{Conn: s.id, Messages: i.Used, Reason: string(i.Reason), Err: i.Err}
+	if refused, ok := i.Err.(*conn.AuthError); ok {
+		info.Err = p.cfg.refusedAuth(refused.Reply)
+	}
+	t.ConnClosed(context.Background(), info)
 }
 
-func (s *session) closeInfo() CloseInfo {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	info := CloseInfo{Conn: s.id, Messages: s.used, Reason: string(s.retired)}
-	if s.retired == closeFault {
-		info.Err = s.cause
+// connTrace is what the connection id tells the Trace.
+func (c *settings) connTrace(id int64) (trace conn.Trace) {
+	t := c.Trace
+	if t == nil {
+		return trace
 	}
-	return info
+	if t.Command != nil {
+		trace.Command = func(ctx context.Context, line string) { t.Command(ctx, id, line) }
+	}
+	if t.Reply != nil {
+		trace.Reply = func(ctx context.Context, to conn.Step, r wire.Reply) { t.Reply(ctx, id, Op(to), publicReply(r)) }
+	}
+	return trace
 }

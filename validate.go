@@ -35,7 +35,7 @@ func (m *Message) check() error {
 	}
 	if m.Body == nil {
 		mistake("Body is nil")
-	} else if b, ok := m.Body.(bytesBody); ok && len(b) == 0 {
+	} else if b, ok := m.Body.(conn.Bytes); ok && len(b) == 0 {
 		mistakes = append(mistakes, conn.ErrEmptyBody)
 	}
 	if o := m.MailOptions; o != nil {

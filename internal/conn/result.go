@@ -11,17 +11,22 @@ import (
 // Step is a command, or another step of a connection, that something happened at. Its text is made for an operator to read.
 type Step string
 
-// The steps that a transaction can end at.
+// The steps of a connection and of a transaction.
 const (
-	Auth     Step = "AUTH"
-	Rset     Step = "RSET"
-	Mail     Step = "MAIL FROM"
-	Rcpt     Step = "RCPT TO"
-	Data     Step = "DATA"
-	Body     Step = "sending the body"
-	FinalDot Step = "final dot"
-	Bdat     Step = "BDAT"
-	Quit     Step = "QUIT"
+	StepDial     Step = "dial"
+	StepGreeting Step = "greeting"
+	StepEHLO     Step = "EHLO"
+	StepSTARTTLS Step = "STARTTLS"
+	StepTLS      Step = "TLS handshake"
+	StepAuth     Step = "AUTH"
+	StepRset     Step = "RSET"
+	StepMail     Step = "MAIL FROM"
+	StepRcpt     Step = "RCPT TO"
+	StepData     Step = "DATA"
+	StepBody     Step = "sending the body"
+	StepFinalDot Step = "final dot"
+	StepBdat     Step = "BDAT"
+	StepQuit     Step = "QUIT"
 )
 
 // Replies are the relay's replies to the commands of a transaction; Code 0: none.
@@ -45,7 +50,6 @@ type Result struct {
 	Overlapped bool  // begun behind a final dot that had no reply yet
 	BodyBegun  bool  // the body was asked to write itself
 	BodyErr    error // why the body could not be completed
-	Size       int64 // of the message in its canonical form; 0: not known
 
 	Seq  int // 1-based number of this transaction on its connection; 0: not begun
 	Used int // transactions begun on the connection
@@ -57,8 +61,8 @@ type Result struct {
 	After421     bool // Final is 2xx, and 421 was said before it
 	Contradicted bool // another reply, which says the contrary, came together with Final
 
-	// Lost is why the connection can be used no more: an *UnexpectedReply, a *ReplyError, a *TimeoutError or a fault of the
-	// network; nil: it works.
+	// Lost is why the connection can be used no more: an *UnexpectedReply, a *ReplyError, an *AuthError, a *TimeoutError or a
+	// fault of the network; nil: it works.
 	Lost error
 	// Left421 is set where the relay said 421 and closed the connection in order, so that nothing it said is missing.
 	Left421 bool
@@ -109,11 +113,11 @@ func isNot2xx(r wire.Reply) bool { return r.Code != 0 && r.Class() != 2 }
 func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
 	switch {
 	case r.AuthRefused():
-		return Auth, 0
+		return StepAuth, 0
 	case isNot2xx(r.Rset) && r.Mail.Class() != 2: // else it did no harm
-		return Rset, 0
+		return StepRset, 0
 	case r.MailRefused():
-		return Mail, 0
+		return StepMail, 0
 	}
 	first, refused := -1, 0
 	for i := range r.Rcpt {
@@ -126,9 +130,9 @@ func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
 	}
 	switch {
 	case first >= 0 && (refused == len(r.Rcpt) || all || r.Rcpt[first].Code == 421):
-		return Rcpt, first
+		return StepRcpt, first
 	case r.Data.Class() >= 4:
-		return Data, 0
+		return StepData, 0
 	}
 	return "", 0
 }
@@ -136,18 +140,23 @@ func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
 // EndStep is the step that ends the message.
 func (r *Result) EndStep() Step {
 	if r.Chunked {
-		return Bdat
+		return StepBdat
 	}
-	return FinalDot
+	return StepFinalDot
 }
 
 // DataStep is the step that begins the body.
 func (r *Result) DataStep() Step {
 	if r.Chunked {
-		return Bdat
+		return StepBdat
 	}
-	return Data
+	return StepData
 }
+
+// AuthError is the relay's refusal of the AUTH that led the first transaction.
+type AuthError struct{ Reply wire.Reply }
+
+func (e *AuthError) Error() string { return string(StepAuth) + ": " + e.Reply.String() }
 
 // UnexpectedReply is a reply that no command was waiting for: the relay is leaving, or is out of step.
 type UnexpectedReply struct{ Reply wire.Reply }

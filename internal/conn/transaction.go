@@ -1,4 +1,4 @@
-package smtprelay
+package conn
 
 import (
 	"context"
@@ -8,7 +8,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -18,15 +18,13 @@ import (
 //	body and final dot               if DATA was answered by 354
 //	[QUIT]                           if it is the session's last
 //
-// The write side goes back to its keeper as soon as the final dot is written; the transaction of another message may then
+// The write side goes back to its Owner as soon as the final dot is written; the transaction of another message may then
 // begin while this one awaits its final reply (RFC 2920, 3.1).
-type transaction struct {
-	ctx    context.Context
-	s      *session
-	keeper keeper // of s
-	m      *Message
-	mail   MailOptions // as they are sent
-	rcpts  []int       // which of m.To
+type Transaction struct {
+	ctx  context.Context
+	s    *Conn
+	m    *Message
+	mail wire.MailParams // as they are sent
 
 	signal      chan struct{} // told that a reply is in; has room for one
 	seq         int           // the how manieth transaction of its session
@@ -35,7 +33,6 @@ type transaction struct {
 	carrying    bool          // begun with another one's final dot still in the buffer
 	held        bool          // in chunks: the body waits for the replies to the envelope
 	endAt       int64         // from this position on the relay may have the message; 0 while its end is not in the buffer
-	size        int64         // of the canonical form of Bytes
 	byData      bool          // the body goes by DATA, and not in chunks
 	chunked     chunkedBody
 	bodyBegun   bool  // the body was asked to write itself
@@ -52,29 +49,21 @@ type transaction struct {
 
 	// Guarded by s.mu.
 	asked, answered int // commands of the envelope, and replies to them
-	replies         conn.Replies
-	told            bool // it is in, and the keeper knows
+	replies         Replies
+	told            bool // it is in, and the Owner knows
 	cancelled       bool // the end of ctx is why the session was doomed
 	after421        bool // the final reply is 2xx, and 421 was said before it
 	contradicted    bool // the final reply came together with another one that says the contrary
 }
 
-// keeper hands out the write sides of sessions.
-type keeper interface {
-	wanted() bool             // somebody waits for a session
-	handOver(s *session) bool // gives the write side to one who waits and can go on at once, if there is one
-	giveBack(s *session)      // takes the write side back; what is still in the buffer leaves soon
-
-	// sendOff has what is in the buffer leave, and waits for that until ctx ends. Then it reports false, and the caller has
-	// nothing to do with s any more, which ends once all has left.
-	sendOff(ctx context.Context, s *session) bool
-}
-
-// newTransaction prepares a transaction of m for the first of rcpts that s can take. The write side of s is the caller's.
-func newTransaction(ctx context.Context, s *session, m *Message, size int64, mail MailOptions, rcpts []int) *transaction {
-	t := s.cfg.transactions.Get().(*transaction)
-	*t = transaction{ctx: ctx, s: s, m: m, size: size, mail: mail, rcpts: rcpts, signal: t.signal, replies: conn.Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
-	for range rcpts {
+// NewTransaction prepares a transaction of m. The write side of c is the caller's. Its Run comes next, then its Recycle.
+func NewTransaction(ctx context.Context, s *Conn, m *Message) *Transaction {
+	t, ok := s.o.transactions.Get().(*Transaction)
+	if !ok {
+		t = &Transaction{signal: make(chan struct{}, 1)}
+	}
+	*t = Transaction{ctx: ctx, s: s, m: m, mail: m.Mail, signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
+	for range m.N {
 		t.replies.Rcpt = append(t.replies.Rcpt, wire.Reply{})
 	}
 	select {
@@ -85,33 +74,33 @@ func newTransaction(ctx context.Context, s *session, m *Message, size int64, mai
 }
 
 // result tells what became of t, which is over: nothing of it is written any more. It is called once.
-func (t *transaction) result() conn.Result {
+func (t *Transaction) result() Result {
 	s := t.s
-	ctxErr := conn.ContextError(t.ctx)
+	ctxErr := ContextError(t.ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.told
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
-	r := conn.Result{
+	r := Result{
 		Replies: t.replies,
-		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Size: t.size,
-		Seq: t.seq, Used: s.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: s.cause, Left421: s.said421 && s.leftInOrder,
+		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr,
+		Seq: t.seq, Used: s.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: s.cause, Left421: s.left421,
 		OutOfStep: s.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
 	switch {
 	case t.endAt == 0:
 	case s.attempted >= t.endAt:
-		r.End = conn.EndSent
+		r.End = EndSent
 	case s.cause == nil && s.writeErr == nil:
-		r.End = conn.EndDue
+		r.End = EndDue
 	default:
-		r.End = conn.EndUnsent
+		r.End = EndUnsent
 	}
 	if t.answered < t.asked {
 		for _, x := range s.waiting[s.head:] {
 			if x.tx == t {
-				r.Waiting, r.WaitingRcpt = conn.Step(x.op), x.rcpt
+				r.Waiting, r.WaitingRcpt = x.op, x.rcpt
 				break
 			}
 		}
@@ -119,45 +108,46 @@ func (t *transaction) result() conn.Result {
 	return r
 }
 
-// recycle may be called once nobody uses the result.
-func (t *transaction) recycle() {
+// Recycle is called once nobody uses the Result.
+func (t *Transaction) Recycle() {
 	if t.known {
 		return
 	}
-	cfg := t.s.cfg
+	o := t.s.o
 	if t.chunked.buffer != nil {
 		chunkPool.Put(t.chunked.buffer)
 	}
 	clear(t.replies.Rcpt) // the relay's words are not kept for the next one
 	clear(t.taken)
-	*t = transaction{signal: t.signal, replies: conn.Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0]}
-	cfg.transactions.Put(t)
+	*t = Transaction{signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0]}
+	o.transactions.Put(t)
 }
 
-// run makes the transaction. It gives the write side back in any case.
-func (t *transaction) run(k keeper) {
-	t.keeper = k
+// Run makes the transaction and tells what became of it. It gives the write side back in any case. The Result is valid
+// until Recycle.
+func (t *Transaction) Run() Result {
 	if t.write() {
 		t.awaitFinal()
 	}
+	return t.result()
 }
 
 // write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
-func (t *transaction) write() (dotted bool) {
+func (t *Transaction) write() (dotted bool) {
 	s := t.s
 	defer func() {
 		if !t.handedOver {
-			t.keeper.giveBack(s)
+			s.owner.Release()
 		}
 	}()
 	t.carrying = s.out.Buffered() > 0
 	if t.ctx.Err() != nil {
-		return false // nothing was written of this one; giveBack sees to the other's final dot
+		return false // nothing was written of this one; Release sees to the other's final dot
 	}
 	completed := false
 	defer func() {
 		if !completed { // Body.WriteTo has panicked, in the middle of a message
-			s.doom(errors.New("the body panicked"))
+			s.fail(errors.New("the body panicked"))
 		}
 	}()
 	dotted = t.converse()
@@ -165,7 +155,7 @@ func (t *transaction) write() (dotted bool) {
 	return dotted
 }
 
-func (t *transaction) converse() (due bool) {
+func (t *Transaction) converse() (due bool) {
 	defer func() { t.unguard() }()
 	t.byData = t.goesByData()
 	// The message before is not held up while this one's body is made, nor does anything block that is not guarded.
@@ -174,7 +164,7 @@ func (t *transaction) converse() (due bool) {
 	} else if !t.fitsBuffer() && !t.send() {
 		return false
 	}
-	if !t.byData && oneShot(t.m.Body) {
+	if !t.byData && OneShot(t.m.Body) {
 		if t.bodyErr = t.readAhead(); t.bodyErr != nil {
 			return false
 		}
@@ -195,7 +185,7 @@ func (t *transaction) converse() (due bool) {
 }
 
 // beginData makes the envelope and DATA, and reports whether the body is to follow.
-func (t *transaction) beginData() bool {
+func (t *Transaction) beginData() bool {
 	for {
 		if !t.envelope() || !t.askData() || !t.send() || !t.awaitEnvelope() {
 			return false
@@ -209,29 +199,29 @@ func (t *transaction) beginData() bool {
 
 // part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
-func (t *transaction) part() (due bool) {
-	if room := t.remaining() + endRoom; t.keeper.wanted() && room <= outBuffer {
+func (t *Transaction) part() (due bool) {
+	if room := t.remaining() + endRoom; t.s.owner.Wanted() && room <= outBuffer {
 		if int64(t.s.out.Available()) < room {
-			t.s.flush() // guarded yet; a transaction that carries another one's message has been found to fit
+			t.s.Flush() // guarded yet; a transaction that carries another one's message has been found to fit
 		}
 		if !t.unguard() || !t.end() {
 			return false
 		}
-		if t.handedOver = t.keeper.handOver(t.s); t.handedOver {
+		if t.handedOver = t.s.owner.Handoff(); t.handedOver {
 			return true
 		}
 		if t.carrying {
-			return true // giveBack flushes: with it go messages of others, who have nothing to do with this one's context
+			return true // Release flushes: with it go messages of others, who have nothing to do with this one's context
 		}
 		t.guard() // nobody goes on here
-		t.s.flush()
+		t.s.Flush()
 		t.unguard()
 		return true
 	}
 	if !t.end() {
 		return false
 	}
-	t.s.flush()
+	t.s.Flush()
 	return true
 }
 
@@ -240,7 +230,7 @@ const endRoom = 64
 
 // fitsBuffer reports whether all that is to be written before a reply is awaited fits into the write buffer, beside what is
 // there.
-func (t *transaction) fitsBuffer() bool {
+func (t *Transaction) fitsBuffer() bool {
 	room := int64(t.s.out.Available()) - t.envelopeRoom()
 	switch {
 	case t.byData:
@@ -254,16 +244,17 @@ func (t *transaction) fitsBuffer() bool {
 }
 
 // envelopeRoom is how much of the buffer the envelope takes at most.
-func (t *transaction) envelopeRoom() int64 {
+func (t *Transaction) envelopeRoom() int64 {
 	const commands, coded = 256, 6 // octets; octets for each of a parameter's
 	n := commands + len(t.m.From) + coded*len(t.mail.EnvelopeID)
 	if t.mail.Auth != nil {
 		n += coded * len(*t.mail.Auth)
 	}
-	for _, to := range t.rcpts {
-		n += len("RCPT TO:<>\r\n") + len(t.m.To[to])
-		if o := t.m.RcptOptions[t.m.To[to]]; o != nil {
-			n += commands + coded*len(o.OriginalRecipient)
+	for i := range t.replies.Rcpt {
+		addr, p := t.m.To.Recipient(i)
+		n += len("RCPT TO:<>\r\n") + len(addr)
+		if p.Notify != nil || p.Orcpt != "" || !p.Since.IsZero() {
+			n += commands + coded*len(p.Orcpt)
 		}
 	}
 	return int64(n)
@@ -271,10 +262,10 @@ func (t *transaction) envelopeRoom() int64 {
 
 // send flushes the buffer. The end of the context does not interrupt that while another one's final dot is in it, but ends
 // the wait: then the session ends too, once all has left. From then on the context ends the transaction.
-func (t *transaction) send() bool {
+func (t *Transaction) send() bool {
 	carried := t.carrying
 	if carried && t.ctx.Done() != nil {
-		if t.handedOver = !t.keeper.sendOff(t.ctx, t.s); t.handedOver {
+		if t.handedOver = !t.s.sendOff(t.ctx); t.handedOver {
 			return false
 		}
 	}
@@ -288,24 +279,24 @@ func (t *transaction) send() bool {
 
 // giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
 // truncated message from being accepted.
-func (t *transaction) giveUp(err error) {
+func (t *Transaction) giveUp(err error) {
 	if t.lostWriting {
 		t.explained() // it is the connection that failed, not the body
 		return
 	}
 	t.bodyErr = err
-	t.s.doom(fmt.Errorf("body given up: %w", err))
+	t.s.fail(fmt.Errorf("body given up: %w", err))
 }
 
 // sendNow flushes the buffer.
-func (t *transaction) sendNow() bool { return t.s.flush() == nil || t.explained() }
+func (t *Transaction) sendNow() bool { return t.s.Flush() == nil || t.explained() }
 
 // unguarded is what ends no guard.
 func unguarded() bool { return true }
 
 // guard makes the end of the context end the transaction, until t.unguard is called. If that returns false, it is too late.
 // The session lives on until the final replies due to others are in.
-func (t *transaction) guard() {
+func (t *Transaction) guard() {
 	if t.ctx.Done() == nil {
 		return
 	}
@@ -313,7 +304,7 @@ func (t *transaction) guard() {
 	cancel := func() {
 		s.mu.Lock()
 		t.cancelled = t.cancelled || s.cause == nil
-		s.doomLocked(errGivenUp) // which is what it is to others
+		s.failLocked(errGivenUp) // which is what it is to others
 		s.armLocked()
 		s.mu.Unlock()
 		s.raw.interrupt() // second, so that a write which it ends is known to be a consequence
@@ -335,35 +326,33 @@ var errGivenUp = errors.New("the connection was given up with a message that was
 
 // envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
 // the conversation goes on.
-func (t *transaction) envelope() bool {
+func (t *Transaction) envelope() bool {
 	s := t.s
 	rset := t.begin()
-	command := s.cfg.Timeouts.Command
-	if s.lead != nil && !t.lead() {
+	command := s.o.Timeouts.Command
+	if s.pendingAuth != nil && !t.writeAuth() {
 		return false
 	}
 	if rset {
-		x := exchange{op: OpRset, limit: command, first: t.overlapped}
+		x := exchange{op: StepRset, limit: command, first: t.overlapped}
 		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
-			x.limit = s.cfg.Timeouts.Overlap
+			x.limit = s.o.Timeouts.Overlap
 		}
 		if !t.ask(x, "RSET") {
 			return false
 		}
 	}
-	mail := t.mail.params()
-	s.line = wire.AppendMail(s.line[:0], t.m.From, &mail)
-	if !t.askLine(exchange{op: OpMail, limit: command}) {
+	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail)
+	if !t.askLine(exchange{op: StepMail, limit: command}) {
 		return false
 	}
-	for i, to := range t.rcpts {
+	for i := range t.replies.Rcpt {
 		if !s.pipelining() && t.replies.MailRefused() {
 			break
 		}
-		addr := t.m.To[to]
-		rcpt := t.m.RcptOptions[addr].params()
+		addr, rcpt := t.m.To.Recipient(i)
 		s.line = wire.AppendRcpt(s.line[:0], addr, &rcpt, t.mail.UTF8)
-		if !t.askLine(exchange{op: OpRcpt, rcpt: i, limit: command}) {
+		if !t.askLine(exchange{op: StepRcpt, rcpt: i, limit: command}) {
 			return false
 		}
 	}
@@ -371,17 +360,17 @@ func (t *transaction) envelope() bool {
 }
 
 // askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
-func (t *transaction) askData() bool {
+func (t *Transaction) askData() bool {
 	if !t.s.pipelining() || t.waitsForRcpts() {
 		return true
 	}
-	return t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA")
+	return t.ask(exchange{op: StepData, limit: t.s.o.Timeouts.Data}, "DATA")
 }
 
 // startData says DATA if that was held back and is due, and reports whether the body is to follow. All replies to the envelope
 // are in.
-func (t *transaction) startData() bool {
-	if t.dataIsDue() && (!t.ask(exchange{op: OpData, limit: t.s.cfg.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
+func (t *Transaction) startData() bool {
+	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.s.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
 		return false
 	}
 	switch {
@@ -390,7 +379,7 @@ func (t *transaction) startData() bool {
 	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
 		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
 		// the final dot may leave, which would send an empty message to whoever that is for.
-		t.s.doom(&conn.ReplyError{Step: conn.Data, Reply: t.replies.Data})
+		t.s.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
 		return false
 	case t.replies.Accepted() == 0:
 		t.loneDot()
@@ -399,21 +388,21 @@ func (t *transaction) startData() bool {
 	return true
 }
 
-// lead writes the AUTH that was held back.
-func (t *transaction) lead() bool {
+// writeAuth writes the AUTH that was held back.
+func (t *Transaction) writeAuth() bool {
 	s := t.s
-	s.line, s.lead = append(s.line[:0], s.lead...), nil
-	if !t.expect(exchange{op: OpAuth, limit: s.cfg.Timeouts.Command, end: s.position() + int64(len(s.line))}) {
+	s.line, s.pendingAuth = append(s.line[:0], s.pendingAuth...), nil
+	if !t.expect(exchange{op: StepAuth, limit: s.o.Timeouts.Command, end: s.position() + int64(len(s.line))}) {
 		return false
 	}
-	s.traceCommand(t.ctx, "AUTH PLAIN "+redacted)
+	s.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
 	_, err := s.out.Write(s.line)
 	clear(s.line)
 	return err == nil || t.explained()
 }
 
 // begin notes in the session that a transaction begins, and tells whether RSET must lead it.
-func (t *transaction) begin() (rset bool) {
+func (t *Transaction) begin() (rset bool) {
 	s := t.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -427,11 +416,11 @@ func (t *transaction) begin() (rset bool) {
 	s.open = true
 	s.used++
 	t.seq = s.used
-	if (s.limit > 0 && s.used >= s.limit || s.failed >= maxFailed) && s.retired == "" {
-		s.retired = closeFull
+	if s.limit > 0 && s.used >= s.limit || s.failed >= maxFailed {
+		s.retireLocked(Full)
 	}
 	if t.overlapped {
-		s.cfg.stats.overlapped.Add(1)
+		s.o.Profile.Overlapped()
 	}
 	return rset
 }
@@ -441,31 +430,31 @@ func (t *transaction) begin() (rset bool) {
 const maxFailed = 8
 
 // explained waits for the session to end after a write has failed, so that the relay's last words are known.
-func (t *transaction) explained() bool {
-	<-t.s.doomed
+func (t *Transaction) explained() bool {
+	<-t.s.lost
 	return false
 }
 
 // expect appends an exchange of the envelope.
-func (t *transaction) expect(x exchange) bool {
+func (t *Transaction) expect(x exchange) bool {
 	x.tx = t
 	return t.s.expect(x)
 }
 
-func (t *transaction) ask(x exchange, command string) bool {
+func (t *Transaction) ask(x exchange, command string) bool {
 	t.s.line = append(append(t.s.line[:0], command...), "\r\n"...)
 	return t.askLine(x)
 }
 
 // askLine writes the command in s.line. Where commands are not pipelined it awaits the reply.
-func (t *transaction) askLine(x exchange) bool {
+func (t *Transaction) askLine(x exchange) bool {
 	s := t.s
 	x.end = s.position() + int64(len(s.line))
 	if !t.expect(x) {
 		return false
 	}
-	if tr := s.cfg.Trace; tr != nil && tr.Command != nil {
-		tr.Command(t.ctx, s.id, strings.TrimSuffix(string(s.line), "\r\n"))
+	if s.trace.Command != nil {
+		s.trace.Command(t.ctx, strings.TrimSuffix(string(s.line), "\r\n"))
 	}
 	if _, err := s.out.Write(s.line); err != nil {
 		return t.explained()
@@ -473,19 +462,19 @@ func (t *transaction) askLine(x exchange) bool {
 	if s.pipelining() {
 		return true
 	}
-	if s.flush() != nil {
+	if s.Flush() != nil {
 		return t.explained()
 	}
 	return t.awaitEnvelope()
 }
 
 // replyLocked takes a reply and, unless it is the final one, tells who waits for it. The lock is the session's.
-func (t *transaction) replyLocked(x exchange, r wire.Reply) {
+func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	s := t.s
 	if x.final {
 		t.replies.Final = r
-		if r.Code == 432 && s.retired == "" {
-			s.retired = closeFault
+		if r.Code == 432 {
+			s.retireLocked(Fault)
 		}
 		switch r.Class() {
 		case 2:
@@ -493,51 +482,46 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 				s.open = false
 			}
 		case 3:
-			s.stepLostLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
+			s.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
 		}
 		return
 	}
 	defer t.wake()
 	t.answered++
-	if r.Code == 432 && s.retired == "" {
-		s.retired = closeFault // one connection too many, and this is it
+	if r.Code == 432 {
+		s.retireLocked(Fault) // one connection too many, and this is it
 	}
-	said := publicReply(r)
-	if x.op == OpMail && (said.says(tooManyMessages, x.op) || said.says(idleTooLong, x.op)) && s.retired == "" {
-		s.retired = closeFull
-	}
-	if x.op == OpMail && (r.Code == 503 && t.replies.Rset.Code != 503 || r.Code == 530) && s.retired == "" {
-		s.retired = closeFault // the relay does not think of the session what we do
+	if x.op == StepMail {
+		t.learnFromMailLocked(r)
 	}
 	switch x.op {
-	case OpAuth:
+	case StepAuth:
 		t.replies.Auth = r
-		s.cfg.countAuth(r.Class() == 2)
+		s.o.Profile.AuthAnswered(s.authMark, r)
 		if r.Class() != 2 {
-			e := s.cfg.authRefused(r, s.leadMark)
-			s.tooMany = e.says(tooManyConns, OpAuth)
-			s.doomLocked(e)
+			s.auth = r
+			s.failLocked(&AuthError{r})
 		}
 		if r.Class() == 3 {
-			s.cfg.profile.authFollowedFailed()
+			s.o.Profile.AuthFollowedFailed()
 		}
-	case OpRset:
+	case StepRset:
 		t.replies.Rset = r
 		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
 			if x.first && r.Code != 421 { // which is no answer to this command, but to all
-				s.cfg.profile.overlapFailed()
+				s.o.Profile.OverlapFailed()
 			}
-			s.doomLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
+			s.failLocked(&ReplyError{Step: x.op, Reply: r})
 		}
-	case OpMail:
+	case StepMail:
 		t.replies.Mail = r
-	case OpRcpt:
+	case StepRcpt:
 		t.replies.Rcpt[x.rcpt] = r
-	case OpData:
+	case StepData:
 		t.replies.Data = r
-	case OpBdat:
-		if t.replies.Data.Class() == 2 && r.Class() >= 4 && s.retired == "" {
-			s.retired = closeFull // the body stays incomplete
+	case StepBdat:
+		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
+			s.retireLocked(Full) // the body stays incomplete
 		}
 		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
 			t.replies.Data = r
@@ -545,18 +529,29 @@ func (t *transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 	// A reply of the wrong kind means that we are out of step with the relay.
 	positive := 2
-	if x.op == OpData {
+	if x.op == StepData {
 		positive = 3
 	}
 	if r.Class() < 4 && r.Class() != positive {
 		if t.overlapped {
-			s.cfg.profile.overlapFailed()
+			s.o.Profile.OverlapFailed()
 		}
-		s.stepLostLocked(&conn.ReplyError{Step: conn.Step(x.op), Reply: r})
+		s.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 }
 
-func (t *transaction) wake() {
+// learnFromMailLocked takes in what the reply to MAIL tells of the connection.
+func (t *Transaction) learnFromMailLocked(r wire.Reply) {
+	s := t.s
+	switch {
+	case s.o.Profile.MeansFull(r), s.o.Profile.MeansIdle(r):
+		s.retireLocked(Full)
+	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
+		s.retireLocked(Fault) // the relay does not think of the connection what we do
+	}
+}
+
+func (t *Transaction) wake() {
 	select {
 	case t.signal <- struct{}{}:
 	default:
@@ -564,7 +559,7 @@ func (t *transaction) wake() {
 }
 
 // awaitEnvelope waits until each command has its reply. It reports whether the session can go on.
-func (t *transaction) awaitEnvelope() bool {
+func (t *Transaction) awaitEnvelope() bool {
 	s := t.s
 	for {
 		s.mu.Lock()
@@ -578,7 +573,7 @@ func (t *transaction) awaitEnvelope() bool {
 		}
 		select {
 		case <-t.signal:
-		case <-s.doomed:
+		case <-s.lost:
 		}
 	}
 }
@@ -587,53 +582,53 @@ func (t *transaction) awaitEnvelope() bool {
 // (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the session is
 // in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
 // rest, and that is the transaction.
-func (t *transaction) overlapRefused() bool {
+func (t *Transaction) overlapRefused() bool {
 	if !t.overlapped || t.replies.Rset.Code != 503 {
 		return false
 	}
 	s := t.s
-	s.cfg.profile.overlapFailed()
+	s.o.Profile.OverlapFailed()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (s.limit == 0 || s.used < s.limit)
 }
 
 // repeat makes t as new, to be begun again on the same session.
-func (t *transaction) repeat() {
+func (t *Transaction) repeat() {
 	s := t.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t.asked, t.answered = 0, 0
 	clear(t.replies.Rcpt)
-	t.replies = conn.Replies{Rcpt: t.replies.Rcpt}
+	t.replies = Replies{Rcpt: t.replies.Rcpt}
 }
 
 // dataIsDue reports whether DATA, or a body in chunks, was held back and is due: the relay has accepted some recipients, or all of them if
 // AllOrNothing says so.
-func (t *transaction) dataIsDue() bool {
+func (t *Transaction) dataIsDue() bool {
 	if t.replies.Data.Code != 0 || t.replies.AuthRefused() || t.replies.MailRefused() {
 		return false
 	}
 	accepted := t.replies.Accepted()
 	if t.m.AllOrNothing {
-		return accepted == len(t.rcpts)
+		return accepted == len(t.replies.Rcpt)
 	}
 	return accepted > 0
 }
 
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
 // answers, so the answer is not awaited here.
-func (t *transaction) loneDot() {
-	if !t.s.expect(exchange{op: OpFinalDot, final: true, end: t.s.position() + int64(len(".\r\n")), limit: t.s.cfg.Timeouts.FinalReply, tx: &transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
+func (t *Transaction) loneDot() {
+	if !t.s.expect(exchange{op: StepFinalDot, final: true, end: t.s.position() + int64(len(".\r\n")), limit: t.s.o.Timeouts.FinalReply, tx: &Transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
 		return
 	}
 	t.s.out.WriteString(".\r\n")
 	t.s.traceCommand(t.ctx, ".")
-	t.s.flush()
+	t.s.Flush()
 }
 
 // writeBody has the body written through s.body, without the final dot.
-func (t *transaction) writeBody() error {
+func (t *Transaction) writeBody() error {
 	s := t.s
 	t.bodyBegun = true
 	n, err := t.bodyTo(t.m.Body)
@@ -644,7 +639,7 @@ func (t *transaction) writeBody() error {
 		err = io.ErrShortWrite
 	}
 	if err == nil && s.body.Taken() == 0 {
-		err = conn.ErrEmptyBody
+		err = ErrEmptyBody
 	}
 	if err == nil {
 		if err = s.body.Close(); err != nil {
@@ -655,7 +650,7 @@ func (t *transaction) writeBody() error {
 }
 
 // bodyTo has body write itself to t.
-func (t *transaction) bodyTo(body io.WriterTo) (int64, error) {
+func (t *Transaction) bodyTo(body io.WriterTo) (int64, error) {
 	if isBytes(body) {
 		return body.WriteTo(t)
 	}
@@ -669,7 +664,7 @@ func (t *transaction) bodyTo(body io.WriterTo) (int64, error) {
 // behind, when the transaction is that of another message already.
 type bodySink struct {
 	mu sync.Mutex   // held while t is written to
-	t  *transaction // nil once WriteTo has returned
+	t  *Transaction // nil once WriteTo has returned
 }
 
 var errBodyOver = errors.New("the body was written after its WriteTo had returned")
@@ -691,20 +686,20 @@ func (w *bodySink) end() {
 }
 
 // Write takes a part of the body. After an error it takes no more.
-func (t *transaction) Write(p []byte) (n int, err error) {
+func (t *Transaction) Write(p []byte) (n int, err error) {
 	s := t.s
 	switch {
 	case t.sinkErr != nil:
 		return 0, t.sinkErr
 	case t.ctx.Err() != nil:
-		t.sinkErr = conn.ContextError(t.ctx)
+		t.sinkErr = ContextError(t.ctx)
 		return 0, t.sinkErr
 	}
 	n, err = s.body.Write(p)
 	if err != nil {
 		t.lostWriting = true
 	} else if s.ext.Size > 0 && s.body.Size() > s.ext.Size {
-		err = &conn.SizeError{Limit: s.ext.Size}
+		err = &SizeError{Limit: s.ext.Size}
 	}
 	t.sinkErr = err
 	return n, err
@@ -712,31 +707,31 @@ func (t *transaction) Write(p []byte) (n int, err error) {
 
 // end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the session takes
 // no further transaction.
-func (t *transaction) end() bool {
+func (t *Transaction) end() bool {
 	s := t.s
 	if t.byData {
-		if !t.finish(OpFinalDot, ".") {
+		if !t.finish(StepFinalDot, ".") {
 			return false
 		}
 	} else if !t.lastChunks() {
 		return false
 	}
 	s.mu.Lock()
-	last := s.retired != ""
+	quit := s.phase != ready
 	s.mu.Unlock()
-	if last && s.overlaps() {
+	if quit && s.overlaps() {
 		s.writeQuit(true)
 	}
 	return true
 }
 
 // finish writes the command that ends the message.
-func (t *transaction) finish(op Op, command string) bool {
+func (t *Transaction) finish(op Step, command string) bool {
 	s := t.s
 	// Some relays take a line that the end of the connection has cut for a whole one: the message may be theirs as soon as the
 	// command has left without its line end. This is set ahead of time, since a full buffer leaves while more is put into it.
 	t.endAt = s.position() + int64(len(command))
-	if !s.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: s.cfg.Timeouts.FinalReply}) {
+	if !s.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: s.o.Timeouts.FinalReply}) {
 		t.endAt = 0
 		return false
 	}
@@ -747,7 +742,7 @@ func (t *transaction) finish(op Op, command string) bool {
 }
 
 // awaitFinal waits for the final reply, the end of the session or of the context.
-func (t *transaction) awaitFinal() {
+func (t *Transaction) awaitFinal() {
 	for {
 		t.s.mu.Lock()
 		in := t.told

@@ -1,15 +1,13 @@
-package smtprelay
+package conn
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"strconv"
 	"sync"
 
-	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -52,37 +50,11 @@ type chunkedBody struct {
 	room   int             // of the chunk that is being written
 }
 
-// showDiscard finds out whether the relay throws away the octets of a chunk that it refuses. It sends a chunk out of order,
-// for which there can be no yes, and RSET behind it. A relay that throws the octets away gives two replies; one that does not
-// reads them as a command that does not exist, and gives three. An error means that the relay cannot bear the question.
-func (d *dialogue) showDiscard() (yes bool, _ *Error) {
-	const chunk = "XCHUNK\r\n"
-	limit := d.s.cfg.Timeouts.Overlap
-	r, e := d.command(OpBdat, "BDAT 8 (out of order, to see how the relay refuses it), RSET", "BDAT 8\r\n"+chunk+"RSET", limit)
-	if e != nil {
-		return false, e
-	}
-	refused := r.Class() >= 4
-	if r, e = d.read(OpBdat, limit); e != nil {
-		return false, e
-	}
-	yes = refused && r.Class() == 2
-	if r.Class() >= 4 { // the relay has read the chunk
-		if r, e = d.read(OpRset, limit); e != nil {
-			return false, e
-		}
-	}
-	if r.Class() != 2 {
-		e = refusedBy(OpBdat, r)
-	}
-	return yes, e
-}
-
 // mustHoldLocked reports whether the body must not leave before the relay has answered its envelope.
-func (t *transaction) mustHoldLocked() bool {
+func (t *Transaction) mustHoldLocked() bool {
 	s := t.s
 	switch {
-	case s.lead != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
+	case s.pendingAuth != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
 	case t.clearing: // if RSET is refused, the message would go to the recipients of the envelope that is still open
 	case t.waitsForRcpts():
 	case !s.inStep:
@@ -94,17 +66,12 @@ func (t *transaction) mustHoldLocked() bool {
 }
 
 // waitsForRcpts reports whether the body is held back until each recipient has its reply.
-func (t *transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.rcpts) > 1 }
-
-func isBytes(b any) bool {
-	_, ok := b.(bytesBody)
-	return ok
-}
+func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.replies.Rcpt) > 1 }
 
 // goesByData reports whether the body goes by DATA, as far as that can be known before it is asked to write itself.
-func (t *transaction) goesByData() bool {
+func (t *Transaction) goesByData() bool {
 	switch b := t.m.Body.(type) {
-	case bytesBody:
+	case Bytes:
 		return !t.s.chunked || beginsOddly(b)
 	case *headedBody:
 		return !t.s.chunked || beginsOddly(b.head)
@@ -120,20 +87,20 @@ func beginsOddly(body []byte) bool {
 }
 
 // remaining is how much part has to write, but for the commands.
-func (t *transaction) remaining() int64 {
+func (t *Transaction) remaining() int64 {
 	switch {
 	case t.byData:
 		return 0
 	case isBytes(t.m.Body):
-		return t.size
+		return t.m.Size
 	}
 	return int64(t.chunked.used)
 }
 
 // converseInChunks writes the envelope, and of the body what part leaves over. It reports whether that is due.
-func (t *transaction) converseInChunks() bool {
+func (t *Transaction) converseInChunks() bool {
 	if isBytes(t.m.Body) {
-		return t.beginChunks(t.size)
+		return t.beginChunks(t.m.Size)
 	}
 	c := &t.chunked
 	c.buffer = chunkPool.Get().(*[maxChunk]byte)
@@ -151,7 +118,7 @@ func (t *transaction) converseInChunks() bool {
 	case err != nil:
 		t.bodyErr = err // only whole chunks were written: the session is in step
 		if c.begun {
-			t.s.retire(closeFull)
+			t.s.Retire(Full)
 		}
 		return false
 	case c.begun:
@@ -160,31 +127,8 @@ func (t *transaction) converseInChunks() bool {
 	return t.beginChunks(int64(c.used))
 }
 
-// headAhead is how much of a body that can be written once only is read before it is written: more than a chunk, so that
-// the relay is asked before the rest is used up.
-const headAhead = maxChunk + 2
-
-// headedBody is a body that can be written once only, of which the beginning was read ahead. It can be written again as long
-// as nothing beyond that is used.
-type headedBody struct {
-	head []byte
-	rest io.Reader
-	used bool // rest was asked for more
-}
-
-// WriteTo implements io.WriterTo.
-func (b *headedBody) WriteTo(w io.Writer) (int64, error) {
-	n, err := w.Write(b.head)
-	if err != nil {
-		return int64(n), err
-	}
-	b.used = true
-	k, err := (&readerBody{b.rest}).WriteTo(w)
-	return int64(n) + k, err
-}
-
 // readAhead replaces a body that can be written once only: a small one by its octets, another one by a [headedBody].
-func (t *transaction) readAhead() error {
+func (t *Transaction) readAhead() error {
 	r := t.m.Body.(io.Reader)
 	var head bytes.Buffer
 	switch n, err := io.CopyN(&head, readerUntil{t.ctx, r}, headAhead); {
@@ -194,31 +138,18 @@ func (t *transaction) readAhead() error {
 	case err != io.EOF:
 		return err
 	case n == 0:
-		return conn.ErrEmptyBody
+		return ErrEmptyBody
 	}
-	t.m.Body, t.size = bytesBody(head.Bytes()), wire.CanonicalSize(head.Bytes())
-	if limit := t.s.ext.Size; limit > 0 && t.size > limit {
-		return &conn.SizeError{Limit: limit}
+	t.m.Body, t.m.Size = Bytes(head.Bytes()), wire.CanonicalSize(head.Bytes())
+	if limit := t.s.ext.Size; limit > 0 && t.m.Size > limit {
+		return &SizeError{Limit: limit}
 	}
-	t.declare(t.size)
+	t.declare(t.m.Size)
 	return nil
 }
 
-// readerUntil reads until the context ends.
-type readerUntil struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (u readerUntil) Read(p []byte) (int, error) {
-	if err := conn.ContextError(u.ctx); err != nil {
-		return 0, err
-	}
-	return u.r.Read(p)
-}
-
 // declare has MAIL say how large the message is, where the relay takes that.
-func (t *transaction) declare(size int64) {
+func (t *Transaction) declare(size int64) {
 	if t.s.ext.Has("SIZE") {
 		t.mail.Size = size
 	}
@@ -226,7 +157,7 @@ func (t *transaction) declare(size int64) {
 
 // beginChunks writes the envelope for a message of size octets, 0 if that is not known, and reports whether the body is to
 // follow.
-func (t *transaction) beginChunks(size int64) bool {
+func (t *Transaction) beginChunks(size int64) bool {
 	if size > 0 {
 		t.declare(size)
 	}
@@ -244,7 +175,7 @@ func (t *transaction) beginChunks(size int64) bool {
 	s := t.s
 	if !s.inStep {
 		s.inStep = true
-		s.cfg.profile.noteDiscard(s.addr, true)
+		s.o.Profile.NoteDiscard(s.addr, true)
 	}
 	if together {
 		s.mu.Lock()
@@ -255,11 +186,11 @@ func (t *transaction) beginChunks(size int64) bool {
 }
 
 // chunkSink takes the canonical form of a body whose size is not known.
-type chunkSink transaction
+type chunkSink Transaction
 
 // Write implements io.Writer.
 func (cs *chunkSink) Write(p []byte) (int, error) {
-	t := (*transaction)(cs)
+	t := (*Transaction)(cs)
 	c := &t.chunked
 	n := 0
 	for {
@@ -279,7 +210,7 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 }
 
 // overflow makes room in the buffer: it writes a chunk, or goes over to DATA.
-func (t *transaction) overflow() error {
+func (t *Transaction) overflow() error {
 	c := &t.chunked
 	if !c.begun && (t.s.ext.Size == 0 || beginsOddly(c.buffer[:c.used])) {
 		return t.goByData()
@@ -294,7 +225,7 @@ func (t *transaction) overflow() error {
 }
 
 // goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
-func (t *transaction) goByData() error {
+func (t *Transaction) goByData() error {
 	c := &t.chunked
 	c.begun, t.byData = true, true
 	if !t.beginData() {
@@ -307,7 +238,7 @@ func (t *transaction) goByData() error {
 
 // unwanted reports whether the relay has refused the message already, so that no further chunk is to be sent
 // (RFC 3030, 2).
-func (t *transaction) unwanted() bool {
+func (t *Transaction) unwanted() bool {
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
 	step, _ := t.replies.Refusal(t.m.AllOrNothing)
@@ -315,25 +246,25 @@ func (t *transaction) unwanted() bool {
 }
 
 // startChunk writes the command for a chunk of n octets, unless the relay does not want it.
-func (t *transaction) startChunk(n int) bool {
+func (t *Transaction) startChunk(n int) bool {
 	if t.unwanted() {
 		return false
 	}
 	s := t.s
 	s.line = append(strconv.AppendInt(append(s.line[:0], "BDAT "...), int64(n), 10), "\r\n"...)
 	end := s.position() + int64(len(s.line)+n)
-	if !s.expect(exchange{op: OpBdat, tx: t, limit: s.cfg.Timeouts.Command, end: end}) {
+	if !s.expect(exchange{op: StepBdat, tx: t, limit: s.o.Timeouts.Command, end: end}) {
 		return false
 	}
-	if tr := s.cfg.Trace; tr != nil && tr.Command != nil {
-		tr.Command(t.ctx, s.id, fmt.Sprintf("BDAT %d", n))
+	if s.trace.Command != nil {
+		s.trace.Command(t.ctx, fmt.Sprintf("BDAT %d", n))
 	}
 	_, err := s.out.Write(s.line)
 	return err == nil || t.explained()
 }
 
 // writeChunk writes what is in the buffer as a chunk.
-func (t *transaction) writeChunk() bool {
+func (t *Transaction) writeChunk() bool {
 	c := &t.chunked
 	if c.used == 0 {
 		return true
@@ -347,11 +278,11 @@ func (t *transaction) writeChunk() bool {
 }
 
 // lastChunks writes what is left of the body, and the empty chunk that ends it.
-func (t *transaction) lastChunks() bool {
+func (t *Transaction) lastChunks() bool {
 	if t.chunked.buffer != nil {
 		return t.writeChunk() && t.finishChunks()
 	}
-	t.chunked.left = t.size
+	t.chunked.left = t.m.Size
 	t.s.body.Reset((*chunkSplitter)(t), false)
 	switch err := t.writeBody(); {
 	case err == errRefused:
@@ -363,16 +294,16 @@ func (t *transaction) lastChunks() bool {
 	return t.finishChunks()
 }
 
-func (t *transaction) finishChunks() bool {
-	return !t.unwanted() && t.finish(OpBdat, "BDAT 0 LAST")
+func (t *Transaction) finishChunks() bool {
+	return !t.unwanted() && t.finish(StepBdat, "BDAT 0 LAST")
 }
 
 // chunkSplitter divides the canonical form of a body whose size is known into chunks.
-type chunkSplitter transaction
+type chunkSplitter Transaction
 
 // Write implements io.Writer.
 func (cs *chunkSplitter) Write(p []byte) (int, error) {
-	t := (*transaction)(cs)
+	t := (*Transaction)(cs)
 	c := &t.chunked
 	n := 0
 	for n < len(p) {

@@ -1,4 +1,4 @@
-package smtprelay
+package conn
 
 import (
 	"errors"
@@ -115,15 +115,24 @@ var peerClosed = []error{
 	syscall.Errno(10054), syscall.Errno(10053),
 }
 
-// closedByPeer reports whether err, of a read, means that the relay has closed the connection.
-func closedByPeer(err error) bool {
+// ClosedByPeer reports whether err, of a read, means that the relay has closed the connection.
+func ClosedByPeer(err error) bool {
 	return slices.ContainsFunc(peerClosed, func(target error) bool { return errors.Is(err, target) })
 }
 
-func isTimeout(err error) bool {
+// IsTimeout reports whether err means that something took too long.
+func IsTimeout(err error) bool {
 	var t interface{ Timeout() bool }
 	return errors.As(err, &t) && t.Timeout()
 }
 
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
+
+// Explain says of err, a fault of the connection, what it means.
+func Explain(err error) error {
+	if err != nil && ClosedByPeer(err) {
+		return fmt.Errorf("connection lost: %w", err)
+	}
+	return err
+}

@@ -1,4 +1,4 @@
-package smtprelay
+package conn
 
 // Tests of what netconn.go makes of the errors of a socket.
 
@@ -38,7 +38,7 @@ func TestLostConnectionIsToldFromOtherErrors(t *testing.T) {
 		{"another error", errors.New("connection reset by peer"), false},
 		{"none", nil, false},
 	} {
-		if got := closedByPeer(c.err); got != c.want {
+		if got := ClosedByPeer(c.err); got != c.want {
 			t.Errorf("%s (%v): got %t, want %t", c.name, c.err, got, c.want)
 		}
 	}

@@ -1,0 +1,185 @@
+package conn
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/smtprelay/smtprelay/internal/scrub"
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// maxAuthLine is the longest AUTH command, CRLF included (RFC 4954, 4). An initial response that does not fit is sent
+// after a 334.
+const maxAuthLine = 512
+
+// maxChallenges is how many a relay may make. SCRAM has two, GSSAPI three or four.
+const maxChallenges = 10
+
+var errChallenges = fmt.Errorf("the relay has sent more than %d challenges; authentication was given up", maxChallenges)
+
+// saying notes what is about to be said in AUTH.
+func (s *Conn) saying(mechanism string, response []byte) {
+	username, password := s.o.Secrets()
+	s.said.Name(username)
+	s.said.Password(password)
+	s.said.Response(mechanism, response)
+}
+
+// challengeError is a mechanism's error that the relay had a hand in: it may quote the challenge.
+type challengeError struct {
+	text string // scrubbed
+	err  error
+}
+
+func (e *challengeError) Error() string        { return e.text }
+func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target) }
+
+// authenticate authenticates the connection. If mayLead, PLAIN is left to lead the first transaction where commands may
+// follow it in one group (RFC 4954, 4), which saves a round trip.
+func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
+	s := d.s
+	if d.o.Mechanism == nil {
+		return nil
+	}
+	mech, err := d.o.Mechanism(ctx, &s.ext, s.tls)
+	if e, ok := err.(*OpenError); ok {
+		return e
+	}
+	if err != nil || mech == nil {
+		return authFailed(err)
+	}
+	name, ir, err := mech.Start()
+	if err != nil {
+		return authFailed(err)
+	}
+	mechanism := strings.ToUpper(name)
+	if !slices.Contains(s.ext.Auth, mechanism) { // the token is not for a relay that cannot use it
+		return &OpenError{Step: StepAuth, Permanent: true, Err: &NotOfferedError{name, s.ext.Auth}}
+	}
+	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
+	if ir != nil {
+		if r, refused := d.o.Profile.RefusalOf(mark); refused {
+			return refusedBy(StepAuth, r)
+		}
+	}
+	line := "AUTH " + name
+	if ir != nil {
+		encoded := base64.StdEncoding.EncodeToString(ir)
+		if encoded == "" {
+			encoded = "="
+		}
+		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
+			s.saying(mechanism, ir)
+			if mayLead && name == sasl.Plain && s.pipelining() && d.o.Profile.AuthMayBeFollowed() {
+				s.pendingAuth, s.authMark = []byte(full), mark
+				return nil
+			}
+			line, ir = line+" "+encoded, nil
+		}
+	}
+	reply, e := d.answer(mech, mechanism, line, ir)
+	if e != nil {
+		return e
+	}
+	d.o.Profile.AuthAnswered(mark, reply)
+	if reply.Class() != 2 {
+		return refusedBy(StepAuth, reply)
+	}
+	return nil
+}
+
+// NotOfferedError is the cause where the relay does not offer the mechanism that was chosen.
+type NotOfferedError struct {
+	Mechanism string
+	Offered   []string
+}
+
+func (e *NotOfferedError) Error() string {
+	return fmt.Sprintf("the relay does not offer mechanism %q", e.Mechanism)
+}
+
+func authFailed(err error) *OpenError {
+	if err == nil {
+		return nil
+	}
+	return &OpenError{Step: StepAuth, Err: err}
+}
+
+// answer says line, which begins AUTH, and answers the relay's challenges, the first one with ir if that is not nil. It
+// returns the last reply.
+func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (wire.Reply, *OpenError) {
+	s := d.s
+	limit := d.o.Timeouts.Command
+	if limit > 0 {
+		d.authBy = time.Now().Add(limit) // of all rounds together
+	}
+	reply, e := d.command(StepAuth, "AUTH "+strings.Fields(line)[1]+" "+scrub.Redacted, line, limit)
+	for challenges := 1; e == nil && reply.Code == 334; challenges++ {
+		var challenge []byte
+		answer := ir
+		if ir = nil; answer == nil {
+			var err error
+			if challenge, answer, err = d.next(mech, challenges); err != nil {
+				return reply, d.giveUpAuth(err)
+			}
+		}
+		if mechanism == sasl.Login && challenges == 1 && !AsksPassword(challenge) {
+			s.said.Name(string(answer))
+		} else {
+			s.saying(mechanism, answer)
+		}
+		reply, e = d.command(StepAuth, scrub.Redacted, base64.StdEncoding.EncodeToString(answer), limit)
+	}
+	return reply, e
+}
+
+// next is the mechanism's answer to the challenge that was read last, the nth.
+func (d *dialogue) next(mech sasl.Client, n int) (challenge, answer []byte, err error) {
+	err = errChallenges
+	if n <= maxChallenges {
+		challenge, err = base64.StdEncoding.DecodeString(d.raw)
+	}
+	if err == nil {
+		if answer, err = mech.Next(challenge); err != nil {
+			if text := d.s.said.ScrubApart(err.Error()); text != err.Error() {
+				err = &challengeError{text, err}
+			}
+		}
+	}
+	return challenge, answer, err
+}
+
+// giveUpAuth ends AUTH because of err. OAUTHBEARER reports failure in a challenge; the reply to "*" is the relay's error.
+func (d *dialogue) giveUpAuth(err error) *OpenError {
+	e := authFailed(err)
+	if r, gone := d.command(StepAuth, "*", "*", d.o.Timeouts.Command); gone == nil && r.Class() >= 4 {
+		d.o.Profile.AuthGivenUp()
+		e.Reply = r
+	}
+	return e
+}
+
+// AsksPassword reports whether a challenge of LOGIN clearly asks for the password.
+func AsksPassword(challenge []byte) bool {
+	return strings.HasPrefix(strings.ToLower(string(challenge)), "pass")
+}
+
+// Authenticate sends the AUTH that was to lead the first transaction alone, if it was not sent yet. The write side is the
+// caller's, and stays so.
+func (s *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) {
+	if s.pendingAuth == nil {
+		return r, true
+	}
+	t := NewTransaction(ctx, s, &Message{})
+	t.guard()
+	defer func() { t.unguard() }()
+	authenticated = t.writeAuth() && t.sendNow() && t.awaitEnvelope()
+	return t.result(), authenticated
+}

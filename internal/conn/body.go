@@ -1,0 +1,99 @@
+package conn
+
+import (
+	"context"
+	"io"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// Message is what one transaction sends. Its owner may use it for another one when that is over.
+type Message struct {
+	From string
+	Mail wire.MailParams // of the next transaction
+	To   Recipients
+	N    int // recipients of the next transaction
+
+	AllOrNothing bool // nothing is sent unless the relay accepts all recipients
+
+	// Body may be replaced by one that can be written more than once.
+	Body io.WriterTo
+	Size int64 // of the body in its canonical form; 0: not known
+}
+
+// Recipients are those of the next transaction.
+type Recipients interface {
+	// Recipient returns the address of the ith and the parameters of its RCPT.
+	Recipient(i int) (addr string, params wire.RcptParams)
+}
+
+// Bytes is a body of known size, which can be written any number of times.
+type Bytes []byte
+
+// WriteTo implements io.WriterTo.
+func (b Bytes) WriteTo(w io.Writer) (int64, error) {
+	n, err := w.Write(b)
+	return int64(n), err
+}
+
+// Reader returns a body that copies r, once.
+func Reader(r io.Reader) io.WriterTo { return &readerBody{r: r} }
+
+type readerBody struct{ r io.Reader }
+
+// Read makes it an io.Reader too, which is how a body says that it is used up by writing.
+func (b *readerBody) Read(p []byte) (int, error) { return b.r.Read(p) }
+
+func (b *readerBody) WriteTo(w io.Writer) (int64, error) {
+	return io.Copy(w, struct{ io.Reader }{b.r}) // not the reader's own WriteTo, which could write past the io.Writer given
+}
+
+// OneShot reports whether b is used up by writing.
+func OneShot(b io.WriterTo) bool {
+	if h, ok := b.(*headedBody); ok {
+		return h.used
+	}
+	_, ok := b.(io.Reader)
+	return ok
+}
+
+func isBytes(b any) bool {
+	_, ok := b.(Bytes)
+	return ok
+}
+
+// headAhead is how much of a body that can be written once only is read before it is written: more than a chunk, so that
+// the relay is asked before the rest is used up.
+const headAhead = maxChunk + 2
+
+// headedBody is a body that can be written once only, of which the beginning was read ahead. It can be written again as long
+// as nothing beyond that is used.
+type headedBody struct {
+	head []byte
+	rest io.Reader
+	used bool // rest was asked for more
+}
+
+// WriteTo implements io.WriterTo.
+func (b *headedBody) WriteTo(w io.Writer) (int64, error) {
+	n, err := w.Write(b.head)
+	if err != nil {
+		return int64(n), err
+	}
+	b.used = true
+	k, err := (&readerBody{b.rest}).WriteTo(w)
+	return int64(n) + k, err
+}
+
+// readerUntil reads until the context ends.
+type readerUntil struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u readerUntil) Read(p []byte) (int, error) {
+	if err := ContextError(u.ctx); err != nil {
+		return 0, err
+	}
+	return u.r.Read(p)
+}

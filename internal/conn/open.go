@@ -1,0 +1,313 @@
+package conn
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/scrub"
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// OpenError is why a connection could not be opened.
+type OpenError struct {
+	Step      Step
+	Reply     wire.Reply // Code 0: none
+	Err       error      // the cause where it is not a reply; the wrong name, where Step is EHLO
+	Permanent bool       // another try cannot help
+	Clear     bool       // TLS had not begun
+	Said      string     // for EHLO: what was said
+}
+
+func (e *OpenError) Error() string {
+	if e.Err != nil {
+		return string(e.Step) + ": " + e.Err.Error()
+	}
+	return string(e.Step) + ": " + e.Reply.String()
+}
+
+// Unwrap returns the cause.
+func (e *OpenError) Unwrap() error { return e.Err }
+
+// ErrNoSTARTTLS is the cause where the relay does not offer STARTTLS.
+var ErrNoSTARTTLS = errors.New("the relay does not offer STARTTLS")
+
+// Open takes nc to where a transaction, or the AUTH that leads it, can begin: TLS or greeting, EHLO, STARTTLS, TLS, EHLO
+// again, and AUTH. The end of ctx ends it. The read loop does not run yet, and Bound is due.
+//
+// Who gets an error calls leave, which returns when the relay has closed the connection.
+func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace) (_ *Conn, leave func(), _ *OpenError) {
+	raw := &progressConn{Conn: nc, limit: o.Timeouts.Write}
+	stop := context.AfterFunc(ctx, raw.abandon)
+	s := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
+	s.wrote.L = &s.mu
+	d := &dialogue{s: s, o: o, ctx: ctx}
+	e := d.converse(ctx)
+	if e == nil && !stop() {
+		e = &OpenError{Step: StepDial, Err: ContextError(ctx)}
+	}
+	if e != nil {
+		defer stop()
+		e.Clear = s.tls == nil
+		if e.Err != nil && ctx.Err() != nil {
+			e.Err = ContextError(ctx)
+		}
+		return nil, func() {
+			defer context.AfterFunc(ctx, raw.abandon)()
+			d.leave(e)
+			raw.hangUp(o.Timeouts.Quit) // a relay that does not answer counts the connection all the same
+		}, e
+	}
+	raw.SetReadDeadline(time.Time{})
+	s.out = bufio.NewWriterSize(s, outBuffer)
+	return s, nil, nil
+}
+
+// outBuffer is the size of a connection's write buffer: a TLS record, so that a message of usual size leaves in one.
+const outBuffer = 16 << 10
+
+// dialogue is the conversation that makes a connection ready, one command at a time.
+type dialogue struct {
+	s      *Conn
+	o      *Options
+	ctx    context.Context
+	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
+	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
+}
+
+// converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
+func (d *dialogue) converse(ctx context.Context) *OpenError {
+	s, o := d.s, d.o
+	if o.TLS != nil && o.Implicit {
+		if e := d.startTLS(ctx); e != nil {
+			return e
+		}
+	}
+	s.replies = wire.NewReplyReader(s.conn)
+	if e := d.greeting(); e != nil {
+		return e
+	}
+	if e := d.hello(); e != nil {
+		return e
+	}
+	if s.tls == nil && o.TLS != nil {
+		if e := d.upgrade(ctx); e != nil {
+			return e
+		}
+	}
+	shown, known := false, true
+	if o.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
+		// Without an address, what is known of one relay could be believed of another.
+		if s.addr = remoteAddr(s.raw); s.addr != "" {
+			shown, known = o.Profile.DiscardsAt(s.addr)
+		}
+	}
+	if e := d.authenticate(ctx, known); e != nil {
+		return e
+	}
+	if !known {
+		var e *OpenError
+		if shown, e = d.showDiscard(); !shown && ctx.Err() == nil {
+			o.Profile.NoteDiscard(s.addr, false)
+		}
+		if e != nil {
+			return e
+		}
+	}
+	s.chunked, s.inStep = shown, known
+	return nil
+}
+
+// remoteAddr is the address that nc leads to, IP and port; "" if it does not tell.
+func remoteAddr(nc net.Conn) string {
+	if a := nc.RemoteAddr(); a != nil {
+		return a.String()
+	}
+	return ""
+}
+
+// startTLS makes TLS of the connection.
+func (d *dialogue) startTLS(ctx context.Context) *OpenError {
+	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
+	// before the relay has closed it too.
+	d.progress(StepTLS)
+	raw := d.s.raw
+	limit := d.o.Timeouts.TLS
+	if limit > 0 {
+		raw.SetReadDeadline(time.Now().Add(limit))
+	}
+	tc := tls.Client(raw, d.o.TLS)
+	err := context.Cause(ctx) // whose deadline may just have been overwritten
+	if err == nil {
+		err = tc.HandshakeContext(context.WithoutCancel(ctx))
+	}
+	switch {
+	case err == nil:
+		state := tc.ConnectionState()
+		d.s.conn, d.s.tls = tc, &state
+		d.s.replies = wire.NewReplyReader(tc)
+		return nil
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case IsTimeout(err):
+		err = &TimeoutError{Step: StepTLS, After: limit}
+	}
+	return &OpenError{Step: StepTLS, Err: err}
+}
+
+func (d *dialogue) greeting() *OpenError {
+	r, e := d.read(StepGreeting, d.o.Timeouts.Greeting)
+	if e == nil && r.Class() != 2 {
+		e = refusedBy(StepGreeting, r)
+	}
+	return e
+}
+
+// hello says EHLO; or HELO where that is not understood and nothing that only EHLO gives is needed.
+func (d *dialogue) hello() *OpenError {
+	s, o := d.s, d.o
+	name := o.LocalName(s.raw)
+	line := "EHLO " + name
+	r, e := d.command(StepEHLO, line, line, o.Timeouts.Command)
+	if e != nil {
+		return e
+	}
+	s.ext = wire.Extensions{}
+	switch {
+	case r.Class() == 2:
+		s.ext = wire.ParseEHLO(d.raw)
+		return nil
+	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
+		line = "HELO " + name
+		if r, e = d.command(StepEHLO, line, line, o.Timeouts.Command); e != nil {
+			return e
+		}
+		if r.Class() == 2 {
+			return nil
+		}
+	}
+	e = refusedBy(StepEHLO, r)
+	e.Said = line
+	return e
+}
+
+// upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
+func (d *dialogue) upgrade(ctx context.Context) *OpenError {
+	s := d.s
+	if !s.ext.Has("STARTTLS") {
+		if d.o.AllowClear {
+			return nil
+		}
+		return &OpenError{Step: StepSTARTTLS, Permanent: true, Err: ErrNoSTARTTLS}
+	}
+	r, e := d.command(StepSTARTTLS, "STARTTLS", "STARTTLS", d.o.Timeouts.Command)
+	if e != nil {
+		return e
+	}
+	if r.Class() != 2 {
+		return refusedBy(StepSTARTTLS, r)
+	}
+	if s.replies.Buffered() > 0 {
+		// Somebody on the way wants them to be read as if they came through TLS (CVE-2011-0411).
+		return &OpenError{Step: StepSTARTTLS, Err: errors.New("there were more bytes behind the reply, in the clear")}
+	}
+	if e := d.startTLS(ctx); e != nil {
+		return e
+	}
+	return d.hello()
+}
+
+// refusedBy is the error of a reply that is not the one hoped for.
+func refusedBy(step Step, r wire.Reply) *OpenError { return &OpenError{Step: step, Reply: r} }
+
+// command writes a command and reads its reply; show is how it looks in a trace.
+func (d *dialogue) command(op Step, show, line string, limit time.Duration) (wire.Reply, *OpenError) {
+	d.s.traceCommand(d.ctx, show)
+	if _, err := d.s.conn.Write([]byte(line + "\r\n")); err != nil {
+		// The relay may have said why it hangs up.
+		if r, e := d.read(op, lastWords); e == nil {
+			return wire.Reply{}, refusedBy(op, r)
+		}
+		return wire.Reply{}, &OpenError{Step: op, Err: Explain(err)}
+	}
+	return d.read(op, limit)
+}
+
+// read reads one reply. A 421 is an error whatever it answers.
+func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
+	s := d.s
+	d.progress(op)
+	deadline := time.Time{}
+	if limit > 0 {
+		deadline = time.Now().Add(limit)
+	}
+	if op == StepAuth && !d.authBy.IsZero() {
+		deadline = d.authBy
+	}
+	s.raw.SetReadDeadline(deadline)
+	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
+		return wire.Reply{}, &OpenError{Step: op, Err: ContextError(d.ctx)}
+	}
+	r, raw, err := s.readReply(op == StepEHLO || op == StepAuth)
+	d.raw = raw
+	switch {
+	case err != nil && IsTimeout(err):
+		err = &TimeoutError{Step: op, After: limit}
+		fallthrough
+	case err != nil:
+		return r, &OpenError{Step: op, Err: Explain(err)}
+	}
+	if s.trace.Reply != nil {
+		shown := r
+		if op == StepAuth && r.Code == 334 {
+			shown.Text = scrub.Redacted
+		}
+		s.trace.Reply(d.ctx, op, shown)
+	}
+	if r.Code == 421 {
+		return r, refusedBy(op, r)
+	}
+	return r, nil
+}
+
+func (d *dialogue) progress(step Step) {
+	if d.o.Progress != nil {
+		d.o.Progress(step)
+	}
+}
+
+// leave says QUIT after a failure that leaves the relay listening. The reply is not read.
+func (d *dialogue) leave(e *OpenError) {
+	if e.Reply.Code != 0 && e.Reply.Code != 421 || e.Permanent && e.Step != StepTLS {
+		d.s.conn.Write([]byte("QUIT\r\n"))
+	}
+}
+
+// showDiscard finds out whether the relay throws away the octets of a chunk that it refuses. It sends a chunk out of order,
+// for which there can be no yes, and RSET behind it. A relay that throws the octets away gives two replies; one that does not
+// reads them as a command that does not exist, and gives three. An error means that the relay cannot bear the question.
+func (d *dialogue) showDiscard() (yes bool, _ *OpenError) {
+	const chunk = "XCHUNK\r\n"
+	limit := d.o.Timeouts.Overlap
+	r, e := d.command(StepBdat, "BDAT 8 (out of order, to see how the relay refuses it), RSET", "BDAT 8\r\n"+chunk+"RSET", limit)
+	if e != nil {
+		return false, e
+	}
+	refused := r.Class() >= 4
+	if r, e = d.read(StepBdat, limit); e != nil {
+		return false, e
+	}
+	yes = refused && r.Class() == 2
+	if r.Class() >= 4 { // the relay has read the chunk
+		if r, e = d.read(StepRset, limit); e != nil {
+			return false, e
+		}
+	}
+	if r.Class() != 2 {
+		e = refusedBy(StepBdat, r)
+	}
+	return yes, e
+}

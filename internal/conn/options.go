@@ -1,0 +1,92 @@
+package conn
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/emersion/go-sasl"
+
+	"github.com/smtprelay/smtprelay/internal/scrub"
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// Options are what the connections to one relay have in common. They do not change once the first one is opened.
+type Options struct {
+	Timeouts  Timeouts
+	LocalName func(net.Conn) string // the argument of EHLO
+
+	Pipelining  bool // commands may be written without awaiting the reply to the one before
+	Overlap     bool // and behind a final dot that has no reply yet
+	Chunking    bool // bodies may go in chunks
+	MaxInFlight int  // messages on their way without final reply, in chunks
+
+	TLS        *tls.Config // nil: mail and credentials travel in the clear
+	Implicit   bool        // TLS begins with the first byte, not with STARTTLS
+	AllowClear bool        // a relay that does not offer STARTTLS is talked to in the clear
+
+	// Mechanism chooses how to authenticate; nil: not at all, and HELO will do. An error that is an *OpenError is returned by Open as it is.
+	Mechanism func(ctx context.Context, ext *wire.Extensions, state *tls.ConnectionState) (sasl.Client, error)
+	Secrets   func() (username, password string) // that Mechanism may give away, beside what it is seen to
+	Said      *scrub.Known                       // what connections have given away
+
+	Profile  Profile
+	Progress func(Step) // told of each step of Open that is waited for
+
+	transactions sync.Pool // *Transaction; of these Options, since a channel must not cross the bubbles of testing/synctest
+}
+
+// Timeouts bound the steps of a connection; 0 means no limit. Quit has a limit in any case.
+type Timeouts struct {
+	Greeting   time.Duration // the first reply
+	TLS        time.Duration // the TLS handshake
+	Command    time.Duration // the reply to a command; for AUTH all rounds
+	Data       time.Duration // the reply to DATA
+	Write      time.Duration // writing to a relay that takes nothing; see progressConn
+	FinalReply time.Duration // the reply to the final dot
+	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own
+	Quit       time.Duration // the relay's close after QUIT
+}
+
+// Profile is what is known about the relay, and learns from each connection. It is safe for concurrent use; its methods
+// return at once and take no lock that is held while a Conn is called.
+type Profile interface {
+	Overlaps() bool                                        // commands may follow a final dot
+	OverlapFailed()                                        // the relay refused those, or threw them away
+	AuthMayBeFollowed() bool                               // commands may follow AUTH in one write
+	AuthFollowedFailed()                                   // the relay has answered such an AUTH with a challenge
+	SessionFull(n int, born time.Time)                     // the relay has ended a connection opened at born after n transactions
+	SessionGoesOn(n int)                                   // the relay has accepted the nth MAIL of a connection
+	DiscardsAt(addr string) (yes, known bool)              // the relay at addr throws away the octets of a chunk that it refuses
+	NoteDiscard(addr string, yes bool)                     // it has shown whether it does
+	RefusalOf(mark [sha256.Size]byte) (wire.Reply, bool)   // the reply to these credentials, if they were refused not long ago
+	AuthAnswered(mark [sha256.Size]byte, reply wire.Reply) // the last reply to AUTH
+	AuthGivenUp()                                          // the relay has refused an AUTH that was given up
+	Overlapped()                                           // a transaction was begun behind a final dot
+	MeansFull(mail wire.Reply) bool                        // the reply to MAIL says that the connection has had its share of messages
+	MeansIdle(mail wire.Reply) bool                        // or that it has ended since it was idle
+}
+
+// Owner hands out the write side of one Conn, which one transaction has at a time.
+type Owner interface {
+	Wanted() bool  // somebody waits for a write side
+	Handoff() bool // gives it to one who waits and can go on at once, if there is one
+	Release()      // takes it back; what is still in the buffer leaves soon
+
+	// SendAway starts a goroutine that calls Conn.SendAway; it reports false where the connection is gone.
+	SendAway() bool
+
+	// Changed is told when a final reply is in, and when the connection can be used no more; Closed when the relay has closed
+	// it, which is the last thing that happens. No lock is held.
+	Changed()
+	Closed()
+}
+
+// Trace is told what is said. Either may be nil.
+type Trace struct {
+	Command func(ctx context.Context, line string)
+	Reply   func(ctx context.Context, to Step, r wire.Reply)
+}
