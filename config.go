@@ -35,82 +35,22 @@ const defaultAddr = "smtp.sendgrid.net:587"
 
 // check finds all mistakes in c and fills in what is not set.
 func (c Config) check() (*settings, error) {
-	var mistakes []error
-	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
-
 	s := &settings{Config: c, password: newSecret(c.Password)}
 	s.Config.Password = ""
 	s.said.Expect(c.Password)
 	if s.Addr == "" {
 		s.Addr = defaultAddr
 	}
-	var err error
-	switch s.host, s.port, err = net.SplitHostPort(s.Addr); {
-	case strings.Contains(s.Addr, "@") || strings.Contains(s.Addr, "://"):
-		mistake("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
-	case err != nil && !strings.Contains(s.Addr, ":"):
-		mistake("Addr %q has no port; try %q", s.Addr, s.Addr+":587")
-	case err != nil:
-		mistake("Addr %q is not host:port: %s", s.Addr, err.(*net.AddrError).Err)
-	case s.host == "":
-		mistake("Addr %q has no host", s.Addr)
-	case strings.ContainsFunc(s.host, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }):
-		mistake("Addr %q: the host has white space or control characters in it", s.Addr)
-	case strings.Contains(s.host, ":") && !isAddress(s.host):
-		mistake("Addr %q: the host has colons but is not an IPv6 address", s.Addr)
-	case !validPort(s.port):
-		mistake("Addr %q: the port is not a number from 1 to 65535", s.Addr)
-	}
-	sendGrid := s.host == "sendgrid.net" || strings.HasSuffix(s.host, ".sendgrid.net")
-	switch {
-	case c.Auth != nil && (c.Username != "" || c.Password != ""):
-		mistake("Auth is set together with Username or Password: leave one out")
-	case c.Auth != nil:
-	case c.Password == "" && c.Username != "":
-		mistake("Password is empty, but Username is set") // to the key, maybe
-	case c.Password == "" && sendGrid:
-		mistake("Password is empty: SendGrid wants an API key")
-	case c.Username == "" && c.Password != "":
+	if c.Username == "" && c.Password != "" && c.Auth == nil {
 		s.Username = "apikey"
 	}
-	if strings.ContainsRune(c.Username, 0) || strings.ContainsRune(c.Password, 0) {
-		mistake("Username or Password contains a NUL")
-	}
-	if c.Password != strings.TrimSpace(c.Password) {
-		mistake("Password begins or ends with white space; a key read from a file often has a line end too many")
-	}
-	if c.TLS < TLSByPort || c.TLS > TLSNone {
-		mistake("TLS is %d: want TLSByPort, TLSImplicit, TLSStartTLS or TLSNone", c.TLS)
-	}
-	if c.TLS == TLSNone && (s.port == "465" || s.port == "2465") {
-		mistake("TLS is TLSNone, but port %s speaks TLS from the first byte", s.port)
-	}
-	if c.Pipelining < PipelineAcross || c.Pipelining > PipelineOff {
-		mistake("Pipelining is %d: want PipelineAcross, PipelineWithin or PipelineOff", c.Pipelining)
-	}
-	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
-		mistake("TLSConfig.MaxVersion is below TLS 1.2")
-	}
-	if c.LocalName != "" && !validDomain(c.LocalName) && !validLiteral(c.LocalName) {
-		mistake("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", c.LocalName)
-	}
-	if c.Limits.MaxConns < 0 || c.Limits.MaxConns > 10000 {
-		mistake("Limits.MaxConns is %d: want 1 to 10000, or 0 for 10", c.Limits.MaxConns)
-	}
-	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
-		mistake("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
-	}
-	if c.Timeouts.Quit < 0 {
-		mistake("Timeouts.Quit is negative: a relay that never closes would be waited for without end")
-	}
-	if c.Retry.MinBackoff < 0 || c.Retry.MaxBackoff < 0 {
-		mistake("Retry.MinBackoff and MaxBackoff must not be negative")
-	}
-	if c.Retry.MaxBackoff > 0 && c.Retry.MaxBackoff < c.Retry.MinBackoff {
-		mistake("Retry.MaxBackoff, %v, is less than MinBackoff, %v", c.Retry.MaxBackoff, c.Retry.MinBackoff)
-	}
-	if len(mistakes) > 0 {
-		return nil, errors.Join(mistakes...)
+	var wrong mistakes
+	s.host, s.port = wrong.splitAddr(s.Addr)
+	wrong.inCredentials(c, s.host)
+	wrong.inModes(c, s.port)
+	wrong.inLimits(c)
+	if len(wrong) > 0 {
+		return nil, errors.Join(wrong...)
 	}
 	s.Limits = c.Limits.withDefaults()
 	s.split = orDefault(c.Limits.MaxRecipients, 1000)
@@ -119,6 +59,87 @@ func (c Config) check() (*settings, error) {
 	s.tls = tlsConfig(c.TLSConfig, s.host)
 	s.conns = s.connOptions()
 	return s, nil
+}
+
+// mistakes are what is wrong with a Config.
+type mistakes []error
+
+func (m *mistakes) add(format string, args ...any) { *m = append(*m, fmt.Errorf(format, args...)) }
+
+// splitAddr returns the host and port of addr.
+func (m *mistakes) splitAddr(addr string) (host, port string) {
+	host, port, err := net.SplitHostPort(addr)
+	switch {
+	case strings.Contains(addr, "@") || strings.Contains(addr, "://"):
+		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
+	case err != nil && !strings.Contains(addr, ":"):
+		m.add("Addr %q has no port; try %q", addr, addr+":587")
+	case err != nil:
+		m.add("Addr %q is not host:port: %s", addr, err.(*net.AddrError).Err)
+	case host == "":
+		m.add("Addr %q has no host", addr)
+	case strings.ContainsFunc(host, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }):
+		m.add("Addr %q: the host has white space or control characters in it", addr)
+	case strings.Contains(host, ":") && !isAddress(host):
+		m.add("Addr %q: the host has colons but is not an IPv6 address", addr)
+	case !validPort(port):
+		m.add("Addr %q: the port is not a number from 1 to 65535", addr)
+	}
+	return host, port
+}
+
+func (m *mistakes) inCredentials(c Config, host string) {
+	switch {
+	case c.Auth != nil && (c.Username != "" || c.Password != ""):
+		m.add("Auth is set together with Username or Password: leave one out")
+	case c.Auth != nil:
+	case c.Password == "" && c.Username != "":
+		m.add("Password is empty, but Username is set") // to the key, maybe
+	case c.Password == "" && (host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")):
+		m.add("Password is empty: SendGrid wants an API key")
+	}
+	if strings.ContainsRune(c.Username, 0) || strings.ContainsRune(c.Password, 0) {
+		m.add("Username or Password contains a NUL")
+	}
+	if c.Password != strings.TrimSpace(c.Password) {
+		m.add("Password begins or ends with white space; a key read from a file often has a line end too many")
+	}
+}
+
+func (m *mistakes) inModes(c Config, port string) {
+	if c.TLS < TLSByPort || c.TLS > TLSNone {
+		m.add("TLS is %d: want TLSByPort, TLSImplicit, TLSStartTLS or TLSNone", c.TLS)
+	}
+	if c.TLS == TLSNone && (port == "465" || port == "2465") {
+		m.add("TLS is TLSNone, but port %s speaks TLS from the first byte", port)
+	}
+	if c.Pipelining < PipelineAcross || c.Pipelining > PipelineOff {
+		m.add("Pipelining is %d: want PipelineAcross, PipelineWithin or PipelineOff", c.Pipelining)
+	}
+	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
+		m.add("TLSConfig.MaxVersion is below TLS 1.2")
+	}
+	if c.LocalName != "" && !validDomain(c.LocalName) && !validLiteral(c.LocalName) {
+		m.add("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", c.LocalName)
+	}
+}
+
+func (m *mistakes) inLimits(c Config) {
+	if c.Limits.MaxConns < 0 || c.Limits.MaxConns > 10000 {
+		m.add("Limits.MaxConns is %d: want 1 to 10000, or 0 for 10", c.Limits.MaxConns)
+	}
+	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
+		m.add("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
+	}
+	if c.Timeouts.Quit < 0 {
+		m.add("Timeouts.Quit is negative: a relay that never closes would be waited for without end")
+	}
+	if c.Retry.MinBackoff < 0 || c.Retry.MaxBackoff < 0 {
+		m.add("Retry.MinBackoff and MaxBackoff must not be negative")
+	}
+	if c.Retry.MaxBackoff > 0 && c.Retry.MaxBackoff < c.Retry.MinBackoff {
+		m.add("Retry.MaxBackoff, %v, is less than MinBackoff, %v", c.Retry.MaxBackoff, c.Retry.MinBackoff)
+	}
 }
 
 // withDefaults replaces zero by the default, and negative by 0, which means no limit from here on.
