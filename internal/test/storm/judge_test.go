@@ -223,7 +223,7 @@ func (j *stormJudge) justified(told *stormTold, outcomes []smtprelay.Outcome, at
 			}
 			// Whoever gives up while another Send, or a Ping, carries his final dot cannot know whether it will leave.
 			carried := !told.gaveUp.IsZero() && a.sent != nil && (a.sent.carried.Load() || a.data == 354 && j.p.pings > 0)
-			mayBe := a.dotted() || a.sent == nil && a.data == 354 || carried
+			mayBe := a.dotted() || a.sent != nil && a.sent.perhaps.Load() || a.sent == nil && a.data == 354 || carried
 			dotted = dotted || mayBe
 			clear = clear && (!mayBe || a.answered && a.conn.faults == 0)
 			if outcomes[i] == smtprelay.NotAccepted && a.carries(to) && a.dotted() && !a.answered && !a.refused() {

@@ -200,6 +200,7 @@ type stormClientConn struct {
 type stormSending struct {
 	mail    int64
 	dot     atomic.Int64
+	perhaps atomic.Bool // the last octet that was handed to Write may have been the final dot
 	carried atomic.Bool // the final dot was to leave in one write with the envelope of another message
 }
 
@@ -250,7 +251,11 @@ func (e *stormClientConn) look(p []byte) {
 		text, _, ended := bytes.Cut(p[at:], []byte("\n"))
 		e.line = append(e.line, text[:min(len(text), 100)]...)
 		e.looked += len(text)
-		if end := strings.TrimSuffix(string(e.line), "\r"); !e.ended && e.current != nil && (end == "." || end == "BDAT 0 LAST") {
+		switch end := strings.TrimSuffix(string(e.line), "\r"); {
+		case e.ended || e.current == nil:
+		case string(e.line) == "." && !ended:
+			e.current.perhaps.Store(true) // or the beginning of a line of the body, whose dot is doubled
+		case end == "." || end == "BDAT 0 LAST":
 			// A relay may do without the line end if the connection has closed.
 			e.dots = append(e.dots, stormDot{e.current, e.looked - len(e.line) + len(end)})
 			e.ended = true
