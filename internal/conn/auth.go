@@ -25,11 +25,11 @@ const maxChallenges = 10
 var errChallenges = fmt.Errorf("the relay has sent more than %d challenges; authentication was given up", maxChallenges)
 
 // saying notes what is about to be said in AUTH.
-func (s *Conn) saying(mechanism string, response []byte) {
-	username, password := s.o.Secrets()
-	s.said.Name(username)
-	s.said.Password(password)
-	s.said.Response(mechanism, response)
+func (c *Conn) saying(mechanism string, response []byte) {
+	username, password := c.o.Secrets()
+	c.said.Name(username)
+	c.said.Password(password)
+	c.said.Response(mechanism, response)
 }
 
 // challengeError is a mechanism's error that the relay had a hand in: it may quote the challenge.
@@ -44,11 +44,11 @@ func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target)
 // authenticate authenticates the connection. If mayLead, PLAIN is left to lead the first transaction where commands may
 // follow it in one group (RFC 4954, 4), which saves a round trip.
 func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
-	s := d.s
+	c := d.c
 	if d.o.Mechanism == nil {
 		return nil
 	}
-	mech, err := d.o.Mechanism(ctx, &s.ext, s.tls)
+	mech, err := d.o.Mechanism(ctx, &c.ext, c.tls)
 	if e, ok := err.(*OpenError); ok {
 		return e
 	}
@@ -60,8 +60,8 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 		return authFailed(err)
 	}
 	mechanism := strings.ToUpper(name)
-	if !slices.Contains(s.ext.Auth, mechanism) { // the token is not for a relay that cannot use it
-		return &OpenError{Step: StepAuth, Permanent: true, Err: &NotOfferedError{name, s.ext.Auth}}
+	if !slices.Contains(c.ext.Auth, mechanism) { // the token is not for a relay that cannot use it
+		return &OpenError{Step: StepAuth, Permanent: true, Err: &NotOfferedError{name, c.ext.Auth}}
 	}
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
 	if ir != nil {
@@ -76,9 +76,9 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 			encoded = "="
 		}
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
-			s.saying(mechanism, ir)
-			if mayLead && name == sasl.Plain && s.pipelining() && d.o.Profile.AuthMayBeFollowed() {
-				s.pendingAuth, s.authMark = []byte(full), mark
+			c.saying(mechanism, ir)
+			if mayLead && name == sasl.Plain && c.pipelining() && d.o.Profile.AuthMayBeFollowed() {
+				c.pendingAuth, c.authMark = []byte(full), mark
 				return nil
 			}
 			line, ir = line+" "+encoded, nil
@@ -115,7 +115,7 @@ func authFailed(err error) *OpenError {
 // answer says line, which begins AUTH, and answers the relay's challenges, the first one with ir if that is not nil. It
 // returns the last reply.
 func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (wire.Reply, *OpenError) {
-	s := d.s
+	c := d.c
 	limit := d.o.Timeouts.Command
 	if limit > 0 {
 		d.authBy = time.Now().Add(limit) // of all rounds together
@@ -131,9 +131,9 @@ func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (
 			}
 		}
 		if mechanism == sasl.Login && challenges == 1 && !AsksPassword(challenge) {
-			s.said.Name(string(answer))
+			c.said.Name(string(answer))
 		} else {
-			s.saying(mechanism, answer)
+			c.saying(mechanism, answer)
 		}
 		reply, e = d.command(StepAuth, scrub.Redacted, base64.StdEncoding.EncodeToString(answer), limit)
 	}
@@ -148,7 +148,7 @@ func (d *dialogue) next(mech sasl.Client, n int) (challenge, answer []byte, err 
 	}
 	if err == nil {
 		if answer, err = mech.Next(challenge); err != nil {
-			if text := d.s.said.ScrubApart(err.Error()); text != err.Error() {
+			if text := d.c.said.ScrubApart(err.Error()); text != err.Error() {
 				err = &challengeError{text, err}
 			}
 		}
@@ -173,11 +173,11 @@ func AsksPassword(challenge []byte) bool {
 
 // Authenticate sends the AUTH that was to lead the first transaction alone, if it was not sent yet. The write side is the
 // caller's, and stays so.
-func (s *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) {
-	if s.pendingAuth == nil {
+func (c *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) {
+	if c.pendingAuth == nil {
 		return r, true
 	}
-	t := NewTransaction(ctx, s, &Message{})
+	t := NewTransaction(ctx, c, &Message{})
 	t.guard()
 	defer func() { t.unguard() }()
 	authenticated = t.writeAuth() && t.sendNow() && t.awaitEnvelope()

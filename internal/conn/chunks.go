@@ -52,13 +52,13 @@ type chunkedBody struct {
 
 // mustHoldLocked reports whether the body must not leave before the relay has answered its envelope.
 func (t *Transaction) mustHoldLocked() bool {
-	s := t.s
+	c := t.c
 	switch {
-	case s.pendingAuth != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
+	case c.pendingAuth != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
 	case t.clearing: // if RSET is refused, the message would go to the recipients of the envelope that is still open
 	case t.waitsForRcpts():
-	case !s.inStep:
-	case t.overlapped && !s.overlapped:
+	case !c.inStep:
+	case t.overlapped && !c.overlapped:
 	default:
 		return false
 	}
@@ -70,13 +70,13 @@ func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.re
 
 // goesByData reports whether the body goes by DATA, as far as that can be known before it is asked to write itself.
 func (t *Transaction) goesByData() bool {
-	switch b := t.m.Body.(type) {
+	switch body := t.m.Body.(type) {
 	case Bytes:
-		return !t.s.chunked || beginsOddly(b)
+		return !t.c.chunked || beginsOddly(body)
 	case *headedBody:
-		return !t.s.chunked || beginsOddly(b.head)
+		return !t.c.chunked || beginsOddly(body.head)
 	}
-	return !t.s.chunked
+	return !t.c.chunked
 }
 
 // beginsOddly reports whether a body begins with a line that is no header field: Postfix takes an envelope line of a mailbox
@@ -102,11 +102,11 @@ func (t *Transaction) converseInChunks() bool {
 	if isBytes(t.m.Body) {
 		return t.beginChunks(t.m.Size)
 	}
-	c := &t.chunked
-	c.buffer = chunkPool.Get().(*[maxChunk]byte)
-	t.s.body.Reset((*chunkSink)(t), false)
+	b := &t.chunked
+	b.buffer = chunkPool.Get().(*[maxChunk]byte)
+	t.c.body.Reset((*chunkSink)(t), false)
 	err := t.writeBody()
-	if err == nil && !c.begun && beginsOddly(c.buffer[:c.used]) {
+	if err == nil && !b.begun && beginsOddly(b.buffer[:b.used]) {
 		err = t.goByData()
 	}
 	switch {
@@ -117,14 +117,14 @@ func (t *Transaction) converseInChunks() bool {
 		return false
 	case err != nil:
 		t.bodyErr = err // only whole chunks were written: the session is in step
-		if c.begun {
-			t.s.Retire(Full)
+		if b.begun {
+			t.c.Retire(Full)
 		}
 		return false
-	case c.begun:
+	case b.begun:
 		return true
 	}
-	return t.beginChunks(int64(c.used))
+	return t.beginChunks(int64(b.used))
 }
 
 // readAhead replaces a body that can be written once only: a small one by its octets, another one by a [headedBody].
@@ -141,7 +141,7 @@ func (t *Transaction) readAhead() error {
 		return ErrEmptyBody
 	}
 	t.m.Body, t.m.Size = Bytes(head.Bytes()), wire.CanonicalSize(head.Bytes())
-	if limit := t.s.ext.Size; limit > 0 && t.m.Size > limit {
+	if limit := t.c.ext.Size; limit > 0 && t.m.Size > limit {
 		return &SizeError{Limit: limit}
 	}
 	t.declare(t.m.Size)
@@ -150,7 +150,7 @@ func (t *Transaction) readAhead() error {
 
 // declare has MAIL say how large the message is, where the relay takes that.
 func (t *Transaction) declare(size int64) {
-	if t.s.ext.Has("SIZE") {
+	if t.c.ext.Has("SIZE") {
 		t.mail.Size = size
 	}
 }
@@ -172,15 +172,15 @@ func (t *Transaction) beginChunks(size int64) bool {
 	if !t.send() || !t.awaitEnvelope() || !t.dataIsDue() {
 		return false
 	}
-	s := t.s
-	if !s.inStep {
-		s.inStep = true
-		s.o.Profile.NoteDiscard(s.addr, true)
+	c := t.c
+	if !c.inStep {
+		c.inStep = true
+		c.o.Profile.NoteDiscard(c.addr, true)
 	}
 	if together {
-		s.mu.Lock()
-		s.overlapped = true
-		s.mu.Unlock()
+		c.mu.Lock()
+		c.overlapped = true
+		c.mu.Unlock()
 	}
 	return true
 }
@@ -191,15 +191,15 @@ type chunkSink Transaction
 // Write implements io.Writer.
 func (cs *chunkSink) Write(p []byte) (int, error) {
 	t := (*Transaction)(cs)
-	c := &t.chunked
+	b := &t.chunked
 	n := 0
 	for {
 		if t.byData {
-			k, err := c.dots.Write(p[n:])
+			k, err := b.dots.Write(p[n:])
 			return n + k, err
 		}
-		k := copy(c.buffer[c.used:], p[n:])
-		c.used += k
+		k := copy(b.buffer[b.used:], p[n:])
+		b.used += k
 		if n += k; n == len(p) {
 			return n, nil
 		}
@@ -211,11 +211,11 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 
 // overflow makes room in the buffer: it writes a chunk, or goes over to DATA.
 func (t *Transaction) overflow() error {
-	c := &t.chunked
-	if !c.begun && (t.s.ext.Size == 0 || beginsOddly(c.buffer[:c.used])) {
+	b := &t.chunked
+	if !b.begun && (t.c.ext.Size == 0 || beginsOddly(b.buffer[:b.used])) {
 		return t.goByData()
 	}
-	if !c.begun && !t.beginChunks(0) || !t.writeChunk() || !t.sendNow() {
+	if !b.begun && !t.beginChunks(0) || !t.writeChunk() || !t.sendNow() {
 		return errRefused
 	}
 	if h, ok := t.m.Body.(*headedBody); ok && !h.used && (!t.awaitEnvelope() || t.unwanted()) {
@@ -226,21 +226,21 @@ func (t *Transaction) overflow() error {
 
 // goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
 func (t *Transaction) goByData() error {
-	c := &t.chunked
-	c.begun, t.byData = true, true
+	b := &t.chunked
+	b.begun, t.byData = true, true
 	if !t.beginData() {
 		return errRefused
 	}
-	c.dots.Reset(t.s.out, true)
-	_, err := c.dots.Write(c.buffer[:c.used])
+	b.dots.Reset(t.c.out, true)
+	_, err := b.dots.Write(b.buffer[:b.used])
 	return err
 }
 
 // unwanted reports whether the relay has refused the message already, so that no further chunk is to be sent
 // (RFC 3030, 2).
 func (t *Transaction) unwanted() bool {
-	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
 	step, _ := t.replies.Refusal(t.m.AllOrNothing)
 	return step != ""
 }
@@ -250,30 +250,30 @@ func (t *Transaction) startChunk(n int) bool {
 	if t.unwanted() {
 		return false
 	}
-	s := t.s
-	s.line = append(strconv.AppendInt(append(s.line[:0], "BDAT "...), int64(n), 10), "\r\n"...)
-	end := s.position() + int64(len(s.line)+n)
-	if !s.expect(exchange{op: StepBdat, tx: t, limit: s.o.Timeouts.Command, end: end}) {
+	c := t.c
+	c.line = append(strconv.AppendInt(append(c.line[:0], "BDAT "...), int64(n), 10), "\r\n"...)
+	end := c.position() + int64(len(c.line)+n)
+	if !c.expect(exchange{op: StepBdat, tx: t, limit: c.o.Timeouts.Command, end: end}) {
 		return false
 	}
-	if s.trace.Command != nil {
-		s.trace.Command(t.ctx, fmt.Sprintf("BDAT %d", n))
+	if c.trace.Command != nil {
+		c.trace.Command(t.ctx, fmt.Sprintf("BDAT %d", n))
 	}
-	_, err := s.out.Write(s.line)
+	_, err := c.out.Write(c.line)
 	return err == nil || t.explained()
 }
 
 // writeChunk writes what is in the buffer as a chunk.
 func (t *Transaction) writeChunk() bool {
-	c := &t.chunked
-	if c.used == 0 {
+	b := &t.chunked
+	if b.used == 0 {
 		return true
 	}
-	if !t.startChunk(c.used) {
+	if !t.startChunk(b.used) {
 		return false
 	}
-	_, err := t.s.out.Write(c.buffer[:c.used])
-	c.used = 0
+	_, err := t.c.out.Write(b.buffer[:b.used])
+	b.used = 0
 	return err == nil || t.explained()
 }
 
@@ -283,7 +283,7 @@ func (t *Transaction) lastChunks() bool {
 		return t.writeChunk() && t.finishChunks()
 	}
 	t.chunked.left = t.m.Size
-	t.s.body.Reset((*chunkSplitter)(t), false)
+	t.c.body.Reset((*chunkSplitter)(t), false)
 	switch err := t.writeBody(); {
 	case err == errRefused:
 		return false
@@ -304,19 +304,19 @@ type chunkSplitter Transaction
 // Write implements io.Writer.
 func (cs *chunkSplitter) Write(p []byte) (int, error) {
 	t := (*Transaction)(cs)
-	c := &t.chunked
+	b := &t.chunked
 	n := 0
 	for n < len(p) {
-		if c.room == 0 {
-			c.room = int(min(c.left, maxChunk))
-			c.left -= int64(c.room)
-			if !t.startChunk(c.room) {
+		if b.room == 0 {
+			b.room = int(min(b.left, maxChunk))
+			b.left -= int64(b.room)
+			if !t.startChunk(b.room) {
 				return n, errRefused
 			}
 		}
-		k, err := t.s.out.Write(p[n:min(n+c.room, len(p))])
+		k, err := t.c.out.Write(p[n:min(n+b.room, len(p))])
 		n += k
-		c.room -= k
+		b.room -= k
 		if err != nil {
 			return n, err
 		}

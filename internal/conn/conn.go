@@ -130,231 +130,231 @@ type Info struct {
 }
 
 // Info returns how the connection is now.
-func (s *Conn) Info() Info {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	info := Info{Used: s.used, Pending: s.pending, Reason: s.reason, Auth: s.auth}
-	if s.reason == Fault {
-		info.Err = s.cause
+func (c *Conn) Info() Info {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	info := Info{Used: c.used, Pending: c.pending, Reason: c.reason, Auth: c.auth}
+	if c.reason == Fault {
+		info.Err = c.cause
 	}
 	return info
 }
 
 // Extensions is what the relay has offered. It does not change.
-func (s *Conn) Extensions() *wire.Extensions { return &s.ext }
+func (c *Conn) Extensions() *wire.Extensions { return &c.ext }
 
 // TLS is the state of TLS; nil in the clear. It does not change.
-func (s *Conn) TLS() *tls.ConnectionState { return s.tls }
+func (c *Conn) TLS() *tls.ConnectionState { return c.tls }
 
 // Born is when the connection was opened.
-func (s *Conn) Born() time.Time { return s.born }
+func (c *Conn) Born() time.Time { return c.born }
 
 // Expires is when the connection is too old to be used; zero means never. It does not change after Bound.
-func (s *Conn) Expires() time.Time { return s.expires }
+func (c *Conn) Expires() time.Time { return c.expires }
 
 // Limit is how many transactions may be begun; 0 means any number. It does not change after Bound.
-func (s *Conn) Limit() int { return s.limit }
+func (c *Conn) Limit() int { return c.limit }
 
 // Bound sets how many transactions may be begun, 0 for any number, and until when, zero for any time. It is called before
 // the first transaction.
-func (s *Conn) Bound(transactions int, expires time.Time) {
-	s.limit, s.expires = transactions, expires
+func (c *Conn) Bound(transactions int, expires time.Time) {
+	c.limit, c.expires = transactions, expires
 }
 
 // Buffered reports whether something was written that has not left: another transaction's final dot. It is for the holder of
 // the write side.
-func (s *Conn) Buffered() bool { return s.out.Buffered() > 0 }
+func (c *Conn) Buffered() bool { return c.out.Buffered() > 0 }
 
 // PendingAuth reports whether AUTH is still to be sent. It is for the holder of the write side.
-func (s *Conn) PendingAuth() bool { return s.pendingAuth != nil }
+func (c *Conn) PendingAuth() bool { return c.pendingAuth != nil }
 
 // InterruptWrites ends a write that is under way and every later one.
-func (s *Conn) InterruptWrites() { s.raw.interrupt() }
+func (c *Conn) InterruptWrites() { c.raw.interrupt() }
 
 // Status returns what may be done with the connection. One whose time has come is retired by that, but for one that has not
 // had a message yet: it may have taken that long to get ready, and the next one would too.
-func (s *Conn) Status(now time.Time) Status {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.used > 0 && !s.expires.IsZero() && !now.Before(s.expires) {
-		s.retireLocked(Age)
+func (c *Conn) Status(now time.Time) Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.used > 0 && !c.expires.IsZero() && !now.Before(c.expires) {
+		c.retireLocked(Age)
 	}
 	switch {
-	case s.phase >= draining, s.writeErr != nil:
+	case c.phase >= draining, c.writeErr != nil:
 		return Lost
-	case s.phase == last && s.pending > 0:
+	case c.phase == last && c.pending > 0:
 		return Busy
-	case s.phase == last:
+	case c.phase == last:
 		return Retired
-	case s.pending == 0:
+	case c.pending == 0:
 		return Free
-	case s.overlaps() && s.pending < s.inFlightLocked():
+	case c.overlaps() && c.pending < c.inFlightLocked():
 		return Overlappable
 	}
 	return Busy
 }
 
 // pipelining reports whether commands may be written without awaiting the reply to the one before.
-func (s *Conn) pipelining() bool {
-	return s.o.Pipelining && s.ext.Has("PIPELINING")
+func (c *Conn) pipelining() bool {
+	return c.o.Pipelining && c.ext.Has("PIPELINING")
 }
 
 // overlaps reports whether commands may be written behind a final dot.
-func (s *Conn) overlaps() bool {
-	return s.o.Overlap && s.pipelining() && s.o.Profile.Overlaps()
+func (c *Conn) overlaps() bool {
+	return c.o.Overlap && c.pipelining() && c.o.Profile.Overlaps()
 }
 
 // inFlightLocked is how many messages may be on their way whose final reply is not in. With DATA it is two: the next one's
 // body waits for a 354 that comes behind that reply. In chunks it is MaxInFlight, once the relay has shown on this connection
 // that it answers what leaves together with the end of a message.
-func (s *Conn) inFlightLocked() int {
+func (c *Conn) inFlightLocked() int {
 	switch {
-	case !s.chunked:
+	case !c.chunked:
 		return 2
-	case !s.overlapped:
-		return min(2, s.o.MaxInFlight)
+	case !c.overlapped:
+		return min(2, c.o.MaxInFlight)
 	}
-	return s.o.MaxInFlight
+	return c.o.MaxInFlight
 }
 
 // Usable reports whether transactions may be begun yet, now or later.
-func (s *Conn) Usable() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.phase == ready && (s.limit == 0 || s.used < s.limit)
+func (c *Conn) Usable() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.phase == ready && (c.limit == 0 || c.used < c.limit)
 }
 
 // LastRoom is how many more transactions may be begun on a session that is in the last fifth of its life; 0 on another, and
 // on one that was not heard of since.
-func (s *Conn) LastRoom(since time.Time) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	left := s.limit - s.used
-	if s.phase != ready || s.limit == 0 || left > s.limit/5 || s.heard.Before(since) {
+func (c *Conn) LastRoom(since time.Time) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	left := c.limit - c.used
+	if c.phase != ready || c.limit == 0 || left > c.limit/5 || c.heard.Before(since) {
 		return 0
 	}
 	return left
 }
 
 // Failed reports whether the session ends early, once the messages that are on their way have come to their end.
-func (s *Conn) Failed() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.reason == Fault
+func (c *Conn) Failed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason == Fault
 }
 
 // Retire makes the connection take no further transaction.
-func (s *Conn) Retire(why Reason) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.retireLocked(why)
+func (c *Conn) Retire(why Reason) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.retireLocked(why)
 }
 
-func (s *Conn) retireLocked(why Reason) {
-	if s.phase == ready {
-		s.phase, s.reason = last, why
+func (c *Conn) retireLocked(why Reason) {
+	if c.phase == ready {
+		c.phase, c.reason = last, why
 	}
 }
 
 // Reading.
 
 // ReadLoop runs until the connection has ended. It alone reads.
-func (s *Conn) ReadLoop() {
+func (c *Conn) ReadLoop() {
 	var err error
 	for more := true; more; {
 		var r wire.Reply
-		if r, _, err = s.readReply(false); err != nil {
+		if r, _, err = c.readReply(false); err != nil {
 			break
 		}
-		more = s.deliver(r)
+		more = c.deliver(r)
 	}
-	s.mu.Lock()
-	s.failLocked(s.lossLocked(err))
-	s.mu.Unlock()
-	s.raw.interrupt()
-	s.mu.Lock()
-	for s.attempted != s.written { // until then nobody knows what has left
-		s.wrote.Wait()
+	c.mu.Lock()
+	c.failLocked(c.lossLocked(err))
+	c.mu.Unlock()
+	c.raw.interrupt()
+	c.mu.Lock()
+	for c.attempted != c.written { // until then nobody knows what has left
+		c.wrote.Wait()
 	}
-	wait := s.o.Timeouts.Quit
-	waited := s.quitting && (s.head == len(s.waiting) || s.waiting[s.head].op == StepQuit)
-	if s.abort || waited && s.writeErr == nil && IsTimeout(err) && s.deadline != longAgo {
+	wait := c.o.Timeouts.Quit
+	waited := c.quitting && (c.head == len(c.waiting) || c.waiting[c.head].op == StepQuit)
+	if c.abort || waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo {
 		wait = 0 // QUIT had its time already
 	}
-	s.phase, s.left421 = closing, s.said421 && errors.Is(err, io.EOF)
-	s.mu.Unlock()
-	close(s.done)
-	s.owner.Changed()
+	c.phase, c.left421 = closing, c.said421 && errors.Is(err, io.EOF)
+	c.mu.Unlock()
+	close(c.done)
+	c.owner.Changed()
 
 	// A clean end of TLS is not yet the close of the connection below.
-	if _, onTLS := s.conn.(*tls.Conn); ClosedByPeer(err) && !onTLS {
-		s.raw.Close()
+	if _, onTLS := c.conn.(*tls.Conn); ClosedByPeer(err) && !onTLS {
+		c.raw.Close()
 	} else {
-		s.raw.hangUp(wait)
+		c.raw.hangUp(wait)
 	}
-	s.owner.Closed()
+	c.owner.Closed()
 }
 
 // deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
-func (s *Conn) deliver(r wire.Reply) (more bool) {
-	s.traceReply(r)
-	s.mu.Lock()
-	if s.earlyLocked(r) {
-		s.failLocked(&UnexpectedReply{Reply: r})
-		s.mu.Unlock()
+func (c *Conn) deliver(r wire.Reply) (more bool) {
+	c.traceReply(r)
+	c.mu.Lock()
+	if c.earlyLocked(r) {
+		c.failLocked(&UnexpectedReply{Reply: r})
+		c.mu.Unlock()
 		return false
 	}
-	s.heard = time.Now()
-	x := s.waiting[s.head]
-	s.waiting[s.head] = exchange{}
-	s.head++
-	if s.head == len(s.waiting) {
-		s.waiting, s.head = s.waiting[:0], 0
+	c.heard = time.Now()
+	x := c.waiting[c.head]
+	c.waiting[c.head] = exchange{}
+	c.head++
+	if c.head == len(c.waiting) {
+		c.waiting, c.head = c.waiting[:0], 0
 	}
-	if (x.op == StepMail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == StepMail && s.o.Profile.MeansFull(r)) {
-		s.o.Profile.SessionFull(x.tx.seq-1, s.born)
+	if (x.op == StepMail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == StepMail && c.o.Profile.MeansFull(r)) {
+		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
 	} else if x.op == StepMail && r.Class() == 2 {
-		s.o.Profile.SessionGoesOn(x.tx.seq)
+		c.o.Profile.SessionGoesOn(x.tx.seq)
 	}
 	if r.Code == 421 && x.op != StepQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
-		s.said421 = true
-		s.hurryLocked(s.o.Timeouts.Quit)
-		s.failLocked(&ReplyError{Step: x.op, Reply: r})
+		c.said421 = true
+		c.hurryLocked(c.o.Timeouts.Quit)
+		c.failLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 	if x.tx != nil {
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
-		s.o.Profile.OverlapFailed()
+		c.o.Profile.OverlapFailed()
 	}
 	if x.op == StepQuit {
 		// What is left is to see the relay's close.
-		s.hurryLocked(s.o.Timeouts.Quit)
+		c.hurryLocked(c.o.Timeouts.Quit)
 	}
 	if x.final {
-		s.pending--
+		c.pending--
 	}
-	if next := s.replies.Peek(); next != 0 && s.head == len(s.waiting) {
+	if next := c.replies.Peek(); next != 0 && c.head == len(c.waiting) {
 		switch {
 		case x.final && next/100 != r.Class() && next != 421 && next != 221:
 			x.tx.contradicted = true
 		case !x.final && next < 400:
-			s.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+			c.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
 		}
 	}
-	s.armLocked()
-	more = !s.outOfStep && (s.phase < draining || s.dueLocked())
-	s.mu.Unlock()
+	c.armLocked()
+	more = !c.outOfStep && (c.phase < draining || c.dueLocked())
+	c.mu.Unlock()
 
 	if x.final {
 		if more {
-			s.owner.Changed()
+			c.owner.Changed()
 		}
 		// Second: a sender who has another message at once is to find this session idle, and not to open one more.
-		s.mu.Lock()
+		c.mu.Lock()
 		x.tx.told = true
 		x.tx.wake()
-		s.mu.Unlock()
+		c.mu.Unlock()
 	}
 	return more
 }
@@ -362,98 +362,98 @@ func (s *Conn) deliver(r wire.Reply) (more bool) {
 // earlyLocked reports whether r comes before the command that it would answer has left. No relay can answer that, so r is
 // one reply too many, and all replies behind it would be taken for those to other commands. A refusal is believed: a relay may
 // refuse a message of which it has not read the end.
-func (s *Conn) earlyLocked(r wire.Reply) bool {
-	return s.head == len(s.waiting) || r.Class() < 4 && s.waiting[s.head].end > s.attempted
+func (c *Conn) earlyLocked(r wire.Reply) bool {
+	return c.head == len(c.waiting) || r.Class() < 4 && c.waiting[c.head].end > c.attempted
 }
 
 // errExtraReply ends a session whose relay has sent more replies than it was given commands.
 var errExtraReply = errors.New("the relay sent a reply too many")
 
 // readReply reads a reply, long if it may carry data. From here on nobody sees what the relay repeats of the credentials, but for what was read raw.
-func (s *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
-	read := s.replies.ReadReply
+func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
+	read := c.replies.ReadReply
 	if long {
-		read = s.replies.ReadLong
+		read = c.replies.ReadLong
 	}
 	if r, err = read(); err != nil {
 		if m, ok := errors.AsType[*wire.MalformedError](err); ok {
-			err = &wire.MalformedError{Line: s.said.Scrub(m.Line)}
+			err = &wire.MalformedError{Line: c.said.Scrub(m.Line)}
 		}
 		return r, "", err
 	}
 	raw = r.Text
-	r.Text = s.said.Scrub(raw)
+	r.Text = c.said.Scrub(raw)
 	return r, raw, nil
 }
 
 // traceReply tells of a reply before anybody acts on it.
-func (s *Conn) traceReply(r wire.Reply) {
-	if s.trace.Reply == nil {
+func (c *Conn) traceReply(r wire.Reply) {
+	if c.trace.Reply == nil {
 		return
 	}
 	var x exchange
 	ctx := context.Background()
-	s.mu.Lock()
-	if s.head < len(s.waiting) {
-		if x = s.waiting[s.head]; x.tx != nil {
+	c.mu.Lock()
+	if c.head < len(c.waiting) {
+		if x = c.waiting[c.head]; x.tx != nil {
 			ctx = x.tx.ctx
 		}
 	}
-	s.mu.Unlock()
-	s.trace.Reply(ctx, x.op, r)
+	c.mu.Unlock()
+	c.trace.Reply(ctx, x.op, r)
 }
 
 // armLocked sets the read deadline to that of the oldest exchange outstanding.
-func (s *Conn) armLocked() {
-	if s.phase == closing {
+func (c *Conn) armLocked() {
+	if c.phase == closing {
 		return
 	}
 	var at time.Time
 	switch {
-	case s.cause != nil && !s.dueLocked():
+	case c.cause != nil && !c.dueLocked():
 		at = longAgo
-	case s.head < len(s.waiting):
-		if x := s.waiting[s.head]; x.limit > 0 && x.end <= s.written {
+	case c.head < len(c.waiting):
+		if x := c.waiting[c.head]; x.limit > 0 && x.end <= c.written {
 			at = time.Now().Add(x.limit)
 		}
 	}
-	if !s.closeBy.IsZero() && (at.IsZero() || s.closeBy.Before(at)) {
-		at = s.closeBy
+	if !c.closeBy.IsZero() && (at.IsZero() || c.closeBy.Before(at)) {
+		at = c.closeBy
 	}
-	if at != s.deadline {
-		s.deadline = at
-		s.raw.SetReadDeadline(at)
+	if at != c.deadline {
+		c.deadline = at
+		c.raw.SetReadDeadline(at)
 	}
 }
 
 // dueLocked reports whether a doomed session still has a final reply to come: not to a final dot that never left, or left
 // in part.
-func (s *Conn) dueLocked() bool {
-	return slices.ContainsFunc(s.waiting[s.head:], func(x exchange) bool { return x.final && x.end <= s.attempted })
+func (c *Conn) dueLocked() bool {
+	return slices.ContainsFunc(c.waiting[c.head:], func(x exchange) bool { return x.final && x.end <= c.attempted })
 }
 
 // hurryLocked bounds how long the relay is listened to from now on.
-func (s *Conn) hurryLocked(d time.Duration) {
-	if by := time.Now().Add(d); s.closeBy.IsZero() || by.Before(s.closeBy) {
-		s.closeBy = by
+func (c *Conn) hurryLocked(d time.Duration) {
+	if by := time.Now().Add(d); c.closeBy.IsZero() || by.Before(c.closeBy) {
+		c.closeBy = by
 	}
 }
 
 // lossLocked turns err, with which reading ended, into the reason why the session is lost.
-func (s *Conn) lossLocked(err error) error {
-	if s.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
-		return s.writeErr // the cause, of which the end of reading is a consequence
+func (c *Conn) lossLocked(err error) error {
+	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
+		return c.writeErr // the cause, of which the end of reading is a consequence
 	}
-	if err == nil || s.head == len(s.waiting) {
+	if err == nil || c.head == len(c.waiting) {
 		return err
 	}
-	x := s.waiting[s.head]
+	x := c.waiting[c.head]
 	if !IsTimeout(err) {
 		return err
 	}
-	if x.first && (s.cause == nil || time.Since(s.heard) >= tellingSilence) {
+	if x.first && (c.cause == nil || time.Since(c.heard) >= tellingSilence) {
 		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
-		s.o.Profile.OverlapFailed()
+		c.o.Profile.OverlapFailed()
 	}
 	return &TimeoutError{Step: x.op, After: x.limit}
 }
@@ -466,42 +466,42 @@ const tellingSilence = time.Second
 
 // fail ends the use of the session because of err. It may be called from anywhere, any number of times; the first cause
 // counts. Final replies that are outstanding are still awaited.
-func (s *Conn) fail(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.failLocked(err)
-	s.armLocked()
+func (c *Conn) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.failLocked(err)
+	c.armLocked()
 }
 
-func (s *Conn) failLocked(err error) {
-	if s.phase >= draining {
+func (c *Conn) failLocked(err error) {
+	if c.phase >= draining {
 		return
 	}
 	if err == nil {
 		err = errors.New("session ended")
 	}
-	s.cause = err
-	s.retireLocked(Fault)
-	s.phase = draining
-	close(s.lost)
+	c.cause = err
+	c.retireLocked(Fault)
+	c.phase = draining
+	close(c.lost)
 }
 
 // stepLostLocked ends the connection because of a reply that cannot be that to its command. No final reply is awaited any
 // more: what comes would be taken for the reply to another message.
-func (s *Conn) stepLostLocked(err error) {
-	s.outOfStep = true
-	s.failLocked(err)
+func (c *Conn) stepLostLocked(err error) {
+	c.outOfStep = true
+	c.failLocked(err)
 }
 
 // Kill ends the connection now, awaiting nothing.
-func (s *Conn) Kill(err error) {
-	s.mu.Lock()
-	s.failLocked(err)
-	s.abort = true
-	s.closeBy = longAgo
-	s.armLocked()
-	s.mu.Unlock()
-	s.raw.abandon() // second, so that the end of reading and writing is known to be a consequence
+func (c *Conn) Kill(err error) {
+	c.mu.Lock()
+	c.failLocked(err)
+	c.abort = true
+	c.closeBy = longAgo
+	c.armLocked()
+	c.mu.Unlock()
+	c.raw.abandon() // second, so that the end of reading and writing is known to be a consequence
 }
 
 // lastWords is how long the relay may take to say why it does not take what is written.
@@ -509,135 +509,135 @@ const lastWords = 2 * time.Second
 
 // writeFailed notes that a write has failed. The relay's last reply tells more than "broken pipe", so there is a short time
 // for it to be read.
-func (s *Conn) writeFailed(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.writeErr == nil {
-		s.writeErr = err
+func (c *Conn) writeFailed(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.writeErr == nil {
+		c.writeErr = err
 	}
 	switch {
-	case s.cause != nil: // the write was interrupted
+	case c.cause != nil: // the write was interrupted
 	case IsTimeout(err):
-		s.failLocked(err) // the relay stalls; it has not closed
+		c.failLocked(err) // the relay stalls; it has not closed
 	default:
-		s.hurryLocked(lastWords)
+		c.hurryLocked(lastWords)
 	}
-	s.armLocked()
+	c.armLocked()
 }
 
 // Writing. All of it is for the holder of the write side.
 
 // Write hands p to the connection; it is what out writes to. Once the connection is lost nothing leaves any more: that is
 // what makes a final dot that was not sent by then a message that was not accepted.
-func (s *Conn) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	if s.phase >= draining {
-		s.mu.Unlock()
-		return 0, s.cause
+func (c *Conn) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	if c.phase >= draining {
+		c.mu.Unlock()
+		return 0, c.cause
 	}
-	s.attempted = s.written + int64(len(p))
-	s.mu.Unlock()
-	n, err := s.conn.Write(p)
-	s.mu.Lock()
-	before := s.written
-	s.written += int64(n)
-	s.attempted = s.written
-	if s.head < len(s.waiting) && s.waiting[s.head].end > before {
-		s.armLocked() // until now the limit was that of writing
+	c.attempted = c.written + int64(len(p))
+	c.mu.Unlock()
+	n, err := c.conn.Write(p)
+	c.mu.Lock()
+	before := c.written
+	c.written += int64(n)
+	c.attempted = c.written
+	if c.head < len(c.waiting) && c.waiting[c.head].end > before {
+		c.armLocked() // until now the limit was that of writing
 	}
-	s.wrote.Broadcast()
-	s.mu.Unlock()
+	c.wrote.Broadcast()
+	c.mu.Unlock()
 	if err != nil {
-		s.writeFailed(err)
+		c.writeFailed(err)
 	}
 	return n, err
 }
 
 // position is the number of octets written so far, those in the buffer included.
-func (s *Conn) position() int64 { return s.written + int64(s.out.Buffered()) }
+func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }
 
 // expect appends an exchange for the command that is written next. It fails if the connection is lost.
-func (s *Conn) expect(x exchange) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cause != nil {
+func (c *Conn) expect(x exchange) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
 		return false
 	}
-	s.waiting = append(s.waiting, x)
+	c.waiting = append(c.waiting, x)
 	switch {
 	case x.final:
-		s.pending++
-		s.unended = false
+		c.pending++
+		c.unended = false
 	case x.tx != nil:
 		x.tx.asked++
 	}
-	if len(s.waiting)-s.head == 1 {
-		s.armLocked()
+	if len(c.waiting)-c.head == 1 {
+		c.armLocked()
 	}
 	return true
 }
 
 // Flush hands what is in the buffer to the connection.
-func (s *Conn) Flush() error { return s.out.Flush() }
+func (c *Conn) Flush() error { return c.out.Flush() }
 
 // sendOff has what is in the buffer leave, and waits for that until ctx ends. Then it reports false, and the caller has
 // nothing to do with the connection any more, which ends once all has left.
-func (s *Conn) sendOff(ctx context.Context) bool {
-	s.abandoned.Store(false)
-	if !s.owner.SendAway() {
+func (c *Conn) sendOff(ctx context.Context) bool {
+	c.abandoned.Store(false)
+	if !c.owner.SendAway() {
 		return true // nothing leaves any more
 	}
 	select {
-	case <-s.sent:
+	case <-c.sent:
 		return true
 	case <-ctx.Done():
 	}
-	if s.abandoned.CompareAndSwap(false, true) {
+	if c.abandoned.CompareAndSwap(false, true) {
 		return false
 	}
-	<-s.sent
+	<-c.sent
 	return true
 }
 
 // SendAway flushes the buffer while its owner waits. It ends when all has left, and with it the session if the owner does not
 // wait any more.
-func (s *Conn) SendAway() {
-	s.Flush()
-	if s.abandoned.CompareAndSwap(false, true) {
-		s.sent <- struct{}{}
+func (c *Conn) SendAway() {
+	c.Flush()
+	if c.abandoned.CompareAndSwap(false, true) {
+		c.sent <- struct{}{}
 	} else {
-		s.fail(errGivenUp)
+		c.fail(errGivenUp)
 	}
 }
 
 // Quit says QUIT, if that was not said yet. The read loop sees the rest.
-func (s *Conn) Quit() {
-	s.mu.Lock()
-	said := s.quitting || s.cause != nil
-	s.mu.Unlock()
-	if said || !s.writeQuit(false) {
+func (c *Conn) Quit() {
+	c.mu.Lock()
+	said := c.quitting || c.cause != nil
+	c.mu.Unlock()
+	if said || !c.writeQuit(false) {
 		return
 	}
-	s.Flush()
+	c.Flush()
 }
 
 // writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
-func (s *Conn) writeQuit(behind bool) bool {
+func (c *Conn) writeQuit(behind bool) bool {
 	const command = "QUIT\r\n"
-	end := s.position() + int64(len(command))
-	if !s.expect(exchange{op: StepQuit, limit: s.o.Timeouts.Quit, first: behind, end: end}) {
+	end := c.position() + int64(len(command))
+	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.Quit, first: behind, end: end}) {
 		return false
 	}
-	s.mu.Lock()
-	s.quitting = true
-	s.mu.Unlock()
-	s.out.WriteString(command)
-	s.traceCommand(context.Background(), "QUIT")
+	c.mu.Lock()
+	c.quitting = true
+	c.mu.Unlock()
+	c.out.WriteString(command)
+	c.traceCommand(context.Background(), "QUIT")
 	return true
 }
 
-func (s *Conn) traceCommand(ctx context.Context, line string) {
-	if s.trace.Command != nil {
-		s.trace.Command(ctx, line)
+func (c *Conn) traceCommand(ctx context.Context, line string) {
+	if c.trace.Command != nil {
+		c.trace.Command(ctx, line)
 	}
 }

@@ -42,16 +42,16 @@ var ErrNoSTARTTLS = errors.New("the relay does not offer STARTTLS")
 func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace) (_ *Conn, leave func(), _ *OpenError) {
 	raw := &progressConn{Conn: nc, limit: o.Timeouts.Write}
 	stop := context.AfterFunc(ctx, raw.abandon)
-	s := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
-	s.wrote.L = &s.mu
-	d := &dialogue{s: s, o: o, ctx: ctx}
+	c := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
+	c.wrote.L = &c.mu
+	d := &dialogue{c: c, o: o, ctx: ctx}
 	e := d.converse(ctx)
 	if e == nil && !stop() {
 		e = &OpenError{Step: StepDial, Err: ContextError(ctx)}
 	}
 	if e != nil {
 		defer stop()
-		e.Clear = s.tls == nil
+		e.Clear = c.tls == nil
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ContextError(ctx)
 		}
@@ -62,8 +62,8 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 		}, e
 	}
 	raw.SetReadDeadline(time.Time{})
-	s.out = bufio.NewWriterSize(s, outBuffer)
-	return s, nil, nil
+	c.out = bufio.NewWriterSize(c, outBuffer)
+	return c, nil, nil
 }
 
 // outBuffer is the size of a connection's write buffer: a TLS record, so that a message of usual size leaves in one.
@@ -71,7 +71,7 @@ const outBuffer = 16 << 10
 
 // dialogue is the conversation that makes a connection ready, one command at a time.
 type dialogue struct {
-	s      *Conn
+	c      *Conn
 	o      *Options
 	ctx    context.Context
 	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
@@ -80,29 +80,29 @@ type dialogue struct {
 
 // converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
 func (d *dialogue) converse(ctx context.Context) *OpenError {
-	s, o := d.s, d.o
+	c, o := d.c, d.o
 	if o.TLS != nil && o.Implicit {
 		if e := d.startTLS(ctx); e != nil {
 			return e
 		}
 	}
-	s.replies = wire.NewReplyReader(s.conn)
+	c.replies = wire.NewReplyReader(c.conn)
 	if e := d.greeting(); e != nil {
 		return e
 	}
 	if e := d.hello(); e != nil {
 		return e
 	}
-	if s.tls == nil && o.TLS != nil {
+	if c.tls == nil && o.TLS != nil {
 		if e := d.upgrade(ctx); e != nil {
 			return e
 		}
 	}
 	shown, known := false, true
-	if o.Chunking && s.ext.Has("CHUNKING") && s.pipelining() {
+	if o.Chunking && c.ext.Has("CHUNKING") && c.pipelining() {
 		// Without an address, what is known of one relay could be believed of another.
-		if s.addr = remoteAddr(s.raw); s.addr != "" {
-			shown, known = o.Profile.DiscardsAt(s.addr)
+		if c.addr = remoteAddr(c.raw); c.addr != "" {
+			shown, known = o.Profile.DiscardsAt(c.addr)
 		}
 	}
 	if e := d.authenticate(ctx, known); e != nil {
@@ -111,13 +111,13 @@ func (d *dialogue) converse(ctx context.Context) *OpenError {
 	if !known {
 		var e *OpenError
 		if shown, e = d.showDiscard(); !shown && ctx.Err() == nil {
-			o.Profile.NoteDiscard(s.addr, false)
+			o.Profile.NoteDiscard(c.addr, false)
 		}
 		if e != nil {
 			return e
 		}
 	}
-	s.chunked, s.inStep = shown, known
+	c.chunked, c.inStep = shown, known
 	return nil
 }
 
@@ -134,7 +134,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
 	// before the relay has closed it too.
 	d.progress(StepTLS)
-	raw := d.s.raw
+	raw := d.c.raw
 	limit := d.o.Timeouts.TLS
 	if limit > 0 {
 		raw.SetReadDeadline(time.Now().Add(limit))
@@ -147,8 +147,8 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	switch {
 	case err == nil:
 		state := tc.ConnectionState()
-		d.s.conn, d.s.tls = tc, &state
-		d.s.replies = wire.NewReplyReader(tc)
+		d.c.conn, d.c.tls = tc, &state
+		d.c.replies = wire.NewReplyReader(tc)
 		return nil
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
@@ -168,17 +168,17 @@ func (d *dialogue) greeting() *OpenError {
 
 // hello says EHLO; or HELO where that is not understood and nothing that only EHLO gives is needed.
 func (d *dialogue) hello() *OpenError {
-	s, o := d.s, d.o
-	name := o.LocalName(s.raw)
+	c, o := d.c, d.o
+	name := o.LocalName(c.raw)
 	line := "EHLO " + name
 	r, e := d.command(StepEHLO, line, line, o.Timeouts.Command)
 	if e != nil {
 		return e
 	}
-	s.ext = wire.Extensions{}
+	c.ext = wire.Extensions{}
 	switch {
 	case r.Class() == 2:
-		s.ext = wire.ParseEHLO(d.raw)
+		c.ext = wire.ParseEHLO(d.raw)
 		return nil
 	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
 		line = "HELO " + name
@@ -196,8 +196,8 @@ func (d *dialogue) hello() *OpenError {
 
 // upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
 func (d *dialogue) upgrade(ctx context.Context) *OpenError {
-	s := d.s
-	if !s.ext.Has("STARTTLS") {
+	c := d.c
+	if !c.ext.Has("STARTTLS") {
 		if d.o.AllowClear {
 			return nil
 		}
@@ -210,7 +210,7 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 	if r.Class() != 2 {
 		return refusedBy(StepSTARTTLS, r)
 	}
-	if s.replies.Buffered() > 0 {
+	if c.replies.Buffered() > 0 {
 		// Somebody on the way wants them to be read as if they came through TLS (CVE-2011-0411).
 		return &OpenError{Step: StepSTARTTLS, Err: errors.New("there were more bytes behind the reply, in the clear")}
 	}
@@ -225,8 +225,8 @@ func refusedBy(step Step, r wire.Reply) *OpenError { return &OpenError{Step: ste
 
 // command writes a command and reads its reply; show is how it looks in a trace.
 func (d *dialogue) command(op Step, show, line string, limit time.Duration) (wire.Reply, *OpenError) {
-	d.s.traceCommand(d.ctx, show)
-	if _, err := d.s.conn.Write([]byte(line + "\r\n")); err != nil {
+	d.c.traceCommand(d.ctx, show)
+	if _, err := d.c.conn.Write([]byte(line + "\r\n")); err != nil {
 		// The relay may have said why it hangs up.
 		if r, e := d.read(op, lastWords); e == nil {
 			return wire.Reply{}, refusedBy(op, r)
@@ -238,7 +238,7 @@ func (d *dialogue) command(op Step, show, line string, limit time.Duration) (wir
 
 // read reads one reply. A 421 is an error whatever it answers.
 func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
-	s := d.s
+	c := d.c
 	d.progress(op)
 	deadline := time.Time{}
 	if limit > 0 {
@@ -247,11 +247,11 @@ func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 	if op == StepAuth && !d.authBy.IsZero() {
 		deadline = d.authBy
 	}
-	s.raw.SetReadDeadline(deadline)
+	c.raw.SetReadDeadline(deadline)
 	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
 		return wire.Reply{}, &OpenError{Step: op, Err: ContextError(d.ctx)}
 	}
-	r, raw, err := s.readReply(op == StepEHLO || op == StepAuth)
+	r, raw, err := c.readReply(op == StepEHLO || op == StepAuth)
 	d.raw = raw
 	switch {
 	case err != nil && IsTimeout(err):
@@ -260,12 +260,12 @@ func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 	case err != nil:
 		return r, &OpenError{Step: op, Err: Explain(err)}
 	}
-	if s.trace.Reply != nil {
+	if c.trace.Reply != nil {
 		shown := r
 		if op == StepAuth && r.Code == 334 {
 			shown.Text = scrub.Redacted
 		}
-		s.trace.Reply(d.ctx, op, shown)
+		c.trace.Reply(d.ctx, op, shown)
 	}
 	if r.Code == 421 {
 		return r, refusedBy(op, r)
@@ -282,7 +282,7 @@ func (d *dialogue) progress(step Step) {
 // leave says QUIT after a failure that leaves the relay listening. The reply is not read.
 func (d *dialogue) leave(e *OpenError) {
 	if e.Reply.Code != 0 && e.Reply.Code != 421 || e.Permanent && e.Step != StepTLS {
-		d.s.conn.Write([]byte("QUIT\r\n"))
+		d.c.conn.Write([]byte("QUIT\r\n"))
 	}
 }
 

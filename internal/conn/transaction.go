@@ -22,7 +22,7 @@ import (
 // begin while this one awaits its final reply (RFC 2920, 3.1).
 type Transaction struct {
 	ctx  context.Context
-	s    *Conn
+	c    *Conn
 	m    *Message
 	mail wire.MailParams // as they are sent
 
@@ -47,7 +47,7 @@ type Transaction struct {
 	known bool         // the read loop, or the guard, may still look at the transaction; set by result
 	taken []wire.Reply // to RCPT, of the result
 
-	// Guarded by s.mu.
+	// Guarded by c.mu.
 	asked, answered int // commands of the envelope, and replies to them
 	replies         Replies
 	told            bool // it is in, and the Owner knows
@@ -57,12 +57,12 @@ type Transaction struct {
 }
 
 // NewTransaction prepares a transaction of m. The write side of c is the caller's. Its Run comes next, then its Recycle.
-func NewTransaction(ctx context.Context, s *Conn, m *Message) *Transaction {
-	t, ok := s.o.transactions.Get().(*Transaction)
+func NewTransaction(ctx context.Context, c *Conn, m *Message) *Transaction {
+	t, ok := c.o.transactions.Get().(*Transaction)
 	if !ok {
 		t = &Transaction{signal: make(chan struct{}, 1)}
 	}
-	*t = Transaction{ctx: ctx, s: s, m: m, mail: m.Mail, signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
+	*t = Transaction{ctx: ctx, c: c, m: m, mail: m.Mail, signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
 	for range m.N {
 		t.replies.Rcpt = append(t.replies.Rcpt, wire.Reply{})
 	}
@@ -75,30 +75,30 @@ func NewTransaction(ctx context.Context, s *Conn, m *Message) *Transaction {
 
 // result tells what became of t, which is over: nothing of it is written any more. It is called once.
 func (t *Transaction) result() Result {
-	s := t.s
+	c := t.c
 	ctxErr := ContextError(t.ctx)
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.told
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr,
-		Seq: t.seq, Used: s.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: s.cause, Left421: s.left421,
-		OutOfStep: s.outOfStep, Contradicted: t.contradicted, After421: t.after421,
+		Seq: t.seq, Used: c.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
+		OutOfStep: c.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
 	switch {
 	case t.endAt == 0:
-	case s.attempted >= t.endAt:
+	case c.attempted >= t.endAt:
 		r.End = EndSent
-	case s.cause == nil && s.writeErr == nil:
+	case c.cause == nil && c.writeErr == nil:
 		r.End = EndDue
 	default:
 		r.End = EndUnsent
 	}
 	if t.answered < t.asked {
-		for _, x := range s.waiting[s.head:] {
+		for _, x := range c.waiting[c.head:] {
 			if x.tx == t {
 				r.Waiting, r.WaitingRcpt = x.op, x.rcpt
 				break
@@ -113,7 +113,7 @@ func (t *Transaction) Recycle() {
 	if t.known {
 		return
 	}
-	o := t.s.o
+	o := t.c.o
 	if t.chunked.buffer != nil {
 		chunkPool.Put(t.chunked.buffer)
 	}
@@ -134,20 +134,20 @@ func (t *Transaction) Run() Result {
 
 // write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
 func (t *Transaction) write() (dotted bool) {
-	s := t.s
+	c := t.c
 	defer func() {
 		if !t.handedOver {
-			s.owner.Release()
+			c.owner.Release()
 		}
 	}()
-	t.carrying = s.out.Buffered() > 0
+	t.carrying = c.out.Buffered() > 0
 	if t.ctx.Err() != nil {
 		return false // nothing was written of this one; Release sees to the other's final dot
 	}
 	completed := false
 	defer func() {
 		if !completed { // Body.WriteTo has panicked, in the middle of a message
-			s.fail(errors.New("the body panicked"))
+			c.fail(errors.New("the body panicked"))
 		}
 	}()
 	dotted = t.converse()
@@ -176,7 +176,7 @@ func (t *Transaction) converse() (due bool) {
 	if !t.beginData() {
 		return false
 	}
-	t.s.body.Reset(t.s.out, true)
+	t.c.body.Reset(t.c.out, true)
 	if err := t.writeBody(); err != nil {
 		t.giveUp(err)
 		return false
@@ -200,28 +200,28 @@ func (t *Transaction) beginData() bool {
 // part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
 func (t *Transaction) part() (due bool) {
-	if room := t.remaining() + endRoom; t.s.owner.Wanted() && room <= outBuffer {
-		if int64(t.s.out.Available()) < room {
-			t.s.Flush() // guarded yet; a transaction that carries another one's message has been found to fit
+	if room := t.remaining() + endRoom; t.c.owner.Wanted() && room <= outBuffer {
+		if int64(t.c.out.Available()) < room {
+			t.c.Flush() // guarded yet; a transaction that carries another one's message has been found to fit
 		}
 		if !t.unguard() || !t.end() {
 			return false
 		}
-		if t.handedOver = t.s.owner.Handoff(); t.handedOver {
+		if t.handedOver = t.c.owner.Handoff(); t.handedOver {
 			return true
 		}
 		if t.carrying {
 			return true // Release flushes: with it go messages of others, who have nothing to do with this one's context
 		}
 		t.guard() // nobody goes on here
-		t.s.Flush()
+		t.c.Flush()
 		t.unguard()
 		return true
 	}
 	if !t.end() {
 		return false
 	}
-	t.s.Flush()
+	t.c.Flush()
 	return true
 }
 
@@ -231,13 +231,13 @@ const endRoom = 64
 // fitsBuffer reports whether all that is to be written before a reply is awaited fits into the write buffer, beside what is
 // there.
 func (t *Transaction) fitsBuffer() bool {
-	room := int64(t.s.out.Available()) - t.envelopeRoom()
+	room := int64(t.c.out.Available()) - t.envelopeRoom()
 	switch {
 	case t.byData:
 		return room >= 0
 	case !isBytes(t.m.Body):
 		return false // it is made before its envelope is written
-	case t.waitsForRcpts() || !t.s.inStep || !t.s.overlapped:
+	case t.waitsForRcpts() || !t.c.inStep || !t.c.overlapped:
 		return room >= 0 // it will be held
 	}
 	return room >= t.remaining()+endRoom
@@ -265,7 +265,7 @@ func (t *Transaction) envelopeRoom() int64 {
 func (t *Transaction) send() bool {
 	carried := t.carrying
 	if carried && t.ctx.Done() != nil {
-		if t.handedOver = !t.s.sendOff(t.ctx); t.handedOver {
+		if t.handedOver = !t.c.sendOff(t.ctx); t.handedOver {
 			return false
 		}
 	}
@@ -285,11 +285,11 @@ func (t *Transaction) giveUp(err error) {
 		return
 	}
 	t.bodyErr = err
-	t.s.fail(fmt.Errorf("body given up: %w", err))
+	t.c.fail(fmt.Errorf("body given up: %w", err))
 }
 
 // sendNow flushes the buffer.
-func (t *Transaction) sendNow() bool { return t.s.Flush() == nil || t.explained() }
+func (t *Transaction) sendNow() bool { return t.c.Flush() == nil || t.explained() }
 
 // unguarded is what ends no guard.
 func unguarded() bool { return true }
@@ -300,14 +300,14 @@ func (t *Transaction) guard() {
 	if t.ctx.Done() == nil {
 		return
 	}
-	s, ctx := t.s, t.ctx
+	c, ctx := t.c, t.ctx
 	cancel := func() {
-		s.mu.Lock()
-		t.cancelled = t.cancelled || s.cause == nil
-		s.failLocked(errGivenUp) // which is what it is to others
-		s.armLocked()
-		s.mu.Unlock()
-		s.raw.interrupt() // second, so that a write which it ends is known to be a consequence
+		c.mu.Lock()
+		t.cancelled = t.cancelled || c.cause == nil
+		c.failLocked(errGivenUp) // which is what it is to others
+		c.armLocked()
+		c.mu.Unlock()
+		c.raw.interrupt() // second, so that a write which it ends is known to be a consequence
 	}
 	stop := context.AfterFunc(ctx, cancel)
 	first, result := true, false
@@ -327,31 +327,31 @@ var errGivenUp = errors.New("the connection was given up with a message that was
 // envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
 // the conversation goes on.
 func (t *Transaction) envelope() bool {
-	s := t.s
+	c := t.c
 	rset := t.begin()
-	command := s.o.Timeouts.Command
-	if s.pendingAuth != nil && !t.writeAuth() {
+	command := c.o.Timeouts.Command
+	if c.pendingAuth != nil && !t.writeAuth() {
 		return false
 	}
 	if rset {
 		x := exchange{op: StepRset, limit: command, first: t.overlapped}
 		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
-			x.limit = s.o.Timeouts.Overlap
+			x.limit = c.o.Timeouts.Overlap
 		}
 		if !t.ask(x, "RSET") {
 			return false
 		}
 	}
-	s.line = wire.AppendMail(s.line[:0], t.m.From, &t.mail)
+	c.line = wire.AppendMail(c.line[:0], t.m.From, &t.mail)
 	if !t.askLine(exchange{op: StepMail, limit: command}) {
 		return false
 	}
 	for i := range t.replies.Rcpt {
-		if !s.pipelining() && t.replies.MailRefused() {
+		if !c.pipelining() && t.replies.MailRefused() {
 			break
 		}
 		addr, rcpt := t.m.To.Recipient(i)
-		s.line = wire.AppendRcpt(s.line[:0], addr, &rcpt, t.mail.UTF8)
+		c.line = wire.AppendRcpt(c.line[:0], addr, &rcpt, t.mail.UTF8)
 		if !t.askLine(exchange{op: StepRcpt, rcpt: i, limit: command}) {
 			return false
 		}
@@ -361,16 +361,16 @@ func (t *Transaction) envelope() bool {
 
 // askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
 func (t *Transaction) askData() bool {
-	if !t.s.pipelining() || t.waitsForRcpts() {
+	if !t.c.pipelining() || t.waitsForRcpts() {
 		return true
 	}
-	return t.ask(exchange{op: StepData, limit: t.s.o.Timeouts.Data}, "DATA")
+	return t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA")
 }
 
 // startData says DATA if that was held back and is due, and reports whether the body is to follow. All replies to the envelope
 // are in.
 func (t *Transaction) startData() bool {
-	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.s.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
+	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
 		return false
 	}
 	switch {
@@ -379,7 +379,7 @@ func (t *Transaction) startData() bool {
 	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
 		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
 		// the final dot may leave, which would send an empty message to whoever that is for.
-		t.s.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
+		t.c.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
 		return false
 	case t.replies.Accepted() == 0:
 		t.loneDot()
@@ -390,37 +390,37 @@ func (t *Transaction) startData() bool {
 
 // writeAuth writes the AUTH that was held back.
 func (t *Transaction) writeAuth() bool {
-	s := t.s
-	s.line, s.pendingAuth = append(s.line[:0], s.pendingAuth...), nil
-	if !t.expect(exchange{op: StepAuth, limit: s.o.Timeouts.Command, end: s.position() + int64(len(s.line))}) {
+	c := t.c
+	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
+	if !t.expect(exchange{op: StepAuth, limit: c.o.Timeouts.Command, end: c.position() + int64(len(c.line))}) {
 		return false
 	}
-	s.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
-	_, err := s.out.Write(s.line)
-	clear(s.line)
+	c.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
+	_, err := c.out.Write(c.line)
+	clear(c.line)
 	return err == nil || t.explained()
 }
 
 // begin notes in the session that a transaction begins, and tells whether RSET must lead it.
 func (t *Transaction) begin() (rset bool) {
-	s := t.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	rset = s.open
-	t.clearing, s.unended = rset && s.unended, true
-	t.overlapped = s.pending > 0
+	c := t.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	rset = c.open
+	t.clearing, c.unended = rset && c.unended, true
+	t.overlapped = c.pending > 0
 	t.held = !t.byData && t.mustHoldLocked()
-	if s.failed++; t.overlapped || !rset {
-		s.failed = 0
+	if c.failed++; t.overlapped || !rset {
+		c.failed = 0
 	}
-	s.open = true
-	s.used++
-	t.seq = s.used
-	if s.limit > 0 && s.used >= s.limit || s.failed >= maxFailed {
-		s.retireLocked(Full)
+	c.open = true
+	c.used++
+	t.seq = c.used
+	if c.limit > 0 && c.used >= c.limit || c.failed >= maxFailed {
+		c.retireLocked(Full)
 	}
 	if t.overlapped {
-		s.o.Profile.Overlapped()
+		c.o.Profile.Overlapped()
 	}
 	return rset
 }
@@ -431,38 +431,38 @@ const maxFailed = 8
 
 // explained waits for the session to end after a write has failed, so that the relay's last words are known.
 func (t *Transaction) explained() bool {
-	<-t.s.lost
+	<-t.c.lost
 	return false
 }
 
 // expect appends an exchange of the envelope.
 func (t *Transaction) expect(x exchange) bool {
 	x.tx = t
-	return t.s.expect(x)
+	return t.c.expect(x)
 }
 
 func (t *Transaction) ask(x exchange, command string) bool {
-	t.s.line = append(append(t.s.line[:0], command...), "\r\n"...)
+	t.c.line = append(append(t.c.line[:0], command...), "\r\n"...)
 	return t.askLine(x)
 }
 
-// askLine writes the command in s.line. Where commands are not pipelined it awaits the reply.
+// askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
 func (t *Transaction) askLine(x exchange) bool {
-	s := t.s
-	x.end = s.position() + int64(len(s.line))
+	c := t.c
+	x.end = c.position() + int64(len(c.line))
 	if !t.expect(x) {
 		return false
 	}
-	if s.trace.Command != nil {
-		s.trace.Command(t.ctx, strings.TrimSuffix(string(s.line), "\r\n"))
+	if c.trace.Command != nil {
+		c.trace.Command(t.ctx, strings.TrimSuffix(string(c.line), "\r\n"))
 	}
-	if _, err := s.out.Write(s.line); err != nil {
+	if _, err := c.out.Write(c.line); err != nil {
 		return t.explained()
 	}
-	if s.pipelining() {
+	if c.pipelining() {
 		return true
 	}
-	if s.Flush() != nil {
+	if c.Flush() != nil {
 		return t.explained()
 	}
 	return t.awaitEnvelope()
@@ -470,26 +470,26 @@ func (t *Transaction) askLine(x exchange) bool {
 
 // replyLocked takes a reply and, unless it is the final one, tells who waits for it. The lock is the session's.
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
-	s := t.s
+	c := t.c
 	if x.final {
 		t.replies.Final = r
 		if r.Code == 432 {
-			s.retireLocked(Fault)
+			c.retireLocked(Fault)
 		}
 		switch r.Class() {
 		case 2:
-			if t.after421 = s.said421; t.seq == s.used {
-				s.open = false
+			if t.after421 = c.said421; t.seq == c.used {
+				c.open = false
 			}
 		case 3:
-			s.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
+			c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
 		}
 		return
 	}
 	defer t.wake()
 	t.answered++
 	if r.Code == 432 {
-		s.retireLocked(Fault) // one connection too many, and this is it
+		c.retireLocked(Fault) // one connection too many, and this is it
 	}
 	if x.op == StepMail {
 		t.learnFromMailLocked(r)
@@ -497,21 +497,21 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	switch x.op {
 	case StepAuth:
 		t.replies.Auth = r
-		s.o.Profile.AuthAnswered(s.authMark, r)
+		c.o.Profile.AuthAnswered(c.authMark, r)
 		if r.Class() != 2 {
-			s.auth = r
-			s.failLocked(&AuthError{r})
+			c.auth = r
+			c.failLocked(&AuthError{r})
 		}
 		if r.Class() == 3 {
-			s.o.Profile.AuthFollowedFailed()
+			c.o.Profile.AuthFollowedFailed()
 		}
 	case StepRset:
 		t.replies.Rset = r
 		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
 			if x.first && r.Code != 421 { // which is no answer to this command, but to all
-				s.o.Profile.OverlapFailed()
+				c.o.Profile.OverlapFailed()
 			}
-			s.failLocked(&ReplyError{Step: x.op, Reply: r})
+			c.failLocked(&ReplyError{Step: x.op, Reply: r})
 		}
 	case StepMail:
 		t.replies.Mail = r
@@ -521,7 +521,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		t.replies.Data = r
 	case StepBdat:
 		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
-			s.retireLocked(Full) // the body stays incomplete
+			c.retireLocked(Full) // the body stays incomplete
 		}
 		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
 			t.replies.Data = r
@@ -534,20 +534,20 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 	if r.Class() < 4 && r.Class() != positive {
 		if t.overlapped {
-			s.o.Profile.OverlapFailed()
+			c.o.Profile.OverlapFailed()
 		}
-		s.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
+		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 }
 
 // learnFromMailLocked takes in what the reply to MAIL tells of the connection.
 func (t *Transaction) learnFromMailLocked(r wire.Reply) {
-	s := t.s
+	c := t.c
 	switch {
-	case s.o.Profile.MeansFull(r), s.o.Profile.MeansIdle(r):
-		s.retireLocked(Full)
+	case c.o.Profile.MeansFull(r), c.o.Profile.MeansIdle(r):
+		c.retireLocked(Full)
 	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
-		s.retireLocked(Fault) // the relay does not think of the connection what we do
+		c.retireLocked(Fault) // the relay does not think of the connection what we do
 	}
 }
 
@@ -560,11 +560,11 @@ func (t *Transaction) wake() {
 
 // awaitEnvelope waits until each command has its reply. It reports whether the session can go on.
 func (t *Transaction) awaitEnvelope() bool {
-	s := t.s
+	c := t.c
 	for {
-		s.mu.Lock()
-		doomed, complete := s.cause != nil, t.asked == t.answered
-		s.mu.Unlock()
+		c.mu.Lock()
+		doomed, complete := c.cause != nil, t.asked == t.answered
+		c.mu.Unlock()
 		if doomed {
 			return false
 		}
@@ -573,7 +573,7 @@ func (t *Transaction) awaitEnvelope() bool {
 		}
 		select {
 		case <-t.signal:
-		case <-s.lost:
+		case <-c.lost:
 		}
 	}
 }
@@ -586,18 +586,18 @@ func (t *Transaction) overlapRefused() bool {
 	if !t.overlapped || t.replies.Rset.Code != 503 {
 		return false
 	}
-	s := t.s
-	s.o.Profile.OverlapFailed()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (s.limit == 0 || s.used < s.limit)
+	c := t.c
+	c.o.Profile.OverlapFailed()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
 }
 
 // repeat makes t as new, to be begun again on the same session.
 func (t *Transaction) repeat() {
-	s := t.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	c := t.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	t.asked, t.answered = 0, 0
 	clear(t.replies.Rcpt)
 	t.replies = Replies{Rcpt: t.replies.Rcpt}
@@ -619,30 +619,30 @@ func (t *Transaction) dataIsDue() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
 // answers, so the answer is not awaited here.
 func (t *Transaction) loneDot() {
-	if !t.s.expect(exchange{op: StepFinalDot, final: true, end: t.s.position() + int64(len(".\r\n")), limit: t.s.o.Timeouts.FinalReply, tx: &Transaction{s: t.s, ctx: t.ctx, seq: -1}}) {
+	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
 		return
 	}
-	t.s.out.WriteString(".\r\n")
-	t.s.traceCommand(t.ctx, ".")
-	t.s.Flush()
+	t.c.out.WriteString(".\r\n")
+	t.c.traceCommand(t.ctx, ".")
+	t.c.Flush()
 }
 
-// writeBody has the body written through s.body, without the final dot.
+// writeBody has the body written through c.body, without the final dot.
 func (t *Transaction) writeBody() error {
-	s := t.s
+	c := t.c
 	t.bodyBegun = true
 	n, err := t.bodyTo(t.m.Body)
 	if t.sinkErr != nil {
 		err = t.sinkErr // whatever the body made of it
 	}
-	if err == nil && n > s.body.Taken() {
+	if err == nil && n > c.body.Taken() {
 		err = io.ErrShortWrite
 	}
-	if err == nil && s.body.Taken() == 0 {
+	if err == nil && c.body.Taken() == 0 {
 		err = ErrEmptyBody
 	}
 	if err == nil {
-		if err = s.body.Close(); err != nil {
+		if err = c.body.Close(); err != nil {
 			t.lostWriting = true
 		}
 	}
@@ -687,7 +687,7 @@ func (w *bodySink) end() {
 
 // Write takes a part of the body. After an error it takes no more.
 func (t *Transaction) Write(p []byte) (n int, err error) {
-	s := t.s
+	c := t.c
 	switch {
 	case t.sinkErr != nil:
 		return 0, t.sinkErr
@@ -695,11 +695,11 @@ func (t *Transaction) Write(p []byte) (n int, err error) {
 		t.sinkErr = ContextError(t.ctx)
 		return 0, t.sinkErr
 	}
-	n, err = s.body.Write(p)
+	n, err = c.body.Write(p)
 	if err != nil {
 		t.lostWriting = true
-	} else if s.ext.Size > 0 && s.body.Size() > s.ext.Size {
-		err = &SizeError{Limit: s.ext.Size}
+	} else if c.ext.Size > 0 && c.body.Size() > c.ext.Size {
+		err = &SizeError{Limit: c.ext.Size}
 	}
 	t.sinkErr = err
 	return n, err
@@ -708,7 +708,7 @@ func (t *Transaction) Write(p []byte) (n int, err error) {
 // end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the session takes
 // no further transaction.
 func (t *Transaction) end() bool {
-	s := t.s
+	c := t.c
 	if t.byData {
 		if !t.finish(StepFinalDot, ".") {
 			return false
@@ -716,43 +716,43 @@ func (t *Transaction) end() bool {
 	} else if !t.lastChunks() {
 		return false
 	}
-	s.mu.Lock()
-	quit := s.phase != ready
-	s.mu.Unlock()
-	if quit && s.overlaps() {
-		s.writeQuit(true)
+	c.mu.Lock()
+	quit := c.phase != ready
+	c.mu.Unlock()
+	if quit && c.overlaps() {
+		c.writeQuit(true)
 	}
 	return true
 }
 
 // finish writes the command that ends the message.
 func (t *Transaction) finish(op Step, command string) bool {
-	s := t.s
+	c := t.c
 	// Some relays take a line that the end of the connection has cut for a whole one: the message may be theirs as soon as the
 	// command has left without its line end. This is set ahead of time, since a full buffer leaves while more is put into it.
-	t.endAt = s.position() + int64(len(command))
-	if !s.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: s.o.Timeouts.FinalReply}) {
+	t.endAt = c.position() + int64(len(command))
+	if !c.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: c.o.Timeouts.FinalReply}) {
 		t.endAt = 0
 		return false
 	}
-	s.traceCommand(t.ctx, command)
-	s.out.WriteString(command)
-	s.out.WriteString("\r\n")
+	c.traceCommand(t.ctx, command)
+	c.out.WriteString(command)
+	c.out.WriteString("\r\n")
 	return true
 }
 
 // awaitFinal waits for the final reply, the end of the session or of the context.
 func (t *Transaction) awaitFinal() {
 	for {
-		t.s.mu.Lock()
+		t.c.mu.Lock()
 		in := t.told
-		t.s.mu.Unlock()
+		t.c.mu.Unlock()
 		if in {
 			return
 		}
 		select {
 		case <-t.signal:
-		case <-t.s.done:
+		case <-t.c.done:
 			return
 		case <-t.ctx.Done():
 			return
