@@ -118,7 +118,7 @@ type Error struct {
 	Err error
 
 	subject   string // what Op was about: an address
-	permanent bool   // another try cannot help although no 5yz reply says so
+	permanent bool   // another try cannot help although no 5xx reply says so
 	unproven  bool   // it was said in the clear where TLS is required, by the relay or by somebody on the way
 }
 

@@ -204,7 +204,7 @@ func ExampleError() {
 	// perhaps accepted: a person decides
 }
 
-// A relay with greylisting refuses the first try of each new recipient with a 4yz reply. By default that is told to the
+// A relay with greylisting refuses the first try of each new recipient with a 4xx reply. By default that is told to the
 // caller, who knows better how long the message can wait; with Temporary the client tries again by itself.
 func ExampleRetry() {
 	relay := smtptest.NewServer()

@@ -20,7 +20,7 @@ type Retry struct {
 	// each time, up to MaxBackoff. 0 means half a second and 30 seconds; neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
-	// Temporary also tries again what the relay refused for now with a 4yz reply to MAIL, RCPT, DATA or the final dot.
+	// Temporary also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
 	// By default that is told to the caller, who knows better how long the message can wait.
 	Temporary bool
 }

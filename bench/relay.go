@@ -53,7 +53,7 @@ type relayReport struct {
 	Accepted    int   `json:"accepted"`     // final dots answered with 250
 	Duplicates  int   `json:"duplicates"`   // of these, with a Message-ID that was accepted before
 	Unnamed     int   `json:"unnamed"`      // of these, without a Message-ID
-	Violations  int   `json:"violations"`   // answered with 5yz
+	Violations  int   `json:"violations"`   // answered with 5xx
 	Auths       int   `json:"auths"`        // accepted
 	Noops       int   `json:"noops"`        //
 	Rsets       int   `json:"rsets"`        //
@@ -290,7 +290,7 @@ func (s *session) reply(text string) {
 	s.out = append(s.out, '\r', '\n')
 }
 
-// refuse replies with a 5yz, of which a good client sees none.
+// refuse replies with a 5xx, of which a good client sees none.
 func (s *session) refuse(text string) {
 	s.count.Violations++
 	s.reply(text)

@@ -36,7 +36,7 @@ type bench struct {
 	sent     []*sending
 	clients  []*smtprelay.Client
 	dialogue dialogue
-	refusals []string // replies of 4yz and 5yz, and failed dials
+	refusals []string // replies of 4xx and 5xx, and failed dials
 	closed   chan smtprelay.CloseInfo
 	offers   []string // the extensions of the last connection
 }

@@ -271,7 +271,7 @@ func (c *conn) say(reply string) {
 	}
 }
 
-// positive reports whether a reply is a 2yz or 3yz one.
+// positive reports whether a reply is a 2xx or 3xx one.
 func positive(reply string) bool {
 	if len(reply) < 3 {
 		return false

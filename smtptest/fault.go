@@ -113,14 +113,14 @@ type Fault struct {
 	// the relay is closed.
 	Stall bool
 
-	// Reply is said in place of what the relay would have said; lines are separated by "\n". If it is a 2yz or 3yz reply the
+	// Reply is said in place of what the relay would have said; lines are separated by "\n". If it is a 2xx or 3xx reply the
 	// command is carried out as ever. If not, the command is not carried out; at FinalDot that means that the message is not
 	// taken. In a Body it is said at once and in place of the final reply, whatever it is, and the message is not taken. 421
 	// says nothing but 421: let Drop close the connection.
 	Reply string
 
 	// Drop closes the connection after Reply, or in place of a reply, with FIN and without TLS's close_notify. The command is
-	// not carried out unless there is a 2yz or 3yz Reply.
+	// not carried out unless there is a 2xx or 3xx Reply.
 	Drop bool
 
 	// Reset does the same with RST, which may destroy replies on their way.

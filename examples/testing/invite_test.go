@@ -39,7 +39,7 @@ func TestInvite(t *testing.T) {
 			name:  "greylisting",
 			fault: smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 try again later"},
 			want:  Waiting,
-			why:   "a 4yz reply passes",
+			why:   "a 4xx reply passes",
 		},
 		{
 			name:  "lost before the final dot",

@@ -91,7 +91,7 @@ func (r *ReplyReader) Peek() int {
 // io.ErrUnexpectedEOF.
 func (r *ReplyReader) ReadReply() (Reply, error) { return r.read(MaxText) }
 
-// ReadLong is ReadReply for a reply that may carry data. It keeps MaxLongText octets of the text, but of a refusal (4yz, 5yz)
+// ReadLong is ReadReply for a reply that may carry data. It keeps MaxLongText octets of the text, but of a refusal (4xx, 5xx)
 // MaxText, since its text ends in an error.
 func (r *ReplyReader) ReadLong() (Reply, error) { return r.read(MaxLongText) }
 

@@ -41,7 +41,7 @@ func TestReplyIsTakenApart(t *testing.T) {
 		{"of which four are too many", "451 4.7.6500 slow\r\n", Reply{Code: 451, Text: "4.7.6500 slow"}},
 		{"only the first is cut off", "250 2.0.0 2.0.0 ok\r\n", Reply{250, [3]int{2, 0, 0}, "2.0.0 ok"}},
 		{"its class must be the reply's (RFC 2034, 4)", "250 5.1.1 odd\r\n", Reply{Code: 250, Text: "5.1.1 odd"}},
-		{"there is none in 3yz", "354 3.0.0 go\r\n", Reply{Code: 354, Text: "3.0.0 go"}},
+		{"there is none in 3xx", "354 3.0.0 go\r\n", Reply{Code: 354, Text: "3.0.0 go"}},
 		{"a version number is none", "220 2.0.x ready\r\n", Reply{Code: 220, Text: "2.0.x ready"}},
 		{"nor is an address", "250 2.0.0.1 ok\r\n", Reply{Code: 250, Text: "2.0.0.1 ok"}},
 		{"nor an unfinished one", "250 2.10..\r\n", Reply{Code: 250, Text: "2.10.."}},
