@@ -38,7 +38,7 @@ var errRefused = errors.New("refused by the relay")
 //
 // MAIL declares the size of the message, so the size comes first: that of [Bytes] is known, and another body is made in a
 // buffer before anything is written. One that outgrows the buffer goes in several chunks, of which only whole ones are
-// written, so that the session stays in step if it fails. If the relay has not said how large a message may be, such a body
+// written, so that the connection stays in step if it fails. If the relay has not said how large a message may be, such a body
 // goes by DATA: a relay that stops reading within a chunk which is over a limit of its own would take the rest of it for
 // commands (seen in Exim).
 type chunkedBody struct {
@@ -116,7 +116,7 @@ func (t *Transaction) converseInChunks() bool {
 		t.giveUp(err)
 		return false
 	case err != nil:
-		t.bodyErr = err // only whole chunks were written: the session is in step
+		t.bodyErr = err // only whole chunks were written: the connection is in step
 		if b.begun {
 			t.c.Retire(Full)
 		}
@@ -168,7 +168,7 @@ func (t *Transaction) beginChunks(size int64) bool {
 	if !t.held {
 		return true
 	}
-	together := t.overlapped && t.carrying // with the end of the message before, in one write
+	together := t.overlapped && t.holdsPrevDot // with the end of the message before, in one write
 	if !t.send() || !t.awaitEnvelope() || !t.dataIsDue() {
 		return false
 	}

@@ -224,7 +224,7 @@ func (c *Conn) Usable() bool {
 	return c.phase == ready && (c.limit == 0 || c.used < c.limit)
 }
 
-// LastRoom is how many more transactions may be begun on a session that is in the last fifth of its life; 0 on another, and
+// LastRoom is how many more transactions may be begun on a connection that is in the last fifth of its life; 0 on another, and
 // on one that was not heard of since.
 func (c *Conn) LastRoom(since time.Time) int {
 	c.mu.Lock()
@@ -236,7 +236,7 @@ func (c *Conn) LastRoom(since time.Time) int {
 	return left
 }
 
-// Failed reports whether the session ends early, once the messages that are on their way have come to their end.
+// Failed reports whether the connection ends early, once the messages that are on their way have come to their end.
 func (c *Conn) Failed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -311,11 +311,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	if c.head == len(c.waiting) {
 		c.waiting, c.head = c.waiting[:0], 0
 	}
-	if (x.op == StepMail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || x.op == StepMail && c.o.Profile.MeansFull(r)) {
-		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
-	} else if x.op == StepMail && r.Class() == 2 {
-		c.o.Profile.SessionGoesOn(x.tx.seq)
-	}
+	c.learnLimit(x, r)
 	if r.Code == 421 && x.op != StepQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
 		c.said421 = true
@@ -334,13 +330,8 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	if x.final {
 		c.pending--
 	}
-	if next := c.replies.Peek(); next != 0 && c.head == len(c.waiting) {
-		switch {
-		case x.final && next/100 != r.Class() && next != 421 && next != 221:
-			x.tx.contradicted = true
-		case !x.final && next < 400:
-			c.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
-		}
+	if c.head == len(c.waiting) {
+		c.peekLocked(x, r)
 	}
 	c.armLocked()
 	more = !c.outOfStep && (c.phase < draining || c.dueLocked())
@@ -350,13 +341,34 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		if more {
 			c.owner.Changed()
 		}
-		// Second: a sender who has another message at once is to find this session idle, and not to open one more.
+		// After Changed, so that a sender who has another message at once finds this connection idle and opens no other.
 		c.mu.Lock()
-		x.tx.told = true
+		x.tx.notified = true
 		x.tx.wake()
 		c.mu.Unlock()
 	}
 	return more
+}
+
+// learnLimit takes in what r, the reply to x, tells of how many transactions the relay allows on a connection.
+func (c *Conn) learnLimit(x exchange, r wire.Reply) {
+	switch mail := x.op == StepMail; {
+	case mail && r.Class() == 2:
+		c.o.Profile.SessionGoesOn(x.tx.seq)
+	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.MeansFull(r)):
+		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
+	}
+}
+
+// peekLocked looks at what has come with r, the reply to x, where no other command waits for one.
+func (c *Conn) peekLocked(x exchange, r wire.Reply) {
+	switch next := c.replies.Peek(); {
+	case next == 0:
+	case x.final && next/100 != r.Class() && next != 421 && next != 221:
+		x.tx.contradicted = true
+	case !x.final && next < 400:
+		c.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+	}
 }
 
 // earlyLocked reports whether r comes before the command that it would answer has left. No relay can answer that, so r is
@@ -366,7 +378,7 @@ func (c *Conn) earlyLocked(r wire.Reply) bool {
 	return c.head == len(c.waiting) || r.Class() < 4 && c.waiting[c.head].end > c.attempted
 }
 
-// errExtraReply ends a session whose relay has sent more replies than it was given commands.
+// errExtraReply ends a connection whose relay has sent more replies than it was given commands.
 var errExtraReply = errors.New("the relay sent a reply too many")
 
 // readReply reads a reply, long if it may carry data. From here on nobody sees what the relay repeats of the credentials, but for what was read raw.
@@ -426,7 +438,7 @@ func (c *Conn) armLocked() {
 	}
 }
 
-// dueLocked reports whether a doomed session still has a final reply to come: not to a final dot that never left, or left
+// dueLocked reports whether a connection that fails still has a final reply to come: not to a final dot that never left, or left
 // in part.
 func (c *Conn) dueLocked() bool {
 	return slices.ContainsFunc(c.waiting[c.head:], func(x exchange) bool { return x.final && x.end <= c.attempted })
@@ -439,7 +451,7 @@ func (c *Conn) hurryLocked(d time.Duration) {
 	}
 }
 
-// lossLocked turns err, with which reading ended, into the reason why the session is lost.
+// lossLocked turns err, with which reading ended, into the reason why the connection is lost.
 func (c *Conn) lossLocked(err error) error {
 	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
 		return c.writeErr // the cause, of which the end of reading is a consequence
@@ -452,7 +464,7 @@ func (c *Conn) lossLocked(err error) error {
 		return err
 	}
 	if x.first && (c.cause == nil || time.Since(c.heard) >= tellingSilence) {
-		// What stood behind the final dot was thrown away. It is cheap to be wrong about this, and dear to wait again.
+		// What stood behind the final dot was thrown away; see Profile.OverlapFailed.
 		c.o.Profile.OverlapFailed()
 	}
 	return &TimeoutError{Step: x.op, After: x.limit}
@@ -464,7 +476,7 @@ const tellingSilence = time.Second
 
 // Ending.
 
-// fail ends the use of the session because of err. It may be called from anywhere, any number of times; the first cause
+// fail ends the use of the connection because of err. It may be called from anywhere, any number of times; the first cause
 // counts. Final replies that are outstanding are still awaited.
 func (c *Conn) fail(err error) {
 	c.mu.Lock()
@@ -599,7 +611,7 @@ func (c *Conn) sendOff(ctx context.Context) bool {
 	return true
 }
 
-// SendAway flushes the buffer while its owner waits. It ends when all has left, and with it the session if the owner does not
+// SendAway flushes the buffer while its owner waits. It ends when all has left, and with it the connection if the owner does not
 // wait any more.
 func (c *Conn) SendAway() {
 	c.Flush()

@@ -12,11 +12,11 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// transaction is one try to send a message, or its part for some of its recipients, on one session:
+// transaction is one try to send a message, or its part for some of its recipients, on one connection:
 //
 //	[AUTH] [RSET] MAIL RCPT… DATA    in one write, if pipelined
 //	body and final dot               if DATA was answered by 354
-//	[QUIT]                           if it is the session's last
+//	[QUIT]                           if it is the connection's last
 //
 // The write side goes back to its Owner as soon as the final dot is written; the transaction of another message may then
 // begin while this one awaits its final reply (RFC 2920, 3.1).
@@ -26,21 +26,21 @@ type Transaction struct {
 	m    *Message
 	mail wire.MailParams // as they are sent
 
-	signal      chan struct{} // told that a reply is in; has room for one
-	seq         int           // the how manieth transaction of its session
-	overlapped  bool          // begun behind a final dot without reply
-	clearing    bool          // RSET has to clear an envelope away
-	carrying    bool          // begun with another one's final dot still in the buffer
-	held        bool          // in chunks: the body waits for the replies to the envelope
-	endAt       int64         // from this position on the relay may have the message; 0 while its end is not in the buffer
-	byData      bool          // the body goes by DATA, and not in chunks
-	chunked     chunkedBody
-	bodyBegun   bool  // the body was asked to write itself
-	sinkErr     error // why no more of the body is taken
-	lostWriting bool  // because the connection takes no more
-	bodyErr     error // why the body was given up
-	handedOver  bool  // somebody else has the write side already
-	shared      bool  // the guard's function may still run, and look at the transaction
+	signal       chan struct{} // told that a reply is in; has room for one
+	seq          int           // 1-based number of this transaction on its connection; 0: not begun
+	overlapped   bool          // begun behind a final dot without reply
+	clearing     bool          // RSET has to clear an envelope away
+	holdsPrevDot bool          // begun with another one's final dot still in the buffer
+	held         bool          // in chunks: the body waits for the replies to the envelope
+	endAt        int64         // from this position on the relay may have the message; 0 while its end is not in the buffer
+	byData       bool          // the body goes by DATA, and not in chunks
+	chunked      chunkedBody
+	bodyBegun    bool  // the body was asked to write itself
+	sinkErr      error // why no more of the body is taken
+	lostWriting  bool  // because the connection takes no more
+	bodyErr      error // why the body was given up
+	handedOver   bool  // somebody else has the write side already
+	shared       bool  // the guard's function may still run, and look at the transaction
 
 	unguard func() bool // ends what guard has begun
 
@@ -50,8 +50,8 @@ type Transaction struct {
 	// Guarded by c.mu.
 	asked, answered int // commands of the envelope, and replies to them
 	replies         Replies
-	told            bool // it is in, and the Owner knows
-	cancelled       bool // the end of ctx is why the session was doomed
+	notified        bool // it is in, and the Owner knows
+	cancelled       bool // the end of ctx is why the connection was doomed
 	after421        bool // the final reply is 2xx, and 421 was said before it
 	contradicted    bool // the final reply came together with another one that says the contrary
 }
@@ -79,7 +79,7 @@ func (t *Transaction) result() Result {
 	ctxErr := ContextError(t.ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.told
+	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.notified
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
 	r := Result{
 		Replies: t.replies,
@@ -140,7 +140,7 @@ func (t *Transaction) write() (dotted bool) {
 			c.owner.Release()
 		}
 	}()
-	t.carrying = c.out.Buffered() > 0
+	t.holdsPrevDot = c.out.Buffered() > 0
 	if t.ctx.Err() != nil {
 		return false // nothing was written of this one; Release sees to the other's final dot
 	}
@@ -158,8 +158,9 @@ func (t *Transaction) write() (dotted bool) {
 func (t *Transaction) converse() (due bool) {
 	defer func() { t.unguard() }()
 	t.byData = t.goesByData()
-	// The message before is not held up while this one's body is made, nor does anything block that is not guarded.
-	if !t.carrying {
+	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Nothing blocks that
+	// our context does not end.
+	if !t.holdsPrevDot {
 		t.guard()
 	} else if !t.fitsBuffer() && !t.send() {
 		return false
@@ -202,7 +203,7 @@ func (t *Transaction) beginData() bool {
 func (t *Transaction) part() (due bool) {
 	if room := t.remaining() + endRoom; t.c.owner.Wanted() && room <= outBuffer {
 		if int64(t.c.out.Available()) < room {
-			t.c.Flush() // guarded yet; a transaction that carries another one's message has been found to fit
+			t.c.Flush() // our context still cancels this write; with another's final dot in the buffer all has been found to fit
 		}
 		if !t.unguard() || !t.end() {
 			return false
@@ -210,7 +211,7 @@ func (t *Transaction) part() (due bool) {
 		if t.handedOver = t.c.owner.Handoff(); t.handedOver {
 			return true
 		}
-		if t.carrying {
+		if t.holdsPrevDot {
 			return true // Release flushes: with it go messages of others, who have nothing to do with this one's context
 		}
 		t.guard() // nobody goes on here
@@ -261,15 +262,15 @@ func (t *Transaction) envelopeRoom() int64 {
 }
 
 // send flushes the buffer. The end of the context does not interrupt that while another one's final dot is in it, but ends
-// the wait: then the session ends too, once all has left. From then on the context ends the transaction.
+// the wait: then the connection ends too, once all has left. From then on the context ends the transaction.
 func (t *Transaction) send() bool {
-	carried := t.carrying
+	carried := t.holdsPrevDot
 	if carried && t.ctx.Done() != nil {
 		if t.handedOver = !t.c.sendOff(t.ctx); t.handedOver {
 			return false
 		}
 	}
-	t.carrying = false
+	t.holdsPrevDot = false
 	sent := t.sendNow() // which tells how it went
 	if carried {
 		t.guard()
@@ -277,7 +278,7 @@ func (t *Transaction) send() bool {
 	return sent
 }
 
-// giveUp ends the session because of a body that cannot be completed: nothing but closing without the final dot keeps a
+// giveUp ends the connection because of a body that cannot be completed: nothing but closing without the final dot keeps a
 // truncated message from being accepted.
 func (t *Transaction) giveUp(err error) {
 	if t.lostWriting {
@@ -295,7 +296,7 @@ func (t *Transaction) sendNow() bool { return t.c.Flush() == nil || t.explained(
 func unguarded() bool { return true }
 
 // guard makes the end of the context end the transaction, until t.unguard is called. If that returns false, it is too late.
-// The session lives on until the final replies due to others are in.
+// The connection lives on until the final replies due to others are in.
 func (t *Transaction) guard() {
 	if t.ctx.Done() == nil {
 		return
@@ -304,7 +305,7 @@ func (t *Transaction) guard() {
 	cancel := func() {
 		c.mu.Lock()
 		t.cancelled = t.cancelled || c.cause == nil
-		c.failLocked(errGivenUp) // which is what it is to others
+		c.failLocked(errGivenUp) // the cause that other transactions see
 		c.armLocked()
 		c.mu.Unlock()
 		c.raw.interrupt() // second, so that a write which it ends is known to be a consequence
@@ -315,7 +316,7 @@ func (t *Transaction) guard() {
 		if first {
 			if first, result = false, stop(); !result {
 				t.shared = true
-				cancel() // its goroutine may not have come to it, and the session must not go on
+				cancel() // its goroutine may not have come to it, and the connection must not go on
 			}
 		}
 		return result
@@ -401,7 +402,7 @@ func (t *Transaction) writeAuth() bool {
 	return err == nil || t.explained()
 }
 
-// begin notes in the session that a transaction begins, and tells whether RSET must lead it.
+// begin notes in the connection that a transaction begins, and tells whether RSET must lead it.
 func (t *Transaction) begin() (rset bool) {
 	c := t.c
 	c.mu.Lock()
@@ -425,11 +426,11 @@ func (t *Transaction) begin() (rset bool) {
 	return rset
 }
 
-// maxFailed is how many transactions in a row may come to nothing before their session is replaced: relays count what was
+// maxFailed is how many transactions in a row may come to nothing before their connection is replaced: relays count what was
 // refused, and leave in the middle of something at 10 (Exim) or 20 (Postfix).
 const maxFailed = 8
 
-// explained waits for the session to end after a write has failed, so that the relay's last words are known.
+// explained waits for the connection to end after a write has failed, so that the relay's last words are known.
 func (t *Transaction) explained() bool {
 	<-t.c.lost
 	return false
@@ -468,53 +469,25 @@ func (t *Transaction) askLine(x exchange) bool {
 	return t.awaitEnvelope()
 }
 
-// replyLocked takes a reply and, unless it is the final one, tells who waits for it. The lock is the session's.
+// replyLocked takes in the reply to x. The lock is the connection's.
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	c := t.c
-	if x.final {
-		t.replies.Final = r
-		if r.Code == 432 {
-			c.retireLocked(Fault)
-		}
-		switch r.Class() {
-		case 2:
-			if t.after421 = c.said421; t.seq == c.used {
-				c.open = false
-			}
-		case 3:
-			c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
-		}
-		return
-	}
-	defer t.wake()
-	t.answered++
 	if r.Code == 432 {
 		c.retireLocked(Fault) // one connection too many, and this is it
 	}
-	if x.op == StepMail {
-		t.learnFromMailLocked(r)
+	if x.final {
+		t.finalLocked(x, r)
+		return
 	}
+	t.answered++
+	t.wake()
 	switch x.op {
 	case StepAuth:
-		t.replies.Auth = r
-		c.o.Profile.AuthAnswered(c.authMark, r)
-		if r.Class() != 2 {
-			c.auth = r
-			c.failLocked(&AuthError{r})
-		}
-		if r.Class() == 3 {
-			c.o.Profile.AuthFollowedFailed()
-		}
+		t.authLocked(r)
 	case StepRset:
-		t.replies.Rset = r
-		if r.Class() != 2 && !(x.first && r.Code == 503 && t.byData) {
-			if x.first && r.Code != 421 { // which is no answer to this command, but to all
-				c.o.Profile.OverlapFailed()
-			}
-			c.failLocked(&ReplyError{Step: x.op, Reply: r})
-		}
+		t.rsetLocked(x, r)
 	case StepMail:
-		t.replies.Mail = r
+		t.mailLocked(r)
 	case StepRcpt:
 		t.replies.Rcpt[x.rcpt] = r
 	case StepData:
@@ -527,12 +500,11 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 			t.replies.Data = r
 		}
 	}
-	// A reply of the wrong kind means that we are out of step with the relay.
 	positive := 2
 	if x.op == StepData {
 		positive = 3
 	}
-	if r.Class() < 4 && r.Class() != positive {
+	if r.Class() < 4 && r.Class() != positive { // we are out of step with the relay
 		if t.overlapped {
 			c.o.Profile.OverlapFailed()
 		}
@@ -540,9 +512,50 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 }
 
-// learnFromMailLocked takes in what the reply to MAIL tells of the connection.
-func (t *Transaction) learnFromMailLocked(r wire.Reply) {
+// finalLocked takes in the final reply. Who waits for it is told once the Owner knows.
+func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 	c := t.c
+	t.replies.Final = r
+	switch r.Class() {
+	case 2:
+		if t.after421 = c.said421; t.seq == c.used {
+			c.open = false
+		}
+	case 3:
+		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
+	}
+}
+
+// authLocked takes in the reply to AUTH.
+func (t *Transaction) authLocked(r wire.Reply) {
+	c := t.c
+	t.replies.Auth = r
+	c.o.Profile.AuthAnswered(c.authMark, r)
+	if r.Class() != 2 {
+		c.auth = r
+		c.failLocked(&AuthError{r})
+	}
+	if r.Class() == 3 {
+		c.o.Profile.AuthFollowedFailed()
+	}
+}
+
+// rsetLocked takes in the reply to RSET.
+func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
+	t.replies.Rset = r
+	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
+		return // for 503 see overlapRefused
+	}
+	if x.first && r.Code != 421 { // 421 is no answer to this command, but to all
+		t.c.o.Profile.OverlapFailed()
+	}
+	t.c.failLocked(&ReplyError{Step: x.op, Reply: r})
+}
+
+// mailLocked takes in the reply to MAIL.
+func (t *Transaction) mailLocked(r wire.Reply) {
+	c := t.c
+	t.replies.Mail = r
 	switch {
 	case c.o.Profile.MeansFull(r), c.o.Profile.MeansIdle(r):
 		c.retireLocked(Full)
@@ -558,18 +571,15 @@ func (t *Transaction) wake() {
 	}
 }
 
-// awaitEnvelope waits until each command has its reply. It reports whether the session can go on.
+// awaitEnvelope waits until each command has its reply. It reports whether the connection can go on.
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
 	for {
 		c.mu.Lock()
-		doomed, complete := c.cause != nil, t.asked == t.answered
+		lost, complete := c.phase >= draining, t.asked == t.answered
 		c.mu.Unlock()
-		if doomed {
-			return false
-		}
-		if complete {
-			return true
+		if lost || complete {
+			return !lost
 		}
 		select {
 		case <-t.signal:
@@ -579,7 +589,7 @@ func (t *Transaction) awaitEnvelope() bool {
 }
 
 // overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
-// (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the session is
+// (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the connection is
 // in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
 // rest, and that is the transaction.
 func (t *Transaction) overlapRefused() bool {
@@ -593,7 +603,7 @@ func (t *Transaction) overlapRefused() bool {
 	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
 }
 
-// repeat makes t as new, to be begun again on the same session.
+// repeat makes t as new, to be begun again on the same connection.
 func (t *Transaction) repeat() {
 	c := t.c
 	c.mu.Lock()
@@ -705,7 +715,7 @@ func (t *Transaction) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the session takes
+// end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the connection takes
 // no further transaction.
 func (t *Transaction) end() bool {
 	c := t.c
@@ -741,11 +751,11 @@ func (t *Transaction) finish(op Step, command string) bool {
 	return true
 }
 
-// awaitFinal waits for the final reply, the end of the session or of the context.
+// awaitFinal waits for the final reply, the end of the connection or of the context.
 func (t *Transaction) awaitFinal() {
 	for {
 		t.c.mu.Lock()
-		in := t.told
+		in := t.notified
 		t.c.mu.Unlock()
 		if in {
 			return

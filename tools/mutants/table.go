@@ -81,7 +81,7 @@ var mutants = []mutant{
 		"more = !c.outOfStep &&",
 		"more = true &&"},
 	{"two final replies that contradict each other are believed", "internal/conn/conn.go",
-		"			x.tx.contradicted = true\n",
+		"		x.tx.contradicted = true\n",
 		"			x.tx.contradicted = false\n"},
 	{"a receipt in chunks stands behind a 421", "outcome.go",
 		"case class == 3, r.Contradicted, r.Chunked && r.After421:",
