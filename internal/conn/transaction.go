@@ -408,8 +408,9 @@ func (t *Transaction) begin() (rset bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	rset = c.open
-	t.clearing, c.unended = rset && c.unended, true
 	t.overlapped = c.pending > 0
+	// A refused chunk leaves the envelope where it was (RFC 3030, 2), unlike a refused final dot.
+	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
 	t.held = !t.byData && t.mustHoldLocked()
 	if c.failed++; t.overlapped || !rset {
 		c.failed = 0
