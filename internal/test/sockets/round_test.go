@@ -51,7 +51,12 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	if one(3) {
 		r.fault = drawFault(rng, chunking)
 	}
-	r.habits.keepsEnvelope = !chunking && one(6) // in chunks another's body may have left before anybody can know
+	// Where a body in chunks leaves with its envelope, behind another's end, it is gone before anybody can know of RSET.
+	together := chunking && r.pipelining == smtprelay.PipelineAcross
+	if together && r.fault.At == smtptest.Rset {
+		r.fault.At = smtptest.Mail
+	}
+	r.habits.keepsEnvelope = !together && one(6)
 	if r.calm {
 		r.weather.breaks, r.habits.keepsEnvelope = 0, false
 	}

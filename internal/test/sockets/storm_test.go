@@ -36,6 +36,9 @@ func stormKinds(t *testing.T) (kinds []stormKind) {
 	only := regexp.MustCompile(*stormOnly)
 	for _, m := range relayMakes {
 		for _, chunking := range []bool{false, true} {
+			if raceDetector && chunking && (m == goSMTPClear || m == goSMTPTLS) {
+				continue
+			}
 			if k := (stormKind{m, chunking}); only.MatchString(k.String()) {
 				kinds = append(kinds, k)
 			}
