@@ -111,9 +111,9 @@ func (j *stormJudge) judge(told *stormTold) {
 func (a *stormAttempt) dotted() bool { return a.dotRead || a.sent != nil && a.sent.dot.Load() > 0 }
 
 // refused tells whether the relay has said, in a way that can be relied on, that it has not taken the message: in reply to
-// the final dot, or with 421 to all that was outstanding.
+// the final dot or to a chunk, or with 421 to all that was outstanding.
 func (a *stormAttempt) refused() bool {
-	return a.answered && a.final.code/100 != 2 || !a.dotRead && a.conn.leaving
+	return a.failed || a.answered && a.final.code/100 != 2 || !a.dotRead && a.conn.leaving
 }
 
 func (a *stormAttempt) carries(to string) bool {
