@@ -1,3 +1,5 @@
+// Package conn is one SMTP connection, from its first byte to the relay's close: its opening, its transactions, which may
+// overlap, and its end. It knows no pool and no retry, and judges nothing: a transaction ends in a [Result].
 package conn
 
 import (

@@ -1,6 +1,6 @@
 package conn
 
-// Tests of what netconn.go makes of the errors of a socket.
+// Tests of what progress.go makes of the errors of a socket.
 
 import (
 	"context"

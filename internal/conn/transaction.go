@@ -51,7 +51,7 @@ type Transaction struct {
 	asked, answered int // commands of the envelope, and replies to them
 	replies         Replies
 	notified        bool // it is in, and the Owner knows
-	cancelled       bool // the end of ctx is why the connection was doomed
+	cancelled       bool // the end of ctx is why the connection was lost
 	after421        bool // the final reply is 2xx, and 421 was said before it
 	contradicted    bool // the final reply came together with another one that says the contrary
 }
