@@ -51,7 +51,7 @@ func (d *delivery) run() (Receipt, error) {
 		if d.tries++; d.tries > 1 {
 			d.c.cfg.stats.retries.Add(1)
 		}
-		t := conn.NewTransaction(d.ctx, s.Conn, &d.msg)
+		t := conn.NewTransaction(d.ctx, s.Conn, d.msg)
 		err = d.settle(s, rcpts, t.Run())
 		t.Recycle()
 		if err != nil {
@@ -66,6 +66,7 @@ func (d *delivery) run() (Receipt, error) {
 func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
+	d.msg.Body, d.msg.Size = r.Body, r.Size
 	if e != nil {
 		d.c.cfg.explainAuth(e)
 		d.c.pool.learn(s, e)
@@ -93,12 +94,6 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 
 // errBodyUsed is told for recipients that need another transaction.
 var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
-
-// Recipient implements [conn.Recipients].
-func (d *delivery) Recipient(i int) (addr string, params wire.RcptParams) {
-	addr = d.m.To[d.todo[i]]
-	return addr, d.m.RcptOptions[addr].params()
-}
 
 // note writes down the fate of each of rcpts, the recipients of a transaction that ended in r with the verdict e. Those that
 // wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
@@ -239,7 +234,10 @@ func (d *delivery) begin() error {
 	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
 		d.utf8 = d.m.To[i]
 	}
-	d.msg = conn.Message{From: d.m.From, To: d, AllOrNothing: d.m.AllOrNothing, Body: d.m.Body, Size: canonicalSize(&d.m)}
+	d.msg = conn.Message{From: d.m.From, To: d.m.To, AllOrNothing: d.m.AllOrNothing, Body: d.m.Body, Size: canonicalSize(&d.m)}
+	if options := d.m.RcptOptions; len(options) > 0 {
+		d.msg.Params = func(addr string) wire.RcptParams { return options[addr].params() }
+	}
 	if len(d.m.To) > 1 {
 		d.rcpts = d.c.cfg.profile.maxRcpts()
 	}

@@ -32,8 +32,8 @@ func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 		return nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
 	}
 	mail := d.params(ext)
-	d.msg.Mail, d.msg.N = mail.params(), most
-	return d.todo[:most], nil
+	d.msg.Mail, d.msg.Rcpts = mail.params(), d.todo[:most]
+	return d.msg.Rcpts, nil
 }
 
 // params are the parameters of MAIL for a relay that offers ext: what only helps is left out where it is not offered, and

@@ -177,7 +177,7 @@ func (c *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) 
 	if c.pendingAuth == nil {
 		return r, true
 	}
-	t := NewTransaction(ctx, c, &Message{})
+	t := NewTransaction(ctx, c, Message{})
 	t.guard()
 	defer func() { t.unguard() }()
 	authenticated = t.writeAuth() && t.sendNow() && t.awaitEnvelope()

@@ -7,24 +7,27 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// Message is what one transaction sends. Its owner may use it for another one when that is over.
+// Message is what one transaction sends.
 type Message struct {
-	From string
-	Mail wire.MailParams // of the next transaction
-	To   Recipients
-	N    int // recipients of the next transaction
+	From   string
+	Mail   wire.MailParams
+	To     []string
+	Rcpts  []int                             // which of To
+	Params func(addr string) wire.RcptParams // of a recipient's RCPT; nil: none have any
 
 	AllOrNothing bool // nothing is sent unless the relay accepts all recipients
 
-	// Body may be replaced by one that can be written more than once.
 	Body io.WriterTo
 	Size int64 // of the body in its canonical form; 0: not known
 }
 
-// Recipients are those of the next transaction.
-type Recipients interface {
-	// Recipient returns the address of the ith and the parameters of its RCPT.
-	Recipient(i int) (addr string, params wire.RcptParams)
+// recipient returns the address of the ith recipient and the parameters of its RCPT.
+func (m *Message) recipient(i int) (addr string, params wire.RcptParams) {
+	addr = m.To[m.Rcpts[i]]
+	if m.Params != nil {
+		params = m.Params(addr)
+	}
+	return addr, params
 }
 
 // Bytes is a body of known size, which can be written any number of times.

@@ -3,6 +3,7 @@ package conn
 import (
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -46,10 +47,12 @@ type Result struct {
 	Begun       bool // a command was written
 
 	End        End
-	Chunked    bool  // the body went in chunks, and not behind DATA
-	Overlapped bool  // begun behind a final dot that had no reply yet
-	BodyBegun  bool  // the body was asked to write itself
-	BodyErr    error // why the body could not be completed
+	Chunked    bool        // the body went in chunks, and not behind DATA
+	Overlapped bool        // begun behind a final dot that had no reply yet
+	BodyBegun  bool        // the body was asked to write itself
+	BodyErr    error       // why the body could not be completed
+	Body       io.WriterTo // what is left to send to others: one that was read ahead can be written again
+	Size       int64       // of the message in its canonical form; 0: not known
 
 	Seq  int // 1-based number of this transaction on its connection; 0: not begun
 	Used int // transactions begun on the connection

@@ -23,7 +23,7 @@ import (
 type Transaction struct {
 	ctx  context.Context
 	c    *Conn
-	m    *Message
+	m    Message
 	mail wire.MailParams // as they are sent
 
 	signal       chan struct{} // told that a reply is in; has room for one
@@ -57,13 +57,13 @@ type Transaction struct {
 }
 
 // NewTransaction prepares a transaction of m. The write side of c is the caller's. Its Run comes next, then its Recycle.
-func NewTransaction(ctx context.Context, c *Conn, m *Message) *Transaction {
+func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	t, ok := c.o.transactions.Get().(*Transaction)
 	if !ok {
 		t = &Transaction{signal: make(chan struct{}, 1)}
 	}
 	*t = Transaction{ctx: ctx, c: c, m: m, mail: m.Mail, signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
-	for range m.N {
+	for range m.Rcpts {
 		t.replies.Rcpt = append(t.replies.Rcpt, wire.Reply{})
 	}
 	select {
@@ -83,7 +83,7 @@ func (t *Transaction) result() Result {
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
 	r := Result{
 		Replies: t.replies,
-		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr,
+		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
 		Seq: t.seq, Used: c.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
 		OutOfStep: c.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
@@ -252,7 +252,7 @@ func (t *Transaction) envelopeRoom() int64 {
 		n += coded * len(*t.mail.Auth)
 	}
 	for i := range t.replies.Rcpt {
-		addr, p := t.m.To.Recipient(i)
+		addr, p := t.m.recipient(i)
 		n += len("RCPT TO:<>\r\n") + len(addr)
 		if p.Notify != nil || p.Orcpt != "" || !p.Since.IsZero() {
 			n += commands + coded*len(p.Orcpt)
@@ -351,7 +351,7 @@ func (t *Transaction) envelope() bool {
 		if !c.pipelining() && t.replies.MailRefused() {
 			break
 		}
-		addr, rcpt := t.m.To.Recipient(i)
+		addr, rcpt := t.m.recipient(i)
 		c.line = wire.AppendRcpt(c.line[:0], addr, &rcpt, t.mail.UTF8)
 		if !t.askLine(exchange{op: StepRcpt, rcpt: i, limit: command}) {
 			return false
