@@ -27,7 +27,10 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 	s, leave, e = c.connect(ctx, id)
 	if e != nil && e.Op == OpBdat && ctx.Err() == nil { // the question about refused chunks, which is not asked again
 		leave()
-		s, leave, e = c.connect(ctx, id)
+		leave = func() {}
+		if ctx.Err() == nil { // it may have ended meanwhile, and the wait for the relay's close with it
+			s, leave, e = c.connect(ctx, id)
+		}
 	}
 	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
 	if e != nil {
