@@ -431,9 +431,13 @@ func (t *Transaction) begin() (rset bool) {
 // refused, and leave in the middle of something at 10 (Exim) or 20 (Postfix).
 const maxFailed = 8
 
-// explained waits for the connection to end after a write has failed, so that the relay's last words are known.
+// explained waits for the connection to end after a write has failed, so that the relay's last words are known, or for the end
+// of the context.
 func (t *Transaction) explained() bool {
-	<-t.c.lost
+	select {
+	case <-t.c.lost:
+	case <-t.ctx.Done():
+	}
 	return false
 }
 
