@@ -230,7 +230,7 @@ func FuzzParseEHLO(f *testing.F) {
 			if strings.HasPrefix(word, "AUTH=") {
 				word = "AUTH"
 			}
-			if !slices.Contains(offered, word) {
+			if len(word) <= MaxWordLen && len(offered) < MaxWords && !slices.Contains(offered, word) {
 				offered = append(offered, word)
 			}
 		}
