@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/scrub"
@@ -80,6 +81,8 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 		m.add("Addr %q has no host", addr)
 	case strings.ContainsFunc(host, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }):
 		m.add("Addr %q: the host has white space or control characters in it", addr)
+	case !utf8.ValidString(host):
+		m.add("Addr %q: the host is not valid UTF-8", addr)
 	case strings.Contains(host, ":") && !isAddress(host):
 		m.add("Addr %q: the host has colons but is not an IPv6 address", addr)
 	case !validPort(port):
