@@ -47,7 +47,7 @@ var mutants = []mutant{
 		"case false:"},
 	{"any envelope behind a message proves that overlap works", "internal/conn/chunks.go",
 		"	if together {",
-		"	if t.overlapped {"},
+		"	if together || t.overlapped {"},
 	{"a chunk leaves behind an AUTH without reply", "internal/conn/chunks.go",
 		"case c.pendingAuth != nil:",
 		"case false:"},
