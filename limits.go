@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"math/rand/v2"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -68,7 +69,16 @@ type slots struct {
 	open int // taken for connections
 	held int // taken by nobody, so that the cap is lower
 	owed int // to be held back once they are freed
+
+	raiseAfter time.Duration // how long the cap stays as low as it is
+	raiseAt    time.Time     // when it goes up by one; zero means that it is not lowered
+	raised     bool          // since it was lowered last
 }
+
+const (
+	crowdWait     = 30 * time.Second // before a connection more is tried after "too many connections"; doubles
+	crowdWaitMost = 10 * time.Minute
+)
 
 func newSlots(max int) *slots {
 	return &slots{sem: semaphore.NewWeighted(int64(max)), max: max}
@@ -120,4 +130,35 @@ func (s *slots) raise() (lowered bool) {
 		s.sem.Release(1)
 	}
 	return s.held+s.owed > 0
+}
+
+// crowded lowers the cap for a while to the number of connections that work or may yet: the relay has said that there are too
+// many.
+func (s *slots) crowded(working int, now time.Time) {
+	if s.limit() <= max(working, 1) && !s.raiseAt.IsZero() {
+		return // one of several that were refused together
+	}
+	s.lower(working)
+	switch {
+	case s.raiseAfter == 0:
+		s.raiseAfter = crowdWait
+	case s.raised: // too soon
+		s.raiseAfter = min(2*s.raiseAfter, crowdWaitMost)
+	}
+	s.raised = false
+	// A random part more, so that clients that share an allowance do not come back together.
+	s.raiseAt = now.Add(s.raiseAfter + rand.N(s.raiseAfter/4))
+}
+
+// raiseDue brings a cap that was lowered up by one if its time has come.
+func (s *slots) raiseDue(now time.Time) {
+	if s.raiseAt.IsZero() || now.Before(s.raiseAt) {
+		return
+	}
+	s.raised = true
+	if s.raise() {
+		s.raiseAt = now.Add(s.raiseAfter)
+	} else {
+		s.raiseAt, s.raiseAfter = time.Time{}, 0
+	}
 }

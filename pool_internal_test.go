@@ -127,13 +127,14 @@ func TestTimerThatRunsOutAtTheEndSetsNoOther(t *testing.T) {
 		}
 		p := c.pool
 		p.mu.Lock()
-		p.gate.crowded(1, time.Now(), p) // one of ten connections, and one more after a while
+		p.slots.crowded(1, time.Now()) // one of ten connections, and one more after a while
+		p.planLocked(time.Now())
 		p.mu.Unlock()
 		time.Sleep(crowdWait - time.Second)
 		c.Close()
 		time.Sleep(crowdWait)
 		p.wake() // which waited for the lock while the Client was closed
-		if p.gate.raise.Stop() {
+		if p.timer.Stop() {
 			t.Error("a timer runs on a closed Client")
 		}
 	})
