@@ -114,13 +114,15 @@ const (
 // 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
 // accepted. The context of a Send bounds it as a whole.
 type Timeouts struct {
+	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, and none works: 2 min
 	Dial       time.Duration // TCP connect: 30 s
-	Greeting   time.Duration // 5 min
+	Greeting   time.Duration // the greeting, and each reply until the connection is ready if Command is not less: 30 s
 	TLS        time.Duration // the TLS handshake: 30 s
 	Command    time.Duration // the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET: 5 min
 	Data       time.Duration // the reply to DATA: 2 min
 	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
+	Drain      time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
 	Quit       time.Duration // the relay's close after QUIT: 5 s; not negative
 }
@@ -148,21 +150,29 @@ func New(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Err: err, permanent: true}
 	}
-	return &Client{cfg: checked, pool: newPool(checked, checked.dial)}, nil
+	return &Client{cfg: checked, pool: newPool(checked)}, nil
 }
 
 // Send delivers m to the relay and returns its receipt. It waits, first come first served, for a connection; ctx bounds the
 // whole call.
 //
+// A ctx that ends once the end of the message has left is not the end of the call: the relay's answer is awaited for
+// Timeouts.Drain, so that the message is not of unknown fate for want of a moment. Send is blocked, whatever ctx, while m.Body
+// writes itself.
+//
 // A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and its Outcome
 // tells whether m may be sent again. Where the message was accepted for some recipients, the Receipt and the error both
 // tell for whom.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
+	return c.send(ctx, m, ask{})
+}
+
+func (c *Client) send(ctx context.Context, m Message, want ask) (Receipt, error) {
 	began := time.Now()
-	d := delivery{c: c, ctx: ctx, m: m}
+	d := delivery{c: c, ctx: ctx, m: m, want: want}
 	receipt, err := Receipt{}, d.begin()
 	if err == nil {
-		receipt, err = d.run()
+		receipt, err = d.enterAndRun()
 	}
 	c.cfg.stats.count(err)
 	if t := c.cfg.Trace; t != nil && t.SendDone != nil {
@@ -222,7 +232,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 }
 
 func (c *Client) result(ctx context.Context, m Message) Result {
-	receipt, err := c.Send(ctx, m)
+	receipt, err := c.send(ctx, m, ask{patient: true})
 	return Result{Message: m, Receipt: receipt, Err: err}
 }
 
@@ -239,9 +249,14 @@ func (c *Client) SendMail(from string, to []string, msg []byte) error {
 // It tries as often and waits as long as Retry and Timeouts say, many minutes with a relay that says nothing: give ctx a
 // time limit.
 func (c *Client) Ping(ctx context.Context) error {
-	attempts := 0
-	for {
-		s, err := c.pool.take(ctx, &attempts)
+	if err := c.pool.enter(); err != nil {
+		return err
+	}
+	defer c.pool.leave()
+	for attempts := 0; ; {
+		g, err := c.pool.take(ctx, ask{failFast: true})
+		attempts += g.failed
+		s := g.session
 		if err == nil {
 			err = c.pool.authenticate(ctx, s)
 			c.pool.release(s)
@@ -249,7 +264,7 @@ func (c *Client) Ping(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		if s != nil { // else the pool has counted
+		if s != nil {
 			attempts++
 		}
 		if s == nil || err.lasting() || ctx.Err() != nil || c.cfg.Retry.exhausted(attempts) {
@@ -262,8 +277,8 @@ func (c *Client) Ping(ctx context.Context) error {
 // Stats returns a snapshot of the Client's counters.
 func (c *Client) Stats() Stats { return c.pool.stats() }
 
-// Shutdown ends the Client gracefully: Sends that have not got a connection and later ones fail with ErrClosed, those
-// under way are finished, connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
+// Shutdown ends the Client gracefully: calls that have begun are finished, those that wait for a connection included; later
+// ones fail with ErrClosed; then the connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
 // context's error is returned.
 func (c *Client) Shutdown(ctx context.Context) error { return c.pool.shutdown(ctx) }
 

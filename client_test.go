@@ -137,12 +137,12 @@ func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
 }
 
 // In fake time a turn takes 20 ms, and nothing else takes any.
-func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) {
+func TestColdPoolOpensSideBySideAndLaterConnectionsLogInWithTheirFirstMessage(t *testing.T) {
 	const turn = 20 * time.Millisecond
 	for _, tc := range []struct {
 		name  string
 		start func(*smtptest.Server)
-		first int // turns to the first receipts
+		turns int // to the receipt of a connection's first message, once the credentials are known to be right
 	}{
 		// SYN, greeting, EHLO, AUTH with the envelope, body.
 		{"in the clear", func(s *smtptest.Server) { s.NoTLS = true; s.Start() }, 5},
@@ -152,18 +152,13 @@ func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) 
 		{"STARTTLS", (*smtptest.Server).Start, 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				relay := smtptest.NewUnstartedServer()
-				far(relay)
-				tc.start(relay)
-				defer relay.Close()
-				client := newClient(t, configOf(relay))
-				defer client.Close()
+			// send has so many messages sent at once, and returns how many were accepted after how many turns.
+			send := func(t *testing.T, client *smtprelay.Client, n int) map[int]int {
 				began := time.Now()
-				after := make(map[int]int) // messages accepted, by turns
+				after := make(map[int]int)
 				var mu sync.Mutex
 				var senders sync.WaitGroup
-				for i := range 100 {
+				for i := range n {
 					senders.Go(func() {
 						if _, err := client.Send(t.Context(), numbered(i)); err != nil {
 							t.Errorf("message %d: %v", i, err)
@@ -174,10 +169,29 @@ func TestColdPoolOpensSideBySideAndTheFirstMessagesGoWithTheLogin(t *testing.T) 
 					})
 				}
 				senders.Wait()
-				for n := range 10 {
-					want(t, fmt.Sprintf("messages accepted after %d turns", tc.first+n), after[tc.first+n], 10)
+				return after
+			}
+			start := func(t *testing.T) (*smtptest.Server, *smtprelay.Client) {
+				relay := smtptest.NewUnstartedServer()
+				far(relay)
+				tc.start(relay)
+				t.Cleanup(relay.Close)
+				return relay, newClient(t, configOf(relay))
+			}
+			synctest.Test(t, func(t *testing.T) {
+				relay, client := start(t)
+				after := send(t, client, 100)
+				for n := range 10 { // one turn more: one connection logs in alone, and the others wait for that
+					want(t, fmt.Sprintf("messages accepted after %d turns", tc.turns+1+n), after[tc.turns+1+n], 10)
 				}
 				want(t, "connections opened", len(relay.Conns()), 10)
+			})
+			synctest.Test(t, func(t *testing.T) {
+				relay, client := start(t)
+				want(t, "accepted when the first connection has logged in", send(t, client, 1)[tc.turns+1], 1)
+				time.Sleep(time.Minute) // the first is idle, and ends
+				want(t, "accepted when the second has", send(t, client, 1)[tc.turns], 1)
+				want(t, "connections opened", len(relay.Conns()), 2)
 			})
 		})
 	}
@@ -235,6 +249,7 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 				relay := newRelay(t, far, func(s *smtptest.Server) { s.Behind = test.habit })
 				cfg := configOf(relay)
 				cfg.Timeouts.Overlap = time.Hour // stands out among all else that takes time
+				cfg.Timeouts.Outage = -1
 				client := newClient(t, cfg)
 
 				start := time.Now()

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"strconv"
@@ -36,7 +37,7 @@ const defaultAddr = "smtp.sendgrid.net:587"
 
 // check finds all mistakes in c and fills in what is not set.
 func (c Config) check() (*settings, error) {
-	s := &settings{Config: c, password: newSecret(c.Password)}
+	s := &settings{Config: c, password: newSecret(c.Password), profile: profile{authTurn: make(chan struct{}, 1)}}
 	s.Config.Password = ""
 	s.said.Expect(c.Password)
 	if s.Addr == "" {
@@ -134,6 +135,12 @@ func (m *mistakes) inLimits(c Config) {
 	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
 		m.add("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
 	}
+	if c.Limits.MaxWaiting < 0 {
+		m.add("Limits.MaxWaiting is %d: want how many Sends may wait, or 0 for any number", c.Limits.MaxWaiting)
+	}
+	if math.IsNaN(c.Limits.Rate) || math.IsInf(c.Limits.Rate, 0) {
+		m.add("Limits.Rate is %v: want messages a second", c.Limits.Rate)
+	}
 	if c.Timeouts.Quit < 0 {
 		m.add("Timeouts.Quit is negative: a relay that never closes would be waited for without end")
 	}
@@ -147,14 +154,16 @@ func (m *mistakes) inLimits(c Config) {
 
 // withDefaults replaces zero by the default, and negative by 0, which means no limit from here on.
 func (t Timeouts) withDefaults() Timeouts {
+	t.Outage = orDefault(t.Outage, 2*time.Minute)
 	t.Dial = orDefault(t.Dial, 30*time.Second)
-	t.Greeting = orDefault(t.Greeting, 5*time.Minute)
+	t.Greeting = orDefault(t.Greeting, 30*time.Second)
 	t.TLS = orDefault(t.TLS, 30*time.Second)
 	t.Command = orDefault(t.Command, 5*time.Minute)
 	t.Data = orDefault(t.Data, 2*time.Minute)
 	t.Write = orDefault(t.Write, 3*time.Minute)
 	t.FinalReply = orDefault(t.FinalReply, 10*time.Minute)
 	t.Overlap = orDefault(t.Overlap, 5*time.Second)
+	t.Drain = orDefault(t.Drain, 2*time.Second)
 	t.Quit = orDefault(t.Quit, 5*time.Second)
 	return t
 }

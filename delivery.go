@@ -25,19 +25,35 @@ type delivery struct {
 	todo    []int        // recipients whose fate is open, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
+	want     ask
+	round    int    // of the pace, when the transaction was begun
+	moved    bool   // it was tried on another connection since the one before refused it for now
+	failed   int    // connections that could not be opened meanwhile
 	attempts int    // tries that failed and counted
 	tries    int    // all of them
 	unknown  *Error // of a transaction whose fate is unknown
 	refusal  *Error // what the first recipient that was refused for itself was told
 }
 
+// enterAndRun is run, as one of the Client's calls under way.
+func (d *delivery) enterAndRun() (Receipt, error) {
+	if err := d.c.pool.enter(); err != nil {
+		return d.end(err)
+	}
+	defer d.c.pool.leave()
+	return d.run()
+}
+
 // run makes transactions until nothing is left to do.
 func (d *delivery) run() (Receipt, error) {
 	for len(d.todo) > 0 {
-		s, err := d.c.pool.take(d.ctx, &d.attempts)
+		g, err := d.c.pool.take(d.ctx, d.want)
+		d.failed += g.failed
 		if err != nil {
 			return d.end(err)
 		}
+		s := g.session
+		d.round, d.want.again = g.round, false
 		rcpts, err := d.fit(s)
 		if err != nil {
 			d.c.pool.release(s)
@@ -67,25 +83,27 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
 	d.msg.Body, d.msg.Size = r.Body, r.Size
-	if e != nil {
-		d.c.cfg.explainAuth(e)
-		d.c.pool.learn(s, e)
-	}
-	if r.Auth.Class() == 2 {
-		d.c.pool.worked()
+	switch {
+	case e == nil:
+		d.c.pool.accepted()
+	case e.Code == 432:
+		d.c.pool.crowd()
 	}
 	wait := d.note(rcpts, &r, e)
 	d.learnRcpts(&r, e)
-	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing {
+	throttled := slices.ContainsFunc(r.Rcpt, func(reply wire.Reply) bool { return publicReply(reply).throttles(OpRcpt) })
+	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.endsSession(OpRcpt, r.Seq)) {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
 	switch {
 	case len(d.todo) == 0:
 		return nil
 	case e != nil:
-		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e), e)
+		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e, d.moved), e)
 	case r.BodyBegun && conn.OneShot(d.msg.Body):
 		return &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
+	case throttled:
+		return d.pause(waitForPace, wait)
 	case wait != nil:
 		return d.pause(retryLater, wait)
 	}
@@ -111,7 +129,7 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 		refusal := func() *Error {
 			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted}
 		}
-		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.Temporary) {
+		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.Temporary, d.moved) {
 		case fateAccepted:
 			rcpt.Outcome, rcpt.QueueID = Accepted, queueID
 		case fateUnknown:
@@ -148,10 +166,19 @@ func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
 
 // pause waits before the next try if there is one, as what says. Else it returns e, the reason.
 func (d *delivery) pause(what next, e *Error) *Error {
-	if what == waitForSlot {
+	switch what {
+	case waitForSlot:
 		what = retryLater
 		if d.c.pool.open() > 1 {
 			what = retryNow // the others work, and whoever waits is served in turn
+		}
+	case tryElsewhere:
+		d.moved, what = true, retryNow
+	case waitForPace:
+		if d.c.pool.slowDown(d.round) {
+			d.want.again, what = true, retryNow
+		} else {
+			what = giveUp
 		}
 	}
 	if what == retryNow {
@@ -214,7 +241,7 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	default:
 		e.Outcome = NotAccepted
 	}
-	e.Attempts = max(d.attempts, 1)
+	e.Attempts = max(d.attempts+d.failed, 1)
 	return d.receipt, e
 }
 
@@ -238,6 +265,9 @@ func (d *delivery) begin() error {
 	if options := d.m.RcptOptions; len(options) > 0 {
 		d.msg.Params = func(addr string) wire.RcptParams { return options[addr].params() }
 	}
+	d.want.urgent = d.m.Urgent
+	d.want.failFast = d.m.FailFast
+	d.want.once = d.c.cfg.Retry.MaxAttempts == 1
 	if len(d.m.To) > 1 {
 		d.rcpts = d.c.cfg.profile.maxRcpts()
 	}

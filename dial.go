@@ -18,21 +18,25 @@ import (
 // TLS, EHLO again, and AUTH if that cannot lead the first transaction. The end of ctx ends it.
 //
 // Who gets an error calls leave, which returns when the relay has closed the connection.
-func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func(), e *Error) {
+func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error) {
 	began := time.Now()
 	if t := c.Trace; t != nil && t.DialStart != nil {
 		t.DialStart(ctx, c.Addr)
 	}
 	c.stats.dials.Add(1)
-	s, leave, e = c.connect(ctx, id)
+	leave, e = c.connect(ctx, s)
 	if e != nil && e.Op == OpBdat && ctx.Err() == nil { // the question about refused chunks, which is not asked again
 		leave()
 		leave = func() {}
 		if ctx.Err() == nil { // it may have ended meanwhile, and the wait for the relay's close with it
-			s, leave, e = c.connect(ctx, id)
+			leave, e = c.connect(ctx, s)
 		}
 	}
-	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
+	if e != nil && e.Op == OpAuth && e.Code/100 == 5 && c.Auth != nil && ctx.Err() == nil { // a fresh token may do
+		leave()
+		leave, e = c.connect(ctx, s)
+	}
+	info := DialInfo{Conn: s.id, Addr: c.Addr, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
 		info.Err = e
@@ -47,18 +51,18 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 	if t := c.Trace; t != nil && t.DialDone != nil {
 		t.DialDone(ctx, info)
 	}
-	return s, leave, e
+	return leave, e
 }
 
-func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error) {
+// connect makes s a connection.
+func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Error) {
 	nc, err := c.dialTCP(ctx)
 	if err != nil {
-		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
+		return func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
 	}
-	s := &session{id: id}
 	var e *conn.OpenError
-	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(id)); e != nil {
-		return nil, leave, c.explain(ctx, e)
+	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(s.id)); e != nil {
+		return leave, c.explain(ctx, e)
 	}
 	limit := c.Limits.MaxMessagesPerConn
 	for _, least := range []int{s.Extensions().Limits.MailMax, c.profile.maxMessages()} {
@@ -71,7 +75,7 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 		expires = s.Born().Add(age - rand.N(age/10+1))
 	}
 	s.Bound(limit, expires)
-	return s, nil, nil
+	return nil, nil
 }
 
 // explain makes an Error of the reason why a connection could not be opened, with what to do about it.
@@ -120,7 +124,7 @@ func (c *settings) connOptions() *conn.Options {
 	t := c.Timeouts
 	o := &conn.Options{
 		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, Data: t.Data, Write: t.Write,
-			FinalReply: t.FinalReply, Overlap: t.Overlap, Quit: t.Quit},
+			FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,
 		Overlap:     c.Pipelining == PipelineAcross,

@@ -14,6 +14,7 @@ type gate struct {
 const (
 	authPause     = 30 * time.Second // without AUTH after credentials were refused; doubles
 	authPauseMost = 5 * time.Minute
+	showingTime   = 5 * time.Second // for a new connection to show that the relay does its work
 )
 
 // open reports whether a dial may be begun while so many are under way. After a failure one is tried at a time.
@@ -21,25 +22,25 @@ func (g *gate) open(now time.Time, dialling int) bool {
 	return g.failures == 0 || (dialling == 0 && !now.Before(g.notBefore))
 }
 
-// opened notes that a dial has succeeded.
+// opened notes that the relay does its work.
 func (g *gate) opened() { g.failures, g.last, g.paused = 0, nil, false }
 
-// failed notes that a dial of the given round has failed with e. It reports false if that is no news.
-func (g *gate) failed(e *Error, round int, cfg *settings, now time.Time) bool {
+// dialled notes that a dial has succeeded. After a failure the next one waits until the relay has shown that it does its work on
+// this connection, but not for long.
+func (g *gate) dialled(now time.Time) {
+	g.paused = false
+	g.notBefore = latest(g.notBefore, now.Add(showingTime))
+}
+
+// failed notes that a dial of the given round has failed with e, and that none is to be begun before notBefore.
+func (g *gate) failed(e *Error, round int, notBefore time.Time, paused bool) {
 	if round != g.round && g.last != nil {
-		return false
+		return // it failed together with others
 	}
 	g.round++
 	g.failures++
 	g.last = e.clone()
-	wait := cfg.Retry.backoff(g.failures)
-	g.paused = e.Op == OpAuth && e.Code/100 == 5 && !e.says(tooManyConns, e.Op)
-	if g.paused && cfg.Auth == nil {
-		// The same credentials again: no use, and some relays lock the account.
-		wait = backoffUpTo(authPause, authPauseMost, g.failures)
-	}
-	g.notBefore = now.Add(wait)
-	return true
+	g.notBefore, g.paused = notBefore, paused
 }
 
 func backoffUpTo(least, most time.Duration, failures int) time.Duration {

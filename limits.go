@@ -31,6 +31,16 @@ type Limits struct {
 	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
 	MaxInFlight int
 
+	// MaxWaiting is how many Sends wait for a connection at once; one more ends at once with [ErrBusy], its message not
+	// accepted. SendAll waits instead. 0 means any number; not negative.
+	MaxWaiting int
+
+	// Rate is how many messages a second are begun, on all connections together. 0 means any number, until the relay says that
+	// they come too fast (454, 450 and others, in many words): the Client finds out the pace that the relay takes then, and a
+	// message that was refused for that is sent again at that pace, before all others. A number is kept from the start. Negative
+	// means that such a reply is told to the caller.
+	Rate float64
+
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
 	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
 	MaxConnAge time.Duration

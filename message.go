@@ -34,6 +34,13 @@ type Message struct {
 	// accepted get it, and the error names the others.
 	AllOrNothing bool
 
+	// Urgent messages are sent before those that are not; of eight, one of the others still has its turn.
+	Urgent bool
+
+	// FailFast: where no connection is open and the relay cannot be reached, Send does not wait for it but returns the error of
+	// the last attempt to connect. A Client whose connections work and are busy is waited for.
+	FailFast bool
+
 	// MailOptions are further parameters of the MAIL command; nil means none.
 	MailOptions *MailOptions
 

@@ -2,6 +2,8 @@ package smtprelay
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
@@ -11,8 +13,8 @@ import (
 
 // mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
-	waiting := p.waiters.len + more
-	return !p.draining && p.slots.open < p.slots.limit() && waiting > p.dialling+p.lastRoom && p.gate.open(now, p.dialling)
+	waiting := p.queue.len() + more
+	return !p.draining && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling+p.lastRoom && p.gate.open(now, p.dialling)
 }
 
 // Sessions near their last transaction are counted: while they have room for everyone who waits, one more connection would
@@ -40,24 +42,27 @@ func (p *pool) countRoomLocked(now time.Time) {
 	}
 }
 
-// fillLocked opens connections for those who wait, as far as the cap and the gate allow, and has the others overlap. It is
-// called whenever one of these may have changed.
+// fillLocked opens connections for those who wait, as far as the cap and the gate allow, and serves the others with what there
+// is. It is called whenever one of these may have changed.
 func (p *pool) fillLocked(now time.Time) {
-	for p.mayDialLocked(0, now) && p.slots.take() {
-		ctx := context.WithoutCancel(p.waiters.last.ctx)
+	for p.queue.len() > 0 && p.mayDialLocked(0, now) && p.slots.take() {
+		ctx := context.WithoutCancel(p.queue.next().ctx)
 		p.dialling++
 		p.lastID++
-		id, round, usedUp := p.lastID, p.gate.round, p.usedUp
-		p.running.Go(func() { p.openSession(ctx, id, round, usedUp) })
+		s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round}, p.usedUp
+		p.running.Go(func() { p.openSession(ctx, s, usedUp) })
 	}
-	for p.waiters.len > p.dialling {
-		s := p.overlapLocked(now)
+	for p.queue.len() > 0 && !p.draining && p.pace.ready(now) {
+		s := p.idle.last
+		if s != nil || p.queue.len() > p.dialling {
+			s = p.freeLocked(0, now)
+		}
 		if s == nil {
 			break
 		}
-		p.serveLocked(s)
+		p.serveLocked(s, now)
 	}
-	if p.waiters.len > 0 && p.lastRoom > 0 && p.trustUntil.IsZero() {
+	if p.queue.len() > 0 && p.lastRoom > 0 && p.trustUntil.IsZero() {
 		p.trustUntil = now.Add(endingTrust)
 	}
 	p.planLocked(now)
@@ -65,37 +70,34 @@ func (p *pool) fillLocked(now time.Time) {
 
 // openSession opens a connection, for which a slot was taken. It goes on if the Send it was begun for gives up, and serves
 // whoever waits longest when it is done.
-func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
+func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(p.closing, cancel)()
-	s, leave, err := p.dial(ctx, id)
+	leave, err := p.cfg.dial(ctx, s)
 	if err != nil {
 		p.mu.Lock()
-		p.dialling--
-		p.failedLocked(err, round)
+		p.dialledLocked(s)
+		p.failedLocked(err, s.round)
 		p.mu.Unlock()
 		leave()
 		p.mu.Lock()
-		p.freeLocked()
+		p.freeSlotLocked()
 		p.mu.Unlock()
 		return
 	}
-	s.pool, s.round = p, round
 	s.sendAway = func() {
 		defer p.running.Done()
 		s.Conn.SendAway()
 	}
 	s.Bound(spread(s.Limit(), usedUp, p.cfg.Limits.MaxConns), s.Expires())
 	p.mu.Lock()
-	p.dialling--
+	p.dialledLocked(s)
 	s.held = true
 	p.sessions[s] = struct{}{}
 	p.running.Go(s.ReadLoop)
-	alone := s.PendingAuth() && p.waiters.len == 0 && !p.draining
-	if !s.PendingAuth() {
-		p.gate.opened()
-	}
+	p.gate.dialled(time.Now())
+	alone := s.PendingAuth() && p.queue.len() == 0 && !p.draining
 	if !alone {
 		p.releaseLocked(s) // at once: between, whoever it is for would seem to need one more dial
 	}
@@ -109,7 +111,25 @@ func (p *pool) openSession(ctx context.Context, id int64, round, usedUp int) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.fillLocked(time.Now()) // only one dial ran while the gate was closed; start the rest
+	p.fillLocked(time.Now()) // only one dial ran while the gate was closed
+}
+
+// dialledLocked notes that the dial of s is over.
+func (p *pool) dialledLocked(s *session) {
+	p.dialling--
+	if s.greeted {
+		p.greeted--
+	}
+}
+
+// hasGreeted is told that the relay has greeted s.
+func (p *pool) hasGreeted(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !s.greeted {
+		s.greeted = true
+		p.greeted++
+	}
 }
 
 // spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
@@ -134,10 +154,8 @@ func (p *pool) sessionClosed(s *session) {
 	if info.Reason == conn.Full {
 		p.usedUp++
 	}
-	if publicReply(info.Auth).says(tooManyConns, OpAuth) && p.slots.open > 1 {
-		p.crowdedLocked() // before its place is free: its Send, which tells it too, may be later
-	}
-	p.freeLocked()
+	p.lostLocked(s, info) // before its place is free: its Send, which is told too, may be later
+	p.freeSlotLocked()
 	if err := p.gate.refusal(time.Now()); err != nil && !p.workingLocked() {
 		p.failAllLocked(err)
 	}
@@ -145,8 +163,40 @@ func (p *pool) sessionClosed(s *session) {
 	p.traceClosed(s, info)
 }
 
-// freeLocked gives back the slot of a connection that is no more.
-func (p *pool) freeLocked() {
+// lostLocked takes the end of s for a failed dial, if the relay has ended it before it did any work on it: a relay that hangs
+// up at AUTH or at MAIL is not dialled more often than one that cannot be reached.
+func (p *pool) lostLocked(s *session, info conn.Info) {
+	var ours *conn.GivenUpError
+	if info.LedByAuth && publicReply(info.Auth).says(saysTooManyConns, OpAuth) {
+		p.crowdedLocked()
+		if !p.workingLocked() {
+			p.gateFailedLocked(p.cfg.refusedAuth(info.Auth), s.round, time.Now())
+		}
+		return
+	}
+	if info.Reason != conn.Fault || info.Decided || info.LedByAuth || s.lostIdle || p.draining || errors.As(info.Err, &ours) {
+		return
+	}
+	e := &Error{Op: OpWait, Outcome: NotAccepted, Err: info.Err}
+	switch cause := info.Err.(type) {
+	case *conn.ReplyError:
+		e.Op, e.Reply, e.Err = Op(cause.Step), publicReply(cause.Reply), nil
+	case *conn.UnexpectedReply:
+		e.Reply, e.Err = publicReply(cause.Reply), nil
+	case *conn.AuthError:
+		e = p.cfg.refusedAuth(cause.Reply)
+	}
+	now := time.Now()
+	if e.says(tooManyConns, e.Op) && p.workingLocked() {
+		p.crowdedLocked()
+	} else {
+		p.gateFailedLocked(e, s.round, now)
+	}
+	p.fillLocked(now)
+}
+
+// freeSlotLocked gives back the slot of a connection that is no more.
+func (p *pool) freeSlotLocked() {
 	p.slots.free()
 	if p.draining && p.slots.open == 0 {
 		close(p.empty)
@@ -179,16 +229,30 @@ func (p *pool) open() int {
 
 // Failing.
 
-// learn takes what the relay said on s that concerns more than the message at hand.
-func (p *pool) learn(s *session, e *Error) {
+// accepted notes that the relay has accepted a message.
+func (p *pool) accepted() { p.pace.recent.add(time.Now()) }
+
+// slowDown is told when the relay has refused a message because messages come too fast; round is that of its grant. It reports
+// whether it is of use to wait: not where nothing was accepted for Timeouts.Outage.
+func (p *pool) slowDown(round int) bool {
+	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case e.Op == OpAuth && e.Code != 0:
-		p.failedLocked(e, s.round)
-	case e.Code == 432:
-		p.crowdedLocked()
+	if p.pace.off {
+		return false
 	}
+	if p.pace.tooFast(round, now) {
+		p.planLocked(now)
+	}
+	limit := p.cfg.Timeouts.Outage
+	return limit == 0 || now.Sub(p.pace.recent.last(p.pace.first)) < limit
+}
+
+// crowd is told that the relay has said on s that there are too many connections.
+func (p *pool) crowd() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.crowdedLocked()
 }
 
 // authenticate sends the AUTH that was to lead the first transaction on s alone, if that is still to be sent. The write side
@@ -196,58 +260,119 @@ func (p *pool) learn(s *session, e *Error) {
 func (p *pool) authenticate(ctx context.Context, s *session) *Error {
 	r, ok := s.Authenticate(ctx)
 	if ok {
-		p.worked()
 		return nil
 	}
 	e := verdict(&Message{}, nil, &r)
-	if e != nil {
+	if e != nil && e.Op == OpAuth && e.Reply.Code != 0 {
 		p.cfg.explainAuth(e)
-		p.learn(s, e)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.failedLocked(e, s.round)
 	}
 	return e
 }
 
-// worked notes that a session has authenticated and does its work.
-func (p *pool) worked() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.gate.failures > 0 {
-		p.gate.opened()
-		p.fillLocked(time.Now()) // only one dial ran while the gate was closed; start the rest
-	}
-}
-
-// failedLocked takes the failure of a dial, or of the AUTH that was part of it. As long as another session works, nobody
-// hears of it.
+// failedLocked takes the failure of a dial, or of the AUTH that was part of it. While another session works, nobody hears of
+// it. Else those are told whom no other dial can help, and those who do not want to wait.
 func (p *pool) failedLocked(e *Error, round int) {
 	now := time.Now()
 	working := p.workingLocked()
-	if e.says(tooManyConns, e.Op) && (working || p.slots.open > 1) { // beside the one that was refused
+	if e.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // beside the one that was refused
 		p.crowdedLocked()
-		p.fillLocked(now)
-		return
-	}
-	if !p.gate.failed(e, round, p.cfg, now) {
-		return // one of several that failed together
-	}
-	if working {
-		p.fillLocked(now)
-		return
-	}
-	for w := p.waiters.first; w != nil; {
-		next := w.at.next
-		if w.attempts++; e.lasting() || p.cfg.Retry.exhausted(w.attempts) {
-			p.failLocked(w, e)
+		if !working {
+			p.gateFailedLocked(e, round, now) // the others may be refused yet
 		}
-		w = next
+		p.fillLocked(now)
+		return
+	}
+	p.gateFailedLocked(e, round, now)
+	if !working && p.dialling == 0 { // else one of those under way may serve them
+		p.queue.all(func(w *waiter) {
+			if w.failed++; w.failFast || w.once || e.lasting() && !p.forNow(e) {
+				p.failLocked(w, e)
+			}
+		})
 	}
 	p.fillLocked(now)
 }
 
-func (p *pool) failAllLocked(e *Error) {
-	for w := p.waiters.first; w != nil; w = p.waiters.first {
-		p.failLocked(w, e)
+// forNow reports whether e is a refusal of credentials that the relay has accepted before: it is out of order, not they.
+func (p *pool) forNow(e *Error) bool {
+	return e.Op == OpAuth && e.Reply.Code != 0 && p.cfg.profile.proven.Load()
+}
+
+// gateFailedLocked closes the gate for a while because of e.
+func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
+	failures := p.gate.failures + 1
+	wait, paused := p.cfg.Retry.backoff(failures), false
+	switch auth := e.Op == OpAuth && !e.says(tooManyConns, e.Op); {
+	case auth && e.says(tooManyLogins, e.Op):
+		wait = backoffUpTo(authPause, authPauseMost, failures)
+	case auth && e.Reply.Code/100 == 5 && p.cfg.Auth == nil && !p.forNow(e):
+		// The same credentials again: no use, and some relays lock the account.
+		wait, paused = backoffUpTo(authPause, authPauseMost, failures), true
 	}
+	p.gate.failed(e, round, now.Add(wait), paused)
+}
+
+// An outage: nothing gets through.
+
+// outageEndsLocked is when the one who has waited longest has waited for too long; zero means never.
+func (p *pool) outageEndsLocked() time.Time {
+	limit := p.cfg.Timeouts.Outage
+	if limit == 0 || p.queue.len() == 0 {
+		return time.Time{}
+	}
+	return p.through.Add(limit)
+}
+
+// endOutageLocked tells those who have waited for Timeouts.Outage while nothing got through.
+func (p *pool) endOutageLocked(now time.Time) {
+	ends := p.outageEndsLocked()
+	if ends.IsZero() || now.Before(ends) {
+		return
+	}
+	for s := range p.sessions {
+		p.through = latest(p.through, s.Moved())
+	}
+	limit := p.cfg.Timeouts.Outage
+	oldest := now
+	p.queue.all(func(w *waiter) {
+		if since := latest(w.since, p.through); now.Sub(since) >= limit {
+			p.failLocked(w, p.outageErrorLocked())
+		} else if since.Before(oldest) {
+			oldest = since
+		}
+	})
+	p.through = oldest
+}
+
+// latest returns the later of two times.
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// outageErrorLocked is the error of a Send that has waited for Timeouts.Outage.
+func (p *pool) outageErrorLocked() *Error {
+	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
+	last := p.gate.last
+	if last == nil {
+		return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(note)}
+	}
+	e := last.clone()
+	if e.Err != nil {
+		note = fmt.Errorf("%w; %v", e.Err, note)
+	}
+	e.Err = note
+	return e
+}
+
+// failAllLocked tells e to everybody who waits.
+func (p *pool) failAllLocked(e *Error) {
+	p.queue.all(func(w *waiter) { p.failLocked(w, e) })
 }
 
 // crowdedLocked holds slots back for a while: the relay says that there are too many connections. Those that are open go

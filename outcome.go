@@ -177,8 +177,8 @@ const (
 )
 
 // fateOf is what the transaction that ended in r and its verdict e means for the ith of its recipients. temporary: 4xx is
-// tried again (Retry.Temporary).
-func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary bool) fate {
+// tried again (Retry.Temporary). moved: the message was tried on another connection already since one refused it for now.
+func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) fate {
 	reply := publicReply(r.Rcpt[i])
 	class := reply.Code / 100
 	switch {
@@ -192,6 +192,8 @@ func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary bool) fate {
 	case m.AllOrNothing || reply.Code == 421 || class == 3:
 		return fateOpen
 	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0:
+		return fateOpen
+	case reply.throttles(OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq):
 		return fateOpen
 	case temporary && class == 4:
 		return fateLater

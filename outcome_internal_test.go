@@ -165,7 +165,7 @@ func TestEachRecipientHasItsFate(t *testing.T) {
 		{"all or nothing: refused with the message, not alone", 250, []int{550, 250}, failed, true, false, fateOpen},
 	} {
 		r := &conn.Result{Replies: replies(tt.mail, 0, 0, tt.rcpt...)}
-		if got := fateOf(&Message{AllOrNothing: tt.all}, r, 0, tt.e, tt.temporary); got != tt.want {
+		if got := fateOf(&Message{AllOrNothing: tt.all}, r, 0, tt.e, tt.temporary, false); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
 		}
 	}

@@ -2,6 +2,7 @@ package smtprelay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -21,8 +22,11 @@ import (
 // with 10,000.
 type pool struct {
 	cfg     *settings
-	dial    func(ctx context.Context, id int64) (s *session, leave func(), e *Error)
-	waiting atomic.Int32    // waiters.len, for those who only want a hint
+	waiting atomic.Int32    // queue.len, for those who only want a hint
+	sends   atomic.Int64    // calls under way
+	closed  atomic.Bool     // Shutdown or Close was called: no call begins any more
+	left    chan struct{}   // closed when closed is set and the last call has ended
+	allLeft func()          // closes it; may be called again
 	closing context.Context // ends with Close: dials in progress are given up
 	cancel  context.CancelFunc
 	running sync.WaitGroup // of all goroutines of the Client
@@ -34,12 +38,15 @@ type pool struct {
 	sessions   map[*session]struct{}
 	idle       list[session] // free; the one used last is at the end
 	ready      list[session] // may be overlapped; the one that has waited longest is first
-	waiters    list[waiter]  // oldest first
+	queue      queue
+	pace       pace
 	dialling   int
+	greeted    int // of these, how many the relay has greeted
 	lastID     int64
 	usedUp     int           // sessions that were full when they ended, since one was last idle
 	lastRoom   int           // the sum of session.lastRoom
 	trustUntil time.Time     // when lastRoom is counted anew, if somebody waits; zero means that nobody has waited
+	through    time.Time     // when something got through last, as far as was looked
 	idleEnds   time.Time     // no idle session ends before; zero means that none ends
 	timer      *time.Timer   // calls wake; nil until there is a need
 	wakeAt     time.Time     // when it runs out; zero means that it does not run
@@ -62,7 +69,9 @@ type session struct {
 	gone      bool           // the relay has closed it
 	at        links[session] // in idle or ready, while nobody holds it
 	idleSince time.Time
-	lastRoom  int // transactions left, where it is near its last; see pool.roomLocked
+	greeted   bool // by the relay, while it is being opened
+	lostIdle  bool // it was lost while it was idle
+	lastRoom  int  // transactions left, where it is near its last; see pool.roomLocked
 }
 
 // Wanted implements [conn.Owner].
@@ -74,38 +83,36 @@ func (s *session) Handoff() bool { return s.pool.handoff(s) }
 // Release implements [conn.Owner].
 func (s *session) Release() { s.pool.release(s) }
 
+// Greeted implements [conn.Owner].
+func (s *session) Greeted() { s.pool.hasGreeted(s) }
+
 // SendAway implements [conn.Owner].
 func (s *session) SendAway() bool { return s.pool.startSendAway(s) }
 
 // Changed implements [conn.Owner].
-func (s *session) Changed() { s.pool.changed(s) }
+func (s *session) Changed(answered bool) { s.pool.changed(s, answered) }
+
+// Elsewhere implements [conn.Owner].
+func (s *session) Elsewhere() bool { return s.pool.elsewhere() }
 
 // Closed implements [conn.Owner].
 func (s *session) Closed() { s.pool.sessionClosed(s) }
 
-// waiter is a Send that waits for a session.
-type waiter struct {
-	ctx      context.Context
-	at       links[waiter]
-	served   chan struct{} // has room for one; told when one of the next two is set
-	session  *session
-	err      *Error
-	attempts int // that its Send has made, and dials that failed while it waited
-}
-
-func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, func(), *Error)) *pool {
+func newPool(cfg *settings) *pool {
 	place := func(s *session) *links[session] { return &s.at }
 	p := &pool{
 		cfg:      cfg,
-		dial:     dial,
 		slots:    newSlots(cfg.Limits.MaxConns),
 		sessions: make(map[*session]struct{}),
 		idle:     list[session]{links: place},
 		ready:    list[session]{links: place},
-		waiters:  list[waiter]{links: func(w *waiter) *links[waiter] { return &w.at }},
+		queue:    newQueue(),
+		pace:     newPace(cfg.Limits.Rate),
+		left:     make(chan struct{}),
 		ending:   make(chan struct{}),
 		empty:    make(chan struct{}),
 	}
+	p.allLeft = sync.OnceFunc(func() { close(p.left) })
 	p.spare.New = func() any { return &waiter{served: make(chan struct{}, 1)} }
 	p.closing, p.cancel = context.WithCancel(context.Background())
 	return p
@@ -115,31 +122,40 @@ func errClosed() *Error {
 	return &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrClosed, permanent: true}
 }
 
-// take waits for a session and hands out its write side. attempts is how many tries the caller has made; dials that fail
-// while it waits are added.
-func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
+// enter begins a call, which leave ends. Once the Client is closed there are no more.
+func (p *pool) enter() *Error {
+	p.sends.Add(1)
+	if p.closed.Load() {
+		p.leave()
+		return errClosed()
+	}
+	return nil
+}
+
+func (p *pool) leave() {
+	if p.sends.Add(-1) == 0 && p.closed.Load() {
+		p.allLeft()
+	}
+}
+
+// take waits for a session and hands out its write side.
+func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 	began := time.Now()
 	p.mu.Lock()
-	if p.draining {
+	g, err := p.takeLocked(ctx, want, began)
+	if g.session != nil || err != nil {
 		p.mu.Unlock()
-		return nil, errClosed()
-	}
-	if err := conn.ContextError(ctx); err != nil {
-		p.mu.Unlock()
-		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
-	}
-	if s := p.takeLocked(began); s != nil {
-		p.mu.Unlock()
-		p.traceGot(ctx, s, 0)
-		return s, nil
-	}
-	if err := p.gate.refusal(began); err != nil && !p.workingLocked() {
-		p.mu.Unlock()
-		return nil, err
+		if err == nil {
+			p.traceGot(ctx, g.session, 0)
+		}
+		return g, err
 	}
 	w := p.spare.Get().(*waiter)
-	*w = waiter{ctx: ctx, served: w.served, attempts: *attempts}
-	p.waiters.pushBack(w)
+	*w = waiter{ask: want, ctx: ctx, since: began, served: w.served}
+	if p.queue.len() == 0 {
+		p.through = began
+	}
+	p.queue.add(w)
 	p.waiting.Add(1)
 	p.fillLocked(began)
 	p.mu.Unlock()
@@ -148,40 +164,73 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 	case <-w.served:
 	case <-ctx.Done():
 		if err := p.forget(w); err != nil {
-			*attempts = w.attempts
+			g.failed = w.failed
 			p.spare.Put(w)
-			return nil, err
+			return g, err
 		}
 		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
 	}
-	s, err := w.session, w.err
-	*attempts = w.attempts
+	g, err = w.grant, w.err
 	*w = waiter{served: w.served}
 	p.spare.Put(w)
-	if s != nil {
-		p.traceGot(ctx, s, time.Since(began))
+	if err == nil {
+		p.traceGot(ctx, g.session, time.Since(began))
 	}
-	return s, err
+	return g, err
 }
 
-// takeLocked returns a session at once if there is one for somebody who comes now: an idle one or, if no further
-// connection may be opened, one to overlap on.
-func (p *pool) takeLocked(now time.Time) *session {
-	if p.waiters.len > 0 {
-		return nil // they were first
+// ErrBusy is found by errors.Is in the error of a Send for which there was no room in the queue; see [Limits.MaxWaiting].
+var ErrBusy = errors.New("too many messages wait already (Limits.MaxWaiting)")
+
+// takeLocked returns a session, or an error, if there is one for somebody who comes now.
+func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, *Error) {
+	if p.draining {
+		return grant{}, errClosed()
 	}
+	if err := conn.ContextError(ctx); err != nil {
+		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
+	}
+	if p.queue.len() == 0 && p.pace.ready(now) {
+		if s := p.freeLocked(1, now); s != nil {
+			return p.grantLocked(s, now), nil
+		}
+	}
+	if err := p.refusalLocked(want, now); err != nil {
+		return grant{}, err
+	}
+	if most := p.cfg.Limits.MaxWaiting; most > 0 && p.queue.len() >= most && !want.again && !want.patient {
+		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrBusy}
+	}
+	return grant{}, nil
+}
+
+// refusalLocked is what to tell at once to somebody who needs a new connection: the credentials are known to be wrong, or no
+// connection can be had and he would rather know. It is nil if he is to wait.
+func (p *pool) refusalLocked(want ask, now time.Time) *Error {
+	e := p.gate.refusal(now)
+	if e == nil && want.failFast && p.gate.failures > 0 && !p.gate.open(now, p.dialling) {
+		e = p.gate.last.clone()
+	}
+	if e == nil || p.workingLocked() {
+		return nil
+	}
+	return e
+}
+
+// freeLocked returns a session for one message: an idle one or, if no connection would be opened for so many more than wait,
+// one to overlap on; nil if there is none.
+func (p *pool) freeLocked(more int, now time.Time) *session {
 	for s := p.idle.last; s != nil; s = p.idle.last {
 		s.at.remove()
 		if p.spentLocked(s, now.Round(0)) {
 			s.Retire(conn.Idle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
 		}
 		if s.Status(now) == conn.Free {
-			p.holdLocked(s, now)
 			return s
 		}
 		p.settleLocked(s, now) // too old, or dead
 	}
-	if p.mayDialLocked(1, now) {
+	if p.mayDialLocked(more, now) {
 		return nil
 	}
 	return p.overlapLocked(now)
@@ -192,7 +241,6 @@ func (p *pool) overlapLocked(now time.Time) *session {
 	for s := p.ready.first; s != nil; s = p.ready.first {
 		s.at.remove()
 		if st := s.Status(now); st == conn.Overlappable || st == conn.Free {
-			p.holdLocked(s, now)
 			return s
 		}
 	}
@@ -279,23 +327,34 @@ func (p *pool) releaseLocked(s *session) {
 func (p *pool) handoff(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.waiters.len == 0 || p.draining || s.gone {
+	now := time.Now()
+	if p.queue.len() == 0 || p.draining || s.gone || !p.pace.ready(now) {
 		return false
 	}
-	now := time.Now()
 	if st := s.Status(now); st != conn.Overlappable && st != conn.Free {
 		return false
 	}
-	p.holdLocked(s, now)
-	p.serveLocked(s)
+	p.serveLocked(s, now)
 	return true
 }
 
 // changed is told by a session that a final reply is in, or that it is over.
-func (p *pool) changed(s *session) {
+func (p *pool) changed(s *session, answered bool) {
+	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.settleLocked(s, time.Now())
+	if answered {
+		p.through = now
+	}
+	p.settleLocked(s, now)
+}
+
+// elsewhere reports whether one more message would get a session at once.
+func (p *pool) elsewhere() bool {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.idle.len > 0 || p.mayDialLocked(1, now)
 }
 
 // settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
@@ -304,8 +363,13 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	if s.gone || s.held {
 		return
 	}
+	wasIdle := s.at.in == &p.idle
 	s.at.remove()
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust)))
+	if p.gate.failures > 0 && s.Info().Decided {
+		p.gate.opened()
+		defer p.fillLocked(now)
+	}
 	st := s.Status(now)
 	switch {
 	case st == conn.Retired:
@@ -313,10 +377,11 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	case st == conn.Free && p.draining:
 		s.Retire(conn.Closed)
 		p.quitLocked(s)
-	case st == conn.Busy, st == conn.Lost, p.draining:
-	case p.waiters.len > 0:
-		p.holdLocked(s, now)
-		p.serveLocked(s)
+	case st == conn.Lost:
+		s.lostIdle = wasIdle
+	case st == conn.Busy, p.draining:
+	case p.queue.len() > 0 && p.pace.ready(now):
+		p.serveLocked(s, now)
 	case st == conn.Free:
 		p.idleLocked(s, now)
 	default:
@@ -324,17 +389,21 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	}
 }
 
-// holdLocked gives the write side of s, which is in no list, to somebody.
-func (p *pool) holdLocked(s *session, now time.Time) {
+// grantLocked gives the write side of s, which is in no list, to somebody for one message.
+func (p *pool) grantLocked(s *session, now time.Time) grant {
 	s.held = true
-	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust))-1) // one is begun now
+	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust))-1)
+	p.pace.begin(now)
+	return grant{session: s, round: p.pace.round}
 }
 
-// serveLocked gives s to the oldest waiter.
-func (p *pool) serveLocked(s *session) {
-	w := p.waiters.first
-	p.leaveLocked(w)
-	w.session = s
+// serveLocked gives s to the one whose turn it is.
+func (p *pool) serveLocked(s *session, now time.Time) {
+	w := p.queue.serve()
+	p.waiting.Add(-1)
+	failed := w.failed
+	w.grant = p.grantLocked(s, now)
+	w.failed = failed
 	w.served <- struct{}{}
 }
 
@@ -365,16 +434,21 @@ func (p *pool) wake() {
 	p.slots.raiseDue(now)
 	p.sweepLocked(now)
 	p.countRoomLocked(now)
+	p.endOutageLocked(now)
 	p.fillLocked(now)
 }
 
 // nextWakeLocked is when something is due although nothing happens; zero means never.
 func (p *pool) nextWakeLocked(now time.Time) time.Time {
 	at := earliest(p.slots.raiseAt, p.idleEnds)
-	if p.waiters.len > 0 {
-		at = earliest(at, p.trustUntil)
-		if opens := p.gate.opens(); opens.After(now) {
-			at = earliest(at, opens)
+	if p.queue.len() == 0 {
+		return at
+	}
+	at = earliest(at, p.trustUntil)
+	at = earliest(at, p.outageEndsLocked())
+	for _, t := range []time.Time{p.gate.opens(), p.pace.next} {
+		if t.After(now) {
+			at = earliest(at, t)
 		}
 	}
 	return at
@@ -480,19 +554,30 @@ func (p *pool) drain() {
 	}
 }
 
-// shutdown waits until all is done and closed, or for the end of ctx.
+// shutdown lets the calls that have begun come to their end, and then ends everything; at the end of ctx in any case.
 func (p *pool) shutdown(ctx context.Context) error {
+	p.closed.Store(true)
+	if p.sends.Load() == 0 {
+		p.allLeft()
+	}
+	var err error
+	select {
+	case <-p.left:
+	case <-ctx.Done():
+		err = conn.ContextError(ctx)
+	}
 	p.drain()
 	p.mu.Lock()
 	if p.dialling > 0 { // nobody waits for those
 		p.cancel()
 	}
 	p.mu.Unlock()
-	var err error
-	select {
-	case <-p.empty:
-	case <-ctx.Done():
-		err = conn.ContextError(ctx)
+	if err == nil {
+		select {
+		case <-p.empty:
+		case <-ctx.Done():
+			err = conn.ContextError(ctx)
+		}
 	}
 	p.shut()
 	return err
@@ -503,6 +588,7 @@ const politeness = time.Second
 
 // shut ends everything and returns when no goroutine is left.
 func (p *pool) shut() {
+	p.closed.Store(true)
 	p.mu.Lock()
 	var idle []*session
 	for s := p.idle.first; s != nil; s = p.idle.first {

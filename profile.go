@@ -1,11 +1,13 @@
 package smtprelay
 
 import (
+	"context"
 	"crypto/sha256"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -13,7 +15,9 @@ import (
 //
 //	taught by                            changes                                                  forgotten
 //	OverlapFailed                        nothing is written behind a final dot                    never
-//	AuthFollowedFailed                   AUTH travels alone                                       never
+//	RsetFailed                           EHLO takes the place of RSET                             never
+//	AuthAnswered                         AUTH may lead a transaction (AuthMayBeFollowed)          never
+//	AuthFollowedFailed                   AUTH travels alone                                       after an hour
 //	SessionFull, SessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
 //	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds
@@ -22,7 +26,9 @@ import (
 // It is safe for concurrent use.
 type profile struct {
 	noOverlap atomic.Bool
-	authAlone atomic.Bool
+	noRset    atomic.Bool
+	proven    atomic.Bool   // the relay has accepted credentials
+	authTurn  chan struct{} // held by who authenticates while they are not proven
 
 	messages atomic.Int64 // after so many transactions the relay ended a connection with 421; 0: never. Written under mu
 
@@ -35,6 +41,8 @@ type profile struct {
 
 	rcpts      rcptLimit
 	rcptsUntil time.Time
+
+	authAloneUntil time.Time
 
 	badAuth      [sha256.Size]byte // mark of the credentials that were refused
 	badAuthReply wire.Reply        // what the relay said; Code 0 if it has refused none
@@ -52,12 +60,54 @@ func (p *profile) OverlapFailed() { p.noOverlap.Store(true) }
 // Overlaps reports whether commands may follow a final dot, as far as is known.
 func (p *profile) Overlaps() bool { return !p.noOverlap.Load() }
 
-// AuthFollowedFailed is told when the relay has answered AUTH with a challenge although the initial response came with it.
-// From then on AUTH is sent alone, before the first transaction.
-func (p *profile) AuthFollowedFailed() { p.authAlone.Store(true) }
+// RsetFailed is told when the relay does not know RSET. From then on EHLO clears an envelope away (RFC 5321, 4.1.4), which
+// costs a round trip.
+func (p *profile) RsetFailed() { p.noRset.Store(true) }
 
-// AuthMayBeFollowed reports whether commands may follow AUTH in one write, as far as is known.
-func (p *profile) AuthMayBeFollowed() bool { return !p.authAlone.Load() }
+// ResetsByEHLO reports whether EHLO is to be said instead of RSET.
+func (p *profile) ResetsByEHLO() bool { return p.noRset.Load() }
+
+// AuthTurn waits until this connection may authenticate: at once where the relay has accepted credentials before, else one
+// connection at a time, so that wrong ones are tried once. Who is silent holds the others up for authTurnMost.
+func (p *profile) AuthTurn(ctx context.Context) (done func()) {
+	if p.proven.Load() {
+		return func() {}
+	}
+	timer := time.NewTimer(authTurnMost)
+	defer timer.Stop()
+	select {
+	case p.authTurn <- struct{}{}:
+		return func() { <-p.authTurn }
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return func() {}
+}
+
+const authTurnMost = 10 * time.Second
+
+// AuthFollowedFailed is told when an AUTH that had commands behind it, or the MAIL behind it, was refused, thrown away or
+// answered with a challenge; r is the reply, if there was one. From then on AUTH is sent alone, before the first transaction: that costs a round trip for each
+// connection.
+func (p *profile) AuthFollowedFailed(r wire.Reply) {
+	if publicReply(r).says(saysTooManyConns, OpAuth) {
+		return // it would say so to an AUTH alone, too
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.authAloneUntil = time.Now().Add(authAloneFor)
+}
+
+// authAloneFor is how long AUTH is sent alone after that.
+const authAloneFor = time.Hour
+
+// AuthMayBeFollowed reports whether commands may follow AUTH in one write: the credentials are known to be right, so that a
+// refusal is not about them, and it has not failed not long ago.
+func (p *profile) AuthMayBeFollowed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.proven.Load() && !time.Now().Before(p.authAloneUntil)
+}
 
 // SessionFull is told when the relay has said 421 on a connection that had had n transactions and was opened at born. The
 // same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on connections are
@@ -220,12 +270,15 @@ type relay struct {
 }
 
 // AuthAnswered implements [conn.Profile].
-func (r relay) AuthAnswered(mark [sha256.Size]byte, reply wire.Reply) {
+func (r relay) AuthAnswered(mark [sha256.Size]byte, reply wire.Reply, followed bool) {
 	r.stats.auths.Add(1)
 	if reply.Class() != 2 {
 		r.stats.authErrors.Add(1)
 	}
-	if reply.Class() == 5 && !publicReply(reply).says(tooManyConns, OpAuth) {
+	switch {
+	case reply.Class() == 2:
+		r.proven.Store(true)
+	case reply.Class() == 5 && !followed && !r.proven.Load() && !publicReply(reply).says(tooManyConns, OpAuth):
 		r.credentialsRefused(mark, reply)
 	}
 }
@@ -239,10 +292,7 @@ func (r relay) AuthGivenUp() {
 // Overlapped implements [conn.Profile].
 func (r relay) Overlapped() { r.stats.overlapped.Add(1) }
 
-// MeansFull implements [conn.Profile].
-func (r relay) MeansFull(mail wire.Reply) bool {
-	return publicReply(mail).says(tooManyMessages, OpMail)
+// EndsSession implements [conn.Profile].
+func (r relay) EndsSession(op conn.Step, reply wire.Reply, seq int) bool {
+	return publicReply(reply).endsSession(Op(op), seq)
 }
-
-// MeansIdle implements [conn.Profile].
-func (r relay) MeansIdle(mail wire.Reply) bool { return publicReply(mail).says(idleTooLong, OpMail) }

@@ -19,8 +19,8 @@ func TestRepliesMeanWhatTheirRelaysMean(t *testing.T) {
 		{"421 to AUTH", OpAuth, Reply{Code: 421}, []meaning{tooManyConns}},
 		{"421 to a message is about the connection", OpMail, Reply{Code: 421}, nil},
 		{"Microsoft 365, at any step", OpFinalDot, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, []meaning{tooManyConns}},
-		{"Mailtrap, to AUTH", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "Too many concurrent\nConnections"}, []meaning{tooManyConns}},
-		{"the words the other way round", OpAuth, Reply{454, EnhancedCode{}, "connections: too many"}, []meaning{tooManyConns}},
+		{"Mailtrap, to AUTH", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "Too many concurrent\nConnections"}, []meaning{tooManyConns, saysTooManyConns}},
+		{"the words the other way round", OpAuth, Reply{454, EnhancedCode{}, "connections: too many"}, []meaning{tooManyConns, saysTooManyConns}},
 		{"credentials that are wrong", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "too many wrong passwords"}, nil},
 		{"a greeting with the words that is none of refusal", OpGreeting, Reply{220, EnhancedCode{}, "too many connections"}, nil},
 
@@ -40,9 +40,26 @@ func TestRepliesMeanWhatTheirRelaysMean(t *testing.T) {
 		{"Gmail ends an idle connection", OpMail, Reply{451, EnhancedCode{4, 4, 2}, "Timeout - closing connection."}, []meaning{idleTooLong}},
 		{"Amazon SES does", OpMail, Reply{451, EnhancedCode{}, "Timeout waiting for data from client."}, []meaning{idleTooLong}},
 		{"another 451", OpMail, Reply{451, EnhancedCode{4, 7, 1}, "Timeout waiting for greylisting"}, nil},
+		{"Amazon SES: messages come too fast", OpFinalDot, Reply{454, EnhancedCode{}, "Throttling failure: Maximum sending rate exceeded."}, []meaning{tooFast}},
+		{"and its allowance of the day, in nearly the same words", OpFinalDot, Reply{454, EnhancedCode{}, "Throttling failure: Daily message quota exceeded."}, []meaning{tooFast, quotaUsedUp}},
+		{"Emailit", OpMail, Reply{452, EnhancedCode{4, 4, 5}, "Messages per second limit exceeded"}, []meaning{tooFast}},
+		{"MailerSend", OpFinalDot, Reply{450, EnhancedCode{}, "Too many requests, please slow down. #MS-ST-G"}, []meaning{tooFast}},
+		{"Google Workspace", OpMail, Reply{450, EnhancedCode{4, 2, 1}, "Peak SMTP relay limit exceeded"}, []meaning{tooFast}},
+		{"Stalwart", OpMail, Reply{451, EnhancedCode{4, 4, 5}, "Rate limit exceeded"}, []meaning{tooFast}},
+		{"mailcow", OpFinalDot, Reply{451, EnhancedCode{4, 7, 1}, "Ratelimit \"user\" exceeded"}, []meaning{tooFast}},
+		{"Postfix", OpMail, Reply{450, EnhancedCode{4, 7, 1}, "Error: too much mail from 192.0.2.1"}, []meaning{tooFast}},
+		{"Mailtrap", OpFinalDot, Reply{550, EnhancedCode{5, 7, 0}, "Requested action not taken: too many emails per second"}, []meaning{tooFast}},
+		{"Gmail, of one mailbox", OpRcpt, Reply{450, EnhancedCode{4, 2, 1}, "The user you are trying to contact is receiving mail at a rate that prevents additional messages"}, []meaning{recipientBusy}},
+		{"SendGrid: nothing more to spend", OpMail, Reply{451, EnhancedCode{}, "Authentication failed: Maximum credits exceeded"}, []meaning{quotaUsedUp, loginForgotten}},
+		{"SendGrid", OpMail, Reply{451, EnhancedCode{}, "You've exceeded your messaging limits"}, []meaning{quotaUsedUp}},
+		{"Gmail: too many logins", OpAuth, Reply{454, EnhancedCode{4, 7, 0}, "Too many login attempts, please try again later"}, []meaning{tooManyLogins}},
+		{"a session's share, at MAIL", OpMail, Reply{452, EnhancedCode{4, 4, 5}, "Maximum number of messages per session exceeded"}, []meaning{tooManyMessages}},
+		{"a session's share of recipients", OpRcpt, Reply{452, EnhancedCode{4, 5, 3}, "Too many recipients in this session"}, []meaning{tooManyMessages, tooManyRcpts, numberOfRcpts}},
+		{"the login is forgotten", OpMail, Reply{530, EnhancedCode{5, 7, 1}, "Authentication required"}, []meaning{loginForgotten}},
+		{"in words alone", OpMail, Reply{550, EnhancedCode{5, 7, 1}, "Please authenticate first"}, []meaning{loginForgotten}},
 		{"the words further on", OpMail, Reply{451, EnhancedCode{}, "no timeout waiting here"}, nil},
 	} {
-		for m := tooManyConns; m <= idleTooLong; m++ {
+		for m := tooManyConns; m <= recipientBusy; m++ {
 			want := false
 			for _, s := range tt.says {
 				want = want || s == m

@@ -9,11 +9,12 @@ import (
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Retry says how often a message is tried again when the relay cannot have accepted it: no connection could be opened, or
-// it was lost before the final dot, or the relay said 421. A message that may have been accepted is never tried again.
+// Retry says how often a message is tried again when the relay cannot have accepted it: the connection was lost before the end
+// of the message, or the relay said 421. A message that may have been accepted is never tried again.
 type Retry struct {
-	// MaxAttempts is how many tries a Send makes in all. 0 means 4; 1 means that nothing is tried again; negative means
-	// that only the context ends it. An idle connection that turns out dead costs no attempt.
+	// MaxAttempts is how many tries a Send makes in all. 0 means 4; negative means that only the context ends it. An idle
+	// connection that turns out dead costs no attempt. Nor does a connection that cannot be opened: Timeouts.Outage and the
+	// context bound that wait. 1 means that nothing is tried again, a connection that cannot be opened included.
 	MaxAttempts int
 
 	// Before the next try a random part, from nothing to all, is waited of a time that is MinBackoff at first and doubles
@@ -50,14 +51,17 @@ func (r Retry) backoff(failures int) time.Duration {
 type next int
 
 const (
-	giveUp      next = iota // the caller is told
-	retryLater              // another try after a wait, as long as there are attempts left
-	retryNow                // at once and uncounted, on another connection
-	waitForSlot             // on another connection, once there is room: the relay says that there are too many
+	giveUp       next = iota // the caller is told
+	retryLater               // another try after a wait, as long as there are attempts left
+	retryNow                 // at once and uncounted, on another connection
+	waitForSlot              // on another connection, once there is room: the relay says that there are too many
+	waitForPace              // at the relay's pace, before all others, and uncounted: it says that messages come too fast
+	tryElsewhere             // at once and uncounted on another connection, but once for each message
 )
 
-// next tells what follows a transaction that ended in r with the error e; body is what is left to send.
-func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error) next {
+// next tells what follows a transaction that ended in r with the error e; body is what is left to send, and moved is set where
+// the message was tried elsewhere already.
+func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next {
 	switch {
 	case e.Outcome != NotAccepted:
 		return giveUp // the relay may have accepted it: only the caller can decide
@@ -65,43 +69,36 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error) next {
 		return giveUp // nobody waits for another try
 	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
 		return giveUp // the message cannot be written, or not again
+	case r.LedByAuth && publicReply(r.Auth).says(saysTooManyConns, OpAuth):
+		return waitForSlot
+	case r.LedByAuth && r.Mail.Class() != 2:
+		return retryNow // the relay does not take commands behind AUTH, which goes alone from now on
+	case e.throttles(e.Op):
+		return waitForPace
 	case e.Code == 432:
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
+	case !moved && r.Seq > 1 && e.endsSession(e.Op, r.Seq):
+		return tryElsewhere
 	case e.Code == 0, !r.Begun, e.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
-	case e.Op == OpAuth:
-		return nextOfAuth(e)
-	case (e.Op == OpRset || e.Code < 400) && r.Overlapped:
-		return retryNow // the relay is out of step behind a final dot, or has thrown away a part: that is not tried again
-	case e.Op == OpRset, e.Code < 400:
-		return retryLater // the connection was at fault, not the message; or no refusal, but a relay that is out of step
-	case e.Op == OpMail && e.Code == 503 && r.Seq > 1:
-		return retryLater // our idea of the connection's state was wrong
+	case e.Op == OpRset, e.Code < 400 && r.Overlapped:
+		return retryNow // the relay does not know RSET, or has thrown away what stood behind a final dot: that is not tried again
+	case e.Code < 400:
+		return retryLater // no refusal, but a relay that is out of step
+	case e.Op == OpMail && e.Code == 503 && r.Seq > 1 && !moved:
+		return tryElsewhere // our idea of the connection's state was wrong
 	case e.Temporary() && c.Temporary:
 		return retryLater
 	}
 	return giveUp // when in doubt, tell the caller
 }
 
-// nextOfAuth is next where e is a reply to AUTH.
-func nextOfAuth(e *Error) next {
-	switch {
-	case e.says(tooManyConns, OpAuth):
-		return waitForSlot
-	case e.Code < 400:
-		return retryNow // the relay takes no initial response: AUTH will go alone from now on
-	case e.Code < 500:
-		return retryLater
-	}
-	return giveUp // the credentials are refused
-}
-
 // late reports whether a transaction was not even begun for the relay, on a connection that had dealt with another message
 // before. Each such loss stands for a message that came to its end, which bounds how often it can happen.
 func late(r *conn.Result, e *Error) bool {
-	if r.Used <= 1 || r.Mail.Class() == 2 {
+	if r.Used <= 1 && !r.AfterIdle || r.Mail.Class() == 2 {
 		return false
 	}
 	if !r.Begun {

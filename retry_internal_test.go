@@ -42,17 +42,23 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
 
 		{"Microsoft 365: too many connections", first(mail250), refused(OpFinalDot, 432), false, waitForSlot},
-		{"AUTH refused since there are too many connections", first(conn.Result{}), Error{Op: OpAuth, Outcome: NotAccepted, Reply: Reply{Code: 535, Message: "too many connections"}}, false, waitForSlot},
-		{"421 to AUTH means the same", first(conn.Result{}), refused(OpAuth, 421), false, waitForSlot},
-		{"credentials refused", first(conn.Result{}), refused(OpAuth, 535), true, giveUp},
-		{"AUTH refused for now (RFC 4954, 6)", first(conn.Result{}), refused(OpAuth, 454), false, retryLater},
-		{"a challenge after an initial response: AUTH goes alone next time", first(conn.Result{}), refused(OpAuth, 334), false, retryNow},
+		{"AUTH with commands behind it refused: it goes alone from now on", first(conn.Result{LedByAuth: true}), refused(OpAuth, 535), false, retryNow},
+		{"hung up at AUTH with commands behind it", first(conn.Result{LedByAuth: true}), lost(OpAuth), false, retryNow},
+		{"hung up behind it", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235)}}), lost(OpMail), false, retryNow},
+		{"MAIL refused behind AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235), Mail: code(550)}}), refused(OpMail, 550), false, retryNow},
+		{"a recipient refused behind both is refused", first(conn.Result{LedByAuth: true, Replies: replies(250, 0, 0, 0)}), refused(OpRcpt, 550), false, giveUp},
+
+		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpFinalDot, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
+		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpFinalDot, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
+		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
+		{"4xx to the first MAIL is not", first(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
+		{"the login is forgotten (RFC 4954, 6)", later(conn.Result{Replies: conn.Replies{Mail: code(530)}}), refused(OpMail, 530), false, tryElsewhere},
 
 		{"RSET refused behind a final dot: no more overlap", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpRset, 503), false, retryNow},
-		{"RSET refused", later(mail250), refused(OpRset, 500), false, retryLater},
+		{"RSET refused: the message was not offered yet", later(mail250), refused(OpRset, 500), false, retryNow},
 		{"a reply that cannot be, behind a final dot", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpData, 250), false, retryNow},
 		{"a reply that cannot be", first(mail250), refused(OpData, 250), false, retryLater},
-		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, retryLater},
+		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, tryElsewhere},
 		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
 
 		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpFinalDot, 451), false, giveUp},
@@ -63,8 +69,20 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		if tt.r.BodyBegun {
 			body = Reader(strings.NewReader("x"))
 		}
-		if got := (Retry{Temporary: tt.temporary}).next(body, &tt.r, &tt.e); got != tt.want {
+		if got := (Retry{Temporary: tt.temporary}).next(body, &tt.r, &tt.e, false); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
+		}
+	}
+}
+
+func TestMessageIsTriedElsewhereOnce(t *testing.T) {
+	for _, code := range []int{451, 503, 530} {
+		r := conn.Result{Seq: 2, Used: 2, Begun: true, Replies: conn.Replies{Mail: wireReply(code, 0, 0, 0)}}
+		e := Error{Op: OpMail, Outcome: NotAccepted, Reply: Reply{Code: code}}
+		for moved, want := range map[bool]next{false: tryElsewhere, true: giveUp} {
+			if got := (Retry{}).next(Bytes([]byte("x")), &r, &e, moved); got != want {
+				t.Errorf("%d, tried elsewhere: %t: got %d, want %d", code, moved, got, want)
+			}
 		}
 	}
 }

@@ -82,6 +82,6 @@ func (p *pool) stats() Stats {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s.MaxConns, s.OpenConns, s.IdleConns, s.Waiting = p.slots.limit(), p.slots.open, p.idle.len, p.waiters.len
+	s.MaxConns, s.OpenConns, s.IdleConns, s.Waiting = p.slots.limit(), p.slots.open, p.idle.len, p.queue.len()
 	return s
 }

@@ -66,9 +66,9 @@ func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 			check(sendAtOnce(t.Context(), client, 50+i, 1))
 		}
 		times := auths.all()
-		// The first burst opens ten connections, and perhaps each of them has learnt the key's fate by a try of its own.
+		// The first burst opens ten connections, and one of them authenticates.
 		first := slices.IndexFunc(times, func(at time.Time) bool { return !at.Equal(began) })
-		if first < 1 || first > 10 {
+		if first != 1 {
 			t.Fatalf("AUTH at %v", times)
 		}
 		last := began
@@ -103,14 +103,15 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 			return sasl.NewPlainClient("", username, key.Load().(string)), nil
 		}
 		client := newClient(t, cfg)
+		began := time.Now()
 		for i := range 20 { // the same key again and again: AUTH goes out once
 			s := sendOne(t.Context(), client, i)
-			if e := failure(s.err); e.Code != 535 || s.took != 0 {
-				t.Fatalf("with the old key: %v after %v; want the 535 at once", s.err, s.took)
+			if e := failure(s.err); e.Code != 535 || s.took > 30*time.Second {
+				t.Fatalf("with the old key: %v after %v; want the 535 once Config.Auth was asked", s.err, s.took)
 			}
 			time.Sleep(time.Second)
 		}
-		want(t, "AUTHs with the old key in 20 s", len(auths.all()), 1)
+		atMost(t, "AUTHs with the old key", len(auths.all()), 1+int(time.Since(began)/(30*time.Second)))
 		key.Store(good)
 		time.Sleep(30 * time.Second) // the longest back-off
 		if s := sendOne(t.Context(), client, 100); s.err != nil || s.took != 0 {
@@ -182,7 +183,7 @@ func TestSlowChallengesAreBoundedTogether(t *testing.T) {
 		})
 		began := time.Now()
 		_, err := client.Send(t.Context(), numbered(0))
-		if e := failure(err); e.Op != smtprelay.OpAuth || !e.Timeout() || time.Since(began) != time.Minute {
+		if e := failure(err); e.Op != smtprelay.OpAuth || !e.Timeout() || time.Since(began) != 30*time.Second {
 			t.Errorf("after %v: got %v", time.Since(began), err)
 		}
 		client.Close()

@@ -233,13 +233,19 @@ func TestCloseAndShutdownDuringADial(t *testing.T) {
 				}
 				began := time.Now()
 				end := client.Close
-				if shutdown {
-					end = func() error { return client.Shutdown(t.Context()) }
+				patience := time.Duration(0)
+				if shutdown { // it waits for those who wait for the dial
+					patience = time.Second
+					end = func() error {
+						ctx, cancel := context.WithTimeout(t.Context(), patience)
+						defer cancel()
+						return client.Shutdown(ctx)
+					}
 				}
-				if err := end(); err != nil {
+				if err := end(); (err != nil) != shutdown {
 					t.Errorf("at %v: %v", step, err)
 				}
-				if took := time.Since(began); took != 0 {
+				if took := time.Since(began); took != patience {
 					t.Errorf("at %v, Shutdown %t: took %v", step, shutdown, took)
 				}
 				for _, s := range l.wait() {

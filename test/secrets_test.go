@@ -205,6 +205,7 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 				cfg := configOf(relay)
 				cfg.Username, cfg.Password = secretUser, secretKey
 				cfg.Retry = smtprelay.Retry{MaxAttempts: 2, MinBackoff: time.Millisecond, MaxBackoff: time.Millisecond}
+				cfg.Timeouts.Outage = 100 * time.Millisecond
 				cfg.Trace = trace
 				if s.client != nil {
 					s.client(&cfg)

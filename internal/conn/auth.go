@@ -41,13 +41,16 @@ type challengeError struct {
 func (e *challengeError) Error() string        { return e.text }
 func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target) }
 
-// authenticate authenticates the connection. If mayLead, PLAIN is left to lead the first transaction where commands may
-// follow it in one group (RFC 4954, 4), which saves a round trip.
+// authenticate authenticates the connection, one connection at a time until the relay has accepted credentials. From then on,
+// if mayLead, PLAIN is left to lead the first transaction where commands may follow it in one group (RFC 4954, 4), which saves
+// a round trip.
 func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	c := d.c
 	if d.o.Mechanism == nil {
 		return nil
 	}
+	d.progress(StepAuth)
+	defer d.o.Profile.AuthTurn(ctx)()
 	mech, err := d.o.Mechanism(ctx, &c.ext, c.tls)
 	if e, ok := err.(*OpenError); ok {
 		return e
@@ -88,7 +91,7 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	if e != nil {
 		return e
 	}
-	d.o.Profile.AuthAnswered(mark, reply)
+	d.o.Profile.AuthAnswered(mark, reply, false)
 	if reply.Class() != 2 {
 		return refusedBy(StepAuth, reply)
 	}
@@ -116,7 +119,7 @@ func authFailed(err error) *OpenError {
 // returns the last reply.
 func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (wire.Reply, *OpenError) {
 	c := d.c
-	limit := d.o.Timeouts.Command
+	limit := d.o.openingLimit()
 	if limit > 0 {
 		d.authBy = time.Now().Add(limit) // of all rounds together
 	}
@@ -159,7 +162,7 @@ func (d *dialogue) next(mech sasl.Client, n int) (challenge, answer []byte, err 
 // giveUpAuth ends AUTH because of err. OAUTHBEARER reports failure in a challenge; the reply to "*" is the relay's error.
 func (d *dialogue) giveUpAuth(err error) *OpenError {
 	e := authFailed(err)
-	if r, gone := d.command(StepAuth, "*", "*", d.o.Timeouts.Command); gone == nil && r.Class() >= 4 {
+	if r, gone := d.command(StepAuth, "*", "*", d.o.openingLimit()); gone == nil && r.Class() >= 4 {
 		d.o.Profile.AuthGivenUp()
 		e.Reply = r
 	}

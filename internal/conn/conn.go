@@ -44,6 +44,7 @@ type Conn struct {
 	addr    string               // of the relay, IP and port, where it offers chunks
 	ext     wire.Extensions      // of the last EHLO
 	born    time.Time
+	hello   string    // the EHLO command
 	expires time.Time // when it is too old to be used; zero means never
 	limit   int       // transactions; 0 means any number
 	chunked bool      // bodies may go in chunks (RFC 3030)
@@ -56,6 +57,7 @@ type Conn struct {
 	line        []byte            // scratch
 	pendingAuth []byte            // an AUTH command that is still to be sent, in front of the first transaction
 	authMark    [sha256.Size]byte // of the credentials in it
+	stall       *time.Timer       // while a transaction waits behind a final dot that has no reply
 	inStep      bool              // the relay has answered an envelope in step, so a chunk may leave with its envelope
 
 	sent      chan struct{} // has room for one; told by SendAway
@@ -81,12 +83,15 @@ type Conn struct {
 	writeErr   error      // what a write failed with
 	closeBy    time.Time  // when the relay's last words must be in
 	heard      time.Time  // when the relay last answered
+	moved      time.Time  // when a large write was last through
 	deadline   time.Time  // the read deadline in force
 	said421    bool       // the relay has, to a command
 	left421    bool       // and has closed the connection in order: nothing that it said is missing
 	auth       wire.Reply // the refusal of pendingAuth
 	outOfStep  bool       // a reply cannot be that to its command, so those behind it are to others too
 	abort      bool       // killed: the relay is not waited for
+	ledByAuth  bool       // AUTH led its first transaction, and that came to nothing
+	decided    bool       // the relay has accepted a message, or has refused one for what it is
 	overlapped bool       // the relay has answered, in full, an envelope that left in one write with the end before it
 }
 
@@ -124,18 +129,20 @@ const (
 
 // Info describes a Conn.
 type Info struct {
-	Used    int        // transactions begun
-	Pending int        // of these, final replies outstanding
-	Reason  Reason     // why no further one is begun; "" while one may be
-	Err     error      // the fault that Reason tells of
-	Auth    wire.Reply // the refusal of the AUTH that led the first transaction
+	Used      int        // transactions begun
+	Pending   int        // of these, final replies outstanding
+	Reason    Reason     // why no further one is begun; "" while one may be
+	Err       error      // the fault that Reason tells of
+	Decided   bool       // the relay has accepted a message, or has refused one for what it is: it does its work
+	LedByAuth bool       // AUTH led its first transaction, and that came to nothing
+	Auth      wire.Reply // the refusal of the AUTH that led the first transaction
 }
 
 // Info returns how the connection is now.
 func (c *Conn) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	info := Info{Used: c.used, Pending: c.pending, Reason: c.reason, Auth: c.auth}
+	info := Info{Used: c.used, Pending: c.pending, Reason: c.reason, Auth: c.auth, Decided: c.decided, LedByAuth: c.ledByAuth}
 	if c.reason == Fault {
 		info.Err = c.cause
 	}
@@ -245,6 +252,13 @@ func (c *Conn) Failed() bool {
 	return c.reason == Fault
 }
 
+// Moved is when the relay was last heard of, or took something.
+func (c *Conn) Moved() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return later(c.heard, c.moved)
+}
+
 // Retire makes the connection take no further transaction.
 func (c *Conn) Retire(why Reason) {
 	c.mu.Lock()
@@ -286,7 +300,7 @@ func (c *Conn) ReadLoop() {
 	c.phase, c.left421 = closing, c.said421 && errors.Is(err, io.EOF)
 	c.mu.Unlock()
 	close(c.done)
-	c.owner.Changed()
+	c.owner.Changed(false)
 
 	// A clean end of TLS is not yet the close of the connection below.
 	if _, onTLS := c.conn.(*tls.Conn); ClosedByPeer(err) && !onTLS {
@@ -314,6 +328,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.waiting, c.head = c.waiting[:0], 0
 	}
 	c.learnLimit(x, r)
+	c.decided = c.decided || decides(x, r)
 	if r.Code == 421 && x.op != StepQuit {
 		// The relay is leaving, whatever it may still say to what was sent already.
 		c.said421 = true
@@ -341,7 +356,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 
 	if x.final {
 		if more {
-			c.owner.Changed()
+			c.owner.Changed(true)
 		}
 		// After Changed, so that a sender who has another message at once finds this connection idle and opens no other.
 		c.mu.Lock()
@@ -352,12 +367,23 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
+// decides reports whether r, the reply to x, tells what becomes of a message.
+func decides(x exchange, r wire.Reply) bool {
+	switch {
+	case r.Code == 421 || r.Code == 432:
+		return false
+	case x.final:
+		return true
+	}
+	return (x.op == StepRcpt || x.op == StepData) && r.Class() >= 4
+}
+
 // learnLimit takes in what r, the reply to x, tells of how many transactions the relay allows on a connection.
 func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
 		c.o.Profile.SessionGoesOn(x.tx.seq)
-	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.MeansFull(r)):
+	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq)):
 		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
 	}
 }
@@ -455,6 +481,12 @@ func (c *Conn) hurryLocked(d time.Duration) {
 
 // lossLocked turns err, with which reading ended, into the reason why the connection is lost.
 func (c *Conn) lossLocked(err error) error {
+	if c.cause == nil && c.head < len(c.waiting) {
+		if x := c.waiting[c.head]; x.tx != nil && x.tx.ledByAuth && x.op != StepRcpt && x.op != StepData {
+			c.ledByAuth = true
+			c.o.Profile.AuthFollowedFailed(wire.Reply{}) // the relay hangs up, or says nothing, where commands follow AUTH
+		}
+	}
 	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
 		return c.writeErr // the cause, of which the end of reading is a consequence
 	}
@@ -556,6 +588,9 @@ func (c *Conn) Write(p []byte) (int, error) {
 	before := c.written
 	c.written += int64(n)
 	c.attempted = c.written
+	if n >= outBuffer {
+		c.moved = time.Now()
+	}
 	if c.head < len(c.waiting) && c.waiting[c.head].end > before {
 		c.armLocked() // until now the limit was that of writing
 	}

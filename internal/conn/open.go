@@ -163,6 +163,9 @@ func (d *dialogue) greeting() *OpenError {
 	if e == nil && r.Class() != 2 {
 		e = refusedBy(StepGreeting, r)
 	}
+	if e == nil {
+		d.c.owner.Greeted()
+	}
 	return e
 }
 
@@ -171,7 +174,8 @@ func (d *dialogue) hello() *OpenError {
 	c, o := d.c, d.o
 	name := o.LocalName(c.raw)
 	line := "EHLO " + name
-	r, e := d.command(StepEHLO, line, line, o.Timeouts.Command)
+	c.hello = line
+	r, e := d.command(StepEHLO, line, line, o.openingLimit())
 	if e != nil {
 		return e
 	}
@@ -182,7 +186,7 @@ func (d *dialogue) hello() *OpenError {
 		return nil
 	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
 		line = "HELO " + name
-		if r, e = d.command(StepEHLO, line, line, o.Timeouts.Command); e != nil {
+		if r, e = d.command(StepEHLO, line, line, o.openingLimit()); e != nil {
 			return e
 		}
 		if r.Class() == 2 {
@@ -203,7 +207,7 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 		}
 		return &OpenError{Step: StepSTARTTLS, Permanent: true, Err: ErrNoSTARTTLS}
 	}
-	r, e := d.command(StepSTARTTLS, "STARTTLS", "STARTTLS", d.o.Timeouts.Command)
+	r, e := d.command(StepSTARTTLS, "STARTTLS", "STARTTLS", d.o.openingLimit())
 	if e != nil {
 		return e
 	}

@@ -41,37 +41,50 @@ type Options struct {
 
 // Timeouts bound the steps of a connection; 0 means no limit. Quit has a limit in any case.
 type Timeouts struct {
-	Greeting   time.Duration // the first reply
+	Greeting   time.Duration // the first reply; and each of those until the connection is ready, if Command is not less
 	TLS        time.Duration // the TLS handshake
 	Command    time.Duration // the reply to a command; for AUTH all rounds
 	Data       time.Duration // the reply to DATA
 	Write      time.Duration // writing to a relay that takes nothing; see progressConn
 	FinalReply time.Duration // the reply to the final dot
+	Drain      time.Duration // the same, once the context of the message has ended
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own
 	Quit       time.Duration // the relay's close after QUIT
+}
+
+// openingLimit is the limit for each reply until the connection is ready.
+func (o *Options) openingLimit() time.Duration {
+	limit := o.Timeouts.Command
+	if g := o.Timeouts.Greeting; g > 0 && (limit == 0 || g < limit) {
+		limit = g
+	}
+	return limit
 }
 
 // Profile is what is known about the relay, and learns from each connection. It is safe for concurrent use; its methods
 // return at once and take no lock that is held while a Conn is called.
 type Profile interface {
-	Overlaps() bool                                        // commands may follow a final dot
-	OverlapFailed()                                        // the relay refused those, or threw them away
-	AuthMayBeFollowed() bool                               // commands may follow AUTH in one write
-	AuthFollowedFailed()                                   // the relay has answered such an AUTH with a challenge
-	SessionFull(n int, born time.Time)                     // the relay has ended a connection opened at born after n transactions
-	SessionGoesOn(n int)                                   // the relay has accepted the nth MAIL of a connection
-	DiscardsAt(addr string) (yes, known bool)              // the relay at addr throws away the octets of a chunk that it refuses
-	NoteDiscard(addr string, yes bool)                     // it has shown whether it does
-	RefusalOf(mark [sha256.Size]byte) (wire.Reply, bool)   // the reply to these credentials, if they were refused not long ago
-	AuthAnswered(mark [sha256.Size]byte, reply wire.Reply) // the last reply to AUTH
-	AuthGivenUp()                                          // the relay has refused an AUTH that was given up
-	Overlapped()                                           // a transaction was begun behind a final dot
-	MeansFull(mail wire.Reply) bool                        // the reply to MAIL says that the connection has had its share of messages
-	MeansIdle(mail wire.Reply) bool                        // or that it has ended since it was idle
+	Overlaps() bool                                                       // commands may follow a final dot
+	OverlapFailed()                                                       // the relay refused those, or threw them away
+	AuthTurn(ctx context.Context) (done func())                           // waits until it is one's turn to authenticate
+	AuthMayBeFollowed() bool                                              // commands may follow AUTH in one write
+	AuthFollowedFailed(r wire.Reply)                                      // such an AUTH, or the MAIL behind it, has failed
+	SessionFull(n int, born time.Time)                                    // the relay has ended a connection opened at born after n transactions
+	SessionGoesOn(n int)                                                  // the relay has accepted the nth MAIL of a connection
+	DiscardsAt(addr string) (yes, known bool)                             // the relay at addr throws away the octets of a chunk that it refuses
+	NoteDiscard(addr string, yes bool)                                    // it has shown whether it does
+	RefusalOf(mark [sha256.Size]byte) (wire.Reply, bool)                  // the reply to these credentials, if they were refused not long ago
+	AuthAnswered(mark [sha256.Size]byte, reply wire.Reply, followed bool) // the last reply to AUTH, and whether commands followed that
+	AuthGivenUp()                                                         // the relay has refused an AUTH that was given up
+	Overlapped()                                                          // a transaction was begun behind a final dot
+	EndsSession(op Step, r wire.Reply, seq int) bool                      // the reply to the seqth transaction is about the connection: another one may have the message
+	ResetsByEHLO() bool                                                   // the relay does not know RSET
+	RsetFailed()                                                          // it has said so
 }
 
 // Owner hands out the write side of one Conn, which one transaction has at a time.
 type Owner interface {
+	Greeted()      // the relay has greeted, and may be asked more
 	Wanted() bool  // somebody waits for a write side
 	Handoff() bool // gives it to one who waits and can go on at once, if there is one
 	Release()      // takes it back; what is still in the buffer leaves soon
@@ -79,9 +92,11 @@ type Owner interface {
 	// SendAway starts a goroutine that calls Conn.SendAway; it reports false where the connection is gone.
 	SendAway() bool
 
-	// Changed is told when a final reply is in, and when the connection can be used no more; Closed when the relay has closed
-	// it, which is the last thing that happens. No lock is held.
-	Changed()
+	Elsewhere() bool // a transaction may be begun at once on another Conn
+
+	// Changed is told when a final reply is in, which answered says, and when the connection can be used no more; Closed when
+	// the relay has closed it, which is the last thing that happens. No lock is held.
+	Changed(answered bool)
 	Closed()
 }
 

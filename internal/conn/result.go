@@ -57,6 +57,9 @@ type Result struct {
 	Seq  int // 1-based number of this transaction on its connection; 0: not begun
 	Used int // transactions begun on the connection
 
+	AfterIdle bool // the connection was idle for so long before that it may have been cut without a word
+	LedByAuth bool // AUTH was its first command, with the others behind it
+
 	CtxErr    error // the context has ended
 	Cancelled bool  // and that is why the connection was given up
 

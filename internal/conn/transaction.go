@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -39,6 +40,8 @@ type Transaction struct {
 	sinkErr      error // why no more of the body is taken
 	lostWriting  bool  // because the connection takes no more
 	bodyErr      error // why the body was given up
+	afterIdle    bool  // the connection was idle for so long that it may be dead
+	ledByAuth    bool  // AUTH is its first command; set before that is expected
 	handedOver   bool  // somebody else has the write side already
 	shared       bool  // the guard's function may still run, and look at the transaction
 
@@ -84,7 +87,7 @@ func (t *Transaction) result() Result {
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
-		Seq: t.seq, Used: c.used, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
+		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
 		OutOfStep: c.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
@@ -147,7 +150,7 @@ func (t *Transaction) write() (dotted bool) {
 	completed := false
 	defer func() {
 		if !completed { // Body.WriteTo has panicked, in the middle of a message
-			c.fail(errors.New("the body panicked"))
+			c.fail(&GivenUpError{errors.New("the body panicked")})
 		}
 	}()
 	dotted = t.converse()
@@ -286,7 +289,7 @@ func (t *Transaction) giveUp(err error) {
 		return
 	}
 	t.bodyErr = err
-	t.c.fail(fmt.Errorf("body given up: %w", err))
+	t.c.fail(&GivenUpError{fmt.Errorf("body given up: %w", err)})
 }
 
 // sendNow flushes the buffer.
@@ -323,7 +326,19 @@ func (t *Transaction) guard() {
 	}
 }
 
-var errGivenUp = errors.New("the connection was given up with a message that was cancelled")
+// GivenUpError is why a connection ended that was at no fault: a message on it was given up in the middle.
+type GivenUpError struct{ Err error }
+
+func (e *GivenUpError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *GivenUpError) Unwrap() error { return e.Err }
+
+var errGivenUp = &GivenUpError{errors.New("the connection was given up with a message that was cancelled")}
+
+// authSilence is how long a relay may take for the reply to MAIL, once it has answered the AUTH in front of it. Some throw away
+// what follows AUTH; the message goes to another connection then, on which AUTH goes alone.
+const authSilence = 2 * time.Second
 
 // envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
 // the conversation goes on.
@@ -331,20 +346,27 @@ func (t *Transaction) envelope() bool {
 	c := t.c
 	rset := t.begin()
 	command := c.o.Timeouts.Command
-	if c.pendingAuth != nil && !t.writeAuth() {
-		return false
+	mailLimit := command
+	if c.pendingAuth != nil {
+		t.ledByAuth = true
+		if mailLimit == 0 || mailLimit > authSilence {
+			mailLimit = authSilence
+		}
+		if !t.writeAuth() {
+			return false
+		}
 	}
 	if rset {
 		x := exchange{op: StepRset, limit: command, first: t.overlapped}
 		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
 			x.limit = c.o.Timeouts.Overlap
 		}
-		if !t.ask(x, "RSET") {
+		if !t.reset(x) {
 			return false
 		}
 	}
 	c.line = wire.AppendMail(c.line[:0], t.m.From, &t.mail)
-	if !t.askLine(exchange{op: StepMail, limit: command}) {
+	if !t.askLine(exchange{op: StepMail, limit: mailLimit}) {
 		return false
 	}
 	for i := range t.replies.Rcpt {
@@ -358,6 +380,15 @@ func (t *Transaction) envelope() bool {
 		}
 	}
 	return true
+}
+
+// reset clears an envelope away.
+func (t *Transaction) reset(x exchange) bool {
+	if t.overlapped || !t.c.o.Profile.ResetsByEHLO() {
+		return t.ask(x, "RSET")
+	}
+	// RFC 5321, 4.1.4. EHLO is the last of its group (RFC 2920, 3.1).
+	return t.ask(x, t.c.hello) && t.send() && t.awaitEnvelope()
 }
 
 // askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
@@ -393,7 +424,7 @@ func (t *Transaction) startData() bool {
 func (t *Transaction) writeAuth() bool {
 	c := t.c
 	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
-	if !t.expect(exchange{op: StepAuth, limit: c.o.Timeouts.Command, end: c.position() + int64(len(c.line))}) {
+	if !t.expect(exchange{op: StepAuth, limit: c.o.openingLimit(), end: c.position() + int64(len(c.line))}) {
 		return false
 	}
 	c.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
@@ -409,9 +440,10 @@ func (t *Transaction) begin() (rset bool) {
 	defer c.mu.Unlock()
 	rset = c.open
 	t.overlapped = c.pending > 0
+	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= longIdle
 	// A refused chunk leaves the envelope where it was (RFC 3030, 2), unlike a refused final dot.
 	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
-	t.held = !t.byData && t.mustHoldLocked()
+	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
 	if c.failed++; t.overlapped || !rset {
 		c.failed = 0
 	}
@@ -455,6 +487,9 @@ func (t *Transaction) ask(x exchange, command string) bool {
 // askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
 func (t *Transaction) askLine(x exchange) bool {
 	c := t.c
+	if t.afterIdle && t.asked == 0 && (x.limit == 0 || x.limit > idleReply) {
+		x.limit = idleReply
+	}
 	x.end = c.position() + int64(len(c.line))
 	if !t.expect(x) {
 		return false
@@ -495,8 +530,10 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		t.mailLocked(r)
 	case StepRcpt:
 		t.replies.Rcpt[x.rcpt] = r
+		t.endsSessionLocked(x.op, r)
 	case StepData:
 		t.replies.Data = r
+		t.endsSessionLocked(x.op, r)
 	case StepBdat:
 		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
 			c.retireLocked(Full) // the body stays incomplete
@@ -535,14 +572,16 @@ func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 func (t *Transaction) authLocked(r wire.Reply) {
 	c := t.c
 	t.replies.Auth = r
-	c.o.Profile.AuthAnswered(c.authMark, r)
-	if r.Class() != 2 {
-		c.auth = r
-		c.failLocked(&AuthError{r})
+	c.o.Profile.AuthAnswered(c.authMark, r, t.ledByAuth)
+	if r.Class() == 2 {
+		return
 	}
-	if r.Class() == 3 {
-		c.o.Profile.AuthFollowedFailed()
+	c.auth = r
+	if t.ledByAuth {
+		c.ledByAuth = true
+		c.o.Profile.AuthFollowedFailed(r)
 	}
+	c.failLocked(&AuthError{r})
 }
 
 // rsetLocked takes in the reply to RSET.
@@ -550,6 +589,9 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	t.replies.Rset = r
 	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
 		return // for 503 see overlapRefused
+	}
+	if !x.first && (r.Code == 500 || r.Code == 502) {
+		t.c.o.Profile.RsetFailed()
 	}
 	if x.first && r.Code != 421 { // 421 is no answer to this command, but to all
 		t.c.o.Profile.OverlapFailed()
@@ -562,10 +604,21 @@ func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
 	t.replies.Mail = r
 	switch {
-	case c.o.Profile.MeansFull(r), c.o.Profile.MeansIdle(r):
+	case t.ledByAuth && r.Class() != 2:
+		c.ledByAuth = true
+		c.o.Profile.AuthFollowedFailed(r)
+		c.retireLocked(Fault)
+	case c.o.Profile.EndsSession(StepMail, r, t.seq):
 		c.retireLocked(Full)
 	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
 		c.retireLocked(Fault) // the relay does not think of the connection what we do
+	}
+}
+
+// endsSessionLocked retires the connection where r is about it.
+func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
+	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
+		t.c.retireLocked(Full)
 	}
 }
 
@@ -577,11 +630,24 @@ func (t *Transaction) wake() {
 }
 
 // awaitEnvelope waits until each command has its reply. It reports whether the connection can go on.
+//
+// Where it waits behind the final dot of another message, and the relay says nothing to that, the message goes to another
+// connection if there is room: nothing of it has left.
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
+	var stalled <-chan time.Time
+	if t.overlapped {
+		if c.stall == nil {
+			c.stall = time.NewTimer(stallLimit)
+		} else {
+			c.stall.Reset(stallLimit)
+		}
+		stalled = c.stall.C
+		defer c.stall.Stop()
+	}
 	for {
 		c.mu.Lock()
-		lost, complete := c.phase >= draining, t.asked == t.answered
+		lost, complete, silent := c.phase >= draining, t.asked == t.answered, t.answered == 0
 		c.mu.Unlock()
 		if lost || complete {
 			return !lost
@@ -589,8 +655,29 @@ func (t *Transaction) awaitEnvelope() bool {
 		select {
 		case <-t.signal:
 		case <-c.lost:
+		case <-stalled:
+			if silent && c.owner.Elsewhere() {
+				c.fail(errStalled)
+			}
+			c.stall.Reset(stallLimit)
 		}
 	}
+}
+
+const (
+	longIdle   = 10 * time.Second // of a connection: from then on it may have been cut without a word
+	idleReply  = 30 * time.Second // for the first reply on such a connection
+	stallLimit = 10 * time.Second // how long a message waits behind another one's final dot before it goes elsewhere
+)
+
+var errStalled = &GivenUpError{errors.New("the relay does not answer the message before")}
+
+// later returns the later of two times.
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
 }
 
 // overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
@@ -756,8 +843,10 @@ func (t *Transaction) finish(op Step, command string) bool {
 	return true
 }
 
-// awaitFinal waits for the final reply, the end of the connection or of the context.
+// awaitFinal waits for the final reply or the end of the connection; from the end of the context on for Timeouts.Drain at most.
 func (t *Transaction) awaitFinal() {
+	ended := t.ctx.Done()
+	var drained <-chan time.Time
 	for {
 		t.c.mu.Lock()
 		in := t.notified
@@ -769,7 +858,14 @@ func (t *Transaction) awaitFinal() {
 		case <-t.signal:
 		case <-t.c.done:
 			return
-		case <-t.ctx.Done():
+		case <-ended:
+			ended = nil
+			if drain := t.c.o.Timeouts.Drain; drain > 0 {
+				timer := time.NewTimer(drain)
+				defer timer.Stop()
+				drained = timer.C
+			}
+		case <-drained:
 			return
 		}
 	}

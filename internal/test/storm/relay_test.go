@@ -581,7 +581,6 @@ func (c *stormConn) next() error {
 func (c *stormConn) ehlo(line string) error {
 	w := &c.r.w
 	c.grammar(line == "EHLO client.example" || line == "HELO client.example" && c.ehloRefused, "%q", line)
-	c.grammar(!c.greeted, "EHLO again")
 	offers := []string{"relay.example"}
 	if c.helo = strings.HasPrefix(line, "HELO"); !c.helo {
 		offers = append(offers, "8BITMIME", "SIZE 100000000", "ENHANCEDSTATUSCODES")
@@ -602,7 +601,10 @@ func (c *stormConn) ehlo(line string) error {
 		c.rng.Shuffle(len(offers)-1, func(i, j int) { offers[i+1], offers[j+1] = offers[j+1], offers[i+1] })
 	}
 	yes, err := c.answer(atEHLO, stormReply{250, "", strings.Join(offers, "\n")})
-	c.greeted, c.ehloRefused = yes, !yes
+	if yes && c.greeted { // it takes the place of a RSET that was refused
+		c.tx, c.mailRefused, c.rsetRefused = nil, false, false
+	}
+	c.greeted, c.ehloRefused = yes || c.greeted, !yes
 	return err
 }
 
