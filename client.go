@@ -54,7 +54,7 @@ type Config struct {
 	Pipelining Pipelining
 
 	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING: envelope and body
-	// leave in one write, and Limits.MaxInFlight messages follow one another without a reply. It is off unless asked for: no
+	// leave in one write, and MaxInFlight messages follow one another without a reply. It is off unless asked for: no
 	// relay that carries volume offers it (SendGrid, Mailgun and SES do not; Postfix, Exim, Gmail and Microsoft 365 do).
 	//
 	// The Client first asks each address of the relay, once an hour at most, what it does with a chunk that it refuses, by one
@@ -67,6 +67,11 @@ type Config struct {
 	// is silent about it, or answers a command of the envelope twice, may have the reply to one command taken for that to
 	// another. DATA does not have this risk before the final dot, since its reply, 354, cannot be mistaken for another.
 	Chunking bool
+
+	// MaxInFlight is how many messages are on their way on one connection without final reply, with Chunking and a relay that
+	// offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
+	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
+	MaxInFlight int
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
 	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
@@ -101,9 +106,9 @@ type Mechanism interface {
 type Pipelining int
 
 const (
-	// PipelineAcross: the envelope goes in one write, and may follow the final dot of the message before it without
+	// PipelineAuto: the envelope goes in one write, and may follow the final dot of the message before it without
 	// waiting: one round trip per message. A relay that turns out not to support that is noticed and spared.
-	PipelineAcross Pipelining = iota
+	PipelineAuto Pipelining = iota
 	// PipelineWithin: the envelope goes in one write, after the final reply to the message before it.
 	PipelineWithin
 	// PipelineOff: each command waits for the reply to the one before it.
@@ -114,6 +119,8 @@ const (
 // 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
 // accepted. The context of a Send bounds it as a whole.
 type Timeouts struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	Dial       time.Duration // TCP connect: 30 s
 	Greeting   time.Duration // 5 min
 	TLS        time.Duration // the TLS handshake: 30 s
@@ -146,7 +153,7 @@ func (c *Client) String() string { return "smtprelay.Client(" + c.cfg.Addr + ")"
 func New(cfg Config) (*Client, error) {
 	checked, err := cfg.check()
 	if err != nil {
-		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Err: err, permanent: true}
+		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Scope: ScopeCaller, Err: err, permanent: true}
 	}
 	return &Client{cfg: checked, pool: newPool(checked, checked.dial)}, nil
 }
@@ -160,10 +167,7 @@ func New(cfg Config) (*Client, error) {
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	began := time.Now()
 	d := delivery{c: c, ctx: ctx, m: m}
-	receipt, err := Receipt{}, d.begin()
-	if err == nil {
-		receipt, err = d.run()
-	}
+	receipt, err := d.run()
 	c.cfg.stats.count(err)
 	if t := c.cfg.Trace; t != nil && t.SendDone != nil {
 		t.SendDone(ctx, Result{Message: m, Receipt: receipt, Err: err}, time.Since(began))
@@ -179,7 +183,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 	return func(yield func(Result) bool) {
 		// As many as can be on their way, and two more for each connection to be there when it is their turn.
 		limits := c.cfg.Limits
-		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, limits.MaxInFlight))))
+		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, c.cfg.MaxInFlight))))
 		results := make(chan Result)
 		enough := make(chan struct{})
 		var sending sync.WaitGroup

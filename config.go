@@ -56,6 +56,7 @@ func (c Config) check() (*settings, error) {
 	s.Limits = c.Limits.withDefaults()
 	s.split = orDefault(c.Limits.MaxRecipients, 1000)
 	s.Retry = c.Retry.withDefaults()
+	s.MaxInFlight = orDefault(c.MaxInFlight, 4)
 	s.Timeouts = c.Timeouts.withDefaults()
 	s.tls = tlsConfig(c.TLSConfig, s.host)
 	s.conns = s.connOptions()
@@ -116,8 +117,8 @@ func (m *mistakes) inModes(c Config, port string) {
 	if c.TLS == TLSNone && (port == "465" || port == "2465") {
 		m.add("TLS is TLSNone, but port %s speaks TLS from the first byte", port)
 	}
-	if c.Pipelining < PipelineAcross || c.Pipelining > PipelineOff {
-		m.add("Pipelining is %d: want PipelineAcross, PipelineWithin or PipelineOff", c.Pipelining)
+	if c.Pipelining < PipelineAuto || c.Pipelining > PipelineOff {
+		m.add("Pipelining is %d: want PipelineAuto, PipelineWithin or PipelineOff", c.Pipelining)
 	}
 	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
 		m.add("TLSConfig.MaxVersion is below TLS 1.2")
@@ -131,8 +132,8 @@ func (m *mistakes) inLimits(c Config) {
 	if c.Limits.MaxConns < 0 || c.Limits.MaxConns > 10000 {
 		m.add("Limits.MaxConns is %d: want 1 to 10000, or 0 for 10", c.Limits.MaxConns)
 	}
-	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
-		m.add("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
+	if c.MaxInFlight < 0 || c.MaxInFlight > 1000 {
+		m.add("MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.MaxInFlight)
 	}
 	if c.Timeouts.Quit < 0 {
 		m.add("Timeouts.Quit is negative: a relay that never closes would be waited for without end")

@@ -33,6 +33,9 @@ type delivery struct {
 
 // run makes transactions until nothing is left to do.
 func (d *delivery) run() (Receipt, error) {
+	if err := d.begin(); err != nil {
+		return d.end(err)
+	}
 	for len(d.todo) > 0 {
 		s, err := d.c.pool.take(d.ctx, &d.attempts)
 		if err != nil {
@@ -76,7 +79,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	}
 	wait := d.note(rcpts, &r, e)
 	d.learnRcpts(&r, e)
-	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing {
+	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
 	switch {
@@ -85,7 +88,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	case e != nil:
 		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e), e)
 	case r.BodyBegun && conn.OneShot(d.msg.Body):
-		return &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
+		return &Error{Op: OpBody, Outcome: NotAccepted, Scope: ScopeMessage, Err: errBodyUsed}
 	case wait != nil:
 		return d.pause(retryLater, wait)
 	}
@@ -109,9 +112,9 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 		rcpt := &d.receipt.Recipients[to]
 		rcpt.Reply = publicReply(r.Rcpt[i])
 		refusal := func() *Error {
-			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted}
+			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted, Scope: ScopeRecipient}
 		}
-		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.Temporary) {
+		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.On4xx) {
 		case fateAccepted:
 			rcpt.Outcome, rcpt.QueueID = Accepted, queueID
 		case fateUnknown:
@@ -165,7 +168,7 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	wait := d.c.cfg.Retry.backoff(d.attempts)
 	d.traceRetry(wait, e)
 	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
-		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Err: err}
+		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: e.Scope, Err: err}
 	}
 	return nil
 }
@@ -180,21 +183,19 @@ func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 func (d *delivery) end(e *Error) (Receipt, error) {
 	if e != nil {
 		for _, to := range d.todo {
-			if r := &d.receipt.Recipients[to]; r.Code/100 < 4 || e.Op != OpRcpt && e.Code/100 >= 4 {
+			if r := &d.receipt.Recipients[to]; r.Reply.Code/100 < 4 || e.Op != OpRcpt && e.Reply.Code/100 >= 4 {
 				r.Reply = e.Reply
 			}
 		}
 	}
-	some, whole := false, d.refusal == nil && d.unknown == nil
-	var refused []RecipientError
-	for _, r := range d.receipt.Recipients {
-		if r.Outcome == Accepted {
-			some = true
-		} else {
-			refused = append(refused, RecipientError{To: r.To, Reply: r.Reply, Outcome: r.Outcome})
-		}
+	some, all, lasting := false, true, false
+	for i := range d.receipt.Recipients {
+		r := &d.receipt.Recipients[i]
+		some = some || r.Outcome == Accepted
+		all = all && r.Outcome == Accepted
+		lasting = lasting || r.Reply.Code >= 400 && !onlyForNow(r.Reply)
 	}
-	if len(refused) == 0 {
+	if e == nil && all {
 		return d.receipt, nil
 	}
 	switch {
@@ -203,9 +204,10 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	case e == nil:
 		e = d.refusal
 	}
-	if some || !whole || (d.m.AllOrNothing && e.Op == OpRcpt) {
-		e.Refused = refused
+	if d.m.AllOrNothing && lasting && e.Scope == ScopeRecipient {
+		e.permanent = true // the others cannot get it without that one
 	}
+	e.Recipients = d.receipt.Recipients
 	switch {
 	case d.unknown != nil:
 		e.Outcome = Unknown
@@ -214,17 +216,28 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	default:
 		e.Outcome = NotAccepted
 	}
-	e.Attempts = max(d.attempts, 1)
+	if e.Attempts = d.attempts; e.Op != OpCheck {
+		e.Attempts = max(e.Attempts, 1)
+	}
 	return d.receipt, e
 }
 
 // begin checks the message and fills in what the delivery needs to know of it.
-func (d *delivery) begin() error {
+func (d *delivery) begin() *Error {
+	d.todo = make([]int, len(d.m.To))
+	d.receipt.Recipients = make([]RecipientResult, len(d.m.To))
+	for i, to := range d.m.To {
+		d.todo[i] = i
+		d.receipt.Recipients[i] = RecipientResult{To: to, Outcome: NotAccepted}
+	}
 	if err := conn.ContextError(d.ctx); err != nil {
-		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err}
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
 	if err := d.m.check(); err != nil {
-		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err, permanent: true}
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, Err: err, permanent: true}
+	}
+	if d.m.From == NullSender {
+		d.m.From = ""
 	}
 	if d.m.MailOptions != nil {
 		d.mail = *d.m.MailOptions
@@ -241,11 +254,7 @@ func (d *delivery) begin() error {
 	if len(d.m.To) > 1 {
 		d.rcpts = d.c.cfg.profile.maxRcpts()
 	}
-	d.todo = make([]int, len(d.m.To))
-	d.receipt.Recipients = make([]RecipientReceipt, len(d.m.To))
-	for i, to := range d.m.To {
-		d.todo[i] = i
-		d.receipt.Recipients[i] = RecipientReceipt{To: to, Outcome: NotAccepted}
+	for _, to := range d.m.To {
 		if o := d.m.RcptOptions[to]; o != nil {
 			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
 				d.dsnFor = to

@@ -24,12 +24,12 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 		t.DialStart(ctx, c.Addr)
 	}
 	c.stats.dials.Add(1)
-	s, leave, e = c.connect(ctx, id)
-	if e != nil && e.Op == OpBdat && ctx.Err() == nil { // the question about refused chunks, which is not asked again
+	s, leave, e, again := c.connect(ctx, id)
+	if again && ctx.Err() == nil { // the question about refused chunks, which is not asked again
 		leave()
 		leave = func() {}
 		if ctx.Err() == nil { // it may have ended meanwhile, and the wait for the relay's close with it
-			s, leave, e = c.connect(ctx, id)
+			s, leave, e, _ = c.connect(ctx, id)
 		}
 	}
 	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
@@ -50,15 +50,16 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 	return s, leave, e
 }
 
-func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error) {
+// connect is one try of dial. again: it has failed at the question about refused chunks.
+func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave func(), _ *Error, again bool) {
 	nc, err := c.dialTCP(ctx)
 	if err != nil {
-		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
+		return nil, func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Scope: ScopeRelay, Err: err}, false
 	}
 	s := &session{id: id}
 	var e *conn.OpenError
 	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(id)); e != nil {
-		return nil, leave, c.explain(ctx, e)
+		return nil, leave, c.explain(ctx, e), e.Step == conn.StepBdat
 	}
 	limit := c.Limits.MaxMessagesPerConn
 	for _, least := range []int{s.Extensions().Limits.MailMax, c.profile.maxMessages()} {
@@ -71,18 +72,14 @@ func (c *settings) connect(ctx context.Context, id int64) (_ *session, leave fun
 		expires = s.Born().Add(age - rand.N(age/10+1))
 	}
 	s.Bound(limit, expires)
-	return s, nil, nil
+	return s, nil, nil, false
 }
 
 // explain makes an Error of the reason why a connection could not be opened, with what to do about it.
 func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
-	e := &Error{Op: Op(failed.Step), Outcome: NotAccepted, Err: failed.Err, permanent: failed.Permanent}
+	e := &Error{Op: opOf(failed.Step), Outcome: NotAccepted, Scope: ScopeRelay, Err: failed.Err, permanent: failed.Permanent}
 	if failed.Reply.Code != 0 {
 		e.Reply = publicReply(failed.Reply)
-	}
-	if failed.Clear && (c.implicit() || !c.clearAllowed()) {
-		// Whoever said it, or would not speak TLS, may be somebody on the way.
-		e.unproven = true
 	}
 	if ctx.Err() != nil && e.Err != nil {
 		if e.Op == OpDial {
@@ -99,9 +96,9 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	switch {
 	case e.Op == OpTLS:
 		c.explainTLS(e)
-	case e.Op == OpGreeting && e.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
+	case e.Op == OpGreeting && e.Reply.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
 		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
-	case e.Op == OpEHLO && e.Code/100 == 5:
+	case e.Op == OpEHLO && e.Reply.Code/100 == 5:
 		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", failed.Said)
 	case errors.Is(e.Err, conn.ErrNoSTARTTLS):
 		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)
@@ -123,15 +120,15 @@ func (c *settings) connOptions() *conn.Options {
 			FinalReply: t.FinalReply, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,
-		Overlap:     c.Pipelining == PipelineAcross,
+		Overlap:     c.Pipelining == PipelineAuto,
 		Chunking:    c.Chunking,
-		MaxInFlight: c.Limits.MaxInFlight,
+		MaxInFlight: c.MaxInFlight,
 		Implicit:    c.implicit(),
 		AllowClear:  c.clearAllowed(),
 		Secrets:     func() (username, password string) { return c.Username, c.password.reveal() },
 		Said:        &c.said,
 		Profile:     relay{&c.profile, &c.stats},
-		Progress:    func(step conn.Step) { c.opening.Store(Op(step)) },
+		Progress:    func(step conn.Step) { c.opening.Store(opOf(step)) },
 	}
 	if c.TLS != TLSNone {
 		o.TLS = c.tls

@@ -44,7 +44,7 @@ func (g *gate) failed(e *Error, round int, cfg *settings, now time.Time) bool {
 	g.failures++
 	g.last = e.clone()
 	wait := cfg.Retry.backoff(g.failures)
-	g.paused = e.Op == OpAuth && e.Code/100 == 5 && !e.says(tooManyConns, e.Op)
+	g.paused = e.Op == OpAuth && e.Reply.Code/100 == 5 && !e.Reply.says(tooManyConns, e.Op)
 	if g.paused && cfg.Auth == nil {
 		// The same credentials again: no use, and some relays lock the account.
 		wait = backoffUpTo(authPause, authPauseMost, g.failures)

@@ -6,15 +6,20 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
+// NoLimit, in a field of [Limits], [Timeouts] or [Retry], means no limit where the field allows that; so does any negative value.
+const NoLimit = -1
+
 // Limits are what the relay allows one client. They hold for one Client in one process: where several share the
 // allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
 type Limits struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
 	// 0 means 10, SendGrid's classic allowance; at most 10,000, and not negative.
 	MaxConns int
 
 	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
-	// 0 means 100, SendGrid's classic allowance; negative means no limit.
+	// 0 means 100, SendGrid's classic allowance; [NoLimit] means no limit.
 	MaxMessagesPerConn int
 
 	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several. 0 means 1,000
@@ -24,11 +29,6 @@ type Limits struct {
 	// have as many as it took, and now and then a few more to see whether it takes them. The default of 1,000 and what was
 	// found out do not split a message with AllOrNothing, and the default not one whose Body can be written once only.
 	MaxRecipients int
-
-	// MaxInFlight is how many messages are on their way on one connection without final reply, with Config.Chunking and a relay
-	// that offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
-	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
-	MaxInFlight int
 
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
 	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
@@ -44,7 +44,6 @@ func (l Limits) withDefaults() Limits {
 	l.MaxConns = orDefault(l.MaxConns, 10)
 	l.MaxMessagesPerConn = orDefault(l.MaxMessagesPerConn, 100)
 	l.MaxRecipients = orDefault(l.MaxRecipients, 0)
-	l.MaxInFlight = orDefault(l.MaxInFlight, 4)
 	l.MaxConnAge = orDefault(l.MaxConnAge, 5*time.Minute)
 	l.MaxIdleTime = orDefault(l.MaxIdleTime, 30*time.Second)
 	return l

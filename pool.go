@@ -103,7 +103,7 @@ func newPool(cfg *settings, dial func(ctx context.Context, id int64) (*session, 
 }
 
 func errClosed() *Error {
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrClosed, permanent: true}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: ErrClosed, permanent: true}
 }
 
 // take waits for a session and hands out its write side. attempts is how many tries the caller has made; dials that fail
@@ -117,7 +117,7 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 	}
 	if err := conn.ContextError(ctx); err != nil {
 		p.mu.Unlock()
-		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
+		return nil, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
 	if s := p.takeLocked(began); s != nil {
 		p.mu.Unlock()
@@ -202,7 +202,11 @@ func (p *pool) forget(w *waiter) *Error {
 	}
 	p.waiters = slices.Delete(p.waiters, i, i+1)
 	p.waiting.Add(-1)
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(conn.ContextError(w.ctx))}
+	scope := ScopeCaller
+	if p.gate.last != nil {
+		scope = ScopeRelay
+	}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: scope, Err: p.explainLocked(conn.ContextError(w.ctx))}
 }
 
 // explainLocked adds to err, with which a wait has ended, why there was no connection: how the last one failed, or else
@@ -215,7 +219,7 @@ func (p *pool) explainLocked(err error) error {
 	if p.dialling == 0 || !known {
 		return err
 	}
-	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op)
+	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op.Text())
 	if op == OpGreeting && !p.cfg.implicit() {
 		err = fmt.Errorf("%w; %s", err, p.cfg.silenceHint())
 	}
@@ -525,9 +529,9 @@ func (p *pool) learn(s *session, e *Error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case e.Op == OpAuth && e.Code != 0:
+	case e.Op == OpAuth && e.Reply.Code != 0:
 		p.failedLocked(e, s.round)
-	case e.Code == 432:
+	case e.Reply.Code == 432:
 		p.crowdedLocked()
 	}
 }
@@ -563,7 +567,7 @@ func (p *pool) worked() {
 func (p *pool) failedLocked(e *Error, round int) {
 	now := time.Now()
 	working := p.workingLocked()
-	if e.says(tooManyConns, e.Op) && (working || p.slots.open > 1) { // beside the one that was refused
+	if e.Reply.says(tooManyConns, e.Op) && (working || p.slots.open > 1) { // beside the one that was refused
 		p.crowdedLocked()
 		p.fillLocked(now)
 		return

@@ -18,7 +18,7 @@ func TestRepliesMeanWhatTheirRelaysMean(t *testing.T) {
 		{"421 before the first message", OpGreeting, Reply{Code: 421}, []meaning{tooManyConns}},
 		{"421 to AUTH", OpAuth, Reply{Code: 421}, []meaning{tooManyConns}},
 		{"421 to a message is about the connection", OpMail, Reply{Code: 421}, nil},
-		{"Microsoft 365, at any step", OpFinalDot, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, []meaning{tooManyConns}},
+		{"Microsoft 365, at any step", OpEnd, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, []meaning{tooManyConns}},
 		{"Mailtrap, to AUTH", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "Too many concurrent\nConnections"}, []meaning{tooManyConns}},
 		{"the words the other way round", OpAuth, Reply{454, EnhancedCode{}, "connections: too many"}, []meaning{tooManyConns}},
 		{"credentials that are wrong", OpAuth, Reply{535, EnhancedCode{5, 7, 8}, "too many wrong passwords"}, nil},
@@ -35,7 +35,7 @@ func TestRepliesMeanWhatTheirRelaysMean(t *testing.T) {
 		{"a mailbox that is full", OpRcpt, Reply{452, EnhancedCode{4, 2, 2}, "Mailbox full"}, []meaning{tooManyRcpts}},
 		{"RFC 3463, 3.6 under another code", OpRcpt, Reply{Code: 550, EnhancedCode: EnhancedCode{5, 5, 3}}, []meaning{tooManyRcpts, numberOfRcpts}},
 		{"no such user", OpRcpt, Reply{550, EnhancedCode{5, 1, 1}, "no such user"}, nil},
-		{"452 to the message is not about recipients", OpFinalDot, Reply{Code: 452}, nil},
+		{"452 to the message is not about recipients", OpEnd, Reply{Code: 452}, nil},
 
 		{"Gmail ends an idle connection", OpMail, Reply{451, EnhancedCode{4, 4, 2}, "Timeout - closing connection."}, []meaning{idleTooLong}},
 		{"Amazon SES does", OpMail, Reply{451, EnhancedCode{}, "Timeout waiting for data from client."}, []meaning{idleTooLong}},

@@ -12,6 +12,8 @@ import (
 // Retry says how often a message is tried again when the relay cannot have accepted it: no connection could be opened, or
 // it was lost before the final dot, or the relay said 421. A message that may have been accepted is never tried again.
 type Retry struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	// MaxAttempts is how many tries a Send makes in all. 0 means 4; 1 means that nothing is tried again; negative means
 	// that only the context ends it. An idle connection that turns out dead costs no attempt.
 	MaxAttempts int
@@ -20,9 +22,9 @@ type Retry struct {
 	// each time, up to MaxBackoff. 0 means half a second and 30 seconds; neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
-	// Temporary also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
+	// On4xx also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
 	// By default that is told to the caller, who knows better how long the message can wait.
-	Temporary bool
+	On4xx bool
 }
 
 // withDefaults replaces zero by the default; MaxAttempts 0 means any number from here on.
@@ -65,21 +67,21 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error) next {
 		return giveUp // nobody waits for another try
 	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
 		return giveUp // the message cannot be written, or not again
-	case e.Code == 432:
+	case e.Reply.Code == 432:
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
-	case e.Code == 0, !r.Begun, e.Code == 421 && e.Op != OpAuth:
+	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
 	case e.Op == OpAuth:
 		return nextOfAuth(e)
-	case (e.Op == OpRset || e.Code < 400) && r.Overlapped:
+	case (e.Op == OpRset || e.Reply.Code < 400) && r.Overlapped:
 		return retryNow // the relay is out of step behind a final dot, or has thrown away a part: that is not tried again
-	case e.Op == OpRset, e.Code < 400:
+	case e.Op == OpRset, e.Reply.Code < 400:
 		return retryLater // the connection was at fault, not the message; or no refusal, but a relay that is out of step
-	case e.Op == OpMail && e.Code == 503 && r.Seq > 1:
+	case e.Op == OpMail && e.Reply.Code == 503 && r.Seq > 1:
 		return retryLater // our idea of the connection's state was wrong
-	case e.Temporary() && c.Temporary:
+	case e.Temporary() && c.On4xx:
 		return retryLater
 	}
 	return giveUp // when in doubt, tell the caller
@@ -88,11 +90,11 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error) next {
 // nextOfAuth is next where e is a reply to AUTH.
 func nextOfAuth(e *Error) next {
 	switch {
-	case e.says(tooManyConns, OpAuth):
+	case e.Reply.says(tooManyConns, OpAuth):
 		return waitForSlot
-	case e.Code < 400:
+	case e.Reply.Code < 400:
 		return retryNow // the relay takes no initial response: AUTH will go alone from now on
-	case e.Code < 500:
+	case e.Reply.Code < 500:
 		return retryLater
 	}
 	return giveUp // the credentials are refused
@@ -108,7 +110,7 @@ func late(r *conn.Result, e *Error) bool {
 		return true // the connection has ended before a word of this one, whatever the relay has said about that
 	}
 	mail := publicReply(r.Mail)
-	return e.Code == 0 || e.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
+	return e.Reply.Code == 0 || e.Reply.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
 }
 
 // sleep waits for d or the end of ctx or of the Client.

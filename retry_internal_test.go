@@ -25,7 +25,7 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		temporary bool // Retry.Temporary
 		want      next
 	}{
-		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpFinalDot, Outcome: Unknown, Err: io.EOF}, true, giveUp},
+		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpEnd, Outcome: Unknown, Err: io.EOF}, true, giveUp},
 		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
 		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
 		{"the body was read, and can be read once only", first(conn.Result{BodyBegun: true}), lost(OpBody), true, giveUp},
@@ -41,7 +41,7 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"OpenSMTPD wants another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
 		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
 
-		{"Microsoft 365: too many connections", first(mail250), refused(OpFinalDot, 432), false, waitForSlot},
+		{"Microsoft 365: too many connections", first(mail250), refused(OpEnd, 432), false, waitForSlot},
 		{"AUTH refused since there are too many connections", first(conn.Result{}), Error{Op: OpAuth, Outcome: NotAccepted, Reply: Reply{Code: 535, Message: "too many connections"}}, false, waitForSlot},
 		{"421 to AUTH means the same", first(conn.Result{}), refused(OpAuth, 421), false, waitForSlot},
 		{"credentials refused", first(conn.Result{}), refused(OpAuth, 535), true, giveUp},
@@ -55,15 +55,15 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, retryLater},
 		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
 
-		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpFinalDot, 451), false, giveUp},
-		{"4xx, and the caller has said to try", first(mail250), refused(OpFinalDot, 451), true, retryLater},
-		{"5xx", first(mail250), refused(OpFinalDot, 554), true, giveUp},
+		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpEnd, 451), false, giveUp},
+		{"4xx, and the caller has said to try", first(mail250), refused(OpEnd, 451), true, retryLater},
+		{"5xx", first(mail250), refused(OpEnd, 554), true, giveUp},
 	} {
 		body := Bytes([]byte("x"))
 		if tt.r.BodyBegun {
 			body = Reader(strings.NewReader("x"))
 		}
-		if got := (Retry{Temporary: tt.temporary}).next(body, &tt.r, &tt.e); got != tt.want {
+		if got := (Retry{On4xx: tt.temporary}).next(body, &tt.r, &tt.e); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
 		}
 	}

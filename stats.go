@@ -51,8 +51,8 @@ func (c *counters) count(err error) {
 		c.notAccepted.Add(1)
 	}
 	if e != nil {
-		for _, r := range e.Refused {
-			if r.Outcome != Unknown {
+		for _, r := range e.Recipients {
+			if r.Outcome == NotAccepted && r.Reply.Code >= 400 && (e.Scope == ScopeRecipient || r.Reply != e.Reply) {
 				c.refused.Add(1)
 			}
 		}

@@ -150,7 +150,7 @@ func (c *settings) connTrace(id int64) (trace conn.Trace) {
 		trace.Command = func(ctx context.Context, line string) { t.Command(ctx, id, line) }
 	}
 	if t.Reply != nil {
-		trace.Reply = func(ctx context.Context, to conn.Step, r wire.Reply) { t.Reply(ctx, id, Op(to), publicReply(r)) }
+		trace.Reply = func(ctx context.Context, to conn.Step, r wire.Reply) { t.Reply(ctx, id, opOf(to), publicReply(r)) }
 	}
 	return trace
 }

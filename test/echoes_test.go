@@ -223,14 +223,14 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 					see("QueueID", receipt.QueueID)
 					seeReply("Receipt", receipt.Reply)
 					for _, r := range receipt.Recipients {
-						seeReply("RecipientReceipt", r.Reply)
-						see("RecipientReceipt", r.QueueID)
+						seeReply("RecipientResult", r.Reply)
+						see("RecipientResult", r.QueueID)
 					}
 					if e, ok := errors.AsType[*smtprelay.Error](err); ok {
 						see("Error", e.Error())
 						seeReply("Error.Reply", e.Reply)
-						for _, r := range e.Refused {
-							seeReply("Refused", r.Reply)
+						for _, r := range e.Recipients {
+							seeReply("Error.Recipients", r.Reply)
 						}
 						if strings.ContainsAny(e.Error(), "\r\n\x1b\x00") {
 							t.Errorf("not one line: %q", e.Error())
