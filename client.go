@@ -3,6 +3,7 @@ package smtprelay
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"iter"
 	"net"
 	"sync"
@@ -14,6 +15,9 @@ import (
 // Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
 // Printing it, with any verb, as JSON or through log/slog, shows no secret.
 type Config struct {
+	// Name tells this Client from others in [Stats], in what a [Trace] is told and in its log; it may be empty. It is no secret.
+	Name string
+
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
 	Addr string
 
@@ -134,7 +138,7 @@ type Timeouts struct {
 
 // Result is the outcome of one message of [Client.SendAll].
 type Result struct {
-	Message Message
+	Message Message // as it was given, with its Tag
 	Receipt Receipt
 	Err     error // nil or an *Error, as from Send
 }
@@ -146,7 +150,12 @@ type Client struct {
 }
 
 // String says which relay the Client is for.
-func (c *Client) String() string { return "smtprelay.Client(" + c.cfg.Addr + ")" }
+func (c *Client) String() string {
+	if c.cfg.Name != "" {
+		return fmt.Sprintf("smtprelay.Client(%q, %s)", c.cfg.Name, c.cfg.Addr)
+	}
+	return "smtprelay.Client(" + c.cfg.Addr + ")"
+}
 
 // New returns a Client for the relay that cfg describes. It checks everything and reports all mistakes in one *[Error]; it
 // dials nothing (see [Client.Ping]) and starts no goroutine.
@@ -166,11 +175,14 @@ func New(cfg Config) (*Client, error) {
 // tell for whom.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	began := time.Now()
+	if t := c.cfg.Trace; t != nil && t.SendStart != nil {
+		ctx = startSend(ctx, t.SendStart, SendStartInfo{Name: c.cfg.Name, Addr: c.cfg.Addr, Message: m})
+	}
 	d := delivery{c: c, ctx: ctx, m: m}
 	receipt, err := d.run()
 	c.cfg.stats.count(err)
 	if t := c.cfg.Trace; t != nil && t.SendDone != nil {
-		t.SendDone(ctx, Result{Message: m, Receipt: receipt, Err: err}, time.Since(began))
+		t.SendDone(ctx, SendDoneInfo{Name: c.cfg.Name, Addr: c.cfg.Addr, Message: m, Receipt: receipt, Err: err, Took: time.Since(began)})
 	}
 	return receipt, err
 }
@@ -231,7 +243,7 @@ func (c *Client) result(ctx context.Context, m Message) Result {
 }
 
 // SendMail has the shape of net/smtp's function: it sends msg to all of to or, if the relay refuses one of them, to
-// nobody.
+// nobody. The null reverse-path is [NullSender], and not "" as there.
 func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
 	return err
@@ -269,12 +281,17 @@ func (c *Client) Stats() Stats { return c.pool.stats() }
 // Shutdown ends the Client gracefully: Sends that have not got a connection and later ones fail with ErrClosed, those
 // under way are finished, connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
 // context's error is returned.
-func (c *Client) Shutdown(ctx context.Context) error { return c.pool.shutdown(ctx) }
+func (c *Client) Shutdown(ctx context.Context) error {
+	err := c.pool.shutdown(ctx)
+	c.cfg.profile.told()
+	return err
+}
 
 // Close ends the Client at once: Sends under way fail, with Outcome Unknown if their final dot has left; connections are
 // closed, the idle ones with QUIT. It returns nil, when no goroutine of the Client is left. Calling it again, or after
 // Shutdown, does nothing.
 func (c *Client) Close() error {
 	c.pool.shut()
+	c.cfg.profile.told()
 	return nil
 }

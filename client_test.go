@@ -296,7 +296,7 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) { s.NoTLS = true })
 		cfg := configOf(relay)
 		var mu sync.Mutex // guards replaced
-		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
+		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			if c.Reason == "full" {
 				mu.Lock()
 				replaced = append(replaced, time.Now())

@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -38,6 +39,12 @@ const defaultAddr = "smtp.sendgrid.net:587"
 func (c Config) check() (*settings, error) {
 	s := &settings{Config: c, password: newSecret(c.Password)}
 	s.Config.Password = ""
+	if t := c.Trace; t != nil && t.Learned != nil {
+		s.profile.tell = func(info LearnedInfo) {
+			info.Name, info.Addr = s.Name, s.Addr
+			t.Learned(context.Background(), info)
+		}
+	}
 	s.said.Expect(c.Password)
 	if s.Addr == "" {
 		s.Addr = defaultAddr
@@ -97,6 +104,8 @@ func (m *mistakes) inCredentials(c Config, host string) {
 	case c.Auth != nil && (c.Username != "" || c.Password != ""):
 		m.add("Auth is set together with Username or Password: leave one out")
 	case c.Auth != nil:
+	case c.Addr == "" && c.Password != "" && !strings.HasPrefix(c.Password, "SG."):
+		m.add("Addr is empty, which means %s, and Password is no SendGrid API key, which begins with SG.: set Addr to the relay whose password it is", defaultAddr)
 	case c.Password == "" && c.Username != "":
 		m.add("Password is empty, but Username is set") // to the key, maybe
 	case c.Password == "" && (host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")):

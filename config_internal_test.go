@@ -122,7 +122,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 }
 
 func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
-	s, err := Config{Password: "k"}.check()
+	s, err := Config{Password: "SG.k"}.check()
 	if err != nil {
 		t.Fatal(err)
 	}

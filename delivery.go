@@ -175,7 +175,7 @@ func (d *delivery) pause(what next, e *Error) *Error {
 
 func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 	if t := d.c.cfg.Trace; t != nil && t.Retry != nil {
-		t.Retry(d.ctx, d.attempts, wait, e)
+		t.Retry(d.ctx, RetryInfo{Name: d.c.cfg.Name, Addr: d.c.cfg.Addr, Message: d.m, Err: e, Attempt: d.attempts, Wait: wait})
 	}
 }
 

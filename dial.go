@@ -21,7 +21,7 @@ import (
 func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func(), e *Error) {
 	began := time.Now()
 	if t := c.Trace; t != nil && t.DialStart != nil {
-		t.DialStart(ctx, c.Addr)
+		t.DialStart(ctx, DialStartInfo{Name: c.Name, Addr: c.Addr, Conn: id})
 	}
 	c.stats.dials.Add(1)
 	s, leave, e, again := c.connect(ctx, id)
@@ -32,7 +32,7 @@ func (c *settings) dial(ctx context.Context, id int64) (s *session, leave func()
 			s, leave, e, _ = c.connect(ctx, id)
 		}
 	}
-	info := DialInfo{Conn: id, Addr: c.Addr, Took: time.Since(began)}
+	info := DialDoneInfo{Name: c.Name, Addr: c.Addr, Conn: id, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
 		info.Err = e

@@ -221,8 +221,8 @@ func ExampleRetry() {
 		MaxBackoff:  10 * time.Millisecond,
 	}
 	cfg.Trace = &smtprelay.Trace{
-		Retry: func(_ context.Context, attempt int, _ time.Duration, err error) {
-			fmt.Printf("try %d failed: %v\n", attempt, err)
+		Retry: func(_ context.Context, r smtprelay.RetryInfo) {
+			fmt.Printf("try %d failed: %v\n", r.Attempt, r.Err)
 		},
 	}
 	client, err := smtprelay.New(cfg)
@@ -336,12 +336,12 @@ func ExampleTrace() {
 	defer relay.Close()
 	cfg := relay.Config()
 	cfg.Trace = &smtprelay.Trace{
-		DialDone: func(_ context.Context, d smtprelay.DialInfo) {
+		DialDone: func(_ context.Context, d smtprelay.DialDoneInfo) {
 			fmt.Println("connection", d.Conn, "ready:", d.Err == nil)
 		},
-		SendDone: func(_ context.Context, r smtprelay.Result, took time.Duration) {
-			fmt.Println("sent to", r.Message.To, "error:", r.Err)
-			_ = took // goes into a histogram
+		SendDone: func(_ context.Context, s smtprelay.SendDoneInfo) {
+			fmt.Println("sent to", s.Message.To, "error:", s.Err)
+			_ = s.Took // goes into a histogram
 		},
 	}
 	client, err := smtprelay.New(cfg)

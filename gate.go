@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"time"
 )
@@ -101,6 +102,8 @@ func (g *gate) crowded(working int, now time.Time, p *pool) {
 		return // one of several that were refused together
 	}
 	p.slots.lower(working)
+	limit := p.slots.limit()
+	p.cfg.profile.learned(LearnedInfo{Lesson: LessonMaxConns, Limit: limit, Text: fmt.Sprintf("the relay says that there are too many connections: %d at most, for a while", limit)})
 	switch {
 	case g.raiseAfter == 0:
 		g.raiseAfter = crowdWait

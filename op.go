@@ -1,6 +1,10 @@
 package smtprelay
 
-import "github.com/smtprelay/smtprelay/internal/conn"
+import (
+	"strings"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
+)
 
 // Op is the step that an [Error] happened in, or that a command or a reply belongs to. It is one short lower-case word that
 // does not change, made for the labels of metrics; [Op.Text] is for people. One fault has one Op, with and without CHUNKING.
@@ -83,4 +87,32 @@ func opOf(step conn.Step) Op {
 		return OpQuit
 	}
 	return Op(step)
+}
+
+// opOfCommand is the Op of a command as a connection traces it.
+func opOfCommand(line string) Op {
+	switch verb, _, _ := strings.Cut(line, " "); verb {
+	case "EHLO", "HELO":
+		return OpEHLO
+	case "STARTTLS":
+		return OpSTARTTLS
+	case "AUTH", redacted, "*":
+		return OpAuth
+	case "RSET":
+		return OpRset
+	case "MAIL":
+		return OpMail
+	case "RCPT":
+		return OpRcpt
+	case "BDAT":
+		if strings.HasSuffix(line, " LAST") {
+			return OpEnd
+		}
+		return OpData
+	case "DATA":
+		return OpData
+	case ".":
+		return OpEnd
+	}
+	return OpQuit
 }

@@ -139,12 +139,14 @@ func (p *pool) take(ctx context.Context, attempts *int) (*session, *Error) {
 	case <-w.served:
 	case <-ctx.Done():
 		if err := p.forget(w); err != nil {
+			p.cfg.stats.waitedSince(began)
 			*attempts = w.attempts
 			p.spare.Put(w)
 			return nil, err
 		}
 		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
 	}
+	p.cfg.stats.waitedSince(began)
 	s, err := w.session, w.err
 	*attempts = w.attempts
 	*w = waiter{served: w.served}

@@ -42,8 +42,8 @@ func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
 				}
 				c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Retry: smtprelay.Retry{MaxAttempts: 1},
 					Trace: &smtprelay.Trace{
-						DialDone:   func(_ context.Context, d smtprelay.DialInfo) { leak("DialDone", d.Err) },
-						ConnClosed: func(_ context.Context, d smtprelay.CloseInfo) { leak("ConnClosed", d.Err) },
+						DialDone:   func(_ context.Context, d smtprelay.DialDoneInfo) { leak("DialDone", d.Err) },
+						ConnClosed: func(_ context.Context, d smtprelay.ConnClosedInfo) { leak("ConnClosed", d.Err) },
 					},
 					Dial: relaytest.Dial(0, func(_ int, l string) string {
 						if strings.HasPrefix(l, "AUTH") {
@@ -117,6 +117,9 @@ func everyHook(see func(hook string, args ...any)) *smtprelay.Trace {
 				plain[i] = a.Interface()
 			}
 			see(name, plain...)
+			if name == "SendStart" {
+				return args[:1]
+			}
 			return nil
 		}))
 	}
@@ -231,7 +234,7 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 				}
 			}
 			if s.name == "all is well" {
-				for _, hook := range []string{"DialStart", "DialDone", "GotConn", "Command", "Reply", "SendDone", "ConnClosed"} {
+				for _, hook := range []string{"SendStart", "DialStart", "DialDone", "GotConn", "Command", "Reply", "SendDone", "ConnClosed"} {
 					if !seen[hook] {
 						t.Errorf("hook %s was never called", hook)
 					}
@@ -272,7 +275,8 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 	reply := smtprelay.Reply{Code: 535, Message: "no"}
 
 	values := map[string]any{
-		"CloseInfo":       smtprelay.CloseInfo{Err: e},
+		"CommandInfo":     smtprelay.CommandInfo{},
+		"ConnClosedInfo":  smtprelay.ConnClosedInfo{Err: e},
 		"Client":          client,
 		"Config":          cfg,
 		"BodyType":        smtprelay.Body8BitMIME,
@@ -281,9 +285,16 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"DSNReturn":       smtprelay.DSNReturnFull,
 		"DeliverBy":       smtprelay.DeliverBy{},
 		"DeliverByMode":   smtprelay.DeliverByReturn,
-		"DialInfo":        smtprelay.DialInfo{Err: e},
+		"DialDoneInfo":    smtprelay.DialDoneInfo{Err: e},
 		"EnhancedCode":    reply.EnhancedCode,
 		"Error":           e,
+		"DialStartInfo":   smtprelay.DialStartInfo{},
+		"LearnedInfo":     smtprelay.LearnedInfo{Reply: reply},
+		"Lesson":          smtprelay.LessonChunks,
+		"ReplyInfo":       smtprelay.ReplyInfo{Reply: reply},
+		"RetryInfo":       smtprelay.RetryInfo{Message: numbered(0), Err: e},
+		"SendDoneInfo":    smtprelay.SendDoneInfo{Message: numbered(0), Err: e},
+		"SendStartInfo":   smtprelay.SendStartInfo{Message: numbered(0)},
 		"GotConnInfo":     smtprelay.GotConnInfo{},
 		"Limits":          cfg.Limits,
 		"MailOptions":     smtprelay.MailOptions{},

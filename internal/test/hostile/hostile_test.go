@@ -346,7 +346,7 @@ func TestLongRefusalsOfManyRecipientsAreKeptInPart(t *testing.T) {
 		return m.HeapAlloc
 	}
 	client, err := smtprelay.New(smtprelay.Config{Addr: r.listener.Addr().String(), TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
-		Trace: &smtprelay.Trace{SendDone: func(context.Context, smtprelay.Result, time.Duration) { heap = inUse() }}})
+		Trace: &smtprelay.Trace{SendDone: func(context.Context, smtprelay.SendDoneInfo) { heap = inUse() }}})
 	if err != nil {
 		t.Fatal(err)
 	}

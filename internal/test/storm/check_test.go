@@ -160,7 +160,12 @@ func TestStormJudgeFinds(t *testing.T) {
 			{To: to, Reply: yes, Outcome: smtprelay.Accepted, QueueID: "Q1.1"}}}}
 	}
 	failed := func(o smtprelay.Outcome, r smtprelay.Reply) *stormTold {
-		return &stormTold{err: &smtprelay.Error{Op: smtprelay.OpEnd, Outcome: o, Reply: r}}
+		scope := smtprelay.ScopeRelay
+		if r.Code != 0 {
+			scope = smtprelay.ScopeMessage
+		}
+		return &stormTold{err: &smtprelay.Error{Op: smtprelay.OpEnd, Outcome: o, Reply: r, Scope: scope,
+			Recipients: []smtprelay.RecipientResult{{To: to, Outcome: o, Reply: r}}}}
 	}
 	for _, test := range []struct {
 		why      string
