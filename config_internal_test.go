@@ -73,6 +73,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"fewer than no connections", func(c *Config) { c.Limits.MaxConns = -1 }, []string{"Limits.MaxConns is -1"}},
 		{"too many connections", func(c *Config) { c.Limits.MaxConns = 10001 }, []string{"Limits.MaxConns is 10001"}},
 		{"the most connections", func(c *Config) { c.Limits.MaxConns = 10000 }, nil},
+		{"another relay's password, and no address", func(c *Config) { c.Addr, c.Username, c.Password = "", "", "POSTMARK-TOKEN" }, []string{"Addr is empty", "SendGrid"}},
 		{"fewer than no messages in flight", func(c *Config) { c.MaxInFlight = -1 }, []string{"MaxInFlight is -1"}},
 		{"too many in flight", func(c *Config) { c.MaxInFlight = 1001 }, []string{"MaxInFlight is 1001"}},
 		{"a negative wait", func(c *Config) { c.Retry.MinBackoff = -1 }, []string{"MinBackoff"}},
