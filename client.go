@@ -119,7 +119,7 @@ const (
 	PipelineOff
 )
 
-// Timeouts bound the steps of a dialogue. 0 means the default given, negative means no limit. The defaults that RFC 5321,
+// Timeouts bound the steps of a dialogue. 0 means the default given, [NoLimit] means none. The defaults that RFC 5321,
 // 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
 // accepted. The context of a Send bounds it as a whole.
 type Timeouts struct {
@@ -170,9 +170,8 @@ func New(cfg Config) (*Client, error) {
 // Send delivers m to the relay and returns its receipt. It waits, first come first served, for a connection; ctx bounds the
 // whole call.
 //
-// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and its Outcome
-// tells whether m may be sent again. Where the message was accepted for some recipients, the Receipt and the error both
-// tell for whom.
+// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and [ShouldRetry] and
+// [RetryTo] tell whether and to whom m should be sent again. Receipt and error both tell of each recipient.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	began := time.Now()
 	if t := c.cfg.Trace; t != nil && t.SendStart != nil {

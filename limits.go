@@ -23,7 +23,7 @@ type Limits struct {
 	MaxMessagesPerConn int
 
 	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several. 0 means 1,000
-	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); negative means as many as the relay takes.
+	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); [NoLimit] means as many as the relay takes.
 	//
 	// A relay that takes fewer and says so with "too many recipients" (452 or 552) is believed: for ten minutes transactions
 	// have as many as it took, and now and then a few more to see whether it takes them. The default of 1,000 and what was
@@ -31,11 +31,11 @@ type Limits struct {
 	MaxRecipients int
 
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
-	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
+	// clients are not replaced at one moment. 0 means 5 minutes; [NoLimit] means none.
 	MaxConnAge time.Duration
 
 	// MaxIdleTime is how long a connection stays open without use. 0 means 30 seconds, since some relays close after a
-	// minute; negative means until the relay closes it.
+	// minute; [NoLimit] means until the relay closes it.
 	MaxIdleTime time.Duration
 }
 

@@ -14,7 +14,7 @@ import (
 type Retry struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	// MaxAttempts is how many tries a Send makes in all. 0 means 4; 1 means that nothing is tried again; negative means
+	// MaxAttempts is how many tries a Send makes in all. 0 means 4; 1 means that nothing is tried again; [NoLimit] means
 	// that only the context ends it. An idle connection that turns out dead costs no attempt.
 	MaxAttempts int
 
