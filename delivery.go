@@ -110,7 +110,9 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 	var open []int
 	for i, to := range rcpts {
 		rcpt := &d.receipt.Recipients[to]
-		rcpt.Reply = publicReply(r.Rcpt[i])
+		if mailed(r) {
+			rcpt.Reply = publicReply(r.Rcpt[i]) // else it is a consequence of what was refused before
+		}
 		refusal := func() *Error {
 			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted, Scope: ScopeRecipient}
 		}
@@ -168,7 +170,11 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	wait := d.c.cfg.Retry.backoff(d.attempts)
 	d.traceRetry(wait, e)
 	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
-		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: e.Scope, Err: err}
+		scope := ScopeCaller // who has ended the tries
+		if e.Scope == ScopeRelay {
+			scope = ScopeRelay
+		}
+		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: scope, Err: err}
 	}
 	return nil
 }

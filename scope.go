@@ -19,7 +19,8 @@ const (
 	// cannot be sent to this relay, or its Body failed.
 	ScopeMessage
 	// ScopeRelay: the relay or the way to it is at fault, and the message is not: dial, greeting, TLS, EHLO, AUTH, a refusal
-	// for want of authentication (RFC 4954, 6), one connection or message too many, a connection lost, 421.
+	// for want of authentication (RFC 4954, 6), one connection or message too many, a connection lost or out of step (503), 421;
+	// and a wait for a connection that ended while none could be opened.
 	ScopeRelay
 	// ScopeCaller: the program that calls has ended it or has not begun it right: the context ended, the Client was closed,
 	// the Config is wrong.
@@ -44,7 +45,9 @@ func (s Scope) String() string {
 // scopeOfReply is what r, the relay's reply to op, is about, where it is not the one that was hoped for.
 func scopeOfReply(op Op, r Reply) Scope {
 	switch r.Code {
-	case 421, 432, 530, 534, 535, 538: // leaving (RFC 5321, 3.8); authentication (RFC 4954, 6)
+	case 421, 503: // leaving (RFC 5321, 3.8); out of step, which no message can cause (4.3.2)
+		return ScopeRelay
+	case 432, 530, 534, 535, 538: // authentication (RFC 4954, 6); 432 is also one connection too many
 		return ScopeRelay
 	}
 	switch {

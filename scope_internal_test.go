@@ -101,3 +101,34 @@ func TestOpsAreShortStableWordsWithATextEach(t *testing.T) {
 		}
 	}
 }
+
+func TestReplyTellsWhoseFaultItWas(t *testing.T) {
+	for _, tt := range []struct {
+		op   Op
+		r    Reply
+		want Scope
+	}{
+		{OpRcpt, Reply{Code: 550}, ScopeRecipient},
+		{OpRcpt, Reply{Code: 452}, ScopeRecipient},
+		{OpRcpt, Reply{Code: 421}, ScopeRelay},
+		{OpMail, Reply{Code: 501}, ScopeMessage},
+		{OpMail, Reply{Code: 552, EnhancedCode: EnhancedCode{5, 3, 4}}, ScopeMessage},
+		{OpMail, Reply{Code: 452, EnhancedCode: EnhancedCode{4, 5, 3}, Message: "Too many messages sent"}, ScopeRelay},
+		{OpMail, Reply{Code: 451, EnhancedCode: EnhancedCode{4, 4, 2}, Message: "Timeout - closing connection"}, ScopeRelay},
+		{OpMail, Reply{Code: 503, Message: "need AUTH first"}, ScopeRelay},
+		{OpMail, Reply{Code: 530}, ScopeRelay},
+		{OpMail, Reply{Code: 250}, ScopeRelay}, // and yet it failed
+		{OpData, Reply{Code: 554}, ScopeMessage},
+		{OpData, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, ScopeRelay},
+		{OpBody, Reply{Code: 552}, ScopeMessage},
+		{OpEnd, Reply{Code: 550}, ScopeMessage},
+		{OpEnd, Reply{Code: 354}, ScopeRelay},
+		{OpRset, Reply{Code: 500}, ScopeRelay},
+		{OpAuth, Reply{Code: 535}, ScopeRelay},
+		{OpGreeting, Reply{Code: 554}, ScopeRelay},
+	} {
+		if got := scopeOfReply(tt.op, tt.r); got != tt.want {
+			t.Errorf("%v to %s: got %v, want %v", tt.r, tt.op.Text(), got, tt.want)
+		}
+	}
+}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
+	"time"
 
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
@@ -191,6 +193,54 @@ func TestCallerWhoEndsASendKeepsTheMessage(t *testing.T) {
 		t.Run(tt.why, func(t *testing.T) {
 			if got := decisionOf(tt.send(t, newRelay(t))); got != tt.want {
 				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestWaitThatEndsTellsWhetherTheRelayWasToBlame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, far)
+		cfg := configOf(relay)
+		cfg.Limits.MaxConns, cfg.Pipelining, cfg.Retry.MaxAttempts = 1, smtprelay.PipelineWithin, smtprelay.NoLimit
+		for _, tt := range []struct {
+			why   string
+			fault smtptest.Fault
+			want  decision
+		}{
+			{"no connection could be opened", smtptest.Fault{At: smtptest.Connect, Drop: true, Count: -1},
+				decision{smtprelay.OpWait, smtprelay.ScopeRelay, smtprelay.NotAccepted, true, "1"}},
+			{"another message has the only one", smtptest.Fault{At: smtptest.Mail, Stall: true},
+				decision{smtprelay.OpWait, smtprelay.ScopeCaller, smtprelay.NotAccepted, true, "1"}},
+		} {
+			client := newClient(t, cfg)
+			stalled := relay.Fault(tt.fault)
+			go client.Send(t.Context(), numbered(0)) // ends with Close
+			synctest.Wait()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			if got := decisionOf(sendErr(ctx, client, numbered(1))); got != tt.want {
+				t.Errorf("%s: got %+v, want %+v", tt.why, got, tt.want)
+			}
+			cancel()
+			stalled.Remove()
+			client.Close()
+		}
+	})
+}
+
+func TestClientClosedBetweenTwoTriesKeepsTheMessage(t *testing.T) {
+	for _, reply := range []string{"451 4.3.0 later", "421 4.3.2 closing", "503 5.5.1 out of step"} {
+		synctest.Test(t, func(t *testing.T) {
+			relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS = true, true })
+			cfg := configOf(relay)
+			cfg.Retry = smtprelay.Retry{MaxAttempts: smtprelay.NoLimit, On4xx: true, MinBackoff: time.Hour, MaxBackoff: time.Hour}
+			client := newClient(t, cfg)
+			sendOne(t.Context(), client, 0) // what follows is on a used connection
+			relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: reply, Count: -1})
+			time.AfterFunc(time.Second, func() { client.Close() })
+			err := sendErr(t.Context(), client, numbered(1))
+			if got := decisionOf(err); !got.retry || got.to != "1" || got.outcome != smtprelay.NotAccepted {
+				t.Errorf("%s: got %+v: %v", reply, got, err)
 			}
 		})
 	}
