@@ -73,14 +73,14 @@ func (l *loginClient) Next(challenge []byte) ([]byte, error) {
 
 // refusedAuth is the error of the relay's refusal of AUTH.
 func (c *settings) refusedAuth(r wire.Reply) *Error {
-	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted}
+	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted, Scope: ScopeRelay}
 	c.explainAuth(e)
 	return e
 }
 
 // explainAuth says what to do where e is the relay's refusal of credentials for good.
 func (c *settings) explainAuth(e *Error) {
-	if e.Op != OpAuth || e.Code/100 != 5 || e.says(tooManyConns, OpAuth) {
+	if e.Op != OpAuth || e.Reply.Code/100 != 5 || e.Reply.says(tooManyConns, OpAuth) {
 		return
 	}
 	e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")

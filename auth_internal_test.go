@@ -95,7 +95,7 @@ func TestWhatIsNoReplyToAuthIsNotQuoted(t *testing.T) {
 				defer client.Close()
 				_, err = client.Send(t.Context(), Message{From: "a@x.example", To: []string{"b@y.example"}, Body: Bytes([]byte("x"))})
 				e, ok := errors.AsType[*Error](err)
-				if !ok || e.Op != OpAuth || !errors.Is(err, wire.ErrMalformed) || !SafeToRetry(err) {
+				if !ok || e.Op != OpAuth || !errors.Is(err, wire.ErrMalformed) || OutcomeOf(err) != NotAccepted {
 					t.Errorf("got %v, want that the reply to AUTH is malformed", err)
 				}
 				for _, piece := range []string{"s3cret", "czNjcmV0", "AGFubgBzM2NyZXQ"} {

@@ -3,6 +3,7 @@ package smtprelay
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"iter"
 	"net"
 	"sync"
@@ -14,6 +15,9 @@ import (
 // Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
 // Printing it, with any verb, as JSON or through log/slog, shows no secret.
 type Config struct {
+	// Name tells this Client from others in [Stats], in what a [Trace] is told and in its log; it may be empty. It is no secret.
+	Name string
+
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
 	Addr string
 
@@ -54,7 +58,7 @@ type Config struct {
 	Pipelining Pipelining
 
 	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING: envelope and body
-	// leave in one write, and Limits.MaxInFlight messages follow one another without a reply. It is off unless asked for: no
+	// leave in one write, and MaxInFlight messages follow one another without a reply. It is off unless asked for: no
 	// relay that carries volume offers it (SendGrid, Mailgun and SES do not; Postfix, Exim, Gmail and Microsoft 365 do).
 	//
 	// The Client first asks each address of the relay, once an hour at most, what it does with a chunk that it refuses, by one
@@ -67,6 +71,11 @@ type Config struct {
 	// is silent about it, or answers a command of the envelope twice, may have the reply to one command taken for that to
 	// another. DATA does not have this risk before the final dot, since its reply, 354, cannot be mistaken for another.
 	Chunking bool
+
+	// MaxInFlight is how many messages are on their way on one connection without final reply, with Chunking and a relay that
+	// offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
+	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
+	MaxInFlight int
 
 	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
 	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
@@ -101,19 +110,21 @@ type Mechanism interface {
 type Pipelining int
 
 const (
-	// PipelineAcross: the envelope goes in one write, and may follow the final dot of the message before it without
+	// PipelineAuto: the envelope goes in one write, and may follow the final dot of the message before it without
 	// waiting: one round trip per message. A relay that turns out not to support that is noticed and spared.
-	PipelineAcross Pipelining = iota
+	PipelineAuto Pipelining = iota
 	// PipelineWithin: the envelope goes in one write, after the final reply to the message before it.
 	PipelineWithin
 	// PipelineOff: each command waits for the reply to the one before it.
 	PipelineOff
 )
 
-// Timeouts bound the steps of a dialogue. 0 means the default given, negative means no limit. The defaults that RFC 5321,
+// Timeouts bound the steps of a dialogue. 0 means the default given, [NoLimit] means none. The defaults that RFC 5321,
 // 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
 // accepted. The context of a Send bounds it as a whole.
 type Timeouts struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, and none works: 2 min
 	Dial       time.Duration // TCP connect: 30 s
 	Greeting   time.Duration // the greeting, and each reply until the connection is ready if Command is not less: 30 s
@@ -129,7 +140,7 @@ type Timeouts struct {
 
 // Result is the outcome of one message of [Client.SendAll].
 type Result struct {
-	Message Message
+	Message Message // as it was given, with its Tag
 	Receipt Receipt
 	Err     error // nil or an *Error, as from Send
 }
@@ -141,14 +152,19 @@ type Client struct {
 }
 
 // String says which relay the Client is for.
-func (c *Client) String() string { return "smtprelay.Client(" + c.cfg.Addr + ")" }
+func (c *Client) String() string {
+	if c.cfg.Name != "" {
+		return fmt.Sprintf("smtprelay.Client(%q, %s)", c.cfg.Name, c.cfg.Addr)
+	}
+	return "smtprelay.Client(" + c.cfg.Addr + ")"
+}
 
 // New returns a Client for the relay that cfg describes. It checks everything and reports all mistakes in one *[Error]; it
 // dials nothing (see [Client.Ping]) and starts no goroutine.
 func New(cfg Config) (*Client, error) {
 	checked, err := cfg.check()
 	if err != nil {
-		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Err: err, permanent: true}
+		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Scope: ScopeCaller, Err: err, permanent: true}
 	}
 	return &Client{cfg: checked, pool: newPool(checked)}, nil
 }
@@ -160,23 +176,22 @@ func New(cfg Config) (*Client, error) {
 // Timeouts.Drain, so that the message is not of unknown fate for want of a moment. Send is blocked, whatever ctx, while m.Body
 // writes itself.
 //
-// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and its Outcome
-// tells whether m may be sent again. Where the message was accepted for some recipients, the Receipt and the error both
-// tell for whom.
+// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and [ShouldRetry] and
+// [RetryTo] tell whether and to whom m should be sent again. Receipt and error both tell of each recipient.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	return c.send(ctx, m, ask{})
 }
 
 func (c *Client) send(ctx context.Context, m Message, want ask) (Receipt, error) {
 	began := time.Now()
-	d := delivery{c: c, ctx: ctx, m: m, want: want}
-	receipt, err := Receipt{}, d.begin()
-	if err == nil {
-		receipt, err = d.enterAndRun()
+	if t := c.cfg.Trace; t != nil && t.SendStart != nil {
+		ctx = startSend(ctx, t.SendStart, SendStartInfo{Name: c.cfg.Name, Addr: c.cfg.Addr, Message: m})
 	}
+	d := delivery{c: c, ctx: ctx, m: m, want: want}
+	receipt, err := d.run()
 	c.cfg.stats.count(err)
 	if t := c.cfg.Trace; t != nil && t.SendDone != nil {
-		t.SendDone(ctx, Result{Message: m, Receipt: receipt, Err: err}, time.Since(began))
+		t.SendDone(ctx, SendDoneInfo{Name: c.cfg.Name, Addr: c.cfg.Addr, Message: m, Receipt: receipt, Err: err, Took: time.Since(began)})
 	}
 	return receipt, err
 }
@@ -189,7 +204,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 	return func(yield func(Result) bool) {
 		// As many as can be on their way, and two more for each connection to be there when it is their turn.
 		limits := c.cfg.Limits
-		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, limits.MaxInFlight))))
+		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, c.cfg.MaxInFlight))))
 		results := make(chan Result)
 		enough := make(chan struct{})
 		var sending sync.WaitGroup
@@ -237,7 +252,7 @@ func (c *Client) result(ctx context.Context, m Message) Result {
 }
 
 // SendMail has the shape of net/smtp's function: it sends msg to all of to or, if the relay refuses one of them, to
-// nobody.
+// nobody. The null reverse-path is [NullSender], and not "" as there.
 func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
 	return err
@@ -280,12 +295,17 @@ func (c *Client) Stats() Stats { return c.pool.stats() }
 // Shutdown ends the Client gracefully: calls that have begun are finished, those that wait for a connection included; later
 // ones fail with ErrClosed; then the connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
 // context's error is returned.
-func (c *Client) Shutdown(ctx context.Context) error { return c.pool.shutdown(ctx) }
+func (c *Client) Shutdown(ctx context.Context) error {
+	err := c.pool.shutdown(ctx)
+	c.cfg.profile.told()
+	return err
+}
 
 // Close ends the Client at once: Sends under way fail, with Outcome Unknown if their final dot has left; connections are
 // closed, the idle ones with QUIT. It returns nil, when no goroutine of the Client is left. Calling it again, or after
 // Shutdown, does nothing.
 func (c *Client) Close() error {
 	c.pool.shut()
+	c.cfg.profile.told()
 	return nil
 }

@@ -311,7 +311,7 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) { s.NoTLS = true })
 		cfg := configOf(relay)
 		var mu sync.Mutex // guards replaced
-		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
+		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			if c.Reason == "full" {
 				mu.Lock()
 				replaced = append(replaced, time.Now())
@@ -445,7 +445,7 @@ func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
 			m := numbered(0)
 			m.Body = &generator{size: size, failAt: test.failAt}
 			_, err := client.Send(t.Context(), m)
-			if !errors.Is(err, errGenerator) || !smtprelay.SafeToRetry(err) {
+			if !errors.Is(err, errGenerator) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 				t.Errorf("got %v, want the writer's error and that nothing was accepted", err)
 			}
 			t.Log(err)
@@ -469,7 +469,7 @@ func TestSendMailIsAllOrNothing(t *testing.T) {
 	msg := []byte("Subject: hello\r\n\r\nHello.\r\n")
 
 	err := client.SendMail("shop@example.com", []string{"ann@example.org", "gone@example.org"}, msg)
-	if err == nil || !smtprelay.SafeToRetry(err) || !strings.Contains(err.Error(), "gone@example.org") {
+	if err == nil || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || !strings.Contains(err.Error(), "gone@example.org") {
 		t.Errorf("got %v, want the refusal of gone@example.org and nothing accepted", err)
 	}
 	want(t, "accepted by the relay", relay.Accepted(), 0)

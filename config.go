@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -39,6 +40,12 @@ const defaultAddr = "smtp.sendgrid.net:587"
 func (c Config) check() (*settings, error) {
 	s := &settings{Config: c, password: newSecret(c.Password), profile: profile{authTurn: make(chan struct{}, 1)}}
 	s.Config.Password = ""
+	if t := c.Trace; t != nil && t.Learned != nil {
+		s.profile.tell = func(info LearnedInfo) {
+			info.Name, info.Addr = s.Name, s.Addr
+			t.Learned(context.Background(), info)
+		}
+	}
 	s.said.Expect(c.Password)
 	if s.Addr == "" {
 		s.Addr = defaultAddr
@@ -57,6 +64,7 @@ func (c Config) check() (*settings, error) {
 	s.Limits = c.Limits.withDefaults()
 	s.split = orDefault(c.Limits.MaxRecipients, 1000)
 	s.Retry = c.Retry.withDefaults()
+	s.MaxInFlight = orDefault(c.MaxInFlight, 4)
 	s.Timeouts = c.Timeouts.withDefaults()
 	s.tls = tlsConfig(c.TLSConfig, s.host)
 	s.conns = s.connOptions()
@@ -97,6 +105,8 @@ func (m *mistakes) inCredentials(c Config, host string) {
 	case c.Auth != nil && (c.Username != "" || c.Password != ""):
 		m.add("Auth is set together with Username or Password: leave one out")
 	case c.Auth != nil:
+	case c.Addr == "" && c.Password != "" && !strings.HasPrefix(c.Password, "SG."):
+		m.add("Addr is empty, which means %s, and Password is no SendGrid API key, which begins with SG.: set Addr to the relay whose password it is", defaultAddr)
 	case c.Password == "" && c.Username != "":
 		m.add("Password is empty, but Username is set") // to the key, maybe
 	case c.Password == "" && (host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")):
@@ -117,8 +127,8 @@ func (m *mistakes) inModes(c Config, port string) {
 	if c.TLS == TLSNone && (port == "465" || port == "2465") {
 		m.add("TLS is TLSNone, but port %s speaks TLS from the first byte", port)
 	}
-	if c.Pipelining < PipelineAcross || c.Pipelining > PipelineOff {
-		m.add("Pipelining is %d: want PipelineAcross, PipelineWithin or PipelineOff", c.Pipelining)
+	if c.Pipelining < PipelineAuto || c.Pipelining > PipelineOff {
+		m.add("Pipelining is %d: want PipelineAuto, PipelineWithin or PipelineOff", c.Pipelining)
 	}
 	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
 		m.add("TLSConfig.MaxVersion is below TLS 1.2")
@@ -132,8 +142,8 @@ func (m *mistakes) inLimits(c Config) {
 	if c.Limits.MaxConns < 0 || c.Limits.MaxConns > 10000 {
 		m.add("Limits.MaxConns is %d: want 1 to 10000, or 0 for 10", c.Limits.MaxConns)
 	}
-	if c.Limits.MaxInFlight < 0 || c.Limits.MaxInFlight > 1000 {
-		m.add("Limits.MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.Limits.MaxInFlight)
+	if c.MaxInFlight < 0 || c.MaxInFlight > 1000 {
+		m.add("MaxInFlight is %d: want 1 to 1000, or 0 for 4", c.MaxInFlight)
 	}
 	if c.Limits.MaxWaiting < 0 {
 		m.add("Limits.MaxWaiting is %d: want how many Sends may wait, or 0 for any number", c.Limits.MaxWaiting)

@@ -73,8 +73,9 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"fewer than no connections", func(c *Config) { c.Limits.MaxConns = -1 }, []string{"Limits.MaxConns is -1"}},
 		{"too many connections", func(c *Config) { c.Limits.MaxConns = 10001 }, []string{"Limits.MaxConns is 10001"}},
 		{"the most connections", func(c *Config) { c.Limits.MaxConns = 10000 }, nil},
-		{"fewer than no messages in flight", func(c *Config) { c.Limits.MaxInFlight = -1 }, []string{"Limits.MaxInFlight is -1"}},
-		{"too many in flight", func(c *Config) { c.Limits.MaxInFlight = 1001 }, []string{"Limits.MaxInFlight is 1001"}},
+		{"another relay's password, and no address", func(c *Config) { c.Addr, c.Username, c.Password = "", "", "POSTMARK-TOKEN" }, []string{"Addr is empty", "SendGrid"}},
+		{"fewer than no messages in flight", func(c *Config) { c.MaxInFlight = -1 }, []string{"MaxInFlight is -1"}},
+		{"too many in flight", func(c *Config) { c.MaxInFlight = 1001 }, []string{"MaxInFlight is 1001"}},
 		{"a negative wait", func(c *Config) { c.Retry.MinBackoff = -1 }, []string{"MinBackoff"}},
 		{"another negative wait", func(c *Config) { c.Retry.MaxBackoff = -1 }, []string{"MaxBackoff"}},
 		{"waits the wrong way round", func(c *Config) { c.Retry = Retry{MinBackoff: 2 * time.Second, MaxBackoff: time.Second} }, []string{"1s", "2s"}},
@@ -122,22 +123,25 @@ func TestNewReportsEachMistake(t *testing.T) {
 }
 
 func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
-	s, err := Config{Password: "k"}.check()
+	s, err := Config{Password: "SG.k"}.check()
 	if err != nil {
 		t.Fatal(err)
 	}
 	if s.Addr != "smtp.sendgrid.net:587" || s.Username != "apikey" || s.host != "smtp.sendgrid.net" || s.port != "587" {
 		t.Errorf("got %q, %q, %q, %q, want SendGrid's", s.Addr, s.Username, s.host, s.port)
 	}
-	if want := (Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxInFlight: 4, MaxConnAge: 5 * time.Minute, MaxIdleTime: 30 * time.Second}); s.Limits != want {
+	if s.MaxInFlight != 4 {
+		t.Errorf("got MaxInFlight %d, want 4", s.MaxInFlight)
+	}
+	if want := (Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxConnAge: 5 * time.Minute, MaxIdleTime: 30 * time.Second}); !reflect.DeepEqual(s.Limits, want) {
 		t.Errorf("got %+v, want %+v", s.Limits, want)
 	}
-	if want := (Retry{MaxAttempts: 4, MinBackoff: 500 * time.Millisecond, MaxBackoff: 30 * time.Second}); s.Retry != want {
+	if want := (Retry{MaxAttempts: 4, MinBackoff: 500 * time.Millisecond, MaxBackoff: 30 * time.Second}); !reflect.DeepEqual(s.Retry, want) {
 		t.Errorf("got %+v, want %+v", s.Retry, want)
 	}
 	want := Timeouts{Outage: 2 * time.Minute, Dial: 30 * time.Second, Greeting: 30 * time.Second, TLS: 30 * time.Second, Command: 5 * time.Minute, Data: 2 * time.Minute,
 		Write: 3 * time.Minute, FinalReply: 10 * time.Minute, Drain: 2 * time.Second, Overlap: 5 * time.Second, Quit: 5 * time.Second}
-	if s.Timeouts != want {
+	if !reflect.DeepEqual(s.Timeouts, want) {
 		t.Errorf("got %+v, want %+v", s.Timeouts, want)
 	}
 
@@ -153,13 +157,13 @@ func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
 	if s.Username != "" || s.authenticates() {
 		t.Errorf("got user %q, authenticates %v, want no credentials", s.Username, s.authenticates())
 	}
-	if want := (Limits{MaxConns: 3, MaxInFlight: 4}); s.Limits != want {
+	if want := (Limits{MaxConns: 3}); !reflect.DeepEqual(s.Limits, want) {
 		t.Errorf("got %+v, want %+v", s.Limits, want)
 	}
-	if want := (Retry{MinBackoff: time.Minute, MaxBackoff: time.Minute}); s.Retry != want {
+	if want := (Retry{MinBackoff: time.Minute, MaxBackoff: time.Minute}); !reflect.DeepEqual(s.Retry, want) {
 		t.Errorf("got %+v, want %+v", s.Retry, want)
 	}
-	if want := (Timeouts{Quit: time.Second}); s.Timeouts != want {
+	if want := (Timeouts{Quit: time.Second}); !reflect.DeepEqual(s.Timeouts, want) {
 		t.Errorf("got %+v, want %+v", s.Timeouts, want)
 	}
 }
@@ -238,7 +242,7 @@ func TestURLBecomesAConfig(t *testing.T) {
 		{"an at sign in a password is found by the last one", "smtp://u:p@ss@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p@ss"}},
 		{"a plus is a plus", "smtp://u:a+b@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "a+b"}},
 		{"numbers", "smtp://relay.example?max_conns=3&max_messages=-1&max_recipients=50&max_in_flight=2&max_attempts=1",
-			Config{Addr: "relay.example:587", Limits: Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: 50, MaxInFlight: 2}, Retry: Retry{MaxAttempts: 1}}},
+			Config{Addr: "relay.example:587", Limits: Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: 50}, MaxInFlight: 2, Retry: Retry{MaxAttempts: 1}}},
 		{"durations", "smtp://relay.example?max_idle=45s&max_age=-1s",
 			Config{Addr: "relay.example:587", Limits: Limits{MaxIdleTime: 45 * time.Second, MaxConnAge: -time.Second}}},
 		{"words", "smtp://relay.example?local_name=web.example&pipelining=within",

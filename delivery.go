@@ -35,17 +35,15 @@ type delivery struct {
 	refusal  *Error // what the first recipient that was refused for itself was told
 }
 
-// enterAndRun is run, as one of the Client's calls under way.
-func (d *delivery) enterAndRun() (Receipt, error) {
+// run makes transactions until nothing is left to do.
+func (d *delivery) run() (Receipt, error) {
+	if err := d.begin(); err != nil {
+		return d.end(err)
+	}
 	if err := d.c.pool.enter(); err != nil {
 		return d.end(err)
 	}
 	defer d.c.pool.leave()
-	return d.run()
-}
-
-// run makes transactions until nothing is left to do.
-func (d *delivery) run() (Receipt, error) {
 	for len(d.todo) > 0 {
 		g, err := d.c.pool.take(d.ctx, d.want)
 		d.failed += g.failed
@@ -86,13 +84,13 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	switch {
 	case e == nil:
 		d.c.pool.accepted()
-	case e.Code == 432:
+	case e.Reply.Code == 432:
 		d.c.pool.crowd()
 	}
 	wait := d.note(rcpts, &r, e)
 	d.learnRcpts(&r, e)
 	throttled := slices.ContainsFunc(r.Rcpt, func(reply wire.Reply) bool { return publicReply(reply).throttles(OpRcpt) })
-	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.endsSession(OpRcpt, r.Seq)) {
+	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq)) {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
 	switch {
@@ -101,7 +99,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	case e != nil:
 		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e, d.moved), e)
 	case r.BodyBegun && conn.OneShot(d.msg.Body):
-		return &Error{Op: OpBody, Outcome: NotAccepted, Err: errBodyUsed}
+		return &Error{Op: OpBody, Outcome: NotAccepted, Scope: ScopeMessage, Err: errBodyUsed}
 	case throttled:
 		return d.pause(waitForPace, wait)
 	case wait != nil:
@@ -125,11 +123,13 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 	var open []int
 	for i, to := range rcpts {
 		rcpt := &d.receipt.Recipients[to]
-		rcpt.Reply = publicReply(r.Rcpt[i])
-		refusal := func() *Error {
-			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted}
+		if mailed(r) {
+			rcpt.Reply = publicReply(r.Rcpt[i]) // else it is a consequence of what was refused before
 		}
-		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.Temporary, d.moved) {
+		refusal := func() *Error {
+			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted, Scope: ScopeRecipient}
+		}
+		switch fateOf(&d.m, r, i, e, d.c.cfg.Retry.On4xx, d.moved) {
 		case fateAccepted:
 			rcpt.Outcome, rcpt.QueueID = Accepted, queueID
 		case fateUnknown:
@@ -192,14 +192,18 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	wait := d.c.cfg.Retry.backoff(d.attempts)
 	d.traceRetry(wait, e)
 	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
-		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Err: err}
+		scope := ScopeCaller // who has ended the tries
+		if e.Scope == ScopeRelay {
+			scope = ScopeRelay
+		}
+		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: scope, Err: err}
 	}
 	return nil
 }
 
 func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 	if t := d.c.cfg.Trace; t != nil && t.Retry != nil {
-		t.Retry(d.ctx, d.attempts, wait, e)
+		t.Retry(d.ctx, RetryInfo{Name: d.c.cfg.Name, Addr: d.c.cfg.Addr, Message: d.m, Err: e, Attempt: d.attempts, Wait: wait})
 	}
 }
 
@@ -207,21 +211,19 @@ func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 func (d *delivery) end(e *Error) (Receipt, error) {
 	if e != nil {
 		for _, to := range d.todo {
-			if r := &d.receipt.Recipients[to]; r.Code/100 < 4 || e.Op != OpRcpt && e.Code/100 >= 4 {
+			if r := &d.receipt.Recipients[to]; r.Reply.Code/100 < 4 || e.Op != OpRcpt && e.Reply.Code/100 >= 4 {
 				r.Reply = e.Reply
 			}
 		}
 	}
-	some, whole := false, d.refusal == nil && d.unknown == nil
-	var refused []RecipientError
-	for _, r := range d.receipt.Recipients {
-		if r.Outcome == Accepted {
-			some = true
-		} else {
-			refused = append(refused, RecipientError{To: r.To, Reply: r.Reply, Outcome: r.Outcome})
-		}
+	some, all, lasting := false, true, false
+	for i := range d.receipt.Recipients {
+		r := &d.receipt.Recipients[i]
+		some = some || r.Outcome == Accepted
+		all = all && r.Outcome == Accepted
+		lasting = lasting || r.Reply.Code >= 400 && !onlyForNow(r.Reply)
 	}
-	if len(refused) == 0 {
+	if e == nil && all {
 		return d.receipt, nil
 	}
 	switch {
@@ -230,9 +232,10 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	case e == nil:
 		e = d.refusal
 	}
-	if some || !whole || (d.m.AllOrNothing && e.Op == OpRcpt) {
-		e.Refused = refused
+	if d.m.AllOrNothing && lasting && e.Scope == ScopeRecipient {
+		e.permanent = true // the others cannot get it without that one
 	}
+	e.Recipients = d.receipt.Recipients
 	switch {
 	case d.unknown != nil:
 		e.Outcome = Unknown
@@ -241,17 +244,28 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	default:
 		e.Outcome = NotAccepted
 	}
-	e.Attempts = max(d.attempts+d.failed, 1)
+	if e.Attempts = d.attempts + d.failed; e.Op != OpCheck {
+		e.Attempts = max(e.Attempts, 1)
+	}
 	return d.receipt, e
 }
 
 // begin checks the message and fills in what the delivery needs to know of it.
-func (d *delivery) begin() error {
+func (d *delivery) begin() *Error {
+	d.todo = make([]int, len(d.m.To))
+	d.receipt.Recipients = make([]RecipientResult, len(d.m.To))
+	for i, to := range d.m.To {
+		d.todo[i] = i
+		d.receipt.Recipients[i] = RecipientResult{To: to, Outcome: NotAccepted}
+	}
 	if err := conn.ContextError(d.ctx); err != nil {
-		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err}
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
 	if err := d.m.check(); err != nil {
-		return &Error{Op: OpCheck, Outcome: NotAccepted, Err: err, permanent: true}
+		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, Err: err, permanent: true}
+	}
+	if d.m.From == NullSender {
+		d.m.From = ""
 	}
 	if d.m.MailOptions != nil {
 		d.mail = *d.m.MailOptions
@@ -271,11 +285,7 @@ func (d *delivery) begin() error {
 	if len(d.m.To) > 1 {
 		d.rcpts = d.c.cfg.profile.maxRcpts()
 	}
-	d.todo = make([]int, len(d.m.To))
-	d.receipt.Recipients = make([]RecipientReceipt, len(d.m.To))
-	for i, to := range d.m.To {
-		d.todo[i] = i
-		d.receipt.Recipients[i] = RecipientReceipt{To: to, Outcome: NotAccepted}
+	for _, to := range d.m.To {
 		if o := d.m.RcptOptions[to]; o != nil {
 			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
 				d.dsnFor = to

@@ -21,22 +21,22 @@ import (
 func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error) {
 	began := time.Now()
 	if t := c.Trace; t != nil && t.DialStart != nil {
-		t.DialStart(ctx, c.Addr)
+		t.DialStart(ctx, DialStartInfo{Name: c.Name, Addr: c.Addr, Conn: s.id})
 	}
 	c.stats.dials.Add(1)
-	leave, e = c.connect(ctx, s)
-	if e != nil && e.Op == OpBdat && ctx.Err() == nil { // the question about refused chunks, which is not asked again
+	leave, e, again := c.connect(ctx, s)
+	if again && ctx.Err() == nil { // the question about refused chunks, which is not asked again
 		leave()
 		leave = func() {}
 		if ctx.Err() == nil { // it may have ended meanwhile, and the wait for the relay's close with it
-			leave, e = c.connect(ctx, s)
+			leave, e, _ = c.connect(ctx, s)
 		}
 	}
-	if e != nil && e.Op == OpAuth && e.Code/100 == 5 && c.Auth != nil && ctx.Err() == nil { // a fresh token may do
+	if e != nil && e.Op == OpAuth && e.Reply.Code/100 == 5 && c.Auth != nil && ctx.Err() == nil { // a fresh token may do
 		leave()
-		leave, e = c.connect(ctx, s)
+		leave, e, _ = c.connect(ctx, s)
 	}
-	info := DialInfo{Conn: s.id, Addr: c.Addr, Took: time.Since(began)}
+	info := DialDoneInfo{Name: c.Name, Addr: c.Addr, Conn: s.id, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
 		info.Err = e
@@ -54,15 +54,15 @@ func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error
 	return leave, e
 }
 
-// connect makes s a connection.
-func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Error) {
+// connect is one try of dial, which makes s a connection. again: it has failed at the question about refused chunks.
+func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Error, again bool) {
 	nc, err := c.dialTCP(ctx)
 	if err != nil {
-		return func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Err: err}
+		return func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Scope: ScopeRelay, Err: err}, false
 	}
 	var e *conn.OpenError
 	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(s.id)); e != nil {
-		return leave, c.explain(ctx, e)
+		return leave, c.explain(ctx, e), e.Step == conn.StepBdat
 	}
 	limit := c.Limits.MaxMessagesPerConn
 	for _, least := range []int{s.Extensions().Limits.MailMax, c.profile.maxMessages()} {
@@ -75,18 +75,14 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 		expires = s.Born().Add(age - rand.N(age/10+1))
 	}
 	s.Bound(limit, expires)
-	return nil, nil
+	return nil, nil, false
 }
 
 // explain makes an Error of the reason why a connection could not be opened, with what to do about it.
 func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
-	e := &Error{Op: Op(failed.Step), Outcome: NotAccepted, Err: failed.Err, permanent: failed.Permanent}
+	e := &Error{Op: opOf(failed.Step), Outcome: NotAccepted, Scope: ScopeRelay, Err: failed.Err, permanent: failed.Permanent}
 	if failed.Reply.Code != 0 {
 		e.Reply = publicReply(failed.Reply)
-	}
-	if failed.Clear && (c.implicit() || !c.clearAllowed()) {
-		// Whoever said it, or would not speak TLS, may be somebody on the way.
-		e.unproven = true
 	}
 	if ctx.Err() != nil && e.Err != nil {
 		if e.Op == OpDial {
@@ -103,9 +99,9 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	switch {
 	case e.Op == OpTLS:
 		c.explainTLS(e)
-	case e.Op == OpGreeting && e.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
+	case e.Op == OpGreeting && e.Reply.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
 		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
-	case e.Op == OpEHLO && e.Code/100 == 5:
+	case e.Op == OpEHLO && e.Reply.Code/100 == 5:
 		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", failed.Said)
 	case errors.Is(e.Err, conn.ErrNoSTARTTLS):
 		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)
@@ -127,15 +123,15 @@ func (c *settings) connOptions() *conn.Options {
 			FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,
-		Overlap:     c.Pipelining == PipelineAcross,
+		Overlap:     c.Pipelining == PipelineAuto,
 		Chunking:    c.Chunking,
-		MaxInFlight: c.Limits.MaxInFlight,
+		MaxInFlight: c.MaxInFlight,
 		Implicit:    c.implicit(),
 		AllowClear:  c.clearAllowed(),
 		Secrets:     func() (username, password string) { return c.Username, c.password.reveal() },
 		Said:        &c.said,
 		Profile:     relay{&c.profile, &c.stats},
-		Progress:    func(step conn.Step) { c.opening.Store(Op(step)) },
+		Progress:    func(step conn.Step) { c.opening.Store(opOf(step)) },
 	}
 	if c.TLS != TLSNone {
 		o.TLS = c.tls

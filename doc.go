@@ -27,6 +27,9 @@
 // was lost between the final dot and its reply, so that sending again may deliver twice). The library itself tries again
 // only where nothing can have been accepted.
 //
+// A queue asks [ShouldRetry] whether to keep a message, or [RetryTo] for whom: whoever has the message, may have it or was refused
+// for good is not named. Error.Scope says whose fault it was, and Error.Op at which step.
+//
 // # Standards
 //
 // RFC 5321 (SMTP), 2920 (PIPELINING), 3030 (CHUNKING), 3207 (STARTTLS), 8314 (implicit TLS), 4954 (AUTH), 4616 (PLAIN),

@@ -40,29 +40,6 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
-// Op is the step that an [Error] happened in. Its text is made for an operator to read.
-type Op string
-
-const (
-	OpConfig   Op = "configuration"
-	OpCheck    Op = "checking the message"
-	OpWait     Op = "waiting for a connection"
-	OpDial     Op = "dial"
-	OpGreeting Op = "greeting"
-	OpEHLO     Op = "EHLO"
-	OpSTARTTLS Op = "STARTTLS"
-	OpTLS      Op = "TLS handshake"
-	OpAuth     Op = "AUTH"
-	OpRset     Op = "RSET"
-	OpMail     Op = "MAIL FROM"
-	OpRcpt     Op = "RCPT TO"
-	OpData     Op = "DATA"
-	OpBody     Op = "sending the body"
-	OpFinalDot Op = "final dot"
-	OpBdat     Op = "BDAT"
-	OpQuit     Op = "QUIT"
-)
-
 // EnhancedCode is an enhanced status code (RFC 3463): class, subject and detail.
 type EnhancedCode [3]int
 
@@ -96,37 +73,40 @@ func publicReply(r wire.Reply) Reply {
 
 // Error is the error of every call that fails, whatever the cause. It is a net.Error. errors.As also finds in it an
 // *smtp.SMTPError of go-smtp and a *textproto.Error, as net/smtp returns, if the relay has given a reply; errors.Is finds
-// ErrClosed and the context's error.
+// ErrClosed and the context's error. What to do about it is told by [ShouldRetry] and [RetryTo].
 type Error struct {
 	// Op is the step that failed, and Reply the relay's answer to it; its Code is 0 where there was none.
-	Op Op
-	Reply
+	Op    Op
+	Reply Reply
 
-	// Outcome tells whether the message may be sent again. It is Accepted where the relay took the message for some
-	// recipients: those who did not get it are in Refused. It is Unknown if that is the fate of one recipient at least;
-	// the Receipt tells of each.
+	// Outcome tells whether anybody has the message. It is Accepted where the relay took the message for some recipients and not
+	// for others. It is Unknown if that is the fate of one recipient at least. Recipients tells of each.
 	Outcome Outcome
 
-	// Refused are the recipients who were refused, and those whose fate is unknown, as the Outcome of each says; in the
-	// envelope's order. It is empty where the relay's answer was to the message as a whole.
-	Refused []RecipientError
+	// Scope tells what the failure is about: recipients, the message, the relay or the caller.
+	Scope Scope
+
+	// Recipients are all recipients of the message, in the envelope's order, each with its outcome; the same slice as in the
+	// Receipt. It is empty where there is no message, as for New and Ping.
+	Recipients []RecipientResult
 
 	// Attempts counts the tries that were made, connections that could not be opened included.
 	Attempts int
 
-	// Err is the cause where it is not a reply: a network error, the context's, that of Body.WriteTo.
+	// Err is the cause where it is not a reply: a network error, the context's, that of Body.WriteTo. Beside a reply it says
+	// what to do.
 	Err error
 
 	subject   string // what Op was about: an address
 	permanent bool   // another try cannot help although no 5xx reply says so
-	unproven  bool   // it was said in the clear where TLS is required, by the relay or by somebody on the way
 }
 
-// RecipientError tells of one recipient for whom the message was not accepted, as far as is known.
-type RecipientError struct {
-	To string
-	Reply
-	Outcome Outcome // NotAccepted, or Unknown
+// RecipientResult is what became of a message for one of its recipients.
+type RecipientResult struct {
+	To      string  // as in Message.To
+	Reply   Reply   // to RCPT, or what has kept the recipient from getting the message; Code 0: none
+	Outcome Outcome // Accepted, NotAccepted or Unknown
+	QueueID string  // of the transaction this recipient was in; see Receipt.QueueID
 }
 
 // Error returns one line of printable characters: the step and what it was about, the reply with the relay's words in quotes,
@@ -137,18 +117,18 @@ func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("smtprelay: ")
 	if e.Outcome == Accepted {
-		fmt.Fprintf(&b, "accepted, but not for %s: ", addresses(e.Refused))
+		fmt.Fprintf(&b, "accepted, but not for %s: ", missed(e.Recipients))
 	}
-	b.WriteString(string(e.Op))
+	b.WriteString(e.Op.Text())
 	if e.subject != "" {
 		b.WriteString(" " + printable.Line(e.subject))
 	}
-	if e.Code != 0 {
+	if e.Reply.Code != 0 {
 		b.WriteString(": " + e.Reply.String())
 	}
 	if e.Err != nil {
 		between := ": "
-		if e.Code != 0 {
+		if e.Reply.Code != 0 {
 			between = "; "
 		}
 		b.WriteString(between + oneLine(e.Err))
@@ -162,16 +142,27 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
-// addresses lists who was refused, not at great length.
-func addresses(refused []RecipientError) string {
+// missed lists those who did not get the message, as far as is known; not at great length.
+func missed(recipients []RecipientResult) string {
+	var list []string
+	for _, r := range recipients {
+		if r.Outcome != Accepted {
+			list = append(list, r.To)
+		}
+	}
+	return addresses(list)
+}
+
+// addresses lists the first few of to.
+func addresses(to []string) string {
 	const most = 3
 	var list []string
-	for i, r := range refused {
+	for i, addr := range to {
 		if i == most {
-			list = append(list, fmt.Sprintf("and %d more", len(refused)-most))
+			list = append(list, fmt.Sprintf("and %d more", len(to)-most))
 			break
 		}
-		list = append(list, printable.Address(r.To))
+		list = append(list, printable.Address(addr))
 	}
 	return strings.Join(list, ", ")
 }
@@ -182,34 +173,32 @@ func (e *Error) Unwrap() []error {
 	if e.Err != nil {
 		errs = append(errs, e.Err)
 	}
-	if e.Code != 0 {
-		text := printable.Line(e.Message) // whoever logs these types alone is safe from forged lines, too
+	if e.Reply.Code != 0 {
+		text := printable.Line(e.Reply.Message) // whoever logs these types alone is safe from forged lines, too
 		errs = append(errs,
-			&smtp.SMTPError{Code: e.Code, EnhancedCode: smtp.EnhancedCode(e.EnhancedCode), Message: text},
-			&textproto.Error{Code: e.Code, Msg: text})
+			&smtp.SMTPError{Code: e.Reply.Code, EnhancedCode: smtp.EnhancedCode(e.Reply.EnhancedCode), Message: text},
+			&textproto.Error{Code: e.Reply.Code, Msg: text})
 	}
 	return errs
 }
 
-// Temporary reports whether sending the message again later, as it is, can help. Where recipients were refused it is true
-// if it can help one of them. It is false where the outcome is unknown: that message may have been accepted. It is true
-// for whatever was said in the clear before TLS, where that is required: it may not have been the relay who said it.
-func (e *Error) Temporary() bool { return e.unproven || !e.lasting() }
+// Temporary reports whether the relay, or the way to it, failed only for now: a 4xx reply, a connection that could not be opened
+// or was lost, a context that ended. It is false for 5xx, and wherever the message was or may have been accepted for somebody.
+// It is here for net.Error: what to do with the message is told by [ShouldRetry], which is true for refused credentials, too.
+func (e *Error) Temporary() bool {
+	switch {
+	case e.Scope == ScopeRecipient && len(e.Recipients) > 0:
+		return e.shouldRetry()
+	case e.Op == OpTLS, e.Op == OpSTARTTLS && e.Reply.Code == 0:
+		return e.Outcome == NotAccepted // it may have been the fault of somebody on the way
+	}
+	return !e.lasting()
+}
 
 // lasting reports whether another try within the same call is of no use.
 func (e *Error) lasting() bool {
-	if e.permanent || e.Outcome == Unknown || errors.Is(e.Err, ErrClosed) {
-		return true
-	}
-	if len(e.Refused) > 0 {
-		for _, r := range e.Refused {
-			if r.Temporary() {
-				return false
-			}
-		}
-		return true
-	}
-	return e.Code/100 == 5 && !e.says(tooManyConns, e.Op)
+	return e.permanent || e.Outcome != NotAccepted || errors.Is(e.Err, ErrClosed) ||
+		e.Reply.Code/100 == 5 && !e.Reply.says(tooManyConns, e.Op)
 }
 
 // oneLine is the text of err on one line. Errors that were joined stand one behind the other.
@@ -233,20 +222,5 @@ func (e *Error) clone() *Error {
 	return &c
 }
 
-// Temporary reports whether the relay refused the recipient only for now. It is false where the outcome is unknown.
-func (r RecipientError) Temporary() bool {
-	if r.Outcome == Unknown {
-		return false
-	}
-	return r.Code/100 == 4 || r.Code == 0 || r.says(tooManyRcpts, OpRcpt)
-}
-
 // Timeout reports whether the cause was that a step, or the whole call, took too long.
 func (e *Error) Timeout() bool { return e.Err != nil && conn.IsTimeout(e.Err) }
-
-// SafeToRetry reports whether err is the error of a Send whose message was accepted for nobody, so that sending it again
-// can deliver nothing twice. Whether it can help is another question: see [Error.Temporary].
-func SafeToRetry(err error) bool {
-	e, ok := errors.AsType[*Error](err)
-	return ok && e.Outcome == NotAccepted
-}

@@ -54,7 +54,7 @@ func ExampleMessage() {
 		file(temp.Name()),
 	} {
 		_, err := client.Send(context.Background(), smtprelay.Message{
-			From: "", // the null reverse-path: nobody is told of failures
+			From: smtprelay.NullSender, // the null reverse-path: nobody is told of failures
 			To:   []string{"ann@example.org"},
 			Body: body,
 		})

@@ -41,7 +41,7 @@ func ExampleClient_Send() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(receipt.Code, receipt.Recipients[0].To, receipt.Recipients[0].Outcome)
+	fmt.Println(receipt.Reply.Code, receipt.Recipients[0].To, receipt.Recipients[0].Outcome)
 	fmt.Println("the relay names it:", receipt.QueueID == relay.Messages()[0].ID)
 	// Output:
 	// 250 ann@example.org accepted
@@ -110,10 +110,10 @@ func ExampleClient_Ping() {
 	err = client.Ping(ctx)
 	var e *smtprelay.Error
 	if errors.As(err, &e) {
-		fmt.Println(e.Op, e.Code, e.Temporary())
+		fmt.Println(e.Op, e.Reply.Code, e.Scope)
 	}
 	// Output:
-	// AUTH 535 false
+	// auth 535 relay
 }
 
 // The end of a program: take no more, finish what is under way, say QUIT, and do not wait for ever.
@@ -132,7 +132,7 @@ func ExampleClient_Shutdown() {
 	fmt.Println(client.Shutdown(ctx))
 
 	err = client.SendMail("shop@example.com", []string{"bob@example.org"}, msg)
-	fmt.Println(errors.Is(err, smtprelay.ErrClosed), smtprelay.SafeToRetry(err))
+	fmt.Println(errors.Is(err, smtprelay.ErrClosed), smtprelay.ShouldRetry(err))
 	// Output:
 	// <nil>
 	// <nil>
@@ -176,17 +176,19 @@ func ExampleError() {
 		var e *smtprelay.Error
 		switch {
 		case err == nil:
-			fmt.Println("accepted for all, code", receipt.Code)
+			fmt.Println("accepted for all, code", receipt.Reply.Code)
 		case !errors.As(err, &e) || e.Outcome == smtprelay.Unknown:
 			fmt.Println("perhaps accepted: a person decides")
 		case e.Outcome == smtprelay.Accepted:
-			for _, r := range e.Refused {
-				fmt.Println("accepted, but not for", r.To, "who got", r.Code)
+			for _, r := range e.Recipients {
+				if r.Outcome != smtprelay.Accepted {
+					fmt.Println("accepted, but not for", r.To, "who got", r.Reply.Code)
+				}
 			}
-		case e.Temporary():
-			fmt.Println("later:", e.Code)
+		case smtprelay.ShouldRetry(err):
+			fmt.Println("later:", e.Reply.Code)
 		default:
-			fmt.Println("never:", e.Code)
+			fmt.Println("never:", e.Reply.Code)
 		}
 	}
 	send("ann@example.org")
@@ -205,7 +207,7 @@ func ExampleError() {
 }
 
 // A relay with greylisting refuses the first try of each new recipient with a 4xx reply. By default that is told to the
-// caller, who knows better how long the message can wait; with Temporary the client tries again by itself.
+// caller, who knows better how long the message can wait; with On4xx the client tries again by itself.
 func ExampleRetry() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -213,14 +215,14 @@ func ExampleRetry() {
 
 	cfg := relay.Config()
 	cfg.Retry = smtprelay.Retry{
-		Temporary:   true,
+		On4xx:       true,
 		MaxAttempts: 3,
 		MinBackoff:  time.Millisecond, // really: minutes, for greylisting, since a random part is waited
 		MaxBackoff:  10 * time.Millisecond,
 	}
 	cfg.Trace = &smtprelay.Trace{
-		Retry: func(_ context.Context, attempt int, _ time.Duration, err error) {
-			fmt.Printf("try %d failed: %v\n", attempt, err)
+		Retry: func(_ context.Context, r smtprelay.RetryInfo) {
+			fmt.Printf("try %d failed: %v\n", r.Attempt, r.Err)
 		},
 	}
 	client, err := smtprelay.New(cfg)
@@ -234,14 +236,14 @@ func ExampleRetry() {
 		To:   []string{"ann@example.org"},
 		Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
 	})
-	fmt.Println(receipt.Code, err)
+	fmt.Println(receipt.Reply.Code, err)
 	// Output:
 	// try 1 failed: smtprelay: RCPT TO <ann@example.org>: 451 4.7.1 "greylisted, try again"
 	// 250 <nil>
 }
 
-// SafeToRetry is the one question before a message goes back into a queue.
-func ExampleSafeToRetry() {
+// ShouldRetry is the one question before a message goes back into a queue.
+func ExampleShouldRetry() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
 	client, err := smtprelay.New(relay.Config())
@@ -257,15 +259,15 @@ func ExampleSafeToRetry() {
 
 	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 try again later"})
 	_, err = client.Send(context.Background(), m)
-	fmt.Println(smtprelay.SafeToRetry(err), err)
+	fmt.Println(smtprelay.ShouldRetry(err), err)
 
 	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // taken, and lost before the relay could say so
 	_, err = client.Send(context.Background(), m)
-	fmt.Println(smtprelay.SafeToRetry(err))
+	fmt.Println(smtprelay.ShouldRetry(err), smtprelay.OutcomeOf(err))
 	fmt.Println("at the relay:", relay.Accepted())
 	// Output:
-	// true smtprelay: final dot: 451 4.3.0 "try again later"
-	// false
+	// true smtprelay: end of the message: 451 4.3.0 "try again later"
+	// false unknown
 	// at the relay: 1
 }
 
@@ -334,12 +336,12 @@ func ExampleTrace() {
 	defer relay.Close()
 	cfg := relay.Config()
 	cfg.Trace = &smtprelay.Trace{
-		DialDone: func(_ context.Context, d smtprelay.DialInfo) {
+		DialDone: func(_ context.Context, d smtprelay.DialDoneInfo) {
 			fmt.Println("connection", d.Conn, "ready:", d.Err == nil)
 		},
-		SendDone: func(_ context.Context, r smtprelay.Result, took time.Duration) {
-			fmt.Println("sent to", r.Message.To, "error:", r.Err)
-			_ = took // goes into a histogram
+		SendDone: func(_ context.Context, s smtprelay.SendDoneInfo) {
+			fmt.Println("sent to", s.Message.To, "error:", s.Err)
+			_ = s.Took // goes into a histogram
 		},
 	}
 	client, err := smtprelay.New(cfg)

@@ -63,7 +63,7 @@ func (d *delivery) params(ext *wire.Extensions) MailOptions {
 
 // unfit is the error of a message that the relay cannot take.
 func unfit(format string, args ...any) *Error {
-	return &Error{Op: OpCheck, Outcome: NotAccepted, permanent: true, Err: fmt.Errorf(format, args...)}
+	return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, permanent: true, Err: fmt.Errorf(format, args...)}
 }
 
 // notOffered is the error of a message that needs an extension which the relay does not have.

@@ -7,29 +7,29 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
+// NoLimit, in a field of [Limits], [Timeouts] or [Retry], means no limit where the field allows that; so does any negative value.
+const NoLimit = -1
+
 // Limits are what the relay allows one client. They hold for one Client in one process: where several share the
 // allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
 type Limits struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
 	// 0 means 10, SendGrid's classic allowance; at most 10,000, and not negative.
 	MaxConns int
 
 	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
-	// 0 means 100, SendGrid's classic allowance; negative means no limit.
+	// 0 means 100, SendGrid's classic allowance; [NoLimit] means no limit.
 	MaxMessagesPerConn int
 
 	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several. 0 means 1,000
-	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); negative means as many as the relay takes.
+	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); [NoLimit] means as many as the relay takes.
 	//
 	// A relay that takes fewer and says so with "too many recipients" (452 or 552) is believed: for ten minutes transactions
 	// have as many as it took, and now and then a few more to see whether it takes them. The default of 1,000 and what was
 	// found out do not split a message with AllOrNothing, and the default not one whose Body can be written once only.
 	MaxRecipients int
-
-	// MaxInFlight is how many messages are on their way on one connection without final reply, with Config.Chunking and a relay
-	// that offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
-	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
-	MaxInFlight int
 
 	// MaxWaiting is how many Sends wait for a connection at once; one more ends at once with [ErrBusy], its message not
 	// accepted. SendAll waits instead. 0 means any number; not negative.
@@ -42,11 +42,11 @@ type Limits struct {
 	Rate float64
 
 	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
-	// clients are not replaced at one moment. 0 means 5 minutes; negative means no limit.
+	// clients are not replaced at one moment. 0 means 5 minutes; [NoLimit] means none.
 	MaxConnAge time.Duration
 
 	// MaxIdleTime is how long a connection stays open without use. 0 means 30 seconds, since some relays close after a
-	// minute; negative means until the relay closes it.
+	// minute; [NoLimit] means until the relay closes it.
 	MaxIdleTime time.Duration
 }
 
@@ -55,7 +55,6 @@ func (l Limits) withDefaults() Limits {
 	l.MaxConns = orDefault(l.MaxConns, 10)
 	l.MaxMessagesPerConn = orDefault(l.MaxMessagesPerConn, 100)
 	l.MaxRecipients = orDefault(l.MaxRecipients, 0)
-	l.MaxInFlight = orDefault(l.MaxInFlight, 4)
 	l.MaxConnAge = orDefault(l.MaxConnAge, 5*time.Minute)
 	l.MaxIdleTime = orDefault(l.MaxIdleTime, 30*time.Second)
 	return l
@@ -143,10 +142,10 @@ func (s *slots) raise() (lowered bool) {
 }
 
 // crowded lowers the cap for a while to the number of connections that work or may yet: the relay has said that there are too
-// many.
-func (s *slots) crowded(working int, now time.Time) {
+// many. It reports false if that is no news.
+func (s *slots) crowded(working int, now time.Time) bool {
 	if s.limit() <= max(working, 1) && !s.raiseAt.IsZero() {
-		return // one of several that were refused together
+		return false // one of several that were refused together
 	}
 	s.lower(working)
 	switch {
@@ -158,6 +157,7 @@ func (s *slots) crowded(working int, now time.Time) {
 	s.raised = false
 	// A random part more, so that clients that share an allowance do not come back together.
 	s.raiseAt = now.Add(s.raiseAfter + rand.N(s.raiseAfter/4))
+	return true
 }
 
 // raiseDue brings a cap that was lowered up by one if its time has come.

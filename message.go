@@ -6,10 +6,14 @@ import (
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Message is a mail and its envelope.
+// NullSender, in Message.From, is the null reverse-path (RFC 5321, 4.5.5): that of a mail which is itself a report of
+// failure, or an answer given by a program, and is to cause no report.
+const NullSender = "<>"
+
+// Message is a mail and its envelope. Printing it, with any verb or through log/slog, shows the envelope and never the body.
 type Message struct {
 	// From is the reverse-path, to which the relay reports failures: an address without angle brackets or display name,
-	// or "" for the null reverse-path <> (RFC 5321, 4.5.5). It has at most 254 octets, 64 of them before @ (RFC 5321,
+	// or [NullSender]. Empty is a mistake. It has at most 254 octets, 64 of them before @ (RFC 5321,
 	// 4.5.3.1). Angle brackets, control and invisible characters are an error, in quotes too: a relay with a simple parser
 	// could read a parameter in them, or another address.
 	From string
@@ -46,6 +50,10 @@ type Message struct {
 
 	// RcptOptions are further parameters of the RCPT command, by address as it stands in To.
 	RcptOptions map[string]*RcptOptions
+
+	// Tag is the caller's: a row's number, for example. It is not looked at, and is in the Message of each [Result] and of what
+	// a [Trace] is told.
+	Tag any
 }
 
 // Bytes returns a Body that writes b, which must not change until Send has returned.
@@ -59,21 +67,13 @@ func Reader(r io.Reader) io.WriterTo { return conn.Reader(r) }
 // Receipt is what the relay said when it accepted a message.
 type Receipt struct {
 	// Reply is the relay's final reply as it came. Where recipients had to be split over several transactions it is that
-	// of the last one accepted.
-	Reply
+	// of the last one accepted. Its Code is 0 where none was accepted.
+	Reply Reply
 
 	// QueueID is the identifier that the reply names, the only handle a relay gives for asking about the message later;
 	// empty where none was recognised. It has at most 128 characters, of printable ASCII; the relay chooses them.
 	QueueID string
 
 	// Recipients tells each recipient's fate, in the envelope's order.
-	Recipients []RecipientReceipt
-}
-
-// RecipientReceipt is one recipient's part of a [Receipt].
-type RecipientReceipt struct {
-	To      string
-	Reply           // to RCPT, or of what kept the recipient from being named to the relay
-	Outcome Outcome // Accepted, NotAccepted or Unknown
-	QueueID string  // of the transaction this recipient was in
+	Recipients []RecipientResult
 }

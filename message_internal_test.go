@@ -141,7 +141,8 @@ func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 		says []string // in the error; none means that the message is good
 	}{
 		{"nothing set that need not be", func(m *Message) {}, nil},
-		{"the null reverse-path (RFC 5321, 4.5.5)", func(m *Message) { m.From = "" }, nil},
+		{"the null reverse-path (RFC 5321, 4.5.5)", func(m *Message) { m.From = NullSender }, nil},
+		{"no reverse-path: the null one is said on purpose", func(m *Message) { m.From = "" }, []string{"From is empty", "NullSender"}},
 		{"postmaster needs no domain in RCPT (RFC 5321, 4.1.1.3)", func(m *Message) { m.To = []string{"Postmaster"} }, nil},
 		{"it has a domain in a reverse-path (RFC 5321, 4.1.1.3)", func(m *Message) { m.From = "postmaster" }, []string{`From "postmaster"`, "no @"}},
 		{"no recipients", func(m *Message) { m.To = nil }, []string{"no recipients"}},

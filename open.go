@@ -130,6 +130,10 @@ func (p *pool) hasGreeted(s *session) {
 		s.greeted = true
 		p.greeted++
 	}
+	if p.crowdRound == s.round+1 { // so it was a crowd
+		p.crowdRound = 0
+		p.crowdedLocked()
+	}
 }
 
 // spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
@@ -177,17 +181,17 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 	if info.Reason != conn.Fault || info.Decided || info.LedByAuth || s.lostIdle || p.draining || errors.As(info.Err, &ours) {
 		return
 	}
-	e := &Error{Op: OpWait, Outcome: NotAccepted, Err: info.Err}
+	e := &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: info.Err}
 	switch cause := info.Err.(type) {
 	case *conn.ReplyError:
-		e.Op, e.Reply, e.Err = Op(cause.Step), publicReply(cause.Reply), nil
+		e.Op, e.Reply, e.Err = opOf(cause.Step), publicReply(cause.Reply), nil
 	case *conn.UnexpectedReply:
 		e.Reply, e.Err = publicReply(cause.Reply), nil
 	case *conn.AuthError:
 		e = p.cfg.refusedAuth(cause.Reply)
 	}
 	now := time.Now()
-	if e.says(tooManyConns, e.Op) && p.workingLocked() {
+	if e.Reply.says(tooManyConns, e.Op) && p.workingLocked() {
 		p.crowdedLocked()
 	} else {
 		p.gateFailedLocked(e, s.round, now)
@@ -242,6 +246,7 @@ func (p *pool) slowDown(round int) bool {
 		return false
 	}
 	if p.pace.tooFast(round, now) {
+		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.rate)})
 		p.planLocked(now)
 	}
 	limit := p.cfg.Timeouts.Outage
@@ -277,13 +282,16 @@ func (p *pool) authenticate(ctx context.Context, s *session) *Error {
 func (p *pool) failedLocked(e *Error, round int) {
 	now := time.Now()
 	working := p.workingLocked()
-	if e.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // beside the one that was refused
+	if e.Reply.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // beside the one that was refused
 		p.crowdedLocked()
 		if !working {
 			p.gateFailedLocked(e, round, now) // the others may be refused yet
 		}
 		p.fillLocked(now)
 		return
+	}
+	if e.Reply.says(tooManyConns, e.Op) && p.dialling > 0 {
+		p.crowdRound = round + 1
 	}
 	p.gateFailedLocked(e, round, now)
 	if !working && p.dialling == 0 { // else one of those under way may serve them
@@ -305,8 +313,8 @@ func (p *pool) forNow(e *Error) bool {
 func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
 	failures := p.gate.failures + 1
 	wait, paused := p.cfg.Retry.backoff(failures), false
-	switch auth := e.Op == OpAuth && !e.says(tooManyConns, e.Op); {
-	case auth && e.says(tooManyLogins, e.Op):
+	switch auth := e.Op == OpAuth && !e.Reply.says(tooManyConns, e.Op); {
+	case auth && e.Reply.says(tooManyLogins, e.Op):
 		wait = backoffUpTo(authPause, authPauseMost, failures)
 	case auth && e.Reply.Code/100 == 5 && p.cfg.Auth == nil && !p.forNow(e):
 		// The same credentials again: no use, and some relays lock the account.
@@ -360,7 +368,7 @@ func (p *pool) outageErrorLocked() *Error {
 	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
 	last := p.gate.last
 	if last == nil {
-		return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(note)}
+		return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: p.explainLocked(note)}
 	}
 	e := last.clone()
 	if e.Err != nil {
@@ -388,6 +396,9 @@ func (p *pool) crowdedLocked() {
 			open++
 		}
 	}
-	p.slots.crowded(open, now)
+	if p.slots.crowded(open, now) {
+		limit := p.slots.limit()
+		p.cfg.profile.learned(LearnedInfo{Lesson: LessonMaxConns, Limit: limit, Text: fmt.Sprintf("the relay says that there are too many connections: %d at most, for a while", limit)})
+	}
 	p.planLocked(now)
 }

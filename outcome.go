@@ -1,6 +1,8 @@
 package smtprelay
 
 import (
+	"errors"
+
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -14,9 +16,30 @@ import (
 // verdict returns what became of the transaction of m for rcpts that ended in r; nil if the relay has accepted the message,
 // for the recipients that it has accepted.
 func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
+	e := judge(m, rcpts, r)
+	if e != nil && e.Scope == ScopeUnknown {
+		e.Scope = scopeOf(e, r)
+	}
+	return e
+}
+
+// scopeOf is what e, the verdict on r, is about.
+func scopeOf(e *Error, r *conn.Result) Scope {
+	switch {
+	case e.Reply.Code != 0:
+		return scopeOfReply(e.Op, e.Reply)
+	case r.CtxErr != nil && e.Err == r.CtxErr, errors.Is(e.Err, ErrClosed):
+		return ScopeCaller
+	case r.BodyErr != nil && e.Err == r.BodyErr:
+		return ScopeMessage
+	}
+	return ScopeRelay
+}
+
+func judge(m *Message, rcpts []int, r *conn.Result) *Error {
 	switch {
 	case doubtful(r):
-		return &Error{Op: Op(r.EndStep()), Reply: publicReply(r.Final), Outcome: Unknown}
+		return &Error{Op: OpEnd, Reply: publicReply(r.Final), Outcome: Unknown}
 	case r.Final.Class() == 2 && r.Accepted() > 0:
 		return nil
 	case dubious(r):
@@ -27,13 +50,13 @@ func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
 	}
 	switch {
 	case r.Final.Code != 0:
-		return &Error{Op: Op(r.EndStep()), Reply: publicReply(r.Final), Outcome: NotAccepted}
+		return &Error{Op: OpEnd, Reply: publicReply(r.Final), Outcome: NotAccepted}
 	case r.End >= conn.EndDue && !behind421(r):
 		err := r.CtxErr
 		if err == nil {
 			err = conn.Explain(r.Lost)
 		}
-		return &Error{Op: Op(r.EndStep()), Outcome: Unknown, Err: err}
+		return &Error{Op: OpEnd, Outcome: Unknown, Err: err}
 	}
 	return unsent(m, rcpts, r)
 }
@@ -41,7 +64,7 @@ func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
 // refusal is the error of the relay's first refusal in the envelope; nil if there is none.
 func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 	step, i := r.Refusal(m.AllOrNothing)
-	e := &Error{Op: Op(step), Outcome: NotAccepted}
+	e := &Error{Op: opOf(step), Outcome: NotAccepted}
 	switch step {
 	case conn.StepAuth:
 		e.Reply = publicReply(r.Auth)
@@ -52,7 +75,7 @@ func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 	case conn.StepRcpt:
 		e.subject, e.Reply = printable.Address(m.To[rcpts[i]]), publicReply(r.Rcpt[i])
 	case conn.StepData:
-		e.Op, e.Reply = Op(r.DataStep()), publicReply(r.Data)
+		e.Reply = publicReply(r.Data)
 	default:
 		return nil
 	}
@@ -65,10 +88,10 @@ func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 func decides(e *Error, r *conn.Result) bool {
 	switch e.Op {
 	case OpRset:
-		return e.Code == 421
+		return e.Reply.Code == 421
 	case OpMail, OpRcpt:
 		// A relay that has said 421 and closed in order was leaving, and has taken nothing of what came behind.
-		return r.Agreed() == 0 || e.Code == 421 && r.Left421
+		return r.Agreed() == 0 || e.Reply.Code == 421 && r.Left421
 	}
 	return true
 }
@@ -119,7 +142,7 @@ func behind421(r *conn.Result) bool {
 
 // unsent is the error of a message whose end has not left, and which the relay has not refused.
 func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
-	op, subject := OpFinalDot, ""
+	op, subject := OpEnd, ""
 	switch {
 	case !r.Begun:
 		op = OpWait
@@ -127,8 +150,10 @@ func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
 		op, subject = OpMail, printable.Address(m.From)
 	case r.Waiting == conn.StepRcpt:
 		op, subject = OpRcpt, printable.Address(m.To[rcpts[r.WaitingRcpt]])
+	case r.Waiting == conn.StepBdat:
+		op = OpBody
 	case r.Waiting != "":
-		op = Op(r.Waiting)
+		op = opOf(r.Waiting)
 	case r.End == conn.EndUnwritten:
 		op = OpBody
 	}
@@ -136,8 +161,9 @@ func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
 	if r.BodyErr != nil {
 		e.Op, e.Err = OpBody, r.BodyErr
 		_, e.permanent = r.BodyErr.(*conn.SizeError)
+		e.permanent = e.permanent || errors.Is(r.BodyErr, conn.ErrEmptyBody)
 	}
-	if r.CtxErr != nil && (r.BodyErr == nil || r.Cancelled) && e.Code == 0 {
+	if r.CtxErr != nil && (r.BodyErr == nil || r.Cancelled) && e.Reply.Code == 0 {
 		e.Err = r.CtxErr
 	}
 	return e
@@ -177,7 +203,7 @@ const (
 )
 
 // fateOf is what the transaction that ended in r and its verdict e means for the ith of its recipients. temporary: 4xx is
-// tried again (Retry.Temporary). moved: the message was tried on another connection already since one refused it for now.
+// tried again (Retry.On4xx). moved: the message was tried on another connection already since one refused it for now.
 func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) fate {
 	reply := publicReply(r.Rcpt[i])
 	class := reply.Code / 100

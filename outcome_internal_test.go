@@ -47,58 +47,58 @@ func TestResultDecidesTheOutcome(t *testing.T) {
 		{"2xx to the final dot: the relay is responsible", conn.Result{Replies: replies(250, 354, 250, 250), End: conn.EndSent}, false, ""},
 		{"and for some recipients: for those", conn.Result{Replies: replies(250, 354, 250, 250, 550), End: conn.EndSent}, false, ""},
 		{"what happens to the connection later means nothing", conn.Result{Replies: replies(250, 354, 250, 250), End: conn.EndSent, Lost: eof, CtxErr: context.Canceled}, false, ""},
-		{"4xx to the final dot", conn.Result{Replies: replies(250, 354, 451, 250), End: conn.EndSent}, false, "not accepted: final dot 451"},
-		{"5xx to the final dot", conn.Result{Replies: replies(250, 354, 554, 250), End: conn.EndSent}, false, "not accepted: final dot 554"},
-		{"421 to the final dot (3.8)", conn.Result{Replies: replies(250, 354, 421, 250), End: conn.EndSent, Lost: gone421}, false, "not accepted: final dot 421"},
-		{"3xx to the final dot means nothing", conn.Result{Replies: replies(250, 354, 354, 250), End: conn.EndSent}, false, "unknown: final dot 354"},
-		{"in chunks the last BDAT decides (RFC 3030, 2)", conn.Result{Replies: replies(250, 250, 552, 250), End: conn.EndSent, Chunked: true}, false, "not accepted: BDAT 552"},
+		{"4xx to the final dot", conn.Result{Replies: replies(250, 354, 451, 250), End: conn.EndSent}, false, "not accepted: end 451"},
+		{"5xx to the final dot", conn.Result{Replies: replies(250, 354, 554, 250), End: conn.EndSent}, false, "not accepted: end 554"},
+		{"421 to the final dot (3.8)", conn.Result{Replies: replies(250, 354, 421, 250), End: conn.EndSent, Lost: gone421}, false, "not accepted: end 421"},
+		{"3xx to the final dot means nothing", conn.Result{Replies: replies(250, 354, 354, 250), End: conn.EndSent}, false, "unknown: end 354"},
+		{"in chunks the last BDAT decides (RFC 3030, 2)", conn.Result{Replies: replies(250, 250, 552, 250), End: conn.EndSent, Chunked: true}, false, "not accepted: end 552"},
 
 		// RFC 1047: without that reply nobody knows.
-		{"lost behind the final dot", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: eof}, false, "unknown: final dot"},
-		{"no reply in time", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: timeout}, false, "unknown: final dot"},
-		{"the caller has gone, the dot has left", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, CtxErr: context.Canceled}, false, "unknown: final dot"},
-		{"and where it will leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndDue, CtxErr: context.Canceled}, false, "unknown: final dot"},
-		{"in chunks, with no reply to anything", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: eof}, false, "unknown: BDAT"},
+		{"lost behind the final dot", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: eof}, false, "unknown: end"},
+		{"no reply in time", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: timeout}, false, "unknown: end"},
+		{"the caller has gone, the dot has left", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, CtxErr: context.Canceled}, false, "unknown: end"},
+		{"and where it will leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndDue, CtxErr: context.Canceled}, false, "unknown: end"},
+		{"in chunks, with no reply to anything", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: eof}, false, "unknown: end"},
 
 		// Until the end has left the relay has no message.
-		{"the dot was written and did not leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndUnsent, Begun: true, Lost: eof}, false, "not accepted: final dot"},
-		{"lost within the body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: eof}, false, "not accepted: sending the body"},
-		{"the body failed", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, BodyErr: body, Lost: errors.New("given up")}, false, "not accepted: sending the body"},
-		{"lost at the envelope", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, Lost: eof}, false, "not accepted: RCPT TO"},
-		{"lost before a word", conn.Result{Replies: replies(0, 0, 0, 0), Lost: eof}, false, "not accepted: waiting for a connection"},
-		{"the relay says on its way out why it takes no body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(552)}}, false, "not accepted: sending the body 552"},
-		{"a reply too many that refuses nothing is no reason", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(250)}}, false, "not accepted: sending the body"},
-		{"421 to another message is for all", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "not accepted: MAIL FROM 421"},
-		{"another's reply that cannot be is not this one's", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: &conn.ReplyError{Step: conn.StepFinalDot, Reply: code(354)}}, false, "not accepted: MAIL FROM"},
+		{"the dot was written and did not leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndUnsent, Begun: true, Lost: eof}, false, "not accepted: end"},
+		{"lost within the body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: eof}, false, "not accepted: body"},
+		{"the body failed", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, BodyErr: body, Lost: errors.New("given up")}, false, "not accepted: body"},
+		{"lost at the envelope", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, Lost: eof}, false, "not accepted: rcpt"},
+		{"lost before a word", conn.Result{Replies: replies(0, 0, 0, 0), Lost: eof}, false, "not accepted: wait"},
+		{"the relay says on its way out why it takes no body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(552)}}, false, "not accepted: body 552"},
+		{"a reply too many that refuses nothing is no reason", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(250)}}, false, "not accepted: body"},
+		{"421 to another message is for all", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "not accepted: mail 421"},
+		{"another's reply that cannot be is not this one's", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: &conn.ReplyError{Step: conn.StepFinalDot, Reply: code(354)}}, false, "not accepted: mail"},
 
 		// The first refusal is the reason.
-		{"MAIL refused", conn.Result{Replies: replies(550, 503, 0, 503), Begun: true}, false, "not accepted: MAIL FROM 550"},
-		{"the only recipient refused, and so DATA", conn.Result{Replies: replies(250, 554, 0, 550), Begun: true}, false, "not accepted: RCPT TO 550"},
-		{"one of two refused, and DATA for a reason of its own", conn.Result{Replies: replies(250, 451, 0, 250, 550), Begun: true}, false, "not accepted: DATA 451"},
-		{"one of two refused for all or nothing", conn.Result{Replies: replies(250, 0, 0, 250, 452), Begun: true}, true, "not accepted: RCPT TO 452"},
-		{"421 to one recipient is for all (RFC 5321, 3.8)", conn.Result{Replies: replies(250, 0, 0, 250, 421), Begun: true, Lost: gone421}, false, "not accepted: RCPT TO 421"},
-		{"AUTH refused ahead of the envelope", conn.Result{Replies: conn.Replies{Auth: code(535), Mail: code(530), Rcpt: codes(503)}, Begun: true}, false, "not accepted: AUTH 535"},
+		{"MAIL refused", conn.Result{Replies: replies(550, 503, 0, 503), Begun: true}, false, "not accepted: mail 550"},
+		{"the only recipient refused, and so DATA", conn.Result{Replies: replies(250, 554, 0, 550), Begun: true}, false, "not accepted: rcpt 550"},
+		{"one of two refused, and DATA for a reason of its own", conn.Result{Replies: replies(250, 451, 0, 250, 550), Begun: true}, false, "not accepted: data 451"},
+		{"one of two refused for all or nothing", conn.Result{Replies: replies(250, 0, 0, 250, 452), Begun: true}, true, "not accepted: rcpt 452"},
+		{"421 to one recipient is for all (RFC 5321, 3.8)", conn.Result{Replies: replies(250, 0, 0, 250, 421), Begun: true, Lost: gone421}, false, "not accepted: rcpt 421"},
+		{"AUTH refused ahead of the envelope", conn.Result{Replies: conn.Replies{Auth: code(535), Mail: code(530), Rcpt: codes(503)}, Begun: true}, false, "not accepted: auth 535"},
 		{"RSET refused, the rest taken: no harm", conn.Result{Replies: conn.Replies{Rset: code(500), Mail: code(250), Rcpt: codes(250), Final: code(250)}, End: conn.EndSent}, false, ""},
-		{"RSET refused, and what came behind it", conn.Result{Replies: conn.Replies{Rset: code(503), Mail: code(503), Rcpt: codes(503)}, Begun: true}, false, "not accepted: RSET 503"},
+		{"RSET refused, and what came behind it", conn.Result{Replies: conn.Replies{Rset: code(503), Mail: code(503), Rcpt: codes(503)}, Begun: true}, false, "not accepted: rset 503"},
 
 		// The wrong envelope.
-		{"MAIL refused, a recipient taken, the message too: for whom?", conn.Result{Replies: replies(503, 354, 250, 250), End: conn.EndSent}, false, "unknown: final dot 250"},
-		{"a chunk refused, its end taken", conn.Result{Replies: replies(250, 552, 250, 250), End: conn.EndSent, Chunked: true}, false, "unknown: BDAT 250"},
-		{"MAIL refused, a recipient taken, no reply to the end", conn.Result{Replies: replies(503, 0, 0, 250), End: conn.EndSent, Chunked: true, Lost: eof}, false, "unknown: BDAT"},
-		{"all refused: the end cannot have been taken", conn.Result{Replies: replies(503, 0, 0, 503), End: conn.EndSent, Chunked: true, Lost: eof}, false, "not accepted: MAIL FROM 503"},
+		{"MAIL refused, a recipient taken, the message too: for whom?", conn.Result{Replies: replies(503, 354, 250, 250), End: conn.EndSent}, false, "unknown: end 250"},
+		{"a chunk refused, its end taken", conn.Result{Replies: replies(250, 552, 250, 250), End: conn.EndSent, Chunked: true}, false, "unknown: end 250"},
+		{"MAIL refused, a recipient taken, no reply to the end", conn.Result{Replies: replies(503, 0, 0, 250), End: conn.EndSent, Chunked: true, Lost: eof}, false, "unknown: end"},
+		{"all refused: the end cannot have been taken", conn.Result{Replies: replies(503, 0, 0, 503), End: conn.EndSent, Chunked: true, Lost: eof}, false, "not accepted: mail 503"},
 
 		// Replies come in order (RFC 2920, 3.2).
-		{"a 421 before, then an orderly close: nothing was taken", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421, Left421: true}, false, "not accepted: MAIL FROM 421"},
-		{"a 421 before, then a reset: words may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "unknown: BDAT"},
-		{"a reply to this one between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepRcpt, Lost: gone421, Left421: true}, false, "unknown: BDAT"},
-		{"421 to its RCPT, another taken, then an orderly close", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421, Left421: true}, false, "not accepted: RCPT TO 421"},
-		{"the same, then a reset", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421}, false, "unknown: BDAT"},
+		{"a 421 before, then an orderly close: nothing was taken", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421, Left421: true}, false, "not accepted: mail 421"},
+		{"a 421 before, then a reset: words may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "unknown: end"},
+		{"a reply to this one between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepRcpt, Lost: gone421, Left421: true}, false, "unknown: end"},
+		{"421 to its RCPT, another taken, then an orderly close", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421, Left421: true}, false, "not accepted: rcpt 421"},
+		{"the same, then a reset", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421}, false, "unknown: end"},
 
 		// What stood behind a final dot may have been thrown away.
-		{"replies too few behind a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: DATA"},
-		{"the same where nothing was overlapped: it is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: RCPT TO 550"},
+		{"replies too few behind a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: data"},
+		{"the same where nothing was overlapped: it is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: rcpt 550"},
 
-		{"the caller has gone before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: RCPT TO"},
+		{"the caller has gone before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: rcpt"},
 	} {
 		m := &Message{From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, AllOrNothing: tt.all}
 		rcpts := []int{0, 1}[:len(tt.r.Rcpt)]
@@ -144,7 +144,7 @@ func TestEachRecipientHasItsFate(t *testing.T) {
 		rcpt      []int // the first one's fate is looked at
 		e         *Error
 		all       bool
-		temporary bool // Retry.Temporary
+		temporary bool // Retry.On4xx
 		want      fate
 	}{
 		{"accepted with the message", 250, []int{250}, accepted, false, false, fateAccepted},

@@ -42,6 +42,7 @@ type pool struct {
 	pace       pace
 	dialling   int
 	greeted    int // of these, how many the relay has greeted
+	crowdRound int // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
 	lastID     int64
 	usedUp     int           // sessions that were full when they ended, since one was last idle
 	lastRoom   int           // the sum of session.lastRoom
@@ -119,7 +120,7 @@ func newPool(cfg *settings) *pool {
 }
 
 func errClosed() *Error {
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrClosed, permanent: true}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: ErrClosed, permanent: true}
 }
 
 // enter begins a call, which leave ends. Once the Client is closed there are no more.
@@ -164,12 +165,14 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 	case <-w.served:
 	case <-ctx.Done():
 		if err := p.forget(w); err != nil {
+			p.cfg.stats.waitedSince(began)
 			g.failed = w.failed
 			p.spare.Put(w)
 			return g, err
 		}
 		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
 	}
+	p.cfg.stats.waitedSince(began)
 	g, err = w.grant, w.err
 	*w = waiter{served: w.served}
 	p.spare.Put(w)
@@ -188,7 +191,7 @@ func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, 
 		return grant{}, errClosed()
 	}
 	if err := conn.ContextError(ctx); err != nil {
-		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Err: err}
+		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
 	if p.queue.len() == 0 && p.pace.ready(now) {
 		if s := p.freeLocked(1, now); s != nil {
@@ -199,7 +202,7 @@ func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, 
 		return grant{}, err
 	}
 	if most := p.cfg.Limits.MaxWaiting; most > 0 && p.queue.len() >= most && !want.again && !want.patient {
-		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Err: ErrBusy}
+		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: ErrBusy}
 	}
 	return grant{}, nil
 }
@@ -255,7 +258,11 @@ func (p *pool) forget(w *waiter) *Error {
 		return nil
 	}
 	p.leaveLocked(w)
-	return &Error{Op: OpWait, Outcome: NotAccepted, Err: p.explainLocked(conn.ContextError(w.ctx))}
+	scope := ScopeCaller
+	if p.gate.last != nil {
+		scope = ScopeRelay
+	}
+	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: scope, Err: p.explainLocked(conn.ContextError(w.ctx))}
 }
 
 // leaveLocked takes w out of the queue.
@@ -274,7 +281,7 @@ func (p *pool) explainLocked(err error) error {
 	if p.dialling == 0 || !known {
 		return err
 	}
-	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op)
+	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op.Text())
 	if op == OpGreeting && !p.cfg.implicit() {
 		err = fmt.Errorf("%w; %s", err, p.cfg.silenceHint())
 	}

@@ -3,6 +3,7 @@ package smtprelay
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,8 +24,10 @@ import (
 //	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds
 //	NoteDiscard                          chunks, DATA or a question for an address (DiscardsAt)   after an hour
 //
-// It is safe for concurrent use.
+// Each change is a lesson, which a Trace is told. It is safe for concurrent use.
 type profile struct {
+	lessons
+
 	noOverlap atomic.Bool
 	noRset    atomic.Bool
 	proven    atomic.Bool   // the relay has accepted credentials
@@ -55,14 +58,22 @@ const learntFor = 10 * time.Minute
 // OverlapFailed is told when the relay has refused or thrown away commands that stood behind a final dot. From then on a
 // transaction begins when the one before has its final reply. Disabling overlap by mistake costs one round trip per message;
 // leaving it on costs a timeout each time.
-func (p *profile) OverlapFailed() { p.noOverlap.Store(true) }
+func (p *profile) OverlapFailed() {
+	if !p.noOverlap.Swap(true) {
+		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not take commands behind a final dot: a message begins when the one before has its reply"})
+	}
+}
 
 // Overlaps reports whether commands may follow a final dot, as far as is known.
 func (p *profile) Overlaps() bool { return !p.noOverlap.Load() }
 
 // RsetFailed is told when the relay does not know RSET. From then on EHLO clears an envelope away (RFC 5321, 4.1.4), which
 // costs a round trip.
-func (p *profile) RsetFailed() { p.noRset.Store(true) }
+func (p *profile) RsetFailed() {
+	if !p.noRset.Swap(true) {
+		p.learned(LearnedInfo{Lesson: LessonNoRset, Text: "the relay does not know RSET: EHLO takes its place"})
+	}
+}
 
 // ResetsByEHLO reports whether EHLO is to be said instead of RSET.
 func (p *profile) ResetsByEHLO() bool { return p.noRset.Load() }
@@ -87,15 +98,19 @@ func (p *profile) AuthTurn(ctx context.Context) (done func()) {
 const authTurnMost = 10 * time.Second
 
 // AuthFollowedFailed is told when an AUTH that had commands behind it, or the MAIL behind it, was refused, thrown away or
-// answered with a challenge; r is the reply, if there was one. From then on AUTH is sent alone, before the first transaction: that costs a round trip for each
-// connection.
+// answered with a challenge; r is the reply, if there was one. From then on AUTH is sent alone, before the first transaction:
+// that costs a round trip for each connection.
 func (p *profile) AuthFollowedFailed(r wire.Reply) {
 	if publicReply(r).says(saysTooManyConns, OpAuth) {
 		return // it would say so to an AUTH alone, too
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.authAloneUntil = time.Now().Add(authAloneFor)
+	now := time.Now()
+	if !now.Before(p.authAloneUntil) {
+		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not take commands behind AUTH: AUTH is sent alone"})
+	}
+	p.authAloneUntil = now.Add(authAloneFor)
 }
 
 // authAloneFor is how long AUTH is sent alone after that.
@@ -123,7 +138,9 @@ func (p *profile) SessionFull(n int, born time.Time) {
 		p.messages.Store(int64(n))
 		p.messagesTimes, p.messagesFirst = 1, now
 	case !born.Before(p.messagesFirst):
-		p.messagesTimes++
+		if p.messagesTimes++; p.messagesTimes == 2 {
+			p.learned(LearnedInfo{Lesson: LessonMaxMessages, Limit: n, Text: fmt.Sprintf("the relay ends a connection after %d messages", n)})
+		}
 	}
 	p.messagesUntil = now.Add(learntFor)
 }
@@ -137,6 +154,9 @@ func (p *profile) SessionGoesOn(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if int64(n) > p.messages.Load() {
+		if p.messagesTimes >= 2 {
+			p.learned(LearnedInfo{Lesson: LessonMaxMessages, Text: "the relay takes more messages on a connection than it was thought to"})
+		}
 		p.messages.Store(0)
 		p.messagesTimes = 0
 	}
@@ -157,7 +177,10 @@ func (p *profile) maxMessages() int {
 func (p *profile) rcptsTaken(n, accepted, tooMany int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.rcpts.took(n, accepted, tooMany)
+	before := p.rcpts.most
+	if p.rcpts.took(n, accepted, tooMany); p.rcpts.most != before {
+		p.learned(LearnedInfo{Lesson: LessonMaxRecipients, Limit: p.rcpts.most, Text: fmt.Sprintf("the relay takes %d recipients in a transaction", p.rcpts.most)})
+	}
 	if tooMany > 0 {
 		p.rcptsUntil = time.Now().Add(learntFor)
 	}
@@ -221,6 +244,7 @@ func (p *profile) credentialsRefused(mark [sha256.Size]byte, r wire.Reply) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.badAuth, p.badAuthReply, p.badAuthUntil = mark, r, time.Now().Add(authPause)
+	p.learned(LearnedInfo{Lesson: LessonBadCredentials, Text: "the relay refuses the credentials: they are not tried for a while", Reply: publicReply(r)})
 }
 
 // RefusalOf returns the relay's refusal of just these credentials if that is not long ago.
@@ -252,7 +276,15 @@ func (p *profile) NoteDiscard(addr string, yes bool) {
 	if p.discards == nil || len(p.discards) >= discardMost {
 		p.discards = make(map[string]discard)
 	}
+	before, known := p.discards[addr]
 	p.discards[addr] = discard{yes, time.Now().Add(discardFor)}
+	switch {
+	case known && before.yes == yes:
+	case yes:
+		p.learned(LearnedInfo{Lesson: LessonChunks, Text: addr + " throws away a chunk that it refuses: bodies go in chunks"})
+	default:
+		p.learned(LearnedInfo{Lesson: LessonNoChunks, Text: addr + " does not throw away a chunk that it refuses: bodies go by DATA"})
+	}
 }
 
 // DiscardsAt returns what the relay at addr has shown.
@@ -294,5 +326,5 @@ func (r relay) Overlapped() { r.stats.overlapped.Add(1) }
 
 // EndsSession implements [conn.Profile].
 func (r relay) EndsSession(op conn.Step, reply wire.Reply, seq int) bool {
-	return publicReply(reply).endsSession(Op(op), seq)
+	return publicReply(reply).endsSession(opOf(op), seq)
 }

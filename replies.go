@@ -73,7 +73,7 @@ var meanings = []struct {
 // inTransaction are the commands of an envelope, and inMessage these and the end of a message.
 var (
 	inTransaction = []Op{OpMail, OpRcpt, OpData}
-	inMessage     = []Op{OpMail, OpRcpt, OpData, OpFinalDot, OpBdat}
+	inMessage     = []Op{OpMail, OpRcpt, OpData, OpEnd}
 )
 
 // beforeMail are the commands before the first message, and the greeting.

@@ -12,6 +12,8 @@ import (
 // Retry says how often a message is tried again when the relay cannot have accepted it: the connection was lost before the end
 // of the message, or the relay said 421. A message that may have been accepted is never tried again.
 type Retry struct {
+	_ [0]func() // not comparable, so that it may grow
+
 	// MaxAttempts is how many tries a Send makes in all. 0 means 4; negative means that only the context ends it. An idle
 	// connection that turns out dead costs no attempt. Nor does a connection that cannot be opened: Timeouts.Outage and the
 	// context bound that wait. 1 means that nothing is tried again, a connection that cannot be opened included.
@@ -21,9 +23,9 @@ type Retry struct {
 	// each time, up to MaxBackoff. 0 means half a second and 30 seconds; neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
-	// Temporary also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
+	// On4xx also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
 	// By default that is told to the caller, who knows better how long the message can wait.
-	Temporary bool
+	On4xx bool
 }
 
 // withDefaults replaces zero by the default; MaxAttempts 0 means any number from here on.
@@ -73,23 +75,23 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
 		return retryNow // the relay does not take commands behind AUTH, which goes alone from now on
-	case e.throttles(e.Op):
+	case e.Reply.throttles(e.Op):
 		return waitForPace
-	case e.Code == 432:
+	case e.Reply.Code == 432:
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
-	case !moved && r.Seq > 1 && e.endsSession(e.Op, r.Seq):
+	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq):
 		return tryElsewhere
-	case e.Code == 0, !r.Begun, e.Code == 421 && e.Op != OpAuth:
+	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
-	case e.Op == OpRset, e.Code < 400 && r.Overlapped:
+	case e.Op == OpRset, e.Reply.Code < 400 && r.Overlapped:
 		return retryNow // the relay does not know RSET, or has thrown away what stood behind a final dot: that is not tried again
-	case e.Code < 400:
+	case e.Reply.Code < 400:
 		return retryLater // no refusal, but a relay that is out of step
-	case e.Op == OpMail && e.Code == 503 && r.Seq > 1 && !moved:
+	case e.Op == OpMail && e.Reply.Code == 503 && r.Seq > 1 && !moved:
 		return tryElsewhere // our idea of the connection's state was wrong
-	case e.Temporary() && c.Temporary:
+	case e.Temporary() && c.On4xx:
 		return retryLater
 	}
 	return giveUp // when in doubt, tell the caller
@@ -105,7 +107,7 @@ func late(r *conn.Result, e *Error) bool {
 		return true // the connection has ended before a word of this one, whatever the relay has said about that
 	}
 	mail := publicReply(r.Mail)
-	return e.Code == 0 || e.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
+	return e.Reply.Code == 0 || e.Reply.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
 }
 
 // sleep waits for d or the end of ctx or of the Client.

@@ -22,10 +22,10 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		why       string
 		r         conn.Result
 		e         Error
-		temporary bool // Retry.Temporary
+		temporary bool // Retry.On4xx
 		want      next
 	}{
-		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpFinalDot, Outcome: Unknown, Err: io.EOF}, true, giveUp},
+		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpEnd, Outcome: Unknown, Err: io.EOF}, true, giveUp},
 		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
 		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
 		{"the body was read, and can be read once only", first(conn.Result{BodyBegun: true}), lost(OpBody), true, giveUp},
@@ -41,15 +41,15 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"OpenSMTPD wants another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
 		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
 
-		{"Microsoft 365: too many connections", first(mail250), refused(OpFinalDot, 432), false, waitForSlot},
+		{"Microsoft 365: too many connections", first(mail250), refused(OpEnd, 432), false, waitForSlot},
 		{"AUTH with commands behind it refused: it goes alone from now on", first(conn.Result{LedByAuth: true}), refused(OpAuth, 535), false, retryNow},
 		{"hung up at AUTH with commands behind it", first(conn.Result{LedByAuth: true}), lost(OpAuth), false, retryNow},
 		{"hung up behind it", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235)}}), lost(OpMail), false, retryNow},
 		{"MAIL refused behind AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235), Mail: code(550)}}), refused(OpMail, 550), false, retryNow},
 		{"a recipient refused behind both is refused", first(conn.Result{LedByAuth: true, Replies: replies(250, 0, 0, 0)}), refused(OpRcpt, 550), false, giveUp},
 
-		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpFinalDot, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
-		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpFinalDot, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
+		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
+		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
 		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
 		{"4xx to the first MAIL is not", first(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
 		{"the login is forgotten (RFC 4954, 6)", later(conn.Result{Replies: conn.Replies{Mail: code(530)}}), refused(OpMail, 530), false, tryElsewhere},
@@ -61,15 +61,15 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, tryElsewhere},
 		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
 
-		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpFinalDot, 451), false, giveUp},
-		{"4xx, and the caller has said to try", first(mail250), refused(OpFinalDot, 451), true, retryLater},
-		{"5xx", first(mail250), refused(OpFinalDot, 554), true, giveUp},
+		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpEnd, 451), false, giveUp},
+		{"4xx, and the caller has said to try", first(mail250), refused(OpEnd, 451), true, retryLater},
+		{"5xx", first(mail250), refused(OpEnd, 554), true, giveUp},
 	} {
 		body := Bytes([]byte("x"))
 		if tt.r.BodyBegun {
 			body = Reader(strings.NewReader("x"))
 		}
-		if got := (Retry{Temporary: tt.temporary}).next(body, &tt.r, &tt.e, false); got != tt.want {
+		if got := (Retry{On4xx: tt.temporary}).next(body, &tt.r, &tt.e, false); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
 		}
 	}

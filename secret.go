@@ -44,6 +44,7 @@ func (c Config) Format(f fmt.State, verb rune) {
 func (c Config) LogValue() slog.Value {
 	c = c.hidden()
 	return slog.GroupValue(
+		slog.String("name", c.Name),
 		slog.String("addr", c.Addr),
 		slog.String("username", c.Username),
 		slog.String("tls", c.TLS.String()),
@@ -57,9 +58,9 @@ func (c Config) LogValue() slog.Value {
 func (c Config) MarshalJSON() ([]byte, error) {
 	c = c.hidden()
 	return json.Marshal(struct {
-		Addr, Username, Password, TLS, LocalName string
-		Limits                                   Limits
-		Retry                                    Retry
-		Timeouts                                 Timeouts
-	}{c.Addr, c.Username, c.Password, c.TLS.String(), c.LocalName, c.Limits, c.Retry, c.Timeouts})
+		Name, Addr, Username, Password, TLS, LocalName string
+		Limits                                         Limits
+		Retry                                          Retry
+		Timeouts                                       Timeouts
+	}{c.Name, c.Addr, c.Username, c.Password, c.TLS.String(), c.LocalName, c.Limits, c.Retry, c.Timeouts})
 }

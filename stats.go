@@ -2,12 +2,15 @@ package smtprelay
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
 // Stats is a snapshot of what a Client does and has done.
 type Stats struct {
+	Name string // Config.Name
+
 	// Now.
 	MaxConns  int // connections that may be open, as configured or as learnt from the relay
 	OpenConns int // connections open or being opened, those that the relay has not closed yet included
@@ -15,25 +18,28 @@ type Stats struct {
 	Waiting   int // Sends that wait for a connection
 
 	// Since New.
-	Accepted     int64 // messages accepted, for one recipient at least
-	NotAccepted  int64 // messages accepted for nobody
-	Unknown      int64 // messages whose fate is unknown
-	Refused      int64 // recipients refused
-	Retries      int64 // further tries of messages, those that a dead idle connection cost included
-	Overlapped   int64 // transactions begun before the one ahead had its final reply
-	Dials        int64 // connections tried
-	DialErrors   int64 // of these, not opened
-	Auths        int64 // AUTH commands sent
-	AuthErrors   int64 // of these, refused
-	ClosedFull   int64 // connections closed at the limit of messages
-	ClosedAge    int64 // connections closed at the limit of age
-	ClosedIdle   int64 // connections closed for want of use
-	ClosedFaulty int64 // connections closed by the relay or after a fault
+	Accepted     int64         // messages accepted, for one recipient at least
+	NotAccepted  int64         // messages accepted for nobody
+	Unknown      int64         // messages whose fate is unknown
+	Refused      int64         // recipients refused
+	WaitCount    int64         // connections waited for
+	WaitDuration time.Duration // how long, all of them together
+	Retries      int64         // further tries of messages, those that a dead idle connection cost included
+	Overlapped   int64         // transactions begun before the one ahead had its final reply
+	Dials        int64         // connections tried
+	DialErrors   int64         // of these, not opened
+	Auths        int64         // AUTH commands sent
+	AuthErrors   int64         // of these, refused
+	ClosedFull   int64         // connections closed at the limit of messages
+	ClosedAge    int64         // connections closed at the limit of age
+	ClosedIdle   int64         // connections closed for want of use
+	ClosedFaulty int64         // connections closed by the relay or after a fault
 }
 
 // counters are what Stats tells of the time since New.
 type counters struct {
 	accepted, notAccepted, unknown, refused atomic.Int64
+	waits, waited                           atomic.Int64
 	retries, overlapped                     atomic.Int64
 	dials, dialErrors, auths, authErrors    atomic.Int64
 	full, age, idle, faulty                 atomic.Int64
@@ -51,12 +57,18 @@ func (c *counters) count(err error) {
 		c.notAccepted.Add(1)
 	}
 	if e != nil {
-		for _, r := range e.Refused {
-			if r.Outcome != Unknown {
+		for _, r := range e.Recipients {
+			if r.Outcome == NotAccepted && r.Reply.Code >= 400 && (e.Scope == ScopeRecipient || r.Reply != e.Reply) {
 				c.refused.Add(1)
 			}
 		}
 	}
+}
+
+// waitedSince counts a wait for a connection.
+func (c *counters) waitedSince(began time.Time) {
+	c.waits.Add(1)
+	c.waited.Add(int64(time.Since(began)))
 }
 
 func (c *counters) countClose(why conn.Reason) {
@@ -75,6 +87,7 @@ func (c *counters) countClose(why conn.Reason) {
 func (p *pool) stats() Stats {
 	c := &p.cfg.stats
 	s := Stats{
+		Name: p.cfg.Name, WaitCount: c.waits.Load(), WaitDuration: time.Duration(c.waited.Load()),
 		Accepted: c.accepted.Load(), NotAccepted: c.notAccepted.Load(), Unknown: c.unknown.Load(), Refused: c.refused.Load(),
 		Retries: c.retries.Load(), Overlapped: c.overlapped.Load(),
 		Dials: c.dials.Load(), DialErrors: c.dialErrors.Load(), Auths: c.auths.Load(), AuthErrors: c.authErrors.Load(),

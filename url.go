@@ -27,7 +27,7 @@ func ParseURL(rawURL string) (Config, error) {
 	var mistakes []error
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	fail := func() (Config, error) {
-		return Config{}, &Error{Op: OpConfig, Outcome: NotAccepted, Err: errors.Join(mistakes...), permanent: true}
+		return Config{}, &Error{Op: OpConfig, Outcome: NotAccepted, Scope: ScopeCaller, Err: errors.Join(mistakes...), permanent: true}
 	}
 	if rawURL != strings.TrimSpace(rawURL) {
 		mistake("the URL begins or ends with white space; one read from a file often has a line end too many")
@@ -114,7 +114,7 @@ func (c *Config) setParam(key, value string) error {
 	case "max_recipients":
 		return number(&c.Limits.MaxRecipients)
 	case "max_in_flight":
-		return number(&c.Limits.MaxInFlight)
+		return number(&c.MaxInFlight)
 	case "max_attempts":
 		return number(&c.Retry.MaxAttempts)
 	case "max_idle":
@@ -124,7 +124,7 @@ func (c *Config) setParam(key, value string) error {
 	case "local_name":
 		c.LocalName = value
 	case "pipelining":
-		modes := map[string]Pipelining{"across": PipelineAcross, "within": PipelineWithin, "off": PipelineOff}
+		modes := map[string]Pipelining{"across": PipelineAuto, "within": PipelineWithin, "off": PipelineOff}
 		mode, ok := modes[value]
 		if !ok {
 			return fmt.Errorf("pipelining=%q: want across, within or off", value)

@@ -17,7 +17,9 @@ import (
 func (m *Message) check() error {
 	var mistakes []error
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
-	if m.From != "" {
+	if m.From == "" {
+		mistake("From is empty; NullSender is the null reverse-path, on purpose")
+	} else if m.From != NullSender {
 		if err := checkPath(m.From); err != nil {
 			mistake("From %s: %w", quoted(m.From), err)
 		}

@@ -46,7 +46,7 @@ func runSmtprelay(j job, src *source, t *tally) error {
 
 func runSmtprelayDeep(j job, src *source, t *tally) error {
 	cfg := smtprelayConfig(j)
-	cfg.Limits.MaxInFlight = j.InFlight
+	cfg.MaxInFlight = j.InFlight
 	return runSmtprelayWith(cfg, j, src, t)
 }
 

@@ -99,10 +99,12 @@ func (s *sending) fates() (map[string]smtprelay.Outcome, error) {
 				accepted++
 			}
 		}
-		for _, r := range e.Refused {
-			refused++
-			if fates[r.To] == smtprelay.Accepted {
-				return nil, fmt.Errorf("<%s> is in Refused, and accepted by the receipt", r.To)
+		for _, r := range e.Recipients {
+			if fates[r.To] != r.Outcome {
+				return nil, fmt.Errorf("<%s>: %q by the error, and %q by the receipt", r.To, r.Outcome, fates[r.To])
+			}
+			if r.Outcome != smtprelay.Accepted {
+				refused++
 			}
 		}
 		if accepted == 0 || accepted+refused != len(s.to) {

@@ -16,15 +16,13 @@ func newSending(id string) *sending {
 }
 
 func told(s *sending, overall smtprelay.Outcome, each ...smtprelay.Outcome) *sending {
-	var refused []smtprelay.RecipientError
+	missed := false
 	for i, o := range each {
-		s.receipt.Recipients = append(s.receipt.Recipients, smtprelay.RecipientReceipt{To: s.to[i], Outcome: o})
-		if o != smtprelay.Accepted {
-			refused = append(refused, smtprelay.RecipientError{To: s.to[i], Outcome: o})
-		}
+		s.receipt.Recipients = append(s.receipt.Recipients, smtprelay.RecipientResult{To: s.to[i], Outcome: o})
+		missed = missed || o != smtprelay.Accepted
 	}
-	if overall != smtprelay.Accepted || len(refused) > 0 {
-		s.err = &smtprelay.Error{Outcome: overall, Refused: refused}
+	if overall != smtprelay.Accepted || missed {
+		s.err = &smtprelay.Error{Outcome: overall, Recipients: s.receipt.Recipients}
 	}
 	return s
 }
@@ -129,9 +127,9 @@ func TestSendingKnowsHowItsBodyMustArrive(t *testing.T) {
 
 func TestExpectTellsWhatIsWrong(t *testing.T) {
 	refused := &smtprelay.Error{
-		Reply:   smtprelay.Reply{Code: 550, EnhancedCode: smtprelay.EnhancedCode{5, 1, 1}},
-		Outcome: smtprelay.Accepted,
-		Refused: []smtprelay.RecipientError{{To: "b@y.example", Reply: smtprelay.Reply{Code: 550}}},
+		Reply:      smtprelay.Reply{Code: 550, EnhancedCode: smtprelay.EnhancedCode{5, 1, 1}},
+		Outcome:    smtprelay.Accepted,
+		Recipients: []smtprelay.RecipientResult{{To: "b@y.example", Outcome: smtprelay.NotAccepted, Reply: smtprelay.Reply{Code: 550}}},
 	}
 	for _, test := range []struct {
 		why   string

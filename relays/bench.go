@@ -37,7 +37,7 @@ type bench struct {
 	clients  []*smtprelay.Client
 	dialogue dialogue
 	refusals []string // replies of 4xx and 5xx, and failed dials
-	closed   chan smtprelay.CloseInfo
+	closed   chan smtprelay.ConnClosedInfo
 	offers   []string // the extensions of the last connection
 }
 
@@ -189,7 +189,7 @@ func (b *bench) refused() []string {
 
 func (b *bench) trace() *smtprelay.Trace {
 	return &smtprelay.Trace{
-		DialDone: func(_ context.Context, d smtprelay.DialInfo) {
+		DialDone: func(_ context.Context, d smtprelay.DialDoneInfo) {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			if d.Err != nil {
@@ -198,15 +198,15 @@ func (b *bench) trace() *smtprelay.Trace {
 			}
 			b.offers = d.Extensions
 		},
-		Reply: func(_ context.Context, conn int64, op smtprelay.Op, r smtprelay.Reply) {
-			if r.Code < 400 {
+		Reply: func(_ context.Context, r smtprelay.ReplyInfo) {
+			if r.Reply.Code < 400 {
 				return
 			}
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			b.refusals = append(b.refusals, fmt.Sprintf("connection %d: %s: %d %s", conn, op, r.Code, r.Message))
+			b.refusals = append(b.refusals, fmt.Sprintf("connection %d: %s: %d %s", r.Conn, r.Op.Text(), r.Reply.Code, r.Reply.Message))
 		},
-		ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
+		ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			select {
 			case b.closed <- c:
 			default: // nobody is going to wait for it

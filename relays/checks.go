@@ -80,15 +80,17 @@ func expect(err error, outcome smtprelay.Outcome, code int, refused ...string) e
 	if e.Outcome != outcome {
 		return fmt.Errorf("the outcome is %q, not %q: %w", e.Outcome, outcome, err)
 	}
-	if code != 0 && e.Code != code {
-		return fmt.Errorf("the code is %d, not %d: %w", e.Code, code, err)
+	if code != 0 && e.Reply.Code != code {
+		return fmt.Errorf("the code is %d, not %d: %w", e.Reply.Code, code, err)
 	}
 	if len(refused) == 0 {
 		return nil
 	}
 	var got []string
-	for _, r := range e.Refused {
-		got = append(got, fmt.Sprintf("%s %d", r.To, r.Code))
+	for _, r := range e.Recipients {
+		if r.Outcome != smtprelay.Accepted {
+			got = append(got, fmt.Sprintf("%s %d", r.To, r.Reply.Code))
+		}
 	}
 	if !slices.Equal(got, refused) {
 		return fmt.Errorf("told as refused are %q, not %q: %w", got, refused, err)

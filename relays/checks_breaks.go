@@ -29,8 +29,8 @@ func cutBehindDot(b *bench) error {
 		if err := expect(err, smtprelay.Unknown, 0); err != nil {
 			return err
 		}
-		if smtprelay.SafeToRetry(err) {
-			return errors.New("SafeToRetry is true of a message whose fate is unknown")
+		if smtprelay.ShouldRetry(err) {
+			return errors.New("ShouldRetry is true of a message whose fate is unknown")
 		}
 		if err := b.send(c, b.mail()); err != nil {
 			return err
@@ -201,7 +201,7 @@ func shutdown(b *bench) error {
 		return fmt.Errorf("the Shutdown: %w", err)
 	}
 	for _, s := range all {
-		if s.err != nil && (!errors.Is(s.err, smtprelay.ErrClosed) || !smtprelay.SafeToRetry(s.err)) {
+		if s.err != nil && (!errors.Is(s.err, smtprelay.ErrClosed) || smtprelay.OutcomeOf(s.err) != smtprelay.NotAccepted) {
 			return fmt.Errorf("%s: %w", s.id, s.err)
 		}
 	}

@@ -46,7 +46,7 @@ func queueID(b *bench) error {
 		case e.id == "":
 			return notApplicable("its reply to the final dot names none")
 		case e.id != s.receipt.QueueID:
-			return fmt.Errorf("the receipt's QueueID is %q, the relay's is %q: %d %s", s.receipt.QueueID, e.id, s.receipt.Code, s.receipt.Message)
+			return fmt.Errorf("the receipt's QueueID is %q, the relay's is %q: %d %s", s.receipt.QueueID, e.id, s.receipt.Reply.Code, s.receipt.Reply.Message)
 		}
 	}
 	return nil

@@ -86,7 +86,7 @@ func unknownAuthority(b *bench) error {
 		}
 		err = b.send(c, b.mail())
 		for range 5 {
-			if e, ok := errors.AsType[*smtprelay.Error](err); !ok || !b.countsLate || e.Code != 421 {
+			if e, ok := errors.AsType[*smtprelay.Error](err); !ok || !b.countsLate || e.Reply.Code != 421 {
 				break
 			}
 			err = b.send(c, b.mail()) // it has counted a connection that it had closed

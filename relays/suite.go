@@ -134,7 +134,7 @@ func lastLook(name string, benches []*bench) verdict {
 func runCheck(r *running, c check, mode string, certs *certificates) (*bench, verdict) {
 	ctx, cancel := context.WithTimeout(context.Background(), checkLimit)
 	defer cancel()
-	b := &bench{running: r, ctx: ctx, certs: certs, check: c.name, mode: mode, closed: make(chan smtprelay.CloseInfo, 1)}
+	b := &bench{running: r, ctx: ctx, certs: certs, check: c.name, mode: mode, closed: make(chan smtprelay.ConnClosedInfo, 1)}
 	result := make(chan error, 1)
 	go func() { // until the check is over; one that hangs is left behind, to end with the program
 		defer func() {

@@ -44,7 +44,7 @@ func ExampleServer_Fault() {
 	var e *smtprelay.Error
 	fmt.Println("an error:", errors.As(err, &e))
 	fmt.Println("the outcome:", e.Outcome)
-	fmt.Println("safe to send again:", smtprelay.SafeToRetry(err))
+	fmt.Println("safe to send again:", smtprelay.ShouldRetry(err))
 	fmt.Println("faults, messages:", lost.Hits(), len(relay.Messages()))
 	// Output:
 	// an error: true
@@ -71,7 +71,8 @@ func ExampleServer_reject() {
 	_, err = client.Send(context.Background(), m)
 	var e *smtprelay.Error
 	if errors.As(err, &e) {
-		fmt.Println(e.Outcome, "but not for", e.Refused[0].To, "because of", e.Refused[0].Code)
+		bob := e.Recipients[1]
+		fmt.Println(e.Outcome, "but not for", bob.To, "because of", bob.Reply.Code)
 	}
 	fmt.Println("delivered to", relay.Messages()[0].To)
 	// Output:

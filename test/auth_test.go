@@ -55,7 +55,7 @@ func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 		check := func(results []sent) {
 			for _, s := range results {
 				e := failure(s.err)
-				if e.Op != smtprelay.OpAuth || e.Code != 535 || e.Temporary() || e.Outcome != smtprelay.NotAccepted || s.took != 0 {
+				if e.Op != smtprelay.OpAuth || e.Reply.Code != 535 || e.Temporary() || e.Outcome != smtprelay.NotAccepted || s.took != 0 {
 					t.Fatalf("message %d after %v: %v, after %v; want the relay's 535 at once", s.number, time.Since(began), s.err, s.took)
 				}
 			}
@@ -106,7 +106,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 		began := time.Now()
 		for i := range 20 { // the same key again and again: AUTH goes out once
 			s := sendOne(t.Context(), client, i)
-			if e := failure(s.err); e.Code != 535 || s.took > 30*time.Second {
+			if e := failure(s.err); e.Reply.Code != 535 || s.took > 30*time.Second {
 				t.Fatalf("with the old key: %v after %v; want the 535 once Config.Auth was asked", s.err, s.took)
 			}
 			time.Sleep(time.Second)
@@ -122,12 +122,12 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 		broken := relay.Fault(smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 account suspended"})
 		cfg = configOf(relay)
 		client = newClient(t, cfg)
-		if s := sendOne(t.Context(), client, 101); failure(s.err).Code != 535 {
+		if s := sendOne(t.Context(), client, 101); failure(s.err).Reply.Code != 535 {
 			t.Errorf("suspended: %v", s.err)
 		}
 		want(t, "535s", broken.Hits(), 1)
 		time.Sleep(29 * time.Second)
-		if s := sendOne(t.Context(), client, 102); failure(s.err).Code != 535 || s.took != 0 {
+		if s := sendOne(t.Context(), client, 102); failure(s.err).Reply.Code != 535 || s.took != 0 {
 			t.Errorf("in the pause: %v after %v; want the 535 at once", s.err, s.took)
 		}
 		time.Sleep(time.Second)

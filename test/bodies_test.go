@@ -47,7 +47,7 @@ func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody"})
 		client := newClient(t, configOf(relay))
 		m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{bytes.Repeat([]byte("text\r\n"), 20000), 1000}}
-		if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) {
+		if _, err := client.Send(t.Context(), m); smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 			t.Errorf("got %v, want the refusal of the recipient", err)
 		}
 		if _, err := client.Send(t.Context(), m); err != nil {
@@ -93,7 +93,7 @@ func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 		client := newClient(t, configOf(relay))
 		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
 		_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
-		if !smtprelay.SafeToRetry(err) || len(relay.Messages()) != 0 {
+		if smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || len(relay.Messages()) != 0 {
 			t.Errorf("%v, and %d messages; want not accepted, and none", err, len(relay.Messages()))
 		}
 	})

@@ -33,8 +33,8 @@ func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 		m.Body = smtprelay.Bytes(bytes.Repeat([]byte("hello world, this\r\n"), 12000))
 		_, err := c.Send(t.Context(), m)
 		e := err.(*smtprelay.Error)
-		if e.Code != 452 {
-			t.Errorf("code %d, want 452; temporary=%v", e.Code, e.Temporary())
+		if e.Reply.Code != 452 {
+			t.Errorf("code %d, want 452; temporary=%v", e.Reply.Code, e.Temporary())
 		}
 		c.Close()
 	})

@@ -57,7 +57,7 @@ func nothingLeft(t *testing.T, relay *smtptest.Server, client *smtprelay.Client)
 	want(t, "Stats().OpenConns", s.OpenConns, 0)
 	want(t, "Stats().IdleConns", s.IdleConns, 0)
 	want(t, "Stats().Waiting", s.Waiting, 0)
-	if _, err := client.Send(t.Context(), numbered(-1)); !errors.Is(err, smtprelay.ErrClosed) || !smtprelay.SafeToRetry(err) {
+	if _, err := client.Send(t.Context(), numbered(-1)); !errors.Is(err, smtprelay.ErrClosed) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 		t.Errorf("a Send afterwards: %v; want ErrClosed, not accepted", err)
 	}
 }

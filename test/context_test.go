@@ -167,7 +167,7 @@ func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
 		m := shortMessage("b@y.example", "c@y.example")
 		m.AllOrNothing = true
 		_, err := c.Send(ctx, m)
-		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || !smtprelay.SafeToRetry(err) || took != 10*time.Second {
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || took != 10*time.Second {
 			t.Errorf("got %v after %v, want the context's error after 10 s", err, took)
 		}
 		if err := <-first; err != nil {
@@ -198,7 +198,7 @@ func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T
 				relay := &relaytest.Relay{Window: test.window, Body: stalledWriter(stall), Answer: func(_ int, l string) string {
 					return relaytest.Agree(test.extensions, l)
 				}}
-				c := bubbleClient(t, smtprelay.Config{Dial: relay.Dial, Limits: smtprelay.Limits{MaxConns: 1, MaxInFlight: 32}, Timeouts: smtprelay.Timeouts{Drain: 1}})
+				c := bubbleClient(t, smtprelay.Config{Dial: relay.Dial, Limits: smtprelay.Limits{MaxConns: 1}, MaxInFlight: 32, Timeouts: smtprelay.Timeouts{Drain: 1}})
 				var senders sync.WaitGroup
 				for i := range 20 {
 					senders.Go(func() {

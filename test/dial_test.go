@@ -86,7 +86,7 @@ func TestFailedGreetingsLeaveNoDescriptorOpen(t *testing.T) {
 	})
 	before := openFiles()
 	for range times * len(greetings) {
-		if _, err := client.Send(t.Context(), numbered(0)); !smtprelay.SafeToRetry(err) {
+		if _, err := client.Send(t.Context(), numbered(0)); smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 			t.Fatal(err)
 		}
 	}

@@ -192,17 +192,17 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 			var logged lockedBuffer
 			log := smtprelay.LogTrace(slog.New(slog.NewTextHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug})))
 			trace := *log
-			trace.Reply = func(ctx context.Context, conn int64, op smtprelay.Op, r smtprelay.Reply) {
-				seeReply("Trace.Reply", r)
-				see("Reply.String", r.String())
-				log.Reply(ctx, conn, op, r)
+			trace.Reply = func(ctx context.Context, r smtprelay.ReplyInfo) {
+				seeReply("Trace.Reply", r.Reply)
+				see("Reply.String", r.Reply.String())
+				log.Reply(ctx, r)
 			}
-			trace.ConnClosed = func(ctx context.Context, c smtprelay.CloseInfo) {
-				see("CloseInfo", fmt.Sprint(c.Err))
+			trace.ConnClosed = func(ctx context.Context, c smtprelay.ConnClosedInfo) {
+				see("ConnClosedInfo", fmt.Sprint(c.Err))
 				log.ConnClosed(ctx, c)
 			}
-			trace.DialDone = func(ctx context.Context, d smtprelay.DialInfo) {
-				see("DialInfo", fmt.Sprintf("%v", d))
+			trace.DialDone = func(ctx context.Context, d smtprelay.DialDoneInfo) {
+				see("DialDoneInfo", fmt.Sprintf("%v", d))
 				log.DialDone(ctx, d)
 			}
 			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
@@ -223,14 +223,14 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 					see("QueueID", receipt.QueueID)
 					seeReply("Receipt", receipt.Reply)
 					for _, r := range receipt.Recipients {
-						seeReply("RecipientReceipt", r.Reply)
-						see("RecipientReceipt", r.QueueID)
+						seeReply("RecipientResult", r.Reply)
+						see("RecipientResult", r.QueueID)
 					}
 					if e, ok := errors.AsType[*smtprelay.Error](err); ok {
 						see("Error", e.Error())
 						seeReply("Error.Reply", e.Reply)
-						for _, r := range e.Refused {
-							seeReply("Refused", r.Reply)
+						for _, r := range e.Recipients {
+							seeReply("Error.Recipients", r.Reply)
 						}
 						if strings.ContainsAny(e.Error(), "\r\n\x1b\x00") {
 							t.Errorf("not one line: %q", e.Error())

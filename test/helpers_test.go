@@ -319,3 +319,13 @@ func (l *lockedBuffer) reset() {
 	defer l.mu.Unlock()
 	l.b.Reset()
 }
+
+// missed is how many recipients err says did not get the message, as far as is known.
+func missed(err error) (n int) {
+	for _, r := range failure(err).Recipients {
+		if r.Outcome != smtprelay.Accepted {
+			n++
+		}
+	}
+	return n
+}

@@ -108,7 +108,7 @@ func TestIdleConnectionsEndInSilence(t *testing.T) {
 		cfg := configOf(relay)
 		var mu sync.Mutex    // guards the next
 		var reasons []string // of the ends that the Trace is told
-		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.CloseInfo) {
+		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			mu.Lock()
 			defer mu.Unlock()
 			reasons = append(reasons, c.Reason)

@@ -193,7 +193,7 @@ func checkRefusedLocally(t *testing.T, err error, op smtprelay.Op, is error, say
 		t.Fatalf("got %T %v, want an *Error: %s", err, err, why)
 	}
 	t.Logf("%v", err)
-	if e.Outcome != smtprelay.NotAccepted || !smtprelay.SafeToRetry(err) {
+	if e.Outcome != smtprelay.NotAccepted || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 		t.Errorf("outcome %v, want not accepted: %v", e.Outcome, err)
 	}
 	if op != "" && e.Op != op {
@@ -223,7 +223,7 @@ func TestNoConnectionIsOpenedForBadInput(t *testing.T) {
 		{From: "a@example.com\n", To: []string{"b@example.org"}, Body: smtprelay.Bytes([]byte("x"))},
 		{From: "a@example.com", To: []string{"b@example.org"}},
 	} {
-		if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) {
+		if _, err := client.Send(t.Context(), m); smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 			t.Errorf("%+v: %v", m, err)
 		}
 	}
@@ -264,7 +264,7 @@ func TestBodyIsNotTouchedWhenTheEnvelopeIsBad(t *testing.T) {
 			return 0, io.EOF
 		})),
 	})
-	if !smtprelay.SafeToRetry(err) {
+	if smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 		t.Errorf("%v, want not accepted", err)
 	}
 }

@@ -38,7 +38,7 @@ func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 					{From: "shop@example.com", To: []string{"ann@example.org", "gone@example.org"}, AllOrNothing: true},
 				} {
 					m.Body = smtprelay.Bytes([]byte("Subject: refused\r\n\r\n"))
-					if _, err := client.Send(t.Context(), m); !smtprelay.SafeToRetry(err) || failure(err).Temporary() {
+					if _, err := client.Send(t.Context(), m); smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || failure(err).Temporary() {
 						t.Errorf("sender %d, message %d: %v; want it refused", i, j, err)
 					}
 				}
@@ -124,7 +124,7 @@ func TestEveryErrorTellsItsOutcome(t *testing.T) {
 		} {
 			wrapped := fmt.Errorf("order 7: %w", err)
 			e, ok := errors.AsType[*smtprelay.Error](wrapped)
-			if !ok || e.Outcome != smtprelay.NotAccepted || !smtprelay.SafeToRetry(wrapped) {
+			if !ok || e.Outcome != smtprelay.NotAccepted || smtprelay.OutcomeOf(wrapped) != smtprelay.NotAccepted {
 				t.Errorf("%s: %v; want an *Error, not accepted", name, err)
 			}
 		}
@@ -138,11 +138,11 @@ func TestRecipientOfUnknownFateWasNotRefusedForNow(t *testing.T) {
 		relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
 		client := newClient(t, configOf(relay))
 		e := failure(sendErr(t.Context(), client, numbered(0)))
-		if e.Outcome != smtprelay.Unknown || len(e.Refused) != 1 || e.Refused[0].Outcome != smtprelay.Unknown {
-			t.Fatalf("%v, refused %v; want one of unknown fate", e, e.Refused)
+		if e.Outcome != smtprelay.Unknown || len(e.Recipients) != 1 || e.Recipients[0].Outcome != smtprelay.Unknown {
+			t.Fatalf("%v, recipients %v; want one of unknown fate", e, e.Recipients)
 		}
-		if e.Refused[0].Temporary() {
-			t.Error("refused for now, it says")
+		if to := smtprelay.RetryTo(e); len(to) != 0 {
+			t.Errorf("RetryTo is %v", to)
 		}
 		want(t, "Stats().Refused", int(client.Stats().Refused), 0)
 	})

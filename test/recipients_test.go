@@ -167,7 +167,7 @@ func TestFullMailboxesTeachNoNumber(t *testing.T) {
 		m.To = moreRecipients(5)
 		for range 2 {
 			_, err := client.Send(t.Context(), m)
-			want(t, "refused", len(failure(err).Refused), 4)
+			want(t, "refused", missed(err), 4)
 		}
 		lifted.Store(true)
 		before := relay.Accepted()
@@ -225,7 +225,7 @@ func (c byteReads) Read(p []byte) (int, error) { return c.Conn.Read(p[:min(1, le
 // 1,000 recipients through a window of 4 KiB, their replies read octet by octet, and one in ten of them refused in three
 // lines: no deadlock, and no reply is taken for another one's.
 func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
-	for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
+	for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAuto, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			relay := newRelay(t, near, func(s *smtptest.Server) {
 				s.Buffer = 4096
@@ -247,15 +247,15 @@ func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
 				m.To = append(m.To, fmt.Sprintf("r%d@y.example", i))
 			}
 			receipt, err := client.Send(t.Context(), m)
-			if e := failure(err); e.Outcome != smtprelay.Accepted || len(e.Refused) != 100 {
+			if e := failure(err); e.Outcome != smtprelay.Accepted || missed(err) != 100 {
 				t.Fatalf("%v; want it accepted for 900 of 1,000", err)
 			}
 			for i, r := range receipt.Recipients {
 				switch refused := i%10 == 0; {
 				case !refused && r.Outcome != smtprelay.Accepted:
 					t.Errorf("%s: %v", r.To, r.Outcome)
-				case refused && (r.Outcome != smtprelay.NotAccepted || !strings.Contains(r.Message, fmt.Sprintf("r%d is unknown", i))):
-					t.Errorf("%s: %v, %q", r.To, r.Outcome, r.Message)
+				case refused && (r.Outcome != smtprelay.NotAccepted || !strings.Contains(r.Reply.Message, fmt.Sprintf("r%d is unknown", i))):
+					t.Errorf("%s: %v, %q", r.To, r.Outcome, r.Reply.Message)
 				}
 			}
 			got := relay.Messages()
@@ -296,7 +296,7 @@ func TestEachRecipientKeepsItsOwnReplyInAllOrNothing(t *testing.T) {
 		if err == nil {
 			t.Error("no error")
 		}
-		if r.Recipients[1].Code != 451 {
+		if r.Recipients[1].Reply.Code != 451 {
 			t.Errorf("c: %v", r.Recipients[1].Reply)
 		}
 		c.Close()

@@ -111,7 +111,7 @@ func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
 	})
 }
 
-// What the relay refuses for now is the caller's to decide, unless Retry.Temporary hands that over; and either way it is
+// What the relay refuses for now is the caller's to decide, unless Retry.On4xx hands that over; and either way it is
 // known to be not accepted.
 func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -119,12 +119,12 @@ func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 		for i, step := range []smtptest.Step{smtptest.Mail, smtptest.Rcpt, bodyStep(relay), smtptest.FinalDot} {
 			cfg := configOf(relay)
 			told := newClient(t, cfg)
-			cfg.Retry = smtprelay.Retry{Temporary: true, MinBackoff: time.Minute, MaxBackoff: time.Minute}
+			cfg.Retry = smtprelay.Retry{On4xx: true, MinBackoff: time.Minute, MaxBackoff: time.Minute}
 			again := newClient(t, cfg)
 
 			busy := relay.Fault(smtptest.Fault{At: step, Reply: "451 4.7.1 come back later"})
 			s := sendOne(t.Context(), told, 10*i)
-			if e := failure(s.err); e.Code != 451 || e.Outcome != smtprelay.NotAccepted || !e.Temporary() || e.Attempts != 1 || s.took != 0 {
+			if e := failure(s.err); e.Reply.Code != 451 || e.Outcome != smtprelay.NotAccepted || !e.Temporary() || e.Attempts != 1 || s.took != 0 {
 				t.Errorf("451 at %v, Temporary not set: %v after %v and %d attempts; want the 451 at once", step, s.err, s.took, e.Attempts)
 			}
 			want(t, "451s", busy.Hits(), 1)
@@ -137,19 +137,19 @@ func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 			want(t, "451s", busy.Hits(), 3)
 
 			refusals := 4
-			if step == smtptest.Mail || step == smtptest.Data {
+			if step == smtptest.Mail || step == bodyStep(relay) {
 				refusals = 5 // the first may be about the connection, which has had other messages, and costs no attempt
 			}
 			busy = relay.Fault(smtptest.Fault{At: step, Reply: "451 4.7.1 come back later", Count: refusals})
 			tired := sendOne(t.Context(), again, 10*i+2)
-			if e := failure(tired.err); e.Code != 451 || e.Attempts != 4 || !e.Temporary() || e.Outcome != smtprelay.NotAccepted {
+			if e := failure(tired.err); e.Reply.Code != 451 || e.Attempts != 4 || !e.Temporary() || e.Outcome != smtprelay.NotAccepted {
 				t.Errorf("451 at %v four times, Temporary set: %v after %d attempts; want the 451 after four", step, tired.err, e.Attempts)
 			}
 			busy.Remove()
 
 			busy = relay.Fault(smtptest.Fault{At: step, Reply: "550 5.7.1 never"})
 			never := sendOne(t.Context(), again, 10*i+3)
-			if e := failure(never.err); e.Code != 550 || e.Temporary() || never.took != 0 {
+			if e := failure(never.err); e.Reply.Code != 550 || e.Temporary() || never.took != 0 {
 				t.Errorf("550 at %v, Temporary set: %v after %v; want the 550 at once", step, never.err, never.took)
 			}
 			want(t, "550s", busy.Hits(), 1)
@@ -164,7 +164,7 @@ func TestTemporaryRefusalOfOneRecipientSendsNothingTwice(t *testing.T) {
 		relay := newRelay(t, near)
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "grey@example.org", Reply: "450 4.2.0 greylisted", Count: 2})
 		cfg := configOf(relay)
-		cfg.Retry.Temporary = true
+		cfg.Retry.On4xx = true
 		client := newClient(t, cfg)
 		m := numbered(0)
 		m.To = []string{"ann@example.org", "grey@example.org", "bob@example.org"}

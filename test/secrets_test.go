@@ -42,8 +42,8 @@ func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
 				}
 				c := bubbleClient(t, smtprelay.Config{Username: "u", Password: "secretkey", Retry: smtprelay.Retry{MaxAttempts: 1},
 					Trace: &smtprelay.Trace{
-						DialDone:   func(_ context.Context, d smtprelay.DialInfo) { leak("DialDone", d.Err) },
-						ConnClosed: func(_ context.Context, d smtprelay.CloseInfo) { leak("ConnClosed", d.Err) },
+						DialDone:   func(_ context.Context, d smtprelay.DialDoneInfo) { leak("DialDone", d.Err) },
+						ConnClosed: func(_ context.Context, d smtprelay.ConnClosedInfo) { leak("ConnClosed", d.Err) },
 					},
 					Dial: relaytest.Dial(0, func(_ int, l string) string {
 						if strings.HasPrefix(l, "AUTH") {
@@ -117,6 +117,9 @@ func everyHook(see func(hook string, args ...any)) *smtprelay.Trace {
 				plain[i] = a.Interface()
 			}
 			see(name, plain...)
+			if name == "SendStart" {
+				return args[:1]
+			}
 			return nil
 		}))
 	}
@@ -232,7 +235,7 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 				}
 			}
 			if s.name == "all is well" {
-				for _, hook := range []string{"DialStart", "DialDone", "GotConn", "Command", "Reply", "SendDone", "ConnClosed"} {
+				for _, hook := range []string{"SendStart", "DialStart", "DialDone", "GotConn", "Command", "Reply", "SendDone", "ConnClosed"} {
 					if !seen[hook] {
 						t.Errorf("hook %s was never called", hook)
 					}
@@ -273,38 +276,46 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 	reply := smtprelay.Reply{Code: 535, Message: "no"}
 
 	values := map[string]any{
-		"CloseInfo":        smtprelay.CloseInfo{Err: e},
-		"Client":           client,
-		"Config":           cfg,
-		"BodyType":         smtprelay.Body8BitMIME,
-		"DSNAddressType":   smtprelay.DSNAddressTypeRFC822,
-		"DSNNotify":        smtprelay.DSNNotifyNever,
-		"DSNReturn":        smtprelay.DSNReturnFull,
-		"DeliverBy":        smtprelay.DeliverBy{},
-		"DeliverByMode":    smtprelay.DeliverByReturn,
-		"DialInfo":         smtprelay.DialInfo{Err: e},
-		"EnhancedCode":     reply.EnhancedCode,
-		"Error":            e,
-		"GotConnInfo":      smtprelay.GotConnInfo{},
-		"Limits":           cfg.Limits,
-		"MailOptions":      smtprelay.MailOptions{},
-		"Mechanism":        sasl.NewExternalClient(secretUser), // what is in one is its maker's
-		"Message":          numbered(0),
-		"Op":               smtprelay.OpAuth,
-		"Outcome":          smtprelay.Unknown,
-		"Pipelining":       cfg.Pipelining,
-		"RcptOptions":      smtprelay.RcptOptions{},
-		"Receipt":          smtprelay.Receipt{Reply: reply},
-		"RecipientError":   smtprelay.RecipientError{Reply: reply},
-		"RecipientReceipt": smtprelay.RecipientReceipt{Reply: reply},
-		"Reply":            reply,
-		"Result":           smtprelay.Result{Message: numbered(0), Err: e},
-		"Retry":            cfg.Retry,
-		"ServerInfo":       smtprelay.ServerInfo{Name: "relay.example.com", Mechanisms: []string{"PLAIN"}},
-		"Stats":            client.Stats(),
-		"TLSMode":          cfg.TLS,
-		"Timeouts":         cfg.Timeouts,
-		"Trace":            cfg.Trace,
+		"CommandInfo":     smtprelay.CommandInfo{},
+		"ConnClosedInfo":  smtprelay.ConnClosedInfo{Err: e},
+		"Client":          client,
+		"Config":          cfg,
+		"BodyType":        smtprelay.Body8BitMIME,
+		"DSNAddressType":  smtprelay.DSNAddressTypeRFC822,
+		"DSNNotify":       smtprelay.DSNNotifyNever,
+		"DSNReturn":       smtprelay.DSNReturnFull,
+		"DeliverBy":       smtprelay.DeliverBy{},
+		"DeliverByMode":   smtprelay.DeliverByReturn,
+		"DialDoneInfo":    smtprelay.DialDoneInfo{Err: e},
+		"EnhancedCode":    reply.EnhancedCode,
+		"Error":           e,
+		"DialStartInfo":   smtprelay.DialStartInfo{},
+		"LearnedInfo":     smtprelay.LearnedInfo{Reply: reply},
+		"Lesson":          smtprelay.LessonChunks,
+		"ReplyInfo":       smtprelay.ReplyInfo{Reply: reply},
+		"RetryInfo":       smtprelay.RetryInfo{Message: numbered(0), Err: e},
+		"SendDoneInfo":    smtprelay.SendDoneInfo{Message: numbered(0), Err: e},
+		"SendStartInfo":   smtprelay.SendStartInfo{Message: numbered(0)},
+		"GotConnInfo":     smtprelay.GotConnInfo{},
+		"Limits":          cfg.Limits,
+		"MailOptions":     smtprelay.MailOptions{},
+		"Mechanism":       sasl.NewExternalClient(secretUser), // what is in one is its maker's
+		"Message":         numbered(0),
+		"Op":              smtprelay.OpAuth,
+		"Outcome":         smtprelay.Unknown,
+		"Pipelining":      cfg.Pipelining,
+		"RcptOptions":     smtprelay.RcptOptions{},
+		"Receipt":         smtprelay.Receipt{Reply: reply},
+		"RecipientResult": smtprelay.RecipientResult{Reply: reply},
+		"Reply":           reply,
+		"Result":          smtprelay.Result{Message: numbered(0), Err: e},
+		"Retry":           cfg.Retry,
+		"Scope":           smtprelay.ScopeRelay,
+		"ServerInfo":      smtprelay.ServerInfo{Name: "relay.example.com", Mechanisms: []string{"PLAIN"}},
+		"Stats":           client.Stats(),
+		"TLSMode":         cfg.TLS,
+		"Timeouts":        cfg.Timeouts,
+		"Trace":           cfg.Trace,
 	}
 	for _, name := range exportedTypes(t) {
 		if _, ok := values[name]; !ok {

@@ -84,22 +84,22 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 		{step: smtptest.StartTLS, byData: expected{smtprelay.OpSTARTTLS, limits.Greeting, not}},
 		{step: smtptest.TLSHandshake, byData: expected{smtprelay.OpTLS, limits.TLS, not}},
 		{
-			step: smtptest.Mail, byData: expected{smtprelay.OpMail, limits.Command, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, unknown},
+			step: smtptest.Mail, byData: expected{smtprelay.OpMail, limits.Command, not}, inChunks: expected{smtprelay.OpEnd, limits.Command, unknown},
 			why: "in chunks the message has left with its envelope: the relay has all of it",
 		},
 		{
-			step: smtptest.Rcpt, byData: expected{smtprelay.OpRcpt, limits.Command, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, unknown},
+			step: smtptest.Rcpt, byData: expected{smtprelay.OpRcpt, limits.Command, not}, inChunks: expected{smtprelay.OpEnd, limits.Command, unknown},
 			why: "the same",
 		},
 		{
-			step: smtptest.Data, byData: expected{smtprelay.OpData, limits.Data, not}, inChunks: expected{smtprelay.OpBdat, limits.Command, unknown},
+			step: smtptest.Data, byData: expected{smtprelay.OpData, limits.Data, not}, inChunks: expected{smtprelay.OpEnd, limits.Command, unknown},
 			why: "the same; in chunks that is BDAT",
 		},
 		{
-			step: smtptest.Body, byData: expected{smtprelay.OpBody, 2 * limits.Write, not}, inChunks: expected{smtprelay.OpBdat, 2 * limits.Write, not},
+			step: smtptest.Body, byData: expected{smtprelay.OpBody, 2 * limits.Write, not}, inChunks: expected{smtprelay.OpBody, 2 * limits.Write, not},
 			why: "a buffer full is progress, from which the time counts",
 		},
-		{step: smtptest.FinalDot, byData: expected{smtprelay.OpFinalDot, limits.FinalReply, unknown}, inChunks: expected{smtprelay.OpBdat, limits.FinalReply, unknown}},
+		{step: smtptest.FinalDot, byData: expected{smtprelay.OpEnd, limits.FinalReply, unknown}, inChunks: expected{smtprelay.OpEnd, limits.FinalReply, unknown}},
 	} {
 		for _, end := range []string{"time-out", "cancel", "deadline"} {
 			t.Run(fmt.Sprintf("%v, %s", test.step, end), func(t *testing.T) {

@@ -201,15 +201,15 @@ func (j job) message(to string) smtprelay.Message {
 func row(r smtprelay.Result) []string {
 	to := r.Message.To[0]
 	if r.Err == nil {
-		return []string{to, smtprelay.Accepted.String(), strconv.Itoa(r.Receipt.Code), r.Receipt.QueueID, ""}
+		return []string{to, smtprelay.Accepted.String(), strconv.Itoa(r.Receipt.Reply.Code), r.Receipt.QueueID, ""}
 	}
 	var e *smtprelay.Error
 	if !errors.As(r.Err, &e) {
 		return []string{to, smtprelay.Unknown.String(), "", "", r.Err.Error()}
 	}
 	code := ""
-	if e.Code != 0 {
-		code = strconv.Itoa(e.Code)
+	if e.Reply.Code != 0 {
+		code = strconv.Itoa(e.Reply.Code)
 	}
 	return []string{to, e.Outcome.String(), code, "", r.Err.Error()}
 }
@@ -228,7 +228,7 @@ func (r *report) add(result smtprelay.Result) {
 	switch {
 	case result.Err == nil:
 		r.accepted++
-	case smtprelay.SafeToRetry(result.Err):
+	case smtprelay.OutcomeOf(result.Err) == smtprelay.NotAccepted:
 		r.notAccepted = append(r.notAccepted, result)
 	default:
 		r.unknown = append(r.unknown, result)

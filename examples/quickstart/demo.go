@@ -103,7 +103,7 @@ func sendWithClient(ctx context.Context, relay *smtptest.Server, mails []mail) (
 	o := send(mails, goroutines, func(m mail) error {
 		_, err := client.Send(ctx, smtprelay.Message{From: m.from, To: []string{m.to}, Body: smtprelay.Bytes(m.data)})
 		return err
-	}, func(err error) bool { return smtprelay.SafeToRetry(err) })
+	}, func(err error) bool { return smtprelay.OutcomeOf(err) == smtprelay.NotAccepted })
 	return o, client.Shutdown(ctx)
 }
 

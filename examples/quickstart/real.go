@@ -41,12 +41,12 @@ func sendOne(ctx context.Context, out io.Writer, url, from, to string) error {
 	}
 	fmt.Fprintf(out, "Accepted in %v.\n", time.Since(start).Round(time.Millisecond))
 	fmt.Fprintf(out, "  relay      %s\n", cfg.Addr)
-	fmt.Fprintf(out, "  reply      %d %s\n", receipt.Code, oneLine(receipt.Message))
+	fmt.Fprintf(out, "  reply      %d %s\n", receipt.Reply.Code, oneLine(receipt.Reply.Message))
 	if receipt.QueueID != "" {
 		fmt.Fprintf(out, "  queue ID   %s\n", receipt.QueueID)
 	}
 	for _, r := range receipt.Recipients {
-		fmt.Fprintf(out, "  recipient  %s: %v, %d %s\n", r.To, r.Outcome, r.Code, oneLine(r.Message))
+		fmt.Fprintf(out, "  recipient  %s: %v, %d %s\n", r.To, r.Outcome, r.Reply.Code, oneLine(r.Reply.Message))
 	}
 	return client.Shutdown(ctx)
 }

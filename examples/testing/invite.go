@@ -42,9 +42,9 @@ func (s *Service) Invite(ctx context.Context, to string) (State, error) {
 	switch {
 	case err == nil:
 		return Sent, nil
-	case !smtprelay.SafeToRetry(err):
+	case smtprelay.OutcomeOf(err) != smtprelay.NotAccepted:
 		return Unclear, err
-	case errors.As(err, &e) && e.Op == smtprelay.OpRcpt && !e.Temporary():
+	case !smtprelay.ShouldRetry(err) && errors.As(err, &e) && e.Scope == smtprelay.ScopeRecipient:
 		return Bounced, err
 	}
 	return Waiting, err

@@ -133,7 +133,7 @@ func (s *signup) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintln(w, "A mail is on its way to you.")
 	case !errors.As(err, &e) || e.Outcome == smtprelay.Unknown:
 		http.Error(w, "A mail may be on its way to you. If none comes within the hour, please sign up again.", http.StatusAccepted)
-	case e.Temporary():
+	case smtprelay.ShouldRetry(err):
 		w.Header().Set("Retry-After", "60")
 		http.Error(w, "No mail can be sent just now. Please try again in a minute.", http.StatusServiceUnavailable)
 	case e.Op == smtprelay.OpCheck || e.Op == smtprelay.OpRcpt:

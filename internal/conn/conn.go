@@ -440,6 +440,9 @@ func (c *Conn) traceReply(r wire.Reply) {
 		}
 	}
 	c.mu.Unlock()
+	if x.final {
+		x.op = StepFinalDot // of chunks, too
+	}
 	c.trace.Reply(ctx, x.op, r)
 }
 

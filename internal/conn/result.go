@@ -143,22 +143,6 @@ func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
 	return "", 0
 }
 
-// EndStep is the step that ends the message.
-func (r *Result) EndStep() Step {
-	if r.Chunked {
-		return StepBdat
-	}
-	return StepFinalDot
-}
-
-// DataStep is the step that begins the body.
-func (r *Result) DataStep() Step {
-	if r.Chunked {
-		return StepBdat
-	}
-	return StepData
-}
-
 // AuthError is the relay's refusal of the AUTH that led the first transaction.
 type AuthError struct{ Reply wire.Reply }
 

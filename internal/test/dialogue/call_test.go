@@ -263,7 +263,7 @@ func (c *call) outcome() string {
 		return fmt.Sprintf("failed (%v)", c.err)
 	}
 	if c.err == nil {
-		return fmt.Sprintf("accepted %d", c.receipt.Code)
+		return fmt.Sprintf("accepted %d", c.receipt.Reply.Code)
 	}
 	e, ok := errors.AsType[*smtprelay.Error](c.err)
 	if !ok {
@@ -281,9 +281,9 @@ func (c *call) outcome() string {
 // code is that of the reply which decided.
 func (c *call) code() int {
 	if e, ok := errors.AsType[*smtprelay.Error](c.err); ok && e.Outcome != smtprelay.Accepted {
-		return e.Code
+		return e.Reply.Code
 	}
-	return c.receipt.Code
+	return c.receipt.Reply.Code
 }
 
 // unseen returns an error if a call has ended and the script did not say so.
@@ -338,12 +338,14 @@ func (c *call) check(ws []word) error {
 	e, _ := errors.AsType[*smtprelay.Error](c.err)
 	code, refused, text := 0, "", fmt.Sprint(c.err)
 	if c.err == nil {
-		text = c.receipt.Message
+		text = c.receipt.Reply.Message
 	} else {
 		if e != nil {
 			var names []string
-			for _, r := range e.Refused {
-				names = append(names, r.To)
+			for _, r := range e.Recipients {
+				if r.Outcome != smtprelay.Accepted {
+					names = append(names, r.To)
+				}
 			}
 			refused = strings.Join(names, ",")
 		}
@@ -378,11 +380,15 @@ func (c *call) check(ws []word) error {
 		case "text":
 			bad = !strings.Contains(text, w.value)
 		case "enhanced":
-			enhanced := c.receipt.EnhancedCode
+			enhanced := c.receipt.Reply.EnhancedCode
 			if e != nil && e.Outcome != smtprelay.Accepted {
-				enhanced = e.EnhancedCode
+				enhanced = e.Reply.EnhancedCode
 			}
 			bad = fmt.Sprintf("%d.%d.%d", enhanced[0], enhanced[1], enhanced[2]) != w.value
+		case "again":
+			bad = strings.Join(smtprelay.RetryTo(c.err), ",") != w.value
+		case "scope":
+			bad = e == nil || e.Scope.String() != w.value
 		case "refused":
 			wantRefused = w.value
 		case "queued":
@@ -390,8 +396,8 @@ func (c *call) check(ws []word) error {
 		case "attempts":
 			bad = e == nil || strconv.Itoa(e.Attempts) != w.value
 		case "rcpt": // rcpt=b@y.example:250
-			bad = !slices.ContainsFunc(c.receipt.Recipients, func(r smtprelay.RecipientReceipt) bool {
-				return fmt.Sprintf("%s:%d", r.To, r.Code) == w.value
+			bad = !slices.ContainsFunc(c.receipt.Recipients, func(r smtprelay.RecipientResult) bool {
+				return fmt.Sprintf("%s:%d", r.To, r.Reply.Code) == w.value
 			})
 		default:
 			if n, convErr := strconv.Atoi(w.key); convErr == nil && w.value == "" {
@@ -422,14 +428,14 @@ func (c *call) consistent() error {
 		if c.kind != "send" {
 			return nil
 		}
-		if c.receipt.Code/100 != 2 {
-			return fmt.Errorf("accepted, and the receipt has code %d", c.receipt.Code)
+		if c.receipt.Reply.Code/100 != 2 {
+			return fmt.Errorf("accepted, and the receipt has code %d", c.receipt.Reply.Code)
 		}
 		if len(c.receipt.Recipients) != len(c.message.To) {
 			return fmt.Errorf("the receipt tells of %d recipients, not %d", len(c.receipt.Recipients), len(c.message.To))
 		}
 		for i, r := range c.receipt.Recipients {
-			if r.To != c.message.To[i] || r.Outcome != smtprelay.Accepted || r.Code/100 != 2 {
+			if r.To != c.message.To[i] || r.Outcome != smtprelay.Accepted || r.Reply.Code/100 != 2 {
 				return fmt.Errorf("no error, and recipient %d is %+v", i+1, r)
 			}
 		}
@@ -442,22 +448,56 @@ func (c *call) consistent() error {
 	if !ok {
 		return errors.New("the error is no *Error")
 	}
-	if got, want := smtprelay.SafeToRetry(c.err), e.Outcome == smtprelay.NotAccepted; got != want {
-		return fmt.Errorf("SafeToRetry is %t", got)
+	if got := smtprelay.OutcomeOf(c.err); got != e.Outcome {
+		return fmt.Errorf("OutcomeOf is %v, and the error's outcome %v", got, e.Outcome)
 	}
 	if _, ok := errors.AsType[net.Error](c.err); !ok {
 		return errors.New("errors.As finds no net.Error")
 	}
-	if e.Code != 0 {
-		if p, ok := errors.AsType[*textproto.Error](c.err); !ok || p.Code != e.Code {
+	if e.Reply.Code != 0 {
+		if p, ok := errors.AsType[*textproto.Error](c.err); !ok || p.Code != e.Reply.Code {
 			return fmt.Errorf("errors.As finds the *textproto.Error %v", p)
 		}
-		if p, ok := errors.AsType[*smtp.SMTPError](c.err); !ok || p.Code != e.Code {
+		if p, ok := errors.AsType[*smtp.SMTPError](c.err); !ok || p.Code != e.Reply.Code {
 			return fmt.Errorf("errors.As finds the *smtp.SMTPError %v", p)
 		}
 	}
-	if e.Outcome == smtprelay.Accepted && len(e.Refused) == 0 {
-		return errors.New("an error that names nobody, for what was accepted")
+	if c.kind == "send" {
+		return consistentRecipients(e, c.message.To)
+	}
+	return nil
+}
+
+// consistentRecipients checks that e tells of all of to, and of the whole what it tells of each.
+func consistentRecipients(e *smtprelay.Error, to []string) error {
+	if len(e.Recipients) != len(to) {
+		return fmt.Errorf("the error tells of %d recipients, not %d", len(e.Recipients), len(to))
+	}
+	had := make(map[smtprelay.Outcome]bool)
+	for i, r := range e.Recipients {
+		if r.To != to[i] {
+			return fmt.Errorf("recipient %d is %s, not %s", i+1, r.To, to[i])
+		}
+		had[r.Outcome] = true
+	}
+	fits := false
+	switch e.Outcome {
+	case smtprelay.Accepted:
+		fits = had[smtprelay.Accepted] && had[smtprelay.NotAccepted] && !had[smtprelay.Unknown]
+	case smtprelay.Unknown:
+		fits = had[smtprelay.Unknown]
+	case smtprelay.NotAccepted:
+		fits = !had[smtprelay.Accepted] && !had[smtprelay.Unknown]
+	}
+	switch again := smtprelay.RetryTo(e); {
+	case !fits && len(to) > 0:
+		return fmt.Errorf("the outcome is %v, and those of the recipients %v", e.Outcome, e.Recipients)
+	case e.Scope == smtprelay.ScopeUnknown:
+		return errors.New("the scope is unknown")
+	case smtprelay.ShouldRetry(e) && (e.Outcome != smtprelay.NotAccepted || len(again) == 0):
+		return fmt.Errorf("ShouldRetry is true, the outcome %v, and RetryTo %v", e.Outcome, again)
+	case e.Temporary() && e.Outcome != smtprelay.NotAccepted:
+		return fmt.Errorf("temporary, and the outcome is %v", e.Outcome)
 	}
 	return nil
 }

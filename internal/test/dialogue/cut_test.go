@@ -261,7 +261,7 @@ func (d *dialogue) offered() (all []*transaction) {
 
 // owns tells whether x is a transaction of c, by its envelope and by as much of the body as crossed.
 func (c *call) owns(x *transaction) bool {
-	if x.from != c.message.From {
+	if x.from != strings.TrimSuffix(strings.TrimPrefix(c.message.From, "<"), ">") {
 		return false
 	}
 	for _, to := range x.to {

@@ -149,15 +149,15 @@ func (d *dialogue) start() error {
 			MaxConns:           o.number("conns", 1),
 			MaxMessagesPerConn: o.number("messages", 0),
 			MaxRecipients:      o.number("recipients", 0),
-			MaxInFlight:        o.number("in-flight", 0),
 			MaxConnAge:         o.duration("age"),
 			MaxIdleTime:        o.duration("idle"),
 		},
+		MaxInFlight: o.number("in-flight", 0),
 		Retry: smtprelay.Retry{
 			MaxAttempts: o.number("attempts", 0),
 			MinBackoff:  o.duration("minbackoff"),
 			MaxBackoff:  o.duration("maxbackoff"),
-			Temporary:   o.flag("temporary"),
+			On4xx:       o.flag("temporary"),
 		},
 		Timeouts: smtprelay.Timeouts{
 			Dial:       o.duration("dial-timeout"),

@@ -268,8 +268,8 @@ func attack(t *testing.T, s scenario, chunking bool, r *relay, cfg smtprelay.Con
 		if !ok {
 			t.Fatalf("%T: %v, want an *Error", err, err)
 		}
-		if outcome = e.Outcome; len(e.Error()) > 8<<10 || len(e.Message) > 2<<10 {
-			t.Errorf("an error of %d octets with a reply of %d", len(e.Error()), len(e.Message))
+		if outcome = e.Outcome; len(e.Error()) > 8<<10 || len(e.Reply.Message) > 2<<10 {
+			t.Errorf("an error of %d octets with a reply of %d", len(e.Error()), len(e.Reply.Message))
 		}
 	}
 	may := []smtprelay.Outcome{s.want}
@@ -346,7 +346,7 @@ func TestLongRefusalsOfManyRecipientsAreKeptInPart(t *testing.T) {
 		return m.HeapAlloc
 	}
 	client, err := smtprelay.New(smtprelay.Config{Addr: r.listener.Addr().String(), TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
-		Trace: &smtprelay.Trace{SendDone: func(context.Context, smtprelay.Result, time.Duration) { heap = inUse() }}})
+		Trace: &smtprelay.Trace{SendDone: func(context.Context, smtprelay.SendDoneInfo) { heap = inUse() }}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func TestLongRefusalsOfManyRecipientsAreKeptInPart(t *testing.T) {
 	before := inUse()
 	receipt, err := client.Send(t.Context(), m)
 	e, ok := errors.AsType[*smtprelay.Error](err)
-	if !ok || len(e.Refused) != recipients || receipt.Recipients[recipients-1].Code != 550 || refused != recipients {
+	if !ok || len(e.Recipients) != recipients || e.Outcome != smtprelay.NotAccepted || receipt.Recipients[recipients-1].Reply.Code != 550 || refused != recipients {
 		t.Fatalf("%.200v: want %d recipients refused", err, recipients)
 	}
 	if heap > before+most {

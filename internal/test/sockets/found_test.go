@@ -119,7 +119,7 @@ func TestEnvelopeThatStays(t *testing.T) {
 			"one after the other": {ms},
 			"at once":             {ms[:1], ms[1:2], ms[2:3], ms[3:]},
 		} {
-			for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAcross, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
+			for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAuto, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
 				t.Run(fmt.Sprintf("%s/data/%s/pipelining %d", relay, name, pipelining), func(t *testing.T) {
 					r := &round{setup: setup{kind: relay, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
 					check(t, r.run(t))
@@ -138,7 +138,7 @@ func TestEnvelopeThatStays(t *testing.T) {
 						}
 					}
 					a := r.run(t)
-					if len(senders) > 1 && pipelining == smtprelay.PipelineAcross {
+					if len(senders) > 1 && pipelining == smtprelay.PipelineAuto {
 						a.strangers, a.mixed = 0, 0
 					}
 					check(t, a)

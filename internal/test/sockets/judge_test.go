@@ -16,7 +16,7 @@ func TestJudge(t *testing.T) {
 	tiny := &message{id: 3, to: []string{recipient("ok", 0, 3)}, size: 1}
 	all := []*message{one, two, tiny}
 	failed := func(m *message, o smtprelay.Outcome) *told {
-		return &told{m: m, err: &smtprelay.Error{Op: smtprelay.OpFinalDot, Outcome: o}}
+		return &told{m: m, err: &smtprelay.Error{Op: smtprelay.OpEnd, Outcome: o}}
 	}
 	for _, test := range []struct {
 		why   string
@@ -65,7 +65,7 @@ func TestJudge(t *testing.T) {
 		{why: "smuggled", takes: func(l *ledger) { l.accept("ceo@x.example", []string{"victim@y.example"}, []byte("Send money.\r\n")) },
 			want: tally{mixed: 1, strangers: 1}},
 		{why: "no error, and a recipient who is refused", takes: func(l *ledger) { l.accept(sender(1), one.to[:1], whole(one)) },
-			told: []*told{{m: one, receipt: smtprelay.Receipt{Recipients: []smtprelay.RecipientReceipt{
+			told: []*told{{m: one, receipt: smtprelay.Receipt{Recipients: []smtprelay.RecipientResult{
 				{To: one.to[0], Outcome: smtprelay.Accepted}, {To: one.to[1], Outcome: smtprelay.NotAccepted}}}}}, want: tally{others: 1}},
 	} {
 		t.Run(test.why, func(t *testing.T) {

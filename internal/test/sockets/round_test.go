@@ -21,6 +21,7 @@ import (
 type round struct {
 	setup
 	limits     smtprelay.Limits
+	inFlight   int
 	retry      smtprelay.Retry
 	pipelining smtprelay.Pipelining
 	calm       bool // nothing goes wrong: everything is accepted that the relay does not refuse
@@ -37,7 +38,7 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	r.calm = one(8)
 	r.maxConns = []int{1, 2, 8, 8, 8, 8}[rng.IntN(6)]
 	r.limits.MaxMessagesPerConn = []int{0, 0, -1, 7}[rng.IntN(4)]
-	r.limits.MaxInFlight = []int{0, 0, 1, 16}[rng.IntN(4)]
+	r.inFlight = []int{0, 0, 1, 16}[rng.IntN(4)]
 	r.pipelining = []smtprelay.Pipelining{0, 0, 0, smtprelay.PipelineWithin, smtprelay.PipelineOff}[rng.IntN(5)]
 	r.retry = smtprelay.Retry{MaxAttempts: []int{0, 1, 1, 8}[rng.IntN(4)]}
 	r.habits = habits{takesCutChunk: !one(3), readsRefusedChunks: one(3), noSize: one(4), noChunking: one(10)}
@@ -52,7 +53,7 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 		r.fault = drawFault(rng, chunking)
 	}
 	// Where a body in chunks leaves with its envelope, behind another's end, it is gone before anybody can know of RSET.
-	together := chunking && r.pipelining == smtprelay.PipelineAcross
+	together := chunking && r.pipelining == smtprelay.PipelineAuto
 	if together && r.fault.At == smtptest.Rset {
 		r.fault.At = smtptest.Mail
 	}
@@ -150,6 +151,7 @@ func (r *round) run(t testing.TB) tally {
 	relay := start(t, r.setup, r.messages())
 	cfg := relay.config
 	cfg.Limits, cfg.Retry, cfg.Pipelining = r.limits, r.retry, r.pipelining
+	cfg.MaxInFlight = r.inFlight
 	cfg.Limits.MaxConns = r.maxConns
 	if cfg.Retry.MinBackoff == 0 {
 		cfg.Retry.MinBackoff, cfg.Retry.MaxBackoff = time.Millisecond, 4*time.Millisecond
@@ -212,7 +214,7 @@ func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
 		cancel()
 		clear(*buf) // nobody may look at it any more
 		all = append(all, &told{m, receipt, err})
-		if try >= m.again || !smtprelay.SafeToRetry(err) {
+		if try >= m.again || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 			return all
 		}
 	}

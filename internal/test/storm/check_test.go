@@ -156,11 +156,16 @@ func TestStormJudgeFinds(t *testing.T) {
 			data: 354, dotRead: true, taken: true, queueID: "Q1.1", final: stormSaid{250, dot.Message}, answered: true}
 	}
 	accepted := func() *stormTold {
-		return &stormTold{receipt: smtprelay.Receipt{Reply: dot, QueueID: "Q1.1", Recipients: []smtprelay.RecipientReceipt{
+		return &stormTold{receipt: smtprelay.Receipt{Reply: dot, QueueID: "Q1.1", Recipients: []smtprelay.RecipientResult{
 			{To: to, Reply: yes, Outcome: smtprelay.Accepted, QueueID: "Q1.1"}}}}
 	}
 	failed := func(o smtprelay.Outcome, r smtprelay.Reply) *stormTold {
-		return &stormTold{err: &smtprelay.Error{Op: smtprelay.OpFinalDot, Outcome: o, Reply: r}}
+		scope := smtprelay.ScopeRelay
+		if r.Code != 0 {
+			scope = smtprelay.ScopeMessage
+		}
+		return &stormTold{err: &smtprelay.Error{Op: smtprelay.OpEnd, Outcome: o, Reply: r, Scope: scope,
+			Recipients: []smtprelay.RecipientResult{{To: to, Outcome: o, Reply: r}}}}
 	}
 	for _, test := range []struct {
 		why      string
@@ -178,9 +183,9 @@ func TestStormJudgeFinds(t *testing.T) {
 		{why: "another's queue ID", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients[0].QueueID = "Q1.2" }, want: "queued as Q1.1"},
 		{why: "another's final reply", told: accepted(), attempts: []*stormAttempt{taken()},
-			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Message = "Ok: queued as Q9.9" }, want: "which is the reply to none"},
+			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Reply.Message = "Ok: queued as Q9.9" }, want: "which is the reply to none"},
 		{why: "another's reply to RCPT", told: accepted(), attempts: []*stormAttempt{taken()},
-			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients[0].Message = other + " ok" }, want: "the receipt says"},
+			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients[0].Reply.Message = other + " ok" }, want: "the receipt says"},
 		{why: "a receipt without the recipient", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients = nil }, want: "no error, and a receipt"},
 		{why: "not accepted and there", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), attempts: []*stormAttempt{taken()}, want: "the relay has it"},

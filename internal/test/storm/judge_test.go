@@ -139,6 +139,24 @@ func (j *stormJudge) repeated(told *stormTold, attempts []*stormAttempt) {
 	}
 }
 
+// again finds what e says wrongly about sending again.
+func (j *stormJudge) again(told *stormTold, e *smtprelay.Error) {
+	to := smtprelay.RetryTo(told.err)
+	for _, r := range e.Recipients {
+		if slices.Contains(to, r.To) && r.Outcome != smtprelay.NotAccepted {
+			j.fail(told, "RetryTo names %s, whose outcome is %v", r.To, r.Outcome)
+		}
+	}
+	if should := smtprelay.ShouldRetry(told.err); e.Outcome != smtprelay.NotAccepted && (should || e.Temporary()) {
+		j.fail(told, "%v, and ShouldRetry %t, temporary %t", e.Outcome, should, e.Temporary())
+	} else if e.Outcome == smtprelay.NotAccepted && should != (len(to) > 0) {
+		j.fail(told, "ShouldRetry %t, and RetryTo %v", should, to)
+	}
+	if e.Scope == smtprelay.ScopeUnknown {
+		j.fail(told, "the scope is unknown: %v", e)
+	}
+}
+
 // outcomes returns what was told of each recipient, and finds what does not fit together in that.
 func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	m := told.m
@@ -170,24 +188,21 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	if strings.Contains(fmt.Sprintf("%v %+v %#v", told.err, told.err, e), stormPassword) {
 		j.fail(told, "the error shows the password")
 	}
-	if smtprelay.SafeToRetry(told.err) != (e.Outcome == smtprelay.NotAccepted) {
-		j.fail(told, "SafeToRetry says otherwise than the outcome %v", e.Outcome)
+	if smtprelay.OutcomeOf(told.err) != e.Outcome {
+		j.fail(told, "OutcomeOf says otherwise than the outcome %v", e.Outcome)
 	}
-	byError := all(e.Outcome)
-	if len(e.Refused) > 0 { // they are all for whom it was not accepted
-		byError = all(smtprelay.Accepted)
-	}
-	for _, r := range e.Refused {
-		i := slices.Index(m.to, r.To)
-		if i < 0 || r.Outcome == smtprelay.Accepted {
-			j.fail(told, "refused is %s, which was %v", r.To, r.Outcome)
+	var byError []smtprelay.Outcome
+	for i, r := range e.Recipients {
+		if len(e.Recipients) != len(m.to) || r.To != m.to[i] {
+			j.fail(told, "the error is for %v, sent was it to %v", e.Recipients, m.to)
 			return nil
 		}
-		byError[i] = r.Outcome
+		byError = append(byError, r.Outcome)
 	}
+	j.again(told, e)
 	switch e.Outcome {
 	case smtprelay.Accepted:
-		if len(e.Refused) == 0 {
+		if !slices.Contains(byError, smtprelay.NotAccepted) {
 			j.fail(told, "an error that says accepted and names nobody: %v", e)
 		}
 		if !told.viaSendMail && byReceipt == nil {
@@ -200,9 +215,6 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	case smtprelay.Unknown:
 		if !slices.Contains(byError, smtprelay.Unknown) {
 			j.fail(told, "unknown, and by recipient %v", byError)
-		}
-		if e.Temporary() {
-			j.fail(told, "unknown, and worth another try")
 		}
 	}
 	if byReceipt != nil && !slices.Equal(byReceipt, byError) {
@@ -281,7 +293,10 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 	}
 	if e, ok := errors.AsType[*smtprelay.Error](told.err); ok {
 		refused("the error", e.Reply)
-		for _, r := range e.Refused {
+		for _, r := range e.Recipients {
+			if r.Outcome == smtprelay.Accepted {
+				continue
+			}
 			refused(r.To, r.Reply)
 		}
 	}
@@ -336,7 +351,7 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 	}
 	if !told.gaveUp.IsZero() {
 		e, ok := errors.AsType[*smtprelay.Error](told.err)
-		if ok && e.Code == 0 && e.Op != smtprelay.OpCheck && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
+		if ok && e.Reply.Code == 0 && e.Op != smtprelay.OpCheck && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
 			j.fail(told, "its context has ended, and it was told %v", e)
 		}
 		return
@@ -368,7 +383,7 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 }
 
 // patient tells whether a recipient that is put off twice is tried often enough.
-func (j *stormJudge) patient(m *stormMessage) bool { return j.p.config.Retry.Temporary }
+func (j *stormJudge) patient(m *stormMessage) bool { return j.p.config.Retry.On4xx }
 
 // split tells whether so many recipients need several transactions.
 func (j *stormJudge) split(n int) bool {

@@ -207,7 +207,7 @@ func stormWithin(d time.Duration, f func()) bool {
 func (r *stormRun) send(m *stormMessage) {
 	told := &stormTold{m: m, began: time.Now(), closed: r.ended.Load(), viaSendMail: m.viaSendMail}
 	if m.viaSendMail {
-		told.err = r.client.SendMail(m.from, m.to, m.raw)
+		told.err = r.client.SendMail(m.sender(), m.to, m.raw)
 	} else {
 		ctx := r.context(m, m)
 		told.receipt, told.err = r.client.Send(ctx, m.message(ctx.cancel))
@@ -273,9 +273,17 @@ func (r *stormRun) sendTogether(ms []*stormMessage, breakAt int) {
 	}
 }
 
+// sender is m.from as a Message has it.
+func (m *stormMessage) sender() string {
+	if m.from == "" {
+		return smtprelay.NullSender
+	}
+	return m.from
+}
+
 // message returns what is given to the client.
 func (m *stormMessage) message(cancel context.CancelFunc) smtprelay.Message {
-	return smtprelay.Message{From: m.from, To: m.to, Body: m.body(cancel), AllOrNothing: m.all}
+	return smtprelay.Message{From: m.sender(), To: m.to, Body: m.body(cancel), AllOrNothing: m.all}
 }
 
 // context returns the context of m, which every one of ms may end.

@@ -126,7 +126,7 @@ func (w *stormWeather) maxRcpts(helo bool) int {
 func (w *stormWeather) withinOK() bool { return w.pipelining && w.mode != smtprelay.PipelineOff }
 
 // acrossOK tells whether an envelope may follow the final dot.
-func (w *stormWeather) acrossOK() bool { return w.pipelining && w.mode == smtprelay.PipelineAcross }
+func (w *stormWeather) acrossOK() bool { return w.pipelining && w.mode == smtprelay.PipelineAuto }
 
 // calm tells that whoever does not give up himself is served: what remains is within what a relay may do.
 func (w *stormWeather) calm() bool {
@@ -225,7 +225,7 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 	w.segment = pick(rng, 0, 0, 0, 1, 10, 100, 1000)
 	w.latency = pick(rng, 0, time.Millisecond, 50*time.Millisecond, 50*time.Millisecond, 700*time.Millisecond)
 	w.pipelining = chance(rng, 85)
-	w.mode = pick(rng, smtprelay.PipelineAcross, smtprelay.PipelineAcross, smtprelay.PipelineAcross, smtprelay.PipelineAcross,
+	w.mode = pick(rng, smtprelay.PipelineAuto, smtprelay.PipelineAuto, smtprelay.PipelineAuto, smtprelay.PipelineAuto,
 		smtprelay.PipelineWithin, smtprelay.PipelineOff)
 	w.habit = pick(rng, takesOverlap, takesOverlap, takesOverlap, refusesOverlap, discardsOverlap)
 	if w.chunking = chance(rng, 30); w.chunking {
@@ -509,7 +509,7 @@ func newStormPlan(seed uint64) *stormPlan {
 		Retry: smtprelay.Retry{
 			MaxAttempts: pick(rng, 0, 1, 2, 3, 8),
 			MinBackoff:  pick(rng, 0, time.Millisecond, 10*time.Second),
-			Temporary:   chance(rng, 30),
+			On4xx:       chance(rng, 30),
 		},
 		Timeouts: smtprelay.Timeouts{Quit: w.quit},
 	}
