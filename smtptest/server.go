@@ -42,28 +42,20 @@
 package smtptest
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"log"
 	"net"
-	"net/url"
 	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
-
-	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
 const (
@@ -218,14 +210,6 @@ type Server struct {
 	duplicates int
 }
 
-// SASLServer is the relay's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Server of
-// github.com/emersion/go-sasl is one.
-type SASLServer interface {
-	// Next takes a response of the client, which is nil where AUTH came without one, and returns the next challenge, or
-	// that the exchange is done. An error refuses the credentials.
-	Next(response []byte) (challenge []byte, done bool, err error)
-}
-
 // Habit is what a relay does with commands that have arrived behind a final dot by the time that it answers the dot: in the
 // same read, or while the Delay of a Fault at FinalDot passes.
 type Habit int
@@ -317,21 +301,6 @@ func setDefault[T comparable](p *T, def T) {
 	}
 }
 
-func listen() net.Listener {
-	addr := "127.0.0.1:0"
-	if serveFlag != "" {
-		addr = serveFlag
-	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil && serveFlag == "" {
-		l, err = net.Listen("tcp6", "[::1]:0")
-	}
-	if err != nil {
-		panic(fmt.Sprintf("smtptest: cannot listen: %v", err))
-	}
-	return l
-}
-
 // makeEHLO fixes what EHLO is answered, in SendGrid's order, but for STARTTLS and AUTH.
 func (s *Server) makeEHLO() {
 	lines := []string{"8BITMIME", "PIPELINING"}
@@ -372,205 +341,4 @@ func containsFold(list []string, s string) bool {
 		}
 	}
 	return false
-}
-
-// accept runs until Close. An error such as too many open files passes: it tries again after a pause that grows, as net/http
-// does.
-func (s *Server) accept() {
-	var pause time.Duration
-	for {
-		nc, err := s.listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			select {
-			case <-time.After(pause):
-			case <-s.done:
-				return
-			}
-			continue
-		}
-		pause = 0
-		tc := nc.(*net.TCPConn)
-		if s.Buffer > 0 {
-			tc.SetReadBuffer(s.Buffer)
-			tc.SetWriteBuffer(s.Buffer)
-		}
-		l, err := newTCPLink(tc)
-		if err != nil {
-			tc.Close()
-			continue
-		}
-		s.serve(l, time.Now().Add(s.Delay))
-	}
-}
-
-// Dial opens a connection to the relay, whatever network and addr say. It has the type of [smtprelay.Config].Dial.
-func (s *Server) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	if !s.InMemory {
-		var d net.Dialer
-		return d.DialContext(ctx, "tcp", s.addr)
-	}
-	if s.Delay > 0 { // SYN and its acknowledgement
-		t := time.NewTimer(s.Delay)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
-		}
-	}
-	if ctx.Err() != nil {
-		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
-	}
-	client, relay := netpipe.New(s.Buffer)
-	if !s.serve(relay, time.Now()) {
-		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}
-	}
-	return client, nil
-}
-
-// serve starts the relay's side of a connection that has come about at the client's end at opened. It reports false, and
-// closes l, if the relay is closed.
-func (s *Server) serve(l link, opened time.Time) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
-		l.Close()
-		return false
-	}
-	if s.Delay > 0 {
-		l = delayed(l, s.Delay, opened, s.Buffer, &s.wg)
-	}
-	c := newConn(s, l, len(s.conns)+1)
-	s.conns = append(s.conns, c)
-	s.wg.Go(func() { c.run(opened) }) // until either side closes; Close cuts it if it must
-	return true
-}
-
-// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted.
-func (s *Server) CloseClientConnections() {
-	s.mu.Lock()
-	var open []*conn
-	for _, c := range s.conns {
-		if c.stats.Open {
-			open = append(open, c)
-		}
-	}
-	s.mu.Unlock()
-	for _, c := range open {
-		c.abandon()
-	}
-}
-
-// Close ends the relay. Connections outside a transaction are told 421 and closed, and so are those in one whose client says
-// nothing for 200 ms and one Delay. A client that is in the midst of a body, a chunk, AUTH or a TLS handshake is waited for.
-// After five seconds Close logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is
-// cut at once. When Close returns no goroutine of the relay is left. Calling it again does nothing.
-func (s *Server) Close() {
-	if !s.started {
-		return
-	}
-	s.mu.Lock()
-	if !s.closing {
-		s.closing, s.closedAt = true, time.Now()
-		close(s.done)
-		for _, c := range s.conns {
-			c.wakeLocked()
-		}
-	}
-	s.mu.Unlock()
-	if s.listener != nil {
-		s.listener.Close()
-	}
-
-	ended := make(chan struct{})
-	go func() { // ends when all connections have
-		s.wg.Wait()
-		close(ended)
-	}()
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	select {
-	case <-ended:
-	case <-timer.C:
-		s.cutAll()
-		<-ended
-	}
-	s.backends.Close() // go-smtp knows of the listener only once Serve has run
-	s.backend.Shutdown(context.Background())
-	<-s.served
-}
-
-// cutAll ends the connections that are left, and tells which.
-func (s *Server) cutAll() {
-	var b strings.Builder
-	s.mu.Lock()
-	var left []*conn
-	for _, c := range s.conns {
-		if !c.over {
-			left = append(left, c)
-			fmt.Fprintf(&b, "\n  %d from %s: %s", c.stats.Conn, c.wire.RemoteAddr(), c.whereLocked())
-		}
-	}
-	s.mu.Unlock()
-	if len(left) > 0 {
-		log.Printf("smtptest.Server blocked in Close after %v, cutting connections:%s", patience, &b)
-	}
-	for _, c := range left {
-		c.abandon()
-	}
-}
-
-// Addr returns the "host:port" at which the relay listens. With InMemory nothing does; it is what a client is configured with.
-// It panics before Start.
-func (s *Server) Addr() string {
-	if !s.started {
-		panic("smtptest: Server was not started: it has no address yet") // an empty one would mean a real relay
-	}
-	return s.addr
-}
-
-// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads. It cannot say that the
-// relay's certificate is to be trusted. It panics before Start.
-func (s *Server) URL() string {
-	u := url.URL{Scheme: "smtp", Host: s.Addr()}
-	if s.implicitTLS {
-		u.Scheme = "smtps"
-	}
-	if !s.NoAuth {
-		u.User = url.UserPassword(s.Username, s.Password)
-	}
-	return u.String()
-}
-
-// Certificate returns the relay's own certificate, or nil without TLS. It is signed by itself.
-func (s *Server) Certificate() *x509.Certificate { return s.cert }
-
-// Roots returns a pool with the relay's own certificate, by which it can be verified, or nil without TLS.
-func (s *Server) Roots() *x509.CertPool { return s.roots }
-
-// Config returns a configuration for [smtprelay.New] in which the relay's address, TLS mode, roots and credentials are filled
-// in, and Dial with InMemory. Each call returns a new one, which may be changed. It panics before Start.
-func (s *Server) Config() smtprelay.Config {
-	cfg := smtprelay.Config{Addr: s.Addr(), TLS: smtprelay.TLSNone}
-	switch {
-	case s.implicitTLS:
-		cfg.TLS = smtprelay.TLSImplicit
-	case s.tlsConfig != nil:
-		cfg.TLS = smtprelay.TLSStartTLS
-	}
-	if s.tlsConfig != nil {
-		cfg.TLSConfig = &tls.Config{RootCAs: s.roots}
-	}
-	if !s.NoAuth {
-		cfg.Username, cfg.Password = s.Username, s.Password
-	}
-	if s.InMemory {
-		cfg.Dial = s.Dial
-		cfg.LocalName = "client.test" // a pipe has no address, and asking for the host's name would use the network
-	}
-	return cfg
 }
