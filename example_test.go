@@ -262,7 +262,7 @@ func ExampleSafeToRetry() {
 	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // taken, and lost before the relay could say so
 	_, err = client.Send(context.Background(), m)
 	fmt.Println(smtprelay.SafeToRetry(err))
-	fmt.Println("at the relay:", relay.Accepted())
+	fmt.Println("at the relay:", relay.Stats().Accepted)
 	// Output:
 	// true smtprelay: final dot: 451 4.3.0 "try again later"
 	// false

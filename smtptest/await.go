@@ -83,7 +83,8 @@ func (c *conn) await() ending {
 			continue // woken for another reason
 		}
 		c.events[Idle]++
-		e := Event{Step: Idle, Conn: c.stats.Conn, N: c.events[Idle], Message: c.events[Mail]}
+		e := Event{Step: Idle}
+		c.describe(&e)
 		spared = append(spared, h)
 		if !h.f.concerns(&e) || !h.strikes(true) {
 			continue
@@ -102,7 +103,7 @@ func (c *conn) await() ending {
 // nextIdleFault returns the fault that will strike first if the connection stays idle, and when.
 func (c *conn) nextIdleFault(since time.Time, spared []*FaultHandle) (first *FaultHandle, due time.Time) {
 	for _, h := range c.s.faultList() {
-		if h.f.At != Idle || h.f.Conn != 0 && h.f.Conn != c.stats.Conn || slices.Contains(spared, h) {
+		if h.f.At != Idle || h.f.elsewhere(c.stats.Conn, c.stats.Addr) || slices.Contains(spared, h) {
 			continue
 		}
 		if at := since.Add(h.f.Delay); first == nil || at.Before(due) {
@@ -128,7 +129,7 @@ func (c *conn) beginWait(since time.Time, spared []*FaultHandle) (h *FaultHandle
 			since = c.s.closedAt
 		}
 		due = since.Add(c.s.Delay + lastWords)
-		if !c.env.open || !time.Now().Before(due) {
+		if !c.env.open || c.env.refused || !time.Now().Before(due) {
 			return nil, due, false
 		}
 	case !c.env.open:

@@ -176,6 +176,7 @@ func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
 		o.Notify = append(o.Notify, smtprelay.DSNNotify(n))
 	}
 	s.c.env.rcptOptions = append(s.c.env.rcptOptions, o)
+	s.c.recipients++
 	return nil
 }
 
@@ -212,10 +213,15 @@ func (c *conn) take() error {
 	m.Body, m.SHA256 = c.msg.end()
 	same := m.identity()
 	c.msg.taken = true
+	c.messages++
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.messages = append(s.messages, m)
+	if s.grown != nil {
+		close(s.grown)
+		s.grown = nil
+	}
 	c.stats.Accepted++
 	if s.seen[same] {
 		s.duplicates++

@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted.
+// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted. New ones are
+// welcome, and the relay has forgotten none of its messages. It is safe for concurrent use.
 func (s *Server) CloseClientConnections() {
 	s.mu.Lock()
 	var open []*conn
@@ -23,10 +24,16 @@ func (s *Server) CloseClientConnections() {
 	}
 }
 
-// Close ends the relay. Connections outside a transaction are told 421 and closed, and so are those in one whose client says
-// nothing for 200 ms and one Delay. A client that is in the midst of a body, a chunk, AUTH or a TLS handshake is waited for.
-// After five seconds Close logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is
-// cut at once. When Close returns no goroutine of the relay is left. Calling it again does nothing.
+// Close ends the relay. Clients may be closed before it or behind it: Close does not wait for one that is merely idle.
+//
+// A connection on which nothing is under way is told 421 and closed at once. Nothing is under way outside a transaction, and in
+// one in which something was refused, as the client may have given that up. In any other transaction Close waits for the next
+// command, 200 ms and one Delay; and it waits for a body, a chunk, AUTH or a TLS handshake that has begun. After five seconds it
+// logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is cut at once. A client that
+// has been told has 50 ms and one Delay to close its side.
+//
+// When Close returns, no goroutine of the relay is left, and what it has counted is still there. Calling it again does nothing;
+// neither does calling it before Start.
 func (s *Server) Close() {
 	if !s.started {
 		return
@@ -40,8 +47,8 @@ func (s *Server) Close() {
 		}
 	}
 	s.mu.Unlock()
-	if s.listener != nil {
-		s.listener.Close()
+	for _, l := range s.listeners {
+		l.Close()
 	}
 
 	ended := make(chan struct{})
@@ -57,6 +64,7 @@ func (s *Server) Close() {
 		s.cutAll()
 		<-ended
 	}
+	s.removeCA()
 	s.backends.Close() // go-smtp knows of the listener only once Serve has run
 	s.backend.Shutdown(context.Background())
 	<-s.served

@@ -38,6 +38,8 @@ type conn struct {
 	backR      *bufio.Reader
 	line       []byte // what is sent to go-smtp
 	events     [steps]int
+	messages   int // taken
+	recipients int // accepted, in all transactions
 	authed     bool
 	authLed    bool                  // the last AUTH had more behind it
 	path       string                // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
@@ -70,14 +72,14 @@ const (
 	lost          // the client has closed, or the relay was cut off
 )
 
-func newConn(s *Server, l link, number int) *conn {
+func newConn(s *Server, l link, number, addr int) *conn {
 	c := &conn{s: s, cut: make(chan struct{}), finalTurns: -1, where: "connecting"}
 	c.wire = &wire{link: l, in: bufio.NewReaderSize(l, readBuffer), delay: s.Delay}
 	c.rw = c.wire
 	c.br = bufio.NewReaderSize(input{c}, readBuffer)
 	c.bw = bufio.NewWriter(output{c})
 	c.msg = incoming{max: s.MaxSize, drop: s.DropBodies}
-	c.stats = ConnStats{Conn: number, Commands: make(map[string]int)}
+	c.stats = ConnStats{Conn: number, Addr: addr, Commands: make(map[string]int)}
 	return c
 }
 
@@ -161,7 +163,7 @@ func (c *conn) enter() (refused bool) {
 	s.maxOpen = max(s.maxOpen, s.open)
 	if s.MaxConns > 0 && s.open > s.MaxConns {
 		c.stats.Refused = true
-		s.refused421++
+		s.refused++
 	}
 	return c.stats.Refused
 }
@@ -249,6 +251,7 @@ func (c *conn) whereLocked() string {
 
 // say puts a reply, whose lines are separated by "\n", into the write buffer.
 func (c *conn) say(reply string) {
+	c.env.refused = c.env.refused || c.env.open && !positive(reply)
 	for line := range strings.SplitSeq(reply, "\n") {
 		c.log("S", line)
 		c.bw.WriteString(line)

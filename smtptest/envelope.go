@@ -12,6 +12,7 @@ import (
 // envelope is what a transaction has collected. go-smtp's goroutine fills it in.
 type envelope struct {
 	open        bool // MAIL was accepted
+	refused     bool // something was refused since: the client may have given the transaction up, and leave it as it is
 	from        string
 	to          []string
 	mailOptions smtprelay.MailOptions
@@ -38,7 +39,7 @@ func (c *conn) mail(line, arg string) ending {
 	b := c.meet(Event{Step: Mail, Line: line, From: c.path})
 	if tooMany && !b.refuses() {
 		s.mu.Lock()
-		s.refused421++
+		s.refused++
 		s.mu.Unlock()
 		c.say("421 4.7.0 Too many messages in this connection")
 		return hangUp

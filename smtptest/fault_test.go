@@ -87,22 +87,22 @@ func TestFaultsAtEachStep(t *testing.T) {
 	}
 	// What the BDAT of the second message adds once it was allowed to end is not counted.
 	first := func(s *Server) int {
-		return min(s.Accepted(), 1)
+		return min(s.Stats().Accepted, 1)
 	}
 
 	t.Run("drop", func(t *testing.T) {
 		each(t, Fault{Drop: true}, func(t *testing.T, s *Server, r *raw, h *FaultHandle) {
 			r.closed()
-			if got := s.Accepted(); h.f.At != Quit && got != taken(h.f.At) {
+			if got := s.Stats().Accepted; h.f.At != Quit && got != taken(h.f.At) {
 				t.Errorf("%d accepted", got)
 			}
-			if s.Open() != 0 {
-				t.Errorf("%d open", s.Open())
+			if s.Stats().Open != 0 {
+				t.Errorf("%d open", s.Stats().Open)
 			}
 		})
 	})
 	t.Run("reset", func(t *testing.T) {
-		each(t, Fault{Reset: true}, func(t *testing.T, s *Server, r *raw, h *FaultHandle) {
+		each(t, Fault{Abort: true}, func(t *testing.T, s *Server, r *raw, h *FaultHandle) {
 			r.wasReset()
 			if got := first(s); got != taken(h.f.At) {
 				t.Errorf("%d accepted", got)
@@ -139,13 +139,13 @@ func TestFaultsAtEachStep(t *testing.T) {
 			r.silent()
 			time.Sleep(time.Hour)
 			r.silent()
-			if s.Open() != 1 {
-				t.Errorf("%d open while stalled", s.Open())
+			if s.Stats().Open != 1 {
+				t.Errorf("%d open while stalled", s.Stats().Open)
 			}
 			r.Close()
 			synctest.Wait()
-			if s.Open() != 0 {
-				t.Errorf("%d open after the client has closed", s.Open())
+			if s.Stats().Open != 0 {
+				t.Errorf("%d open after the client has closed", s.Stats().Open)
 			}
 			if got := first(s); got != taken(h.f.At) {
 				t.Errorf("%d accepted", got)
@@ -183,7 +183,7 @@ func TestFaultsAtEachStep(t *testing.T) {
 
 func TestFaultsOfTLSAndAuth(t *testing.T) {
 	for _, step := range []Step{StartTLS, TLSHandshake, Auth} {
-		for _, f := range []Fault{{Drop: true}, {Reset: true}, {Reply: "454 4.7.0 not now", Drop: true}} {
+		for _, f := range []Fault{{Drop: true}, {Abort: true}, {Reply: "454 4.7.0 not now", Drop: true}} {
 			t.Run(fmt.Sprintf("%v %+v", step, f.Reply), func(t *testing.T) {
 				s := NewUnstartedServer()
 				bubble(t, s, func(t *testing.T) {
@@ -194,7 +194,7 @@ func TestFaultsOfTLSAndAuth(t *testing.T) {
 					r.say("EHLO client.test")
 					r.want("250-")
 					r.say("STARTTLS")
-					if step != StartTLS && !(step == TLSHandshake && f.Reset) { // a reset destroys what was not read
+					if step != StartTLS && !(step == TLSHandshake && f.Abort) { // a reset destroys what was not read
 						r.want("220 ")
 					}
 					if step == Auth {
@@ -206,9 +206,9 @@ func TestFaultsOfTLSAndAuth(t *testing.T) {
 					}
 					rest, err := io.ReadAll(r.br)
 					switch {
-					case f.Reset && err == nil:
+					case f.Abort && err == nil:
 						t.Error("closed, want a reset")
-					case !f.Reset && (len(rest) > 0 || err != nil):
+					case !f.Abort && (len(rest) > 0 || err != nil):
 						t.Errorf("got %q, %v, want EOF", rest, err)
 					}
 					r.Close()
@@ -263,8 +263,8 @@ func TestPositiveReplyCarriesOut(t *testing.T) {
 		r.want("250 fine", "250 ", "354 ")
 		r.say("text", ".")
 		r.want("250 2.0.0 Ok 1234")
-		if s.Accepted() != 1 {
-			t.Errorf("%d accepted", s.Accepted())
+		if s.Stats().Accepted != 1 {
+			t.Errorf("%d accepted", s.Stats().Accepted)
 		}
 	})
 }
@@ -280,8 +280,8 @@ func Test354WithoutRecipients(t *testing.T) {
 		r.say(".", "RSET")
 		r.want("554 5.5.1 No valid recipients", "250 ")
 		r.send("a@x.example", "c@y.example", "text")
-		if s.Accepted() != 1 {
-			t.Errorf("%d accepted", s.Accepted())
+		if s.Stats().Accepted != 1 {
+			t.Errorf("%d accepted", s.Stats().Accepted)
 		}
 	})
 }
@@ -299,8 +299,8 @@ func TestReplyLostAfterAcceptance(t *testing.T) {
 		}
 		r.send("a@x.example", "c@y.example", "text")
 		r.send("a@x.example", "b@y.example", "other text")
-		if s.Accepted() != 4 || s.Duplicates() != 1 {
-			t.Errorf("%d accepted, %d duplicates", s.Accepted(), s.Duplicates())
+		if s.Stats().Accepted != 4 || s.Stats().Duplicates != 1 {
+			t.Errorf("%d accepted, %d duplicates", s.Stats().Accepted, s.Stats().Duplicates)
 		}
 	})
 }
@@ -399,8 +399,8 @@ func TestBodyFaultStrikesAfterSoManyOctets(t *testing.T) {
 		r.say("more", ".", "RSET")
 		r.want("250 ")
 		r.silent()
-		if h.Hits() != 1 || s.Accepted() != 2 {
-			t.Errorf("%d hits, %d accepted", h.Hits(), s.Accepted())
+		if h.Hits() != 1 || s.Stats().Accepted != 2 {
+			t.Errorf("%d hits, %d accepted", h.Hits(), s.Stats().Accepted)
 		}
 	})
 }
@@ -476,8 +476,8 @@ func TestIdleFault(t *testing.T) {
 			r1, r2 := open(t, s), open(t, s)
 			time.Sleep(time.Hour)
 			synctest.Wait()
-			if h.Hits() != 1 || s.Open() != 1 {
-				t.Errorf("%d hits, %d open", h.Hits(), s.Open())
+			if h.Hits() != 1 || s.Stats().Open != 1 {
+				t.Errorf("%d hits, %d open", h.Hits(), s.Stats().Open)
 			}
 			r1.Close()
 			r2.Close()
@@ -538,7 +538,7 @@ func TestResetOverSockets(t *testing.T) {
 		s := NewUnstartedServer()
 		s.Delay = delay
 		start(t, s)
-		s.Fault(Fault{At: FinalDot, Reset: true})
+		s.Fault(Fault{At: FinalDot, Abort: true})
 		r := open(t, s)
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 		r.want("250 ", "250 ", "354 ")
@@ -547,8 +547,8 @@ func TestResetOverSockets(t *testing.T) {
 		if _, err := r.br.ReadByte(); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, wsaECONNRESET) {
 			t.Errorf("got %v", err)
 		}
-		if s.Accepted() != 0 || s.Open() != 0 {
-			t.Errorf("%d accepted, %d open", s.Accepted(), s.Open())
+		if s.Stats().Accepted != 0 || s.Stats().Open != 0 {
+			t.Errorf("%d accepted, %d open", s.Stats().Accepted, s.Stats().Open)
 		}
 	}
 }

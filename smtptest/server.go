@@ -6,7 +6,7 @@
 //	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Nth: 3, Drop: true})
 //	// … the code under test …
 //	relay.Messages()                             // what arrived: envelope, body, connection number
-//	relay.MaxOpen(); relay.Turns(); lost.Hits()  // what a promise is checked with
+//	relay.Stats().MaxOpen; relay.Stats().Turns; lost.Hits()  // what a promise is checked with
 //
 // It speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. Fields of
 // the [Server] change that before it is started, and a [Fault] makes it fail at any step.
@@ -52,6 +52,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"testing"
 	"time"
 
 	"github.com/emersion/go-sasl"
@@ -104,7 +105,7 @@ type Server struct {
 	// empty.
 	TLS *tls.Config
 
-	// CertNames are the names and addresses that the relay's own certificate is good for; nil means 127.0.0.1, ::1,
+	// CertNames are the names and addresses that the relay's own certificate is good for; nil means its Addresses, ::1,
 	// localhost and Name.
 	CertNames []string
 
@@ -126,6 +127,12 @@ type Server struct {
 	// MaxSize is how many octets a message may have; 0 means 31457280, negative means no limit, and none announced. A longer
 	// one is answered 552 at MAIL, if SIZE= says so, or at its end.
 	MaxSize int64
+
+	// Addresses is how many addresses the relay has, as the nodes behind one name; 0 means 1. They are 127.0.0.1, 127.0.0.2 and
+	// so on, all with one port, which needs a system on which all of 127.0.0.0/8 is loopback, as Linux; with InMemory any
+	// will do. Connections, limits, messages and counters are the Server's as a whole; a Fault with Addr strikes one
+	// address alone. Resolver makes a name of them.
+	Addresses int
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
 	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; what they say is
@@ -182,11 +189,11 @@ type Server struct {
 	// fixed by Start
 	started     bool
 	implicitTLS bool
-	addr        string
+	addrs       []string    // "host:port", at least one
 	tlsConfig   *tls.Config // nil: no TLS
 	cert        *x509.Certificate
 	roots       *x509.CertPool
-	listener    net.Listener // nil with InMemory
+	listeners   []net.Listener // one for each of addrs; none with InMemory
 	backend     *smtp.Server
 	backends    *backListener
 	served      chan struct{} // closed when go-smtp has stopped accepting
@@ -204,8 +211,10 @@ type Server struct {
 	conns      []*conn   // all there ever were
 	open       int
 	maxOpen    int
-	refused421 int
+	refused    int // connections and MAIL commands
 	messages   []Message
+	grown      chan struct{}     // if somebody waits: closed when the next message is taken
+	caFile     string            // with the relay's own certificate; "" as long as nobody has wanted it
 	seen       map[[32]byte]bool // hashes of envelope and body
 	duplicates int
 }
@@ -235,15 +244,30 @@ func init() {
 	}
 }
 
+// New returns a started Server for a test, which is closed when the test and its subtests have ended. Each of set changes fields
+// of it before it is started, in the order given; without any it is as [NewServer] makes it. The clients that [Server.Client]
+// returns are closed before it. It panics if it cannot listen.
+func New(tb testing.TB, set ...func(*Server)) *Server {
+	tb.Helper()
+	s := NewUnstartedServer()
+	for _, f := range set {
+		f(s)
+	}
+	s.Start()
+	tb.Cleanup(s.Close)
+	return s
+}
+
 // NewServer returns a started Server with all defaults: loopback TCP, its own certificate, STARTTLS, AUTH PLAIN and LOGIN,
-// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. It panics if it cannot listen.
+// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. The caller closes it. It panics if it cannot
+// listen.
 func NewServer() *Server {
 	s := NewUnstartedServer()
 	s.Start()
 	return s
 }
 
-// NewUnstartedServer returns a Server whose fields can be set before it is started.
+// NewUnstartedServer returns a Server whose fields can be set before it is started, by Start or StartTLS.
 func NewUnstartedServer() *Server { return &Server{} }
 
 // Start starts a Server whose connections begin in the clear; it offers STARTTLS unless NoTLS is set. It panics if it cannot
@@ -268,8 +292,12 @@ func (s *Server) start(implicitTLS bool) {
 	if s.Mechanisms == nil {
 		s.Mechanisms = []string{sasl.Plain, sasl.Login}
 	}
+	s.Addresses = max(1, s.Addresses)
 	if s.CertNames == nil {
-		s.CertNames = []string{"127.0.0.1", "::1", "localhost", s.Name}
+		s.CertNames = []string{"::1", "localhost", s.Name}
+		for n := range s.Addresses {
+			s.CertNames = append(s.CertNames, loopback(n))
+		}
 	}
 	if implicitTLS || !s.NoTLS {
 		s.makeTLS()
@@ -280,15 +308,20 @@ func (s *Server) start(implicitTLS bool) {
 	s.startBackend()
 
 	if s.InMemory {
-		s.addr = "127.0.0.1:587"
+		port := "587"
 		if implicitTLS {
-			s.addr = "127.0.0.1:465"
+			port = "465"
+		}
+		for n := range s.Addresses {
+			s.addrs = append(s.addrs, net.JoinHostPort(loopback(n), port))
 		}
 		return
 	}
-	s.listener = listen()
-	s.addr = s.listener.Addr().String()
-	s.wg.Go(s.accept)
+	s.listen()
+	for n, l := range s.listeners {
+		s.addrs = append(s.addrs, l.Addr().String())
+		s.wg.Go(func() { s.accept(l, n+1) }) // until Close closes the listener
+	}
 	if serveFlag != "" {
 		fmt.Fprintln(os.Stderr, "smtptest.Server:", s.URL())
 		select {}

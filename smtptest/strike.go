@@ -11,7 +11,9 @@ func (f *Fault) concerns(e *Event) bool {
 	switch {
 	case f.At != e.Step && (f.At != 0 || e.Step == Idle):
 		return false
-	case f.Conn != 0 && f.Conn != e.Conn:
+	case f.elsewhere(e.Conn, e.Addr):
+		return false
+	case f.AfterMessages > e.Messages || f.AfterRecipients > e.Recipients:
 		return false
 	case f.AfterBytes > e.Bytes:
 		return false
@@ -25,9 +27,14 @@ func (f *Fault) concerns(e *Event) bool {
 	return f.When == nil || f.When(*e)
 }
 
+// elsewhere reports whether the fault is for other connections than conn, which was made to the address addr.
+func (f *Fault) elsewhere(conn, addr int) bool {
+	return f.Conn != 0 && f.Conn != conn || f.Addr != 0 && f.Addr != addr
+}
+
 // observes reports whether the fault does nothing but count.
 func (f *Fault) observes() bool {
-	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Reset && !f.Discard
+	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Abort && !f.Discard
 }
 
 // strikes counts an event that the filters have let through, and reports whether the fault strikes; that it may.
@@ -38,7 +45,7 @@ func (h *FaultHandle) strikes(may bool) bool {
 		return false // somebody else was faster
 	}
 	h.passed++
-	if !may || h.passed < h.f.Nth {
+	if !may || !h.turnLocked() || !h.tooFastLocked() {
 		return false
 	}
 	h.hits++
@@ -48,6 +55,34 @@ func (h *FaultHandle) strikes(may bool) bool {
 		h.s.dropFaultLocked(h)
 	}
 	return true
+}
+
+// turnLocked reports whether the event counted last is one that Nth and Every want.
+func (h *FaultHandle) turnLocked() bool {
+	n := h.passed - max(h.f.Nth, 1) + 1
+	return n > 0 && n%max(h.f.Every, 1) == 0
+}
+
+// tooFastLocked reports whether an event that comes now is one too many for Rate. If not, it is counted as having passed.
+func (h *FaultHandle) tooFastLocked() bool {
+	if h.f.Rate <= 0 {
+		return true
+	}
+	burst := h.f.Burst
+	if burst <= 0 {
+		burst = max(1, int(h.f.Rate))
+	}
+	interval := time.Duration(float64(time.Second) / h.f.Rate)
+	now := time.Now()
+	full := h.full
+	if full.Before(now) {
+		full = now
+	}
+	if full.Sub(now) > time.Duration(burst-1)*interval {
+		return true
+	}
+	h.full = full.Add(interval)
+	return false
 }
 
 // blow is what a fault does to a connection once it has delayed or stalled it.
@@ -76,9 +111,7 @@ func (c *conn) meet(e Event) blow {
 	if len(list) == 0 {
 		return blow{}
 	}
-	e.Conn = c.stats.Conn
-	e.N = c.events[e.Step]
-	e.Message = c.events[Mail]
+	c.describe(&e)
 	if e.From == "" {
 		e.From = c.env.from
 	}
@@ -102,6 +135,13 @@ func (c *conn) meet(e Event) blow {
 		}
 	}
 	return b
+}
+
+// describe fills in what every event of the connection has.
+func (c *conn) describe(e *Event) {
+	e.Addr, e.Conn = c.stats.Addr, c.stats.Conn
+	e.N, e.Message = c.events[e.Step], c.events[Mail]
+	e.Messages, e.Recipients = c.messages, c.recipients
 }
 
 // pipelined reports whether more has arrived behind the command that e is about.
@@ -133,7 +173,7 @@ func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
 	}
 	b.reply = f.Reply
 	switch {
-	case f.Reset:
+	case f.Abort:
 		b.end = reset
 	case f.Drop:
 		b.end = drop
