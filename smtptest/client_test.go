@@ -250,6 +250,9 @@ func TestURLWithoutTLSIsReadByParseURL(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if cfg.TLS != smtprelay.TLSNone || cfg.Addr != relay.Addr() || cfg.Username != relay.Username {
+		t.Errorf("%s is read as TLS %v, address %s", relay.URL(), cfg.TLS, cfg.Addr)
+	}
 	client, err := smtprelay.New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -313,6 +316,16 @@ func TestResolverGivesEveryNameTheAddresses(t *testing.T) {
 		c.Dial = dialer.DialContext
 	})
 	if _, err := client.Send(t.Context(), message); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNewStartsARelayThatNobodyElseHas(t *testing.T) {
+	relay := smtptest.New(t, inMemory, (*smtptest.Server).StartTLS)
+	if cfg := relay.Config(); cfg.TLS != smtprelay.TLSImplicit || cfg.Dial == nil {
+		t.Errorf("%+v", cfg.TLS)
+	}
+	if _, err := relay.Client(t).Send(t.Context(), message); err != nil {
 		t.Error(err)
 	}
 }

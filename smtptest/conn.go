@@ -251,7 +251,7 @@ func (c *conn) whereLocked() string {
 
 // say puts a reply, whose lines are separated by "\n", into the write buffer.
 func (c *conn) say(reply string) {
-	c.env.refused = c.env.refused || c.env.open && !positive(reply)
+	c.env.refused = c.env.refused || !positive(reply)
 	for line := range strings.SplitSeq(reply, "\n") {
 		c.log("S", line)
 		c.bw.WriteString(line)

@@ -82,9 +82,9 @@ type Event struct {
 	Rcpt    string   // the forward-path of this RCPT
 	Bytes   int64    // how much of the body has come, in octets
 
-	// Messages and Recipients are how many of them the relay has taken on this connection so far: recipients in all of its
-	// transactions, those included that came to nothing.
-	Messages, Recipients int
+	// Accepted and Recipients are how many messages the relay has taken on this connection so far, and how many recipients it
+	// has accepted: in all transactions, those included that came to nothing.
+	Accepted, Recipients int
 
 	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command (at Bdat, behind its
 	// chunk) when the relay came to it. It is always false at Connect, TLSHandshake, Body and Idle.

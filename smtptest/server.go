@@ -1,44 +1,3 @@
-// Package smtptest provides a fake relay for tests of programs that send mail, shaped like net/http/httptest.
-//
-//	relay := smtptest.NewServer()                // loopback, own certificate, STARTTLS, AUTH, PIPELINING
-//	defer relay.Close()                          // waits; after 5 s tells which connection hangs, and where
-//	client, err := smtprelay.New(relay.Config()) // address, roots and credentials filled in
-//	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Nth: 3, Drop: true})
-//	// … the code under test …
-//	relay.Messages()                             // what arrived: envelope, body, connection number
-//	relay.Stats().MaxOpen; relay.Stats().Turns; lost.Hits()  // what a promise is checked with
-//
-// It speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. Fields of
-// the [Server] change that before it is started, and a [Fault] makes it fail at any step.
-//
-// The relay is stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS
-// before AUTH where it offers STARTTLS, refuses parameters of extensions that it has not offered, and hangs up on a client
-// that speaks before the greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without
-// waiting. About addresses it is generous.
-//
-// # Misbehaviour
-//
-// What real relays do wrong, and how to have it here:
-//
-//   - replies, hang-ups, resets and silence at any step: a [Fault]
-//   - a pause at any step, at each challenge of AUTH and between the chunks of BDAT too: Fault.Delay
-//   - objections to commands pipelined behind AUTH, or behind any other: Fault.Pipelined, Event.AuthLed
-//   - a login that is forgotten, or denied to the first message only: a Fault at Mail, with When
-//   - pipelined commands that are thrown away: Fault.Discard; behind a final dot, Server.Behind
-//   - a response of AUTH that is ignored, and challenges for ever: a Reply of 334 at Auth and AuthResponse
-//   - a refused chunk that is read as commands: Server.KeepRefusedChunks
-//   - a truncated last chunk that is taken for the whole: Server.Chunking
-//   - a transaction that survives RSET: Server.KeepEnvelopeOnRset
-//
-// # In a synctest bubble
-//
-// With InMemory set the relay uses no sockets, and all of its goroutines wait in ways that testing/synctest knows. Start it
-// and close it inside the bubble. Together with Delay the time that a dialogue takes is then exact.
-//
-// # By hand
-//
-// go test -run '^TestBroken$' -smtptest.serve=127.0.0.1:2525 starts the first relay that the test makes on this address and
-// leaves it there to be talked to.
 package smtptest
 
 import (
@@ -80,7 +39,7 @@ const (
 )
 
 // A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
-// zero value of each is the default. Its methods are safe for concurrent use.
+// zero value of each is the default. Once it is started, its methods are safe for concurrent use.
 type Server struct {
 	// Name is what the relay calls itself in the greeting and in the reply to EHLO; "" means "smtp.test".
 	Name string
@@ -245,7 +204,8 @@ func init() {
 }
 
 // New returns a started Server for a test, which is closed when the test and its subtests have ended. Each of set changes fields
-// of it before it is started, in the order given; without any it is as [NewServer] makes it. The clients that [Server.Client]
+// of it before it is started, in the order given; without any it is as [NewServer] makes it. One of
+// set may start it itself, as (*Server).StartTLS does. The clients that [Server.Client]
 // returns are closed before it. It panics if it cannot listen.
 func New(tb testing.TB, set ...func(*Server)) *Server {
 	tb.Helper()
@@ -253,7 +213,9 @@ func New(tb testing.TB, set ...func(*Server)) *Server {
 	for _, f := range set {
 		f(s)
 	}
-	s.Start()
+	if !s.started {
+		s.Start()
+	}
 	tb.Cleanup(s.Close)
 	return s
 }

@@ -12,18 +12,18 @@ import (
 
 // Message is a message that the relay has taken.
 type Message struct {
-	ID          string // the queue ID, as in the reply
-	Conn        int    // the connection it came on, counted from 1
-	Nth         int    // the MAIL command of the connection that it came with, counted from 1
-	From        string // the reverse-path, as it stood between the brackets
-	To          []string
+	ID          string   // the queue ID, as in the reply
+	Conn        int      // the connection it came on, counted from 1
+	Nth         int      // the MAIL command of the connection that it came with, counted from 1
+	From        string   // the reverse-path, as it stood between the brackets
+	To          []string // the forward-paths that were accepted, in their order
 	MailOptions smtprelay.MailOptions
 	RcptOptions []smtprelay.RcptOptions // one for each of To
 	Body        []byte                  // as it was before dots were stuffed; nil with DropBodies. Not to be changed
-	Size        int64                   // of the body
+	Size        int64                   // of the body, in octets
 	SHA256      [32]byte                // of the body
 	Chunked     bool                    // whether it came by BDAT
-	Received    time.Time
+	Received    time.Time               // when the relay took it
 }
 
 // Stats is what has happened at a Server, or on all connections of it together.
@@ -58,13 +58,13 @@ type Stats struct {
 
 // ConnStats is what has happened on one connection.
 type ConnStats struct {
-	Conn          int  // counted from 1
-	Addr          int  // the address that it was made to, counted from 1; see Server.Addresses
-	Open          bool // the relay has not closed it
-	Refused       bool // for MaxConns
-	TLS           bool
-	TLSResumed    bool
-	Authenticated bool
+	Conn          int            // counted from 1
+	Addr          int            // the address that it was made to, counted from 1; see Server.Addresses
+	Open          bool           // the relay has not closed it
+	Refused       bool           // for MaxConns
+	TLS           bool           // a handshake has succeeded
+	TLSResumed    bool           // with a session of an earlier connection
+	Authenticated bool           // AUTH has succeeded, whatever the client was told
 	Mails         int            // MAIL commands, refused ones included
 	Accepted      int            // messages
 	Auths         int            // AUTH commands

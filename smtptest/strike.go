@@ -13,7 +13,7 @@ func (f *Fault) concerns(e *Event) bool {
 		return false
 	case f.elsewhere(e.Conn, e.Addr):
 		return false
-	case f.AfterMessages > e.Messages || f.AfterRecipients > e.Recipients:
+	case f.AfterMessages > e.Accepted || f.AfterRecipients > e.Recipients:
 		return false
 	case f.AfterBytes > e.Bytes:
 		return false
@@ -141,7 +141,7 @@ func (c *conn) meet(e Event) blow {
 func (c *conn) describe(e *Event) {
 	e.Addr, e.Conn = c.stats.Addr, c.stats.Conn
 	e.N, e.Message = c.events[e.Step], c.events[Mail]
-	e.Messages, e.Recipients = c.messages, c.recipients
+	e.Accepted, e.Recipients = c.messages, c.recipients
 }
 
 // pipelined reports whether more has arrived behind the command that e is about.
