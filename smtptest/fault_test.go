@@ -305,46 +305,6 @@ func TestReplyLostAfterAcceptance(t *testing.T) {
 	})
 }
 
-func TestFilters(t *testing.T) {
-	s := plainRelay()
-	bubble(t, s, func(t *testing.T) {
-		third := s.Fault(Fault{At: FinalDot, Nth: 3, Reply: "451 third"})
-		fromFifth := s.Fault(Fault{At: FinalDot, Nth: 5, Count: 2, Reply: "451 fifth and sixth"})
-		always := s.Fault(Fault{At: Rcpt, Rcpt: "GONE@y.example", Count: -1, Reply: "550 gone"})
-		holds := s.Fault(Fault{At: Data, Rcpt: "ann@y.example", Reply: "451 not with ann"})
-		second := s.Fault(Fault{At: Mail, Conn: 2, Reply: "451 second connection"})
-		counts := s.Fault(Fault{Count: -1, When: func(e Event) bool {
-			return e.Step == FinalDot && e.From == "a@x.example" && e.To[0] == "b@y.example" && e.Bytes == 6 && e.Conn == 1
-		}})
-		r := open(t, s)
-		for i, want := range []string{"250 ", "250 ", "451 third", "250 ", "451 fifth", "451 fifth", "250 "} {
-			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "RCPT TO:<gone@y.example>", "DATA")
-			r.want("250 ", "250 ", "550 gone", "354 ")
-			r.say("text", ".")
-			r.want(want)
-			if i == 3 {
-				always.Remove()
-				always = s.Fault(Fault{At: Rcpt, Rcpt: "gone@y.example", Count: -1, Reply: "550 gone again"})
-			}
-		}
-		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<ann@y.example>", "DATA", "RSET")
-		r.want("250 ", "250 ", "554 ") // behind DATA nothing may come
-		r = open(t, s)
-		r.say("MAIL FROM:<a@x.example>")
-		r.want("451 second connection")
-		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<ann@y.example>", "DATA")
-		r.want("250 ", "250 ", "451 not with ann")
-		for _, h := range []struct {
-			*FaultHandle
-			hits int
-		}{{third, 1}, {fromFifth, 2}, {always, 3}, {holds, 1}, {second, 1}, {counts, 7}} {
-			if h.Hits() != h.hits {
-				t.Errorf("%+v: %d hits, want %d", h.f, h.Hits(), h.hits)
-			}
-		}
-	})
-}
-
 func TestDelaysAddUpAndTheFirstBlowEnds(t *testing.T) {
 	s := plainRelay()
 	bubble(t, s, func(t *testing.T) {
@@ -431,77 +391,6 @@ func TestStallInABodyStopsReading(t *testing.T) {
 		if s.Messages()[0].Size != int64(len(body)) {
 			t.Errorf("%d octets arrived of %d", s.Messages()[0].Size, len(body))
 		}
-	})
-}
-
-func TestIdleFault(t *testing.T) {
-	timeout := Fault{At: Idle, Delay: 10 * time.Second, Reply: "421 4.4.2 timeout", Drop: true}
-	t.Run("strikes when the client is silent", func(t *testing.T) {
-		s := plainRelay()
-		bubble(t, s, func(t *testing.T) {
-			s.Fault(timeout)
-			r := open(t, s)
-			time.Sleep(9 * time.Second)
-			r.send("a@x.example", "b@y.example", "text") // in time, and begins the wait again
-			before := time.Now()
-			r.want("421 4.4.2 timeout")
-			r.closed()
-			if took := time.Since(before); took != 10*time.Second {
-				t.Errorf("after %v", took)
-			}
-		})
-	})
-	t.Run("not in a transaction", func(t *testing.T) {
-		s := plainRelay()
-		bubble(t, s, func(t *testing.T) {
-			h := s.Fault(timeout)
-			r := open(t, s)
-			r.say("MAIL FROM:<a@x.example>")
-			r.want("250 ")
-			time.Sleep(time.Hour)
-			r.silent()
-			if h.Hits() != 0 {
-				t.Error("it has struck")
-			}
-			r.say("RSET")
-			r.want("250 ")
-			time.Sleep(time.Hour)
-			r.want("421 ")
-		})
-	})
-	t.Run("once, although several are idle", func(t *testing.T) {
-		s := plainRelay()
-		bubble(t, s, func(t *testing.T) {
-			h := s.Fault(timeout)
-			r1, r2 := open(t, s), open(t, s)
-			time.Sleep(time.Hour)
-			synctest.Wait()
-			if h.Hits() != 1 || s.Stats().Open != 1 {
-				t.Errorf("%d hits, %d open", h.Hits(), s.Stats().Open)
-			}
-			r1.Close()
-			r2.Close()
-		})
-	})
-	t.Run("strikes who is idle already", func(t *testing.T) {
-		s := NewUnstartedServer()
-		bubble(t, s, func(t *testing.T) {
-			r := open(t, s)
-			time.Sleep(time.Minute)
-			s.Fault(Fault{At: Idle, When: func(e Event) bool { return e.Conn == 7 }, Drop: true})
-			s.Fault(Fault{At: Idle, Reply: "451 4.4.2 Timeout - closing connection", Drop: true})
-			r.want("451 4.4.2 Timeout")
-			r.closed()
-		})
-	})
-	t.Run("a reply that closes nothing", func(t *testing.T) {
-		s := NewUnstartedServer()
-		bubble(t, s, func(t *testing.T) {
-			r := open(t, s)
-			s.Fault(Fault{At: Idle, Delay: time.Minute, Reply: "250 unasked"})
-			r.want("250 unasked")
-			r.send("a@x.example", "b@y.example", "text") // TLS survives the interrupted read
-		})
 	})
 }
 

@@ -12,6 +12,46 @@ import (
 	"time"
 )
 
+func TestFilters(t *testing.T) {
+	s := plainRelay()
+	bubble(t, s, func(t *testing.T) {
+		third := s.Fault(Fault{At: FinalDot, Nth: 3, Reply: "451 third"})
+		fromFifth := s.Fault(Fault{At: FinalDot, Nth: 5, Count: 2, Reply: "451 fifth and sixth"})
+		always := s.Fault(Fault{At: Rcpt, Rcpt: "GONE@y.example", Count: -1, Reply: "550 gone"})
+		holds := s.Fault(Fault{At: Data, Rcpt: "ann@y.example", Reply: "451 not with ann"})
+		second := s.Fault(Fault{At: Mail, Conn: 2, Reply: "451 second connection"})
+		counts := s.Fault(Fault{Count: -1, When: func(e Event) bool {
+			return e.Step == FinalDot && e.From == "a@x.example" && e.To[0] == "b@y.example" && e.Bytes == 6 && e.Conn == 1
+		}})
+		r := open(t, s)
+		for i, want := range []string{"250 ", "250 ", "451 third", "250 ", "451 fifth", "451 fifth", "250 "} {
+			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "RCPT TO:<gone@y.example>", "DATA")
+			r.want("250 ", "250 ", "550 gone", "354 ")
+			r.say("text", ".")
+			r.want(want)
+			if i == 3 {
+				always.Remove()
+				always = s.Fault(Fault{At: Rcpt, Rcpt: "gone@y.example", Count: -1, Reply: "550 gone again"})
+			}
+		}
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<ann@y.example>", "DATA", "RSET")
+		r.want("250 ", "250 ", "554 ") // behind DATA nothing may come
+		r = open(t, s)
+		r.say("MAIL FROM:<a@x.example>")
+		r.want("451 second connection")
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<ann@y.example>", "DATA")
+		r.want("250 ", "250 ", "451 not with ann")
+		for _, h := range []struct {
+			*FaultHandle
+			hits int
+		}{{third, 1}, {fromFifth, 2}, {always, 3}, {holds, 1}, {second, 1}, {counts, 7}} {
+			if h.Hits() != h.hits {
+				t.Errorf("%+v: %d hits, want %d", h.f, h.Hits(), h.hits)
+			}
+		}
+	})
+}
+
 // sessionLimits are what relays say when a session has had its messages or recipients.
 var sessionLimits = []string{
 	"452 4.4.5 Maximum number of messages per session exceeded",
