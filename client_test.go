@@ -117,15 +117,15 @@ func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
 		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 1000, 100)
 
-		want(t, "accepted by the relay", relay.Accepted(), 1000)
-		want(t, "duplicates", relay.Duplicates(), 0)
-		want(t, "refused for a limit", relay.Refused421(), 0)
-		atMost(t, "open at once", relay.MaxOpen(), 10)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 1000)
+		want(t, "duplicates", relay.Stats().Duplicates, 0)
+		want(t, "refused for a limit", relay.Stats().Refused, 0)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 		want(t, "connections opened", len(relay.Conns()), 10)
 		atMost(t, "messages on one connection", mostOnOne(relay), 100)
-		atMost(t, "turns for 1,000 messages, once a connection is up", relay.MessageTurns(), 1050)
-		want(t, "NOOPs", relay.Noops(), 0)
-		want(t, "AUTHs", relay.Auths(), 10)
+		atMost(t, "turns for 1,000 messages, once a connection is up", relay.Stats().MessageTurns, 1050)
+		want(t, "NOOPs", relay.Stats().Commands["NOOP"], 0)
+		want(t, "AUTHs", relay.Stats().Auths, 10)
 
 		s := client.Stats()
 		want(t, "Stats().Accepted", int(s.Accepted), 1000)
@@ -203,11 +203,11 @@ func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
 		client := newClient(t, configOf(relay))
 		sendNumbered(t, client, 25, 1)
 
-		want(t, "accepted by the relay", relay.Accepted(), 25)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 25)
 		want(t, "connections opened", len(relay.Conns()), 1)
-		want(t, "turns for 25 messages, once the connection is up", relay.MessageTurns(), 50)
-		want(t, "RSETs", relay.Rsets(), 0)
-		want(t, "NOOPs", relay.Noops(), 0)
+		want(t, "turns for 25 messages, once the connection is up", relay.Stats().MessageTurns, 50)
+		want(t, "RSETs", relay.Stats().Commands["RSET"], 0)
+		want(t, "NOOPs", relay.Stats().Commands["NOOP"], 0)
 	})
 }
 
@@ -218,17 +218,17 @@ func TestChunkingTakesATurnForALoneMessageAndFewForMany(t *testing.T) {
 		chunking := func(s *smtptest.Server) { s.Chunking = true }
 		relay := newRelay(t, far, chunking)
 		sendNumbered(t, newClient(t, configOf(relay)), 25, 1)
-		want(t, "accepted by the relay", relay.Accepted(), 25)
-		want(t, "turns for 25 messages, and one for the first's AUTH", relay.MessageTurns(), 26)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 25)
+		want(t, "turns for 25 messages, and one for the first's AUTH", relay.Stats().MessageTurns, 26)
 
 		relay = newRelay(t, far, chunking)
 		sendNumbered(t, newClient(t, configOf(relay)), 1000, 100)
-		want(t, "accepted by the relay", relay.Accepted(), 1000)
-		want(t, "duplicates", relay.Duplicates(), 0)
-		want(t, "refused for a limit", relay.Refused421(), 0)
-		atMost(t, "open at once", relay.MaxOpen(), 10)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 1000)
+		want(t, "duplicates", relay.Stats().Duplicates, 0)
+		want(t, "refused for a limit", relay.Stats().Refused, 0)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 		atMost(t, "messages on one connection", mostOnOne(relay), 100)
-		atMost(t, "turns for 1,000 messages, once a connection is up", relay.MessageTurns(), 500)
+		atMost(t, "turns for 1,000 messages, once a connection is up", relay.Stats().MessageTurns, 500)
 	})
 }
 
@@ -254,9 +254,9 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 
 				start := time.Now()
 				sendNumbered(t, client, 500, 50)
-				want(t, "accepted by the relay", relay.Accepted(), 500)
-				want(t, "duplicates", relay.Duplicates(), 0)
-				atMost(t, "open at once", relay.MaxOpen(), 10)
+				want(t, "accepted by the relay", relay.Stats().Accepted, 500)
+				want(t, "duplicates", relay.Stats().Duplicates, 0)
+				atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 				atMost(t, "short waits: "+test.why, int(time.Since(start)/cfg.Timeouts.Overlap), test.waits)
 				if s := client.Stats(); s.Accepted != 500 || s.NotAccepted+s.Unknown != 0 {
 					t.Errorf("accepted %d, not accepted %d, unknown %d; want 500, 0, 0", s.Accepted, s.NotAccepted, s.Unknown)
@@ -268,7 +268,7 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 				}
 				start = time.Now()
 				sendNumbered(t, client, 500, 50)
-				want(t, "accepted by the relay", relay.Accepted(), 1000)
+				want(t, "accepted by the relay", relay.Stats().Accepted, 1000)
 				want(t, "overlaps after it was known", int(client.Stats().Overlapped-learnt), 0)
 				want(t, "short waits after it was known", int(time.Since(start)/cfg.Timeouts.Overlap), 0)
 			})
@@ -289,11 +289,11 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 				client := newClient(t, cfg)
 				sendNumbered(t, client, 1000, 100)
 
-				want(t, "accepted by the relay", relay.Accepted(), 1000)
-				want(t, "duplicates", relay.Duplicates(), 0)
-				want(t, "refused for a limit", relay.Refused421(), 0)
+				want(t, "accepted by the relay", relay.Stats().Accepted, 1000)
+				want(t, "duplicates", relay.Stats().Duplicates, 0)
+				want(t, "refused for a limit", relay.Stats().Refused, 0)
 				atMost(t, "messages on one connection", mostOnOne(relay), limit)
-				atMost(t, "open at once", relay.MaxOpen(), 10)
+				atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 				s := client.Stats()
 				want(t, "Stats().Retries", int(s.Retries), 0)
 				want(t, "Stats().DialErrors", int(s.DialErrors), 0)
@@ -456,7 +456,7 @@ func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
 				t.Error(err)
 			}
 			relay.Close()
-			want(t, "accepted by the relay", relay.Accepted(), 1)
+			want(t, "accepted by the relay", relay.Stats().Accepted, 1)
 		})
 	}
 }
@@ -472,11 +472,11 @@ func TestSendMailIsAllOrNothing(t *testing.T) {
 	if err == nil || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || !strings.Contains(err.Error(), "gone@example.org") {
 		t.Errorf("got %v, want the refusal of gone@example.org and nothing accepted", err)
 	}
-	want(t, "accepted by the relay", relay.Accepted(), 0)
+	want(t, "accepted by the relay", relay.Stats().Accepted, 0)
 	if err := client.SendMail("shop@example.com", []string{"ann@example.org", "bob@example.org"}, msg); err != nil {
 		t.Error(err)
 	}
-	want(t, "accepted by the relay", relay.Accepted(), 1)
+	want(t, "accepted by the relay", relay.Stats().Accepted, 1)
 	want(t, "connections opened", len(relay.Conns()), 1)
 }
 
@@ -517,7 +517,7 @@ func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 		slices.Sort(seen)
 		want(t, "different messages among the results", len(slices.Compact(seen)), 500)
 		want(t, "results", yielded, 500)
-		want(t, "accepted by the relay", relay.Accepted(), 499)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 499)
 		atMost(t, "taken and not yet yielded: six for each connection, and a few on their way", most, 70)
 	})
 }
@@ -549,8 +549,8 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 		if _, err := client.Send(t.Context(), numbered(5)); !errors.Is(err, smtprelay.ErrClosed) {
 			t.Errorf("a Send afterwards: %v, want ErrClosed", err)
 		}
-		want(t, "accepted by the relay", relay.Accepted(), 5)
-		want(t, "connections open", relay.Open(), 0)
+		want(t, "accepted by the relay", relay.Stats().Accepted, 5)
+		want(t, "connections open", relay.Stats().Open, 0)
 		for _, c := range relay.Conns() {
 			want(t, fmt.Sprintf("QUITs on connection %d", c.Conn), c.Commands["QUIT"], 1)
 		}

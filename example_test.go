@@ -264,7 +264,7 @@ func ExampleShouldRetry() {
 	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // taken, and lost before the relay could say so
 	_, err = client.Send(context.Background(), m)
 	fmt.Println(smtprelay.ShouldRetry(err), smtprelay.OutcomeOf(err))
-	fmt.Println("at the relay:", relay.Accepted())
+	fmt.Println("at the relay:", relay.Stats().Accepted)
 	// Output:
 	// true smtprelay: end of the message: 451 4.3.0 "try again later"
 	// false unknown

@@ -50,8 +50,8 @@ func TestAcceptSurvivesErrors(t *testing.T) {
 	s.InMemory = true // it makes no listener of its own
 	start(t, s)
 	l := &failing{Listener: tcp, times: 3, closed: make(chan struct{})}
-	s.listener = l
-	s.wg.Go(s.accept)
+	s.listeners = []net.Listener{l}
+	s.wg.Go(func() { s.accept(l, 1) })
 	nc, err := net.Dial("tcp", tcp.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -72,8 +72,8 @@ func TestAcceptPausesLongerEachTime(t *testing.T) {
 		s.InMemory = true
 		s.Start()
 		l.closed = make(chan struct{})
-		s.listener = l
-		s.wg.Go(s.accept)
+		s.listeners = []net.Listener{l}
+		s.wg.Go(func() { s.accept(l, 1) })
 		time.Sleep(10 * time.Second)
 		began := time.Now()
 		s.Close()

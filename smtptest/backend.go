@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/base64"
 	"fmt"
 	"io"
@@ -128,7 +127,8 @@ func newSession(sc *smtp.Conn) (smtp.Session, error) {
 	return session{sc.Conn().(*backConn).front}, nil
 }
 
-func (s session) Reset()        {}
+func (s session) Reset() {}
+
 func (s session) Logout() error { return nil }
 
 func (s session) AuthMechanisms() []string { return s.c.s.Mechanisms }
@@ -148,34 +148,6 @@ func (s session) Auth(mechanism string) (sasl.Server, error) {
 		return &loginServer{check: r.check}, nil
 	}
 	return nil, smtp.ErrAuthUnknownMechanism
-}
-
-func (s *Server) check(username, password string) error {
-	same := func(a, b string) int { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) }
-	if same(username, s.Username)&same(password, s.Password) == 0 {
-		return smtp.ErrAuthFailed
-	}
-	return nil
-}
-
-// loginServer is the relay's side of LOGIN, which go-sasl has not got, with SendGrid's prompts.
-type loginServer struct {
-	check    func(username, password string) error
-	username string
-	asked    int
-}
-
-func (l *loginServer) Next(response []byte) (challenge []byte, done bool, err error) {
-	if l.asked == 0 && response == nil {
-		l.asked = 1
-		return []byte("Username:"), false, nil
-	}
-	if l.asked < 2 { // a user name, perhaps with the AUTH command itself
-		l.asked = 2
-		l.username = string(response)
-		return []byte("Password:"), false, nil
-	}
-	return nil, true, l.check(l.username, string(response))
 }
 
 func (s session) Mail(from string, opts *smtp.MailOptions) error {
@@ -204,6 +176,7 @@ func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
 		o.Notify = append(o.Notify, smtprelay.DSNNotify(n))
 	}
 	s.c.env.rcptOptions = append(s.c.env.rcptOptions, o)
+	s.c.recipients++
 	return nil
 }
 
@@ -240,10 +213,15 @@ func (c *conn) take() error {
 	m.Body, m.SHA256 = c.msg.end()
 	same := m.identity()
 	c.msg.taken = true
+	c.messages++
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.messages = append(s.messages, m)
+	if s.grown != nil {
+		close(s.grown)
+		s.grown = nil
+	}
 	c.stats.Accepted++
 	if s.seen[same] {
 		s.duplicates++

@@ -33,8 +33,8 @@ func TestChunks(t *testing.T) {
 				t.Errorf("message %d: %.20q", i, m.Body)
 			}
 		}
-		if s.Overlapped() != 2 {
-			t.Errorf("%d overlapped", s.Overlapped())
+		if s.Stats().Overlapped != 2 {
+			t.Errorf("%d overlapped", s.Stats().Overlapped)
 		}
 	})
 }
@@ -84,8 +84,8 @@ func TestChunkThatIsCutShort(t *testing.T) {
 				synctest.Wait()
 				tt.give(r)
 				synctest.Wait()
-				if s.Accepted() != tt.accepted || s.Open() != 0 {
-					t.Errorf("%d accepted, %d open", s.Accepted(), s.Open())
+				if s.Stats().Accepted != tt.accepted || s.Stats().Open != 0 {
+					t.Errorf("%d accepted, %d open", s.Stats().Accepted, s.Stats().Open)
 				}
 			})
 		})
@@ -121,8 +121,8 @@ func TestFaultsOfChunks(t *testing.T) {
 				if positive(tt.f.Reply) {
 					want = 1
 				}
-				if h.Hits() != 1 || s.Accepted() != want {
-					t.Errorf("%d hits, %d accepted", h.Hits(), s.Accepted())
+				if h.Hits() != 1 || s.Stats().Accepted != want {
+					t.Errorf("%d hits, %d accepted", h.Hits(), s.Stats().Accepted)
 				}
 			})
 		})

@@ -36,5 +36,5 @@ func BenchmarkServer(b *testing.B) {
 		}
 	})
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msg/s")
-	b.ReportMetric(float64(s.MessageTurns())/float64(b.N), "rtt/msg")
+	b.ReportMetric(float64(s.Stats().MessageTurns)/float64(b.N), "rtt/msg")
 }

@@ -10,6 +10,121 @@ import (
 	"strings"
 )
 
+// data carries out DATA and all that follows it.
+func (c *conn) data(line string) ending {
+	if c.crowded() || !c.s.KeepRefusedChunks && c.wire.Unread() > 0 { // RFC 2920, 3.1: the last of its group; the body is not for the asking
+		c.say("554 5.5.0 SMTP protocol error: nothing may follow DATA before its reply")
+		return hangUp
+	}
+	var own string
+	b := c.meet(Event{Step: Data, Line: line})
+	end := c.answer(b, func() string {
+		if c.env.chunks > 0 {
+			own = underWay
+			return own
+		}
+		if own = c.ask(line); positive(own) {
+			return "354 Continue"
+		}
+		return own
+	})
+	said := own
+	if b.reply != "" {
+		said = b.reply
+	}
+	if end != goOn || !strings.HasPrefix(said, "354") {
+		return end
+	}
+	taking := positive(own)
+	c.beginBody()
+	early, end := c.readBody()
+	if end != goOn {
+		return end
+	}
+	c.log("C", ".")
+	if !c.s.pipelining && c.crowded() {
+		c.say("500 5.5.1 Invalid command: Pipelining not supported")
+		return hangUp
+	}
+	return c.finish(early, func() string {
+		if !taking {
+			return "554 5.5.1 No valid recipients"
+		}
+		return c.ask(".")
+	})
+}
+
+// finish ends a message whose last octet has come. early says that a fault has already answered it.
+func (c *conn) finish(early bool, ask func() string) ending {
+	c.is("answering the final dot")
+	var before blow
+	if !early {
+		before = c.meet(Event{Step: FinalDot, Bytes: c.msg.size})
+	}
+	if before.refuses() && before.reply == "" {
+		return before.end
+	}
+	c.msg.refused = c.msg.refused || early || before.refuses()
+	own := ask()
+	if own == "" {
+		return lost
+	}
+	reply, end := own, before.end
+	if before.reply != "" {
+		reply = before.reply
+	}
+	if c.msg.taken {
+		after := c.meet(Event{Step: Accepted, Bytes: c.msg.size})
+		if after.reply != "" {
+			reply = after.reply
+		} else if after.end != goOn {
+			return after.end
+		}
+		end = max(end, after.end)
+	}
+	c.env = envelope{}
+	if end == goOn {
+		c.mindBehind()
+	}
+	if !early {
+		c.say(reply)
+	}
+	c.finalTurns = c.wire.turns.Load()
+	return end
+}
+
+// mindBehind does to what has arrived behind the final dot what Behind says.
+func (c *conn) mindBehind() {
+	if c.s.Behind == HabitNone {
+		return
+	}
+	switch c.s.Behind {
+	case HabitRefuse:
+		c.refuse = c.arrived()
+	case HabitDiscard:
+		c.discard = true
+	}
+}
+
+// arrived reads what has arrived into the buffer, and returns how much that is.
+func (c *conn) arrived() int {
+	for c.wire.Unread() > 0 && c.br.Buffered() < c.br.Size() {
+		if _, err := c.br.Peek(c.br.Buffered() + 1); err != nil {
+			break
+		}
+	}
+	return c.br.Buffered()
+}
+
+// discardArrived throws away what has arrived.
+func (c *conn) discardArrived() {
+	c.discard = false
+	if n := c.arrived(); n > 0 {
+		c.note("discarded what was pipelined: ", strconv.Itoa(n), " octets")
+		c.br.Discard(n)
+	}
+}
+
 // incoming is a message on its way in.
 type incoming struct {
 	max  int64 // 0 or negative means no limit

@@ -73,8 +73,8 @@ func TestCloseWaitsForTransactions(t *testing.T) {
 		r.want("250 Ok", "421 ")
 		r.closed()
 		<-closed
-		if s.Accepted() != 1 {
-			t.Errorf("%d accepted", s.Accepted())
+		if s.Stats().Accepted != 1 {
+			t.Errorf("%d accepted", s.Stats().Accepted)
 		}
 	})
 }
@@ -88,7 +88,6 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 		wants []string
 	}{
 		{"behind a sender", 0, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
-		{"behind a refused recipient", 0, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>"}, []string{"250 ", "550 "}},
 		{"between chunks", 0, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 2", ""}, []string{"250 ", "250 ", "250 "}},
 		{"far away", time.Second, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
 	}
@@ -96,7 +95,6 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 		t.Run(tt.why, func(t *testing.T) {
 			s := chunking()
 			s.Delay = tt.delay
-			s.Reject = map[string]string{"no@y.example": "550 no"}
 			bubble(t, s, func(t *testing.T) {
 				r := open(t, s)
 				r.say(tt.says...)
@@ -115,6 +113,62 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A client leaves the transaction in which something was refused as it is until it has the next message: nothing tells one
+// that is idle from one that goes on.
+func TestCloseDoesNotWaitBehindARefusal(t *testing.T) {
+	mail, no, yes := "MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>", "RCPT TO:<b@y.example>"
+	tests := []struct {
+		why   string
+		says  []string
+		wants []string
+	}{
+		{"of the only recipient", []string{mail, no}, []string{"250 ", "550 "}},
+		{"of the first of two recipients", []string{mail, no, yes}, []string{"250 ", "550 ", "250 "}},
+		{"of the last of two recipients", []string{mail, yes, no}, []string{"250 ", "250 ", "550 "}},
+		{"of DATA", []string{mail, yes, "DATA"}, []string{"250 ", "250 ", "452 "}},
+		{"of a second sender", []string{mail, mail}, []string{"250 ", "503 "}},
+		{"of a chunk", []string{mail, yes, "BDAT 2", "", "BDAT 2", ""}, []string{"250 ", "250 ", "250 ", "452 "}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.why, func(t *testing.T) {
+			s := chunking()
+			s.Reject = map[string]string{"no@y.example": "550 no"}
+			bubble(t, s, func(t *testing.T) {
+				s.Fault(Fault{At: Data, Reply: "452 4.3.1 full"})
+				s.Fault(Fault{At: Bdat, Nth: 2, Reply: "452 4.3.1 full"})
+				r := open(t, s)
+				r.say(tt.says...)
+				r.want(tt.wants...)
+				began := time.Now()
+				closed := make(chan struct{})
+				go func() { s.Close(); close(closed) }()
+				r.want("421 4.3.2 ")
+				r.closed()
+				<-closed
+				if took := time.Since(began); took != 0 { // in a bubble time passes only where somebody waits
+					t.Errorf("waited %v", took)
+				}
+			})
+		})
+	}
+}
+
+// What was refused in one transaction says nothing about the next.
+func TestCloseWaitsForTheTransactionBehindARefusedOne(t *testing.T) {
+	s := plainRelay()
+	s.Reject = map[string]string{"no@y.example": "550 no"}
+	bubble(t, s, func(t *testing.T) {
+		r := open(t, s)
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>", "RSET", "MAIL FROM:<a@x.example>")
+		r.want("250 ", "550 ", "250 ", "250 ")
+		began := time.Now()
+		s.Close()
+		if took := time.Since(began); took < lastWords {
+			t.Errorf("waited %v", took)
+		}
+	})
 }
 
 func TestCloseEndsWithTheLastQuit(t *testing.T) {
@@ -194,8 +248,8 @@ func TestCloseClientConnections(t *testing.T) {
 		stalled.say("NOOP")
 		synctest.Wait()
 		s.CloseClientConnections()
-		if s.Open() != 0 {
-			t.Errorf("%d open", s.Open())
+		if s.Stats().Open != 0 {
+			t.Errorf("%d open", s.Stats().Open)
 		}
 		idle.closed()
 		stalled.closed()
@@ -258,8 +312,8 @@ func TestDropBodies(t *testing.T) {
 		if m.Body != nil || m.Size != lines*int64(len(line)) || !bytes.Equal(m.SHA256[:], hash.Sum(nil)) {
 			t.Errorf("%d octets kept, size %d", len(m.Body), m.Size)
 		}
-		if s.Duplicates() != 1 {
-			t.Errorf("%d duplicates", s.Duplicates())
+		if s.Stats().Duplicates != 1 {
+			t.Errorf("%d duplicates", s.Stats().Duplicates)
 		}
 		if c := cap(s.conns[0].msg.buf); c > 1<<20 {
 			t.Errorf("the relay holds %d octets", c)
@@ -283,8 +337,8 @@ func TestManyClientsAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if s.Accepted() != clients*messages || s.Duplicates() != clients*messages-1 || s.Auths() != clients || s.MaxOpen() > clients || s.Open() != 0 {
-		t.Errorf("%d accepted, %d duplicates, %d auths, at most %d open, now %d", s.Accepted(), s.Duplicates(), s.Auths(), s.MaxOpen(), s.Open())
+	if s.Stats().Accepted != clients*messages || s.Stats().Duplicates != clients*messages-1 || s.Stats().Auths != clients || s.Stats().MaxOpen > clients || s.Stats().Open != 0 {
+		t.Errorf("%d accepted, %d duplicates, %d auths, at most %d open, now %d", s.Stats().Accepted, s.Stats().Duplicates, s.Stats().Auths, s.Stats().MaxOpen, s.Stats().Open)
 	}
 	ids := make(map[string]bool)
 	for _, m := range s.Messages() {

@@ -70,8 +70,8 @@ func TestDelayLineCarriesTheCloseOfEitherSide(t *testing.T) {
 		open := func(want int, when string) {
 			t.Helper()
 			synctest.Wait()
-			if s.Open() != want {
-				t.Errorf("%d open %s, want %d", s.Open(), when, want)
+			if s.Stats().Open != want {
+				t.Errorf("%d open %s, want %d", s.Stats().Open, when, want)
 			}
 		}
 		r.pipe.CloseWrite()
@@ -91,7 +91,7 @@ func TestDelayLineCarriesTheCloseOfEitherSide(t *testing.T) {
 	s.Delay = rtt
 	bubble(t, s, func(t *testing.T) {
 		r := open(t, s)
-		s.Fault(Fault{At: Noop, Reset: true})
+		s.Fault(Fault{At: Noop, Abort: true})
 		c := &clock{t, time.Now()}
 		r.say("NOOP")
 		r.wasReset()
@@ -104,7 +104,7 @@ func TestDelayLineCarriesTheCloseOfEitherSide(t *testing.T) {
 		r.pipe.Reset()
 		time.Sleep(rtt)
 		synctest.Wait()
-		if s.Open() != 0 {
+		if s.Stats().Open != 0 {
 			t.Error("still open after a reset")
 		}
 	})
@@ -215,13 +215,13 @@ func TestTurns(t *testing.T) {
 					}
 					c.took(time.Duration(tt.turns)*delay, "the dialogue")
 					synctest.Wait()
-					if got := s.Turns() - 1; got != tt.turns {
+					if got := s.Stats().Turns - 1; got != tt.turns {
 						t.Errorf("%d turns, want %d", got, tt.turns)
 					}
-					if got := s.MessageTurns(); got != tt.messages {
+					if got := s.Stats().MessageTurns; got != tt.messages {
 						t.Errorf("%d for messages, want %d", got, tt.messages)
 					}
-					if got := s.Overlapped(); got != tt.overlaps {
+					if got := s.Stats().Overlapped; got != tt.overlaps {
 						t.Errorf("%d overlapped, want %d", got, tt.overlaps)
 					}
 				})
@@ -237,7 +237,7 @@ func TestWhatComesTooSoonToBeAnAnswerIsNoTurn(t *testing.T) {
 		s.Delay = rtt
 		bubble(t, s, func(t *testing.T) {
 			r := open(t, s)
-			before := s.Turns()
+			before := s.Stats().Turns
 			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 			r.want("250 ", "250 ", "354 ")
 			r.say("text", ".") // and, in a write of its own and a little later, the next envelope
@@ -246,8 +246,8 @@ func TestWhatComesTooSoonToBeAnAnswerIsNoTurn(t *testing.T) {
 			r.want("250 ", "250 ", "250 ", "354 ")
 			r.say("text", ".")
 			r.want("250 ")
-			if turns, messages := s.Turns()-before, s.MessageTurns(); turns != 3 || messages != 3 || s.Overlapped() != 1 {
-				t.Errorf("%d turns, %d for messages, %d overlapped", turns, messages, s.Overlapped())
+			if turns, messages := s.Stats().Turns-before, s.Stats().MessageTurns; turns != 3 || messages != 3 || s.Stats().Overlapped != 1 {
+				t.Errorf("%d turns, %d for messages, %d overlapped", turns, messages, s.Stats().Overlapped)
 			}
 		})
 	}
@@ -262,7 +262,7 @@ func TestTurnsOverSockets(t *testing.T) {
 	r.say("QUIT")
 	r.want("221 ")
 	r.closed()
-	if got := s.MessageTurns(); got != 11 { // two for each message, and QUIT
+	if got := s.Stats().MessageTurns; got != 11 { // two for each message, and QUIT
 		t.Errorf("%d turns", got)
 	}
 }

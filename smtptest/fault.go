@@ -3,7 +3,6 @@ package smtptest
 import (
 	"context"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -70,17 +69,22 @@ func (s Step) String() string {
 	return stepNames[s]
 }
 
-// Event is something that happens on a connection; [Fault].When looks at it.
+// Event is something that happens on a connection; [Fault].When looks at it. It is a snapshot, and its slice must not be changed.
 type Event struct {
 	Step    Step
-	Conn    int      // the connection, counted from 1
+	Addr    int      // the address of the relay that the connection was made to, counted from 1; see Server.Addresses
+	Conn    int      // the connection, counted from 1 over all addresses
 	N       int      // how many events of this Step the connection has had, this one included
 	Message int      // how many MAIL commands it has had, this one included
 	Line    string   // the command as it came, without what AUTH gives away; "" where there is none
 	From    string   // the reverse-path of the transaction, or of this MAIL
-	To      []string // the recipients accepted so far; not to be changed
+	To      []string // the recipients accepted so far in this transaction
 	Rcpt    string   // the forward-path of this RCPT
-	Bytes   int64    // how much of the body has come
+	Bytes   int64    // how much of the body has come, in octets
+
+	// Accepted and Recipients are how many messages the relay has taken on this connection so far, and how many recipients it
+	// has accepted: in all transactions, those included that came to nothing.
+	Accepted, Recipients int
 
 	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command (at Bdat, behind its
 	// chunk) when the relay came to it. It is always false at Connect, TLSHandshake, Body and Idle.
@@ -93,18 +97,40 @@ type Event struct {
 	chunk int64 // octets of a BDAT's chunk that were not read
 }
 
-// Fault says what goes wrong, and where. The fields of the first part are filters, joined by AND; the zero value of each lets
-// anything through. An event meets the faults in the order in which they were set. Those that only delay add up; behind the
-// first that does more, none strikes, though each counts the event for its Nth. A Fault that does nothing at all is an observer:
-// its hits count whatever the others do.
+// Fault says what goes wrong, where, and how often. A Fault is a value: [Server.Fault] copies it.
+//
+// The fields of the first two groups are filters, joined by AND; the zero value of each lets anything through. An event meets
+// the faults in the order in which they were set. Those that only delay add up; behind the first that does more, none strikes,
+// though each counts the event for its Nth. A Fault that does nothing at all is an observer: its hits count whatever the others
+// do.
 type Fault struct {
-	At         Step             // the step
-	Conn       int              // this connection only, counted from 1
-	Rcpt       string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
-	AfterBytes int64            // once so many octets of the body have come
-	Pipelined  bool             // where the client did not wait for the reply; see Event.Pipelined
-	When       func(Event) bool // called from the goroutines of connections, possibly several at once
-	Nth        int              // from the Nth event on that passes the filters above, counted from 1 since the fault was set
+	// Which event:
+
+	At              Step             // the step; 0 means any but Idle
+	Addr            int              // connections to this address of the relay only, counted from 1
+	Conn            int              // this connection only, counted from 1
+	Rcpt            string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
+	AfterBytes      int64            // once so many octets of the body have come
+	AfterMessages   int              // once the connection has had so many messages taken: a limit of the session
+	AfterRecipients int              // once the connection has had so many recipients accepted, in all transactions together
+	Pipelined       bool             // where the client did not wait for the reply; see Event.Pipelined
+	When            func(Event) bool // called from the goroutines of connections, possibly several at once; must not block
+
+	// Which of the events that pass the filters above:
+
+	Nth   int // from the Nth on, counted from 1 since the fault was set; 0 means 1
+	Every int // from there on, only every so-manyth: with 10 the tenth, the twentieth and so on; 0 means 1
+
+	// Rate lets so many events a second pass, and strikes those that are too many: a relay that wants its clients to slow
+	// down. The events are those of all connections together, each of which gives back what it took in 1/Rate seconds; an event
+	// that is struck takes nothing. The clock is that of package time, so in a synctest bubble it is exact. 0 means that the
+	// Fault asks for no rate. It needs a Count, as ever: -1 for a limit that stays.
+	Rate float64
+
+	// Burst is how many events may pass at once where Rate is set; 0 means as many as pass in a second, but one at least.
+	Burst int
+
+	// What happens:
 
 	// Delay is waited first. At Idle it is how long the connection must be idle.
 	Delay time.Duration
@@ -113,28 +139,30 @@ type Fault struct {
 	// the relay is closed.
 	Stall bool
 
-	// Reply is said in place of what the relay would have said; lines are separated by "\n". If it is a 2xx or 3xx reply the
-	// command is carried out as ever. If not, the command is not carried out; at FinalDot that means that the message is not
-	// taken. In a Body it is said at once and in place of the final reply, whatever it is, and the message is not taken. 421
-	// says nothing but 421: let Drop close the connection.
+	// Reply is said in place of what the relay would have said, such as "452 4.4.5 Too many messages"; lines are separated by
+	// "\n". If it is a 2xx or 3xx reply the command is carried out as ever. If not, the command is not carried out; at FinalDot
+	// that means that the message is not taken. In a Body it is said at once and in place of the final reply, whatever it is,
+	// and the message is not taken. 421 says nothing but 421: let Drop close the connection.
 	Reply string
 
 	// Drop closes the connection after Reply, or in place of a reply, with FIN and without TLS's close_notify. The command is
 	// not carried out unless there is a 2xx or 3xx Reply.
 	Drop bool
 
-	// Reset does the same with RST, which may destroy replies on their way.
-	Reset bool
+	// Abort does the same with RST, which may destroy replies on their way. It wins over Drop.
+	Abort bool
 
 	// Discard throws away, once the command is answered, what has arrived behind it: that is never answered. During a Body,
 	// or at Bdat, it is what has arrived behind the message or the chunk.
 	Discard bool
 
+	// How often:
+
 	// Count is how often the fault strikes; 0 means once, negative means until it is removed.
 	Count int
 }
 
-// FaultHandle is a Fault that was set. Its methods are safe for concurrent use.
+// FaultHandle is a Fault that was set, to count its hits, wait for them, and end it. Its methods are safe for concurrent use.
 type FaultHandle struct {
 	s *Server
 	f Fault
@@ -146,9 +174,11 @@ type FaultHandle struct {
 	passed int           // events that the filters let through
 	hits   int           //
 	struck chan struct{} // closed at the next hit
+	full   time.Time     // when all of Burst is there again
 }
 
-// Fault makes something go wrong. It may be called at any time after Start.
+// Fault makes something go wrong from now on, on connections that are open too. It may be called at any time, before Start as
+// well.
 func (s *Server) Fault(f Fault) *FaultHandle {
 	if f.Count == 0 {
 		f.Count = 1
@@ -172,7 +202,7 @@ func (h *FaultHandle) Hits() int {
 	return h.hits
 }
 
-// Wait waits until the fault has struck n times, or returns the error of ctx.
+// Wait waits until the fault has struck n times since it was set, or returns the error of ctx.
 func (h *FaultHandle) Wait(ctx context.Context, n int) error {
 	for {
 		h.s.mu.Lock()
@@ -216,193 +246,4 @@ func (s *Server) setFaultsLocked(list []*FaultHandle) {
 func (s *Server) dropFaultLocked(h *FaultHandle) {
 	list := slices.Clone(s.faultList())
 	s.setFaultsLocked(slices.DeleteFunc(list, func(x *FaultHandle) bool { return x == h }))
-}
-
-// concerns reports whether the filters let e through.
-func (f *Fault) concerns(e *Event) bool {
-	switch {
-	case f.At != e.Step && (f.At != 0 || e.Step == Idle):
-		return false
-	case f.Conn != 0 && f.Conn != e.Conn:
-		return false
-	case f.AfterBytes > e.Bytes:
-		return false
-	case f.Pipelined && !e.Pipelined:
-		return false
-	case f.Rcpt != "" && e.Step == Rcpt && !strings.EqualFold(f.Rcpt, e.Rcpt):
-		return false
-	case f.Rcpt != "" && e.Step != Rcpt && !containsFold(e.To, f.Rcpt):
-		return false
-	}
-	return f.When == nil || f.When(*e)
-}
-
-// observes reports whether the fault does nothing but count.
-func (f *Fault) observes() bool {
-	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Reset && !f.Discard
-}
-
-// strikes counts an event that the filters have let through, and reports whether the fault strikes; that it may.
-func (h *FaultHandle) strikes(may bool) bool {
-	h.s.mu.Lock()
-	defer h.s.mu.Unlock()
-	if h.gone || h.hits == h.f.Count {
-		return false // somebody else was faster
-	}
-	h.passed++
-	if !may || h.passed < h.f.Nth {
-		return false
-	}
-	h.hits++
-	close(h.struck)
-	h.struck = make(chan struct{})
-	if h.hits == h.f.Count {
-		h.s.dropFaultLocked(h)
-	}
-	return true
-}
-
-// blow is what a fault does to a connection once it has delayed or stalled it.
-type blow struct {
-	reply string
-	end   ending
-}
-
-// challenges reports whether the blow is one more challenge of AUTH.
-func (b blow) challenges() bool { return b.end == goOn && strings.HasPrefix(b.reply, "334") }
-
-// refuses reports whether the command that the blow strikes is not carried out.
-func (b blow) refuses() bool {
-	if b.reply == "" {
-		return b.end != 0
-	}
-	return !positive(b.reply)
-}
-
-// meet lets the faults loose on an event, and waits as they say.
-func (c *conn) meet(e Event) blow {
-	if e.Step != Body { // counted when it begins
-		c.events[e.Step]++
-	}
-	list := c.s.faultList()
-	if len(list) == 0 {
-		return blow{}
-	}
-	e.Conn = c.stats.Conn
-	e.N = c.events[e.Step]
-	e.Message = c.events[Mail]
-	if e.From == "" {
-		e.From = c.env.from
-	}
-	e.To = c.env.to[:len(c.env.to):len(c.env.to)]
-	e.Pipelined = c.pipelined(&e)
-	e.AuthLed = c.authLed
-	var b blow
-	done := false
-	for _, h := range list {
-		if !h.f.concerns(&e) {
-			continue
-		}
-		if e.Step == Body {
-			if slices.Contains(c.metBody, h) {
-				continue
-			}
-			c.metBody = append(c.metBody, h)
-		}
-		if h.strikes(!done || h.f.observes()) && !done {
-			b, done = c.suffer(h, e.Step)
-		}
-	}
-	return b
-}
-
-// pipelined reports whether more has arrived behind the command that e is about.
-func (c *conn) pipelined(e *Event) bool {
-	switch e.Step {
-	case Connect, TLSHandshake, Body, Idle:
-		return false
-	case Bdat:
-		return int64(c.br.Buffered()) > e.chunk
-	}
-	return c.br.Buffered() > 0 || c.wire.Unread() > 0
-}
-
-// suffer does what the fault says; done tells that the event needs to meet no other.
-func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
-	f := &h.f
-	c.note("fault at ", at.String())
-	if f.Delay > 0 && at != Idle {
-		c.is("delayed by a fault at " + at.String())
-		if !c.pause(f.Delay) {
-			return blow{end: lost}, true
-		}
-	}
-	if f.Stall {
-		c.is("stalled by a fault at " + at.String())
-		if !c.stall(h, at) {
-			return blow{end: lost}, true
-		}
-	}
-	b.reply = f.Reply
-	switch {
-	case f.Reset:
-		b.end = reset
-	case f.Drop:
-		b.end = drop
-	}
-	c.discard = c.discard || f.Discard
-	return b, f.Stall || f.Reply != "" || b.end != 0 || f.Discard
-}
-
-// pause waits for d with what was said so far sent; it reports false if the connection was cut. A relay that is being closed
-// does not wait.
-func (c *conn) pause(d time.Duration) bool {
-	c.bw.Flush()
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-c.s.done:
-	case <-c.cut:
-		return false
-	}
-	return true
-}
-
-// stall waits until h is removed. It reports false if the connection ends first. It reads on as far as the buffer goes, to
-// learn when the client hangs up.
-func (c *conn) stall(h *FaultHandle, at Step) bool {
-	c.bw.Flush()
-	ahead := c.br
-	if at == TLSHandshake {
-		ahead = c.wire.in // where the handshake will read from
-	}
-	read := make(chan error, 1)
-	go func() { // ends when the buffer is full, the client has hung up, or the deadline set below
-		_, err := ahead.Peek(ahead.Size())
-		read <- err
-	}()
-	select {
-	case err := <-read:
-		if err != nil {
-			return false
-		}
-		select {
-		case <-h.removed:
-			return true
-		case <-c.s.done:
-		case <-c.cut:
-		}
-		return false
-	case <-h.removed:
-		c.wire.SetReadDeadline(longAgo)
-		<-read
-		c.wire.SetReadDeadline(time.Time{})
-		return true
-	case <-c.s.done:
-	case <-c.cut:
-	}
-	c.wire.SetReadDeadline(longAgo)
-	<-read
-	return false
 }

@@ -46,7 +46,7 @@ func TestHabits(t *testing.T) {
 						r.want("250 ", "250 ", "250 ", "354 ")
 						r.say("text", ".")
 						r.want("250 Ok")
-						if got := s.Accepted(); got != accepted {
+						if got := s.Stats().Accepted; got != accepted {
 							t.Errorf("%d accepted", got)
 						}
 					})

@@ -22,8 +22,8 @@ func TestEleventhConnectionIsRefused(t *testing.T) {
 		r := dial(t, s)
 		r.want("421 4.7.0 Too many concurrent SMTP connections")
 		r.closed()
-		if s.Open() != 10 || s.MaxOpen() != 11 || s.Refused421() != 1 || !s.Conns()[10].Refused {
-			t.Errorf("%d open, %d at most, %d refused, %+v", s.Open(), s.MaxOpen(), s.Refused421(), s.Conns()[10])
+		if s.Stats().Open != 10 || s.Stats().MaxOpen != 11 || s.Stats().Refused != 1 || !s.Conns()[10].Refused {
+			t.Errorf("%d open, %d at most, %d refused, %+v", s.Stats().Open, s.Stats().MaxOpen, s.Stats().Refused, s.Conns()[10])
 		}
 		conns[0].say("QUIT")
 		conns[0].want("221 ")
@@ -35,8 +35,8 @@ func TestEleventhConnectionIsRefused(t *testing.T) {
 			r.Close()
 		}
 		synctest.Wait()
-		if s.Open() != 0 {
-			t.Errorf("%d open after all clients have closed", s.Open())
+		if s.Stats().Open != 0 {
+			t.Errorf("%d open after all clients have closed", s.Stats().Open)
 		}
 	})
 }
@@ -52,8 +52,8 @@ func TestPlaceIsFreeWhenTheClientSeesTheClose(t *testing.T) {
 		r.want("221 ")
 		r.closed()
 	}
-	if s.Refused421() != 0 || s.MaxOpen() != 1 {
-		t.Errorf("%d refused, %d open at most", s.Refused421(), s.MaxOpen())
+	if s.Stats().Refused != 0 || s.Stats().MaxOpen != 1 {
+		t.Errorf("%d refused, %d open at most", s.Stats().Refused, s.Stats().MaxOpen)
 	}
 }
 
@@ -71,8 +71,8 @@ func TestHundredAndFirstMessageIsRefused(t *testing.T) {
 		r.want("421 4.7.0 Too many messages in this connection")
 		r.closed()
 		st := s.Conns()[0]
-		if s.Refused421() != 1 || s.Accepted() != 99 || st.Mails != 101 || st.Open {
-			t.Errorf("%d refused, %d accepted, %+v", s.Refused421(), s.Accepted(), st)
+		if s.Stats().Refused != 1 || s.Stats().Accepted != 99 || st.Mails != 101 || st.Open {
+			t.Errorf("%d refused, %d accepted, %+v", s.Stats().Refused, s.Stats().Accepted, st)
 		}
 	})
 }
@@ -125,7 +125,7 @@ func TestRecipientsAndSizeAreLimited(t *testing.T) {
 		r.say("too long!", ".", "QUIT")
 		r.want("552 ", "221 ")
 		r.closed()
-		if s.Accepted() != 1 || len(s.Messages()[0].To) != 2 {
+		if s.Stats().Accepted != 1 || len(s.Messages()[0].To) != 2 {
 			t.Errorf("%+v", s.Messages())
 		}
 	})
@@ -293,7 +293,7 @@ func TestClientsThatDoNotWaitAreCutOff(t *testing.T) {
 				r := dial(t, s)
 				tt.talk(r)
 				r.closed()
-				if s.Accepted() != 0 {
+				if s.Stats().Accepted != 0 {
 					t.Error("a message was accepted")
 				}
 			})
@@ -326,7 +326,7 @@ func TestSyntaxErrorsDoNotEndTheConnection(t *testing.T) {
 		r.say("NOOP " + strings.Repeat("x", readBuffer))
 		r.want("500 5.5.2 Line too long")
 		r.closed()
-		if s.Noops() != 2 || s.Rsets() != 1 || s.Conns()[0].Commands[""] != 5 {
+		if s.Stats().Commands["NOOP"] != 2 || s.Stats().Commands["RSET"] != 1 || s.Conns()[0].Commands[""] != 5 {
 			t.Errorf("%v", s.Conns()[0].Commands)
 		}
 	})

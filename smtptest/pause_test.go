@@ -74,8 +74,8 @@ func TestPauseAtEachStep(t *testing.T) {
 				if took := time.Since(began); h.Hits() != tt.hits || took != time.Duration(tt.hits)*time.Minute {
 					t.Errorf("%d hits, want %d; took %v", h.Hits(), tt.hits, took)
 				}
-				if s.Accepted() != 3 {
-					t.Errorf("%d accepted", s.Accepted())
+				if s.Stats().Accepted != 3 {
+					t.Errorf("%d accepted", s.Stats().Accepted)
 				}
 			})
 		})

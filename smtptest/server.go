@@ -1,69 +1,21 @@
-// Package smtptest provides a fake relay for tests of programs that send mail, shaped like net/http/httptest.
-//
-//	relay := smtptest.NewServer()                // loopback, own certificate, STARTTLS, AUTH, PIPELINING
-//	defer relay.Close()                          // waits; after 5 s tells which connection hangs, and where
-//	client, err := smtprelay.New(relay.Config()) // address, roots and credentials filled in
-//	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Nth: 3, Drop: true})
-//	// … the code under test …
-//	relay.Messages()                             // what arrived: envelope, body, connection number
-//	relay.MaxOpen(); relay.Turns(); lost.Hits()  // what a promise is checked with
-//
-// It speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. Fields of
-// the [Server] change that before it is started, and a [Fault] makes it fail at any step.
-//
-// The relay is stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS
-// before AUTH where it offers STARTTLS, refuses parameters of extensions that it has not offered, and hangs up on a client
-// that speaks before the greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without
-// waiting. About addresses it is generous.
-//
-// # Misbehaviour
-//
-// What real relays do wrong, and how to have it here:
-//
-//   - replies, hang-ups, resets and silence at any step: a [Fault]
-//   - a pause at any step, at each challenge of AUTH and between the chunks of BDAT too: Fault.Delay
-//   - objections to commands pipelined behind AUTH, or behind any other: Fault.Pipelined, Event.AuthLed
-//   - a login that is forgotten, or denied to the first message only: a Fault at Mail, with When
-//   - pipelined commands that are thrown away: Fault.Discard; behind a final dot, Server.Behind
-//   - a response of AUTH that is ignored, and challenges for ever: a Reply of 334 at Auth and AuthResponse
-//   - a refused chunk that is read as commands: Server.KeepRefusedChunks
-//   - a truncated last chunk that is taken for the whole: Server.Chunking
-//   - a transaction that survives RSET: Server.KeepEnvelopeOnRset
-//
-// # In a synctest bubble
-//
-// With InMemory set the relay uses no sockets, and all of its goroutines wait in ways that testing/synctest knows. Start it
-// and close it inside the bubble. Together with Delay the time that a dialogue takes is then exact.
-//
-// # By hand
-//
-// go test -run '^TestBroken$' -smtptest.serve=127.0.0.1:2525 starts the first relay that the test makes on this address and
-// leaves it there to be talked to.
 package smtptest
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"log"
 	"net"
-	"net/url"
 	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
+	"testing"
 	"time"
 
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
-
-	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
 const (
@@ -87,7 +39,7 @@ const (
 )
 
 // A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
-// zero value of each is the default. Its methods are safe for concurrent use.
+// zero value of each is the default. Once it is started, its methods are safe for concurrent use.
 type Server struct {
 	// Name is what the relay calls itself in the greeting and in the reply to EHLO; "" means "smtp.test".
 	Name string
@@ -112,7 +64,7 @@ type Server struct {
 	// empty.
 	TLS *tls.Config
 
-	// CertNames are the names and addresses that the relay's own certificate is good for; nil means 127.0.0.1, ::1,
+	// CertNames are the names and addresses that the relay's own certificate is good for; nil means its Addresses, ::1,
 	// localhost and Name.
 	CertNames []string
 
@@ -134,6 +86,12 @@ type Server struct {
 	// MaxSize is how many octets a message may have; 0 means 31457280, negative means no limit, and none announced. A longer
 	// one is answered 552 at MAIL, if SIZE= says so, or at its end.
 	MaxSize int64
+
+	// Addresses is how many addresses the relay has, as the nodes behind one name; 0 means 1. They are 127.0.0.1, 127.0.0.2 and
+	// so on, all with one port, which needs a system on which all of 127.0.0.0/8 is loopback, as Linux; with InMemory any
+	// will do. Connections, limits, messages and counters are the Server's as a whole; a Fault with Addr strikes one
+	// address alone. Resolver makes a name of them.
+	Addresses int
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
 	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; what they say is
@@ -190,11 +148,11 @@ type Server struct {
 	// fixed by Start
 	started     bool
 	implicitTLS bool
-	addr        string
+	addrs       []string    // "host:port", at least one
 	tlsConfig   *tls.Config // nil: no TLS
 	cert        *x509.Certificate
 	roots       *x509.CertPool
-	listener    net.Listener // nil with InMemory
+	listeners   []net.Listener // one for each of addrs; none with InMemory
 	backend     *smtp.Server
 	backends    *backListener
 	served      chan struct{} // closed when go-smtp has stopped accepting
@@ -212,18 +170,12 @@ type Server struct {
 	conns      []*conn   // all there ever were
 	open       int
 	maxOpen    int
-	refused421 int
+	refused    int // connections and MAIL commands
 	messages   []Message
+	grown      chan struct{}     // if somebody waits: closed when the next message is taken
+	caFile     string            // with the relay's own certificate; "" as long as nobody has wanted it
 	seen       map[[32]byte]bool // hashes of envelope and body
 	duplicates int
-}
-
-// SASLServer is the relay's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Server of
-// github.com/emersion/go-sasl is one.
-type SASLServer interface {
-	// Next takes a response of the client, which is nil where AUTH came without one, and returns the next challenge, or
-	// that the exchange is done. An error refuses the credentials.
-	Next(response []byte) (challenge []byte, done bool, err error)
 }
 
 // Habit is what a relay does with commands that have arrived behind a final dot by the time that it answers the dot: in the
@@ -251,15 +203,33 @@ func init() {
 	}
 }
 
+// New returns a started Server for a test, which is closed when the test and its subtests have ended. Each of set changes fields
+// of it before it is started, in the order given; without any it is as [NewServer] makes it. One of
+// set may start it itself, as (*Server).StartTLS does. The clients that [Server.Client]
+// returns are closed before it. It panics if it cannot listen.
+func New(tb testing.TB, set ...func(*Server)) *Server {
+	tb.Helper()
+	s := NewUnstartedServer()
+	for _, f := range set {
+		f(s)
+	}
+	if !s.started {
+		s.Start()
+	}
+	tb.Cleanup(s.Close)
+	return s
+}
+
 // NewServer returns a started Server with all defaults: loopback TCP, its own certificate, STARTTLS, AUTH PLAIN and LOGIN,
-// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. It panics if it cannot listen.
+// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. The caller closes it. It panics if it cannot
+// listen.
 func NewServer() *Server {
 	s := NewUnstartedServer()
 	s.Start()
 	return s
 }
 
-// NewUnstartedServer returns a Server whose fields can be set before it is started.
+// NewUnstartedServer returns a Server whose fields can be set before it is started, by Start or StartTLS.
 func NewUnstartedServer() *Server { return &Server{} }
 
 // Start starts a Server whose connections begin in the clear; it offers STARTTLS unless NoTLS is set. It panics if it cannot
@@ -284,8 +254,12 @@ func (s *Server) start(implicitTLS bool) {
 	if s.Mechanisms == nil {
 		s.Mechanisms = []string{sasl.Plain, sasl.Login}
 	}
+	s.Addresses = max(1, s.Addresses)
 	if s.CertNames == nil {
-		s.CertNames = []string{"127.0.0.1", "::1", "localhost", s.Name}
+		s.CertNames = []string{"::1", "localhost", s.Name}
+		for n := range s.Addresses {
+			s.CertNames = append(s.CertNames, loopback(n))
+		}
 	}
 	if implicitTLS || !s.NoTLS {
 		s.makeTLS()
@@ -296,15 +270,20 @@ func (s *Server) start(implicitTLS bool) {
 	s.startBackend()
 
 	if s.InMemory {
-		s.addr = "127.0.0.1:587"
+		port := "587"
 		if implicitTLS {
-			s.addr = "127.0.0.1:465"
+			port = "465"
+		}
+		for n := range s.Addresses {
+			s.addrs = append(s.addrs, net.JoinHostPort(loopback(n), port))
 		}
 		return
 	}
-	s.listener = listen()
-	s.addr = s.listener.Addr().String()
-	s.wg.Go(s.accept)
+	s.listen()
+	for n, l := range s.listeners {
+		s.addrs = append(s.addrs, l.Addr().String())
+		s.wg.Go(func() { s.accept(l, n+1) }) // until Close closes the listener
+	}
 	if serveFlag != "" {
 		fmt.Fprintln(os.Stderr, "smtptest.Server:", s.URL())
 		select {}
@@ -315,21 +294,6 @@ func setDefault[T comparable](p *T, def T) {
 	if *p == *new(T) {
 		*p = def
 	}
-}
-
-func listen() net.Listener {
-	addr := "127.0.0.1:0"
-	if serveFlag != "" {
-		addr = serveFlag
-	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil && serveFlag == "" {
-		l, err = net.Listen("tcp6", "[::1]:0")
-	}
-	if err != nil {
-		panic(fmt.Sprintf("smtptest: cannot listen: %v", err))
-	}
-	return l
 }
 
 // makeEHLO fixes what EHLO is answered, in SendGrid's order, but for STARTTLS and AUTH.
@@ -372,205 +336,4 @@ func containsFold(list []string, s string) bool {
 		}
 	}
 	return false
-}
-
-// accept runs until Close. An error such as too many open files passes: it tries again after a pause that grows, as net/http
-// does.
-func (s *Server) accept() {
-	var pause time.Duration
-	for {
-		nc, err := s.listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			select {
-			case <-time.After(pause):
-			case <-s.done:
-				return
-			}
-			continue
-		}
-		pause = 0
-		tc := nc.(*net.TCPConn)
-		if s.Buffer > 0 {
-			tc.SetReadBuffer(s.Buffer)
-			tc.SetWriteBuffer(s.Buffer)
-		}
-		l, err := newTCPLink(tc)
-		if err != nil {
-			tc.Close()
-			continue
-		}
-		s.serve(l, time.Now().Add(s.Delay))
-	}
-}
-
-// Dial opens a connection to the relay, whatever network and addr say. It has the type of [smtprelay.Config].Dial.
-func (s *Server) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	if !s.InMemory {
-		var d net.Dialer
-		return d.DialContext(ctx, "tcp", s.addr)
-	}
-	if s.Delay > 0 { // SYN and its acknowledgement
-		t := time.NewTimer(s.Delay)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
-		}
-	}
-	if ctx.Err() != nil {
-		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: ctx.Err()}
-	}
-	client, relay := netpipe.New(s.Buffer)
-	if !s.serve(relay, time.Now()) {
-		return nil, &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}
-	}
-	return client, nil
-}
-
-// serve starts the relay's side of a connection that has come about at the client's end at opened. It reports false, and
-// closes l, if the relay is closed.
-func (s *Server) serve(l link, opened time.Time) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
-		l.Close()
-		return false
-	}
-	if s.Delay > 0 {
-		l = delayed(l, s.Delay, opened, s.Buffer, &s.wg)
-	}
-	c := newConn(s, l, len(s.conns)+1)
-	s.conns = append(s.conns, c)
-	s.wg.Go(func() { c.run(opened) }) // until either side closes; Close cuts it if it must
-	return true
-}
-
-// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted.
-func (s *Server) CloseClientConnections() {
-	s.mu.Lock()
-	var open []*conn
-	for _, c := range s.conns {
-		if c.stats.Open {
-			open = append(open, c)
-		}
-	}
-	s.mu.Unlock()
-	for _, c := range open {
-		c.abandon()
-	}
-}
-
-// Close ends the relay. Connections outside a transaction are told 421 and closed, and so are those in one whose client says
-// nothing for 200 ms and one Delay. A client that is in the midst of a body, a chunk, AUTH or a TLS handshake is waited for.
-// After five seconds Close logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is
-// cut at once. When Close returns no goroutine of the relay is left. Calling it again does nothing.
-func (s *Server) Close() {
-	if !s.started {
-		return
-	}
-	s.mu.Lock()
-	if !s.closing {
-		s.closing, s.closedAt = true, time.Now()
-		close(s.done)
-		for _, c := range s.conns {
-			c.wakeLocked()
-		}
-	}
-	s.mu.Unlock()
-	if s.listener != nil {
-		s.listener.Close()
-	}
-
-	ended := make(chan struct{})
-	go func() { // ends when all connections have
-		s.wg.Wait()
-		close(ended)
-	}()
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	select {
-	case <-ended:
-	case <-timer.C:
-		s.cutAll()
-		<-ended
-	}
-	s.backends.Close() // go-smtp knows of the listener only once Serve has run
-	s.backend.Shutdown(context.Background())
-	<-s.served
-}
-
-// cutAll ends the connections that are left, and tells which.
-func (s *Server) cutAll() {
-	var b strings.Builder
-	s.mu.Lock()
-	var left []*conn
-	for _, c := range s.conns {
-		if !c.over {
-			left = append(left, c)
-			fmt.Fprintf(&b, "\n  %d from %s: %s", c.stats.Conn, c.wire.RemoteAddr(), c.whereLocked())
-		}
-	}
-	s.mu.Unlock()
-	if len(left) > 0 {
-		log.Printf("smtptest.Server blocked in Close after %v, cutting connections:%s", patience, &b)
-	}
-	for _, c := range left {
-		c.abandon()
-	}
-}
-
-// Addr returns the "host:port" at which the relay listens. With InMemory nothing does; it is what a client is configured with.
-// It panics before Start.
-func (s *Server) Addr() string {
-	if !s.started {
-		panic("smtptest: Server was not started: it has no address yet") // an empty one would mean a real relay
-	}
-	return s.addr
-}
-
-// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads. It cannot say that the
-// relay's certificate is to be trusted. It panics before Start.
-func (s *Server) URL() string {
-	u := url.URL{Scheme: "smtp", Host: s.Addr()}
-	if s.implicitTLS {
-		u.Scheme = "smtps"
-	}
-	if !s.NoAuth {
-		u.User = url.UserPassword(s.Username, s.Password)
-	}
-	return u.String()
-}
-
-// Certificate returns the relay's own certificate, or nil without TLS. It is signed by itself.
-func (s *Server) Certificate() *x509.Certificate { return s.cert }
-
-// Roots returns a pool with the relay's own certificate, by which it can be verified, or nil without TLS.
-func (s *Server) Roots() *x509.CertPool { return s.roots }
-
-// Config returns a configuration for [smtprelay.New] in which the relay's address, TLS mode, roots and credentials are filled
-// in, and Dial with InMemory. Each call returns a new one, which may be changed. It panics before Start.
-func (s *Server) Config() smtprelay.Config {
-	cfg := smtprelay.Config{Addr: s.Addr(), TLS: smtprelay.TLSNone}
-	switch {
-	case s.implicitTLS:
-		cfg.TLS = smtprelay.TLSImplicit
-	case s.tlsConfig != nil:
-		cfg.TLS = smtprelay.TLSStartTLS
-	}
-	if s.tlsConfig != nil {
-		cfg.TLSConfig = &tls.Config{RootCAs: s.roots}
-	}
-	if !s.NoAuth {
-		cfg.Username, cfg.Password = s.Username, s.Password
-	}
-	if s.InMemory {
-		cfg.Dial = s.Dial
-		cfg.LocalName = "client.test" // a pipe has no address, and asking for the host's name would use the network
-	}
-	return cfg
 }

@@ -51,8 +51,8 @@ func TestDialogueLooksLikeSendGrid(t *testing.T) {
 	if !st.TLS || !st.Authenticated || st.Open || st.Mails != 1 || st.Accepted != 1 || st.Auths != 1 || st.Commands["EHLO"] != 2 || st.Commands["RCPT"] != 2 {
 		t.Errorf("stats %+v", st)
 	}
-	if s.Open() != 0 || s.MaxOpen() != 1 {
-		t.Errorf("open %d, at most %d", s.Open(), s.MaxOpen())
+	if s.Stats().Open != 0 || s.Stats().MaxOpen != 1 {
+		t.Errorf("open %d, at most %d", s.Stats().Open, s.Stats().MaxOpen)
 	}
 }
 

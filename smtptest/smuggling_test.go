@@ -121,8 +121,8 @@ func TestRefusedChunkEndsItsMessage(t *testing.T) {
 		r := open(t, s)
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 6", "text", "BDAT 6", "NOOP", "BDAT 0 LAST")
 		r.want("250 ", "250 ", "250 ", "451 no", "250 2.0.0 I have", "503 ")
-		if s.Accepted() != 0 {
-			t.Errorf("%d accepted", s.Accepted())
+		if s.Stats().Accepted != 0 {
+			t.Errorf("%d accepted", s.Stats().Accepted)
 		}
 	})
 }
@@ -215,8 +215,8 @@ func TestConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 						r.Close()
 					}
 					synctest.Wait()
-					if s.Accepted() != want || s.Open() != 0 {
-						t.Errorf("%d accepted, %d open", s.Accepted(), s.Open())
+					if s.Stats().Accepted != want || s.Stats().Open != 0 {
+						t.Errorf("%d accepted, %d open", s.Stats().Accepted, s.Stats().Open)
 					}
 				})
 			})
@@ -238,8 +238,8 @@ func TestConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 					tc.Close()
 				}
 				s.Close() // waits for the relay's side to end
-				if s.Accepted() != want {
-					t.Errorf("%d accepted", s.Accepted())
+				if s.Stats().Accepted != want {
+					t.Errorf("%d accepted", s.Stats().Accepted)
 				}
 			})
 		}
@@ -263,8 +263,8 @@ func TestTLSConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 			r.want("250 ", "250 ", "250 ")
 			closes(r, below)
 			synctest.Wait()
-			if s.Accepted() != 0 || s.Open() != 0 {
-				t.Errorf("%d accepted, %d open", s.Accepted(), s.Open())
+			if s.Stats().Accepted != 0 || s.Stats().Open != 0 {
+				t.Errorf("%d accepted, %d open", s.Stats().Accepted, s.Stats().Open)
 			}
 		}
 	})

@@ -215,7 +215,7 @@ func TestAuth(t *testing.T) {
 			r.want("334 UGFzc3dvcmQ6")
 			r.say(b64("secret"))
 			r.want("235 ")
-			if s.Auths() != 3 || !s.Conns()[0].Authenticated {
+			if s.Stats().Auths != 3 || !s.Conns()[0].Authenticated {
 				t.Errorf("%+v", s.Conns()[0])
 			}
 		})

@@ -83,7 +83,7 @@ func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 		if len(times) == first {
 			t.Error("the credentials were never tried again")
 		}
-		want(t, "messages at the relay", relay.Accepted(), 0)
+		want(t, "messages at the relay", relay.Stats().Accepted, 0)
 		want(t, "bodies that left nevertheless", commands(relay, "BDAT"), 0)
 	})
 }

@@ -89,7 +89,7 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks)
-		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Reset: true})
+		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Abort: true})
 		client := newClient(t, configOf(relay))
 		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
 		_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})

@@ -52,7 +52,7 @@ func (l *load) wait() []sent {
 func nothingLeft(t *testing.T, relay *smtptest.Server, client *smtprelay.Client) {
 	t.Helper()
 	synctest.Wait()
-	want(t, "connections open", relay.Open(), 0)
+	want(t, "connections open", relay.Stats().Open, 0)
 	s := client.Stats()
 	want(t, "Stats().OpenConns", s.OpenConns, 0)
 	want(t, "Stats().IdleConns", s.IdleConns, 0)
@@ -255,7 +255,7 @@ func TestCloseAndShutdownDuringADial(t *testing.T) {
 				}
 				stuck.Remove()
 				nothingLeft(t, relay, client)
-				want(t, "messages at the relay", relay.Accepted(), 0)
+				want(t, "messages at the relay", relay.Stats().Accepted, 0)
 			}
 		})
 	}

@@ -306,7 +306,7 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 			relay.Close()
 			checkLedger(t, relay, all)
 			want(t, "sends that have ended", len(all), senders*messages)
-			atMost(t, "open at once", relay.MaxOpen(), 3)
+			atMost(t, "open at once", relay.Stats().MaxOpen, 3)
 		})
 	}
 }

@@ -206,10 +206,10 @@ func checkLedger(t *testing.T, relay *smtptest.Server, results []sent) {
 			}
 		}
 	}
-	if accepted > relay.Accepted() {
-		t.Errorf("%d messages were accepted; the relay has %d", accepted, relay.Accepted())
+	if accepted > relay.Stats().Accepted {
+		t.Errorf("%d messages were accepted; the relay has %d", accepted, relay.Stats().Accepted)
 	}
-	want(t, "duplicates", relay.Duplicates(), 0)
+	want(t, "duplicates", relay.Stats().Duplicates, 0)
 }
 
 // allAccepted fails the test for each message that was not accepted, and checks the ledger.

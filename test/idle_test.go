@@ -49,10 +49,10 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 		longest time.Duration // that a message may take
 	}{
 		{"closed", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Drop: true}, 0},
-		{"reset", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reset: true}, 0},
+		{"reset", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Abort: true}, 0},
 		{"421", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "421 4.4.2 timeout", Drop: true}, 0},
 		{"451 (Amazon SES, Gmail)", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "451 4.4.2 timeout", Drop: true}, 0},
-		{"reset by what is said first, as after a long sleep", smtptest.Fault{At: smtptest.Mail, Reset: true, When: usedBefore}, 0},
+		{"reset by what is said first, as after a long sleep", smtptest.Fault{At: smtptest.Mail, Abort: true, When: usedBefore}, 0},
 		{"421 to what is said first", smtptest.Fault{At: smtptest.Mail, Reply: "421 4.4.2 timeout", Drop: true, When: usedBefore}, 0},
 		{"forgotten by something on the way", smtptest.Fault{At: smtptest.Mail, Stall: true, When: usedBefore}, 5 * time.Minute},
 	} {
@@ -117,7 +117,7 @@ func TestIdleConnectionsEndInSilence(t *testing.T) {
 		sendNumbered(t, client, 1, 1)
 		time.Sleep(time.Minute) // our own limit
 		for _, f := range []smtptest.Fault{
-			{Reply: "421 4.4.2 timeout", Drop: true}, {Reply: "451 4.4.2 timeout", Drop: true}, {Drop: true}, {Reset: true}, {Reply: "220 hello"},
+			{Reply: "421 4.4.2 timeout", Drop: true}, {Reply: "451 4.4.2 timeout", Drop: true}, {Drop: true}, {Abort: true}, {Reply: "220 hello"},
 		} {
 			sendNumbered(t, client, 1, 1)
 			f.At = smtptest.Idle

@@ -289,7 +289,7 @@ func TestLIMITSLowerThanConfiguredWin(t *testing.T) {
 			atMost(t, "recipients of a transaction", len(m.To), 3)
 		}
 		want(t, "recipients", recipients, 50*8)
-		want(t, "refusals for a limit", relay.Refused421(), 0)
+		want(t, "refusals for a limit", relay.Stats().Refused, 0)
 		atMost(t, "messages on one connection", mostOnOne(relay), 5)
 		want(t, "RCPT commands", commands(relay, "RCPT"), 50*8) // so that none was refused with 452
 	})
@@ -309,7 +309,7 @@ func TestLIMITSHigherThanConfiguredDoNot(t *testing.T) {
 		if _, err := client.Send(t.Context(), m); err != nil {
 			t.Error(err)
 		}
-		want(t, "transactions for three recipients", relay.Accepted(), 2)
+		want(t, "transactions for three recipients", relay.Stats().Accepted, 2)
 		noneFailed(t, sendAtOnce(t.Context(), client, 1, 200))
 		atMost(t, "messages on one connection", mostOnOne(relay), 7)
 	})
@@ -335,7 +335,7 @@ func TestTwoClientsShareAnAllowance(t *testing.T) {
 		both.Wait()
 		allAccepted(t, relay, slices.Concat(results[0], results[1]))
 		// 3,000 refused connections would be hammering.
-		atMost(t, "connections refused", relay.Refused421(), 300)
+		atMost(t, "connections refused", relay.Stats().Refused, 300)
 	})
 }
 
@@ -371,7 +371,7 @@ func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 		close(enough)
 		greedy.Wait()
 		noneFailed(t, results)
-		want(t, "duplicates", relay.Duplicates(), 0)
+		want(t, "duplicates", relay.Stats().Duplicates, 0)
 	})
 }
 
@@ -399,8 +399,8 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 		all := sendAtOnce(t.Context(), client, 0, 500)
 		client.Close()
 		allAccepted(t, relay, all)
-		want(t, "most open at once", relay.MaxOpen(), 10)
-		want(t, "connections refused", relay.Refused421(), 0)
+		want(t, "most open at once", relay.Stats().MaxOpen, 10)
+		want(t, "connections refused", relay.Stats().Refused, 0)
 	})
 	for _, secure := range []bool{false, true} {
 		t.Run(fmt.Sprintf("over sockets, TLS: %t", secure), func(t *testing.T) {
@@ -411,8 +411,8 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 			all := sendAtOnce(t.Context(), client, 0, 250)
 			client.Close()
 			allAccepted(t, relay, all)
-			atMost(t, "open at once", relay.MaxOpen(), 10)
-			want(t, "connections refused", relay.Refused421(), 0)
+			atMost(t, "open at once", relay.Stats().MaxOpen, 10)
+			want(t, "connections refused", relay.Stats().Refused, 0)
 		})
 	}
 }

@@ -41,10 +41,10 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 			smtptest.Fault
 		}{
 			{"EOF", smtptest.Fault{Drop: true}},
-			{"RST", smtptest.Fault{Reset: true}},
+			{"RST", smtptest.Fault{Abort: true}},
 			{"421", smtptest.Fault{Reply: "421 4.3.2 going down"}},
 			{"421 and EOF", smtptest.Fault{Reply: "421 4.3.2 going down", Drop: true}},
-			{"421 and RST", smtptest.Fault{Reply: "421 4.3.2 going down", Reset: true}},
+			{"421 and RST", smtptest.Fault{Reply: "421 4.3.2 going down", Abort: true}},
 		}
 		steps := []smtptest.Step{
 			smtptest.Connect, smtptest.EHLO, smtptest.Auth, smtptest.Mail, smtptest.Rcpt, bodyStep(relay), smtptest.Body, smtptest.FinalDot,
@@ -80,7 +80,7 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 					s := client.Stats()
 					// A reset may destroy the 421 on its way. And a relay that closes in order, and goes on reading, may let all of
 					// the message leave before the client has seen the end: then nobody knows what it has made of it.
-					mayBeUnknown := form.Reset && step == smtptest.FinalDot ||
+					mayBeUnknown := form.Abort && step == smtptest.FinalDot ||
 						form.name == "EOF" && (step == smtptest.Body || relay.Chunking && step >= smtptest.Auth)
 					if err != nil && !(mayBeUnknown && failure(err).Outcome == smtprelay.Unknown) {
 						t.Errorf("%s: %v", name, err)
@@ -91,7 +91,7 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 						t.Error(err)
 					}
 					synctest.Wait()
-					want(t, name+": connections open", relay.Open(), 0)
+					want(t, name+": connections open", relay.Stats().Open, 0)
 				}
 			}
 		}
@@ -179,7 +179,7 @@ func TestWaitersAreServedWhenTheOnlyConnectionDies(t *testing.T) {
 		}
 		atMost(t, "messages of unknown fate", unknown, kills*4)
 		checkLedger(t, relay, all)
-		atMost(t, "open at once", relay.MaxOpen(), 1)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 1)
 	})
 }
 

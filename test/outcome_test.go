@@ -48,11 +48,11 @@ func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 		synctest.Wait()
 		s := client.Stats()
 		want(t, "Stats().OpenConns", s.OpenConns, s.IdleConns)
-		want(t, "connections open at the relay", relay.Open(), s.IdleConns)
-		atMost(t, "open at once", relay.MaxOpen(), 10)
-		want(t, "messages at the relay", relay.Accepted(), 0)
+		want(t, "connections open at the relay", relay.Stats().Open, s.IdleConns)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
+		want(t, "messages at the relay", relay.Stats().Accepted, 0)
 		time.Sleep(time.Minute)
-		want(t, "connections open after a minute", relay.Open(), 0)
+		want(t, "connections open after a minute", relay.Stats().Open, 0)
 	})
 }
 
@@ -71,7 +71,7 @@ func TestReceiptsAddUpToWhatTheRelayHas(t *testing.T) {
 			{At: smtptest.Mail, Reply: "421 4.3.2 not now", Drop: true, When: every(40)},
 			{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody", When: every(20)},
 			{At: smtptest.FinalDot, Reply: "451 4.3.0 later", When: every(30)},
-			{At: smtptest.FinalDot, Reset: true, When: every(40)},
+			{At: smtptest.FinalDot, Abort: true, When: every(40)},
 			{At: smtptest.Accepted, Drop: true, When: every(30)},
 		} {
 			f.Count = -1
@@ -92,8 +92,8 @@ func TestReceiptsAddUpToWhatTheRelayHas(t *testing.T) {
 				not++
 			}
 		}
-		if accepted > relay.Accepted() || accepted+unknown < relay.Accepted() || unknown == 0 || not == 0 {
-			t.Errorf("%d accepted, %d unknown, %d not accepted; the relay has %d", accepted, unknown, not, relay.Accepted())
+		if accepted > relay.Stats().Accepted || accepted+unknown < relay.Stats().Accepted || unknown == 0 || not == 0 {
+			t.Errorf("%d accepted, %d unknown, %d not accepted; the relay has %d", accepted, unknown, not, relay.Stats().Accepted)
 		}
 		s := client.Stats()
 		if int(s.Accepted) != accepted || int(s.Unknown) != unknown || int(s.NotAccepted) != not {

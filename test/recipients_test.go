@@ -33,8 +33,8 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 				m.To = moreRecipients(recipients)
 				m.AllOrNothing = true
 				_, err := client.Send(t.Context(), m)
-				if e := failure(err); e.Outcome != smtprelay.NotAccepted || relay.Accepted() != 0 {
-					t.Errorf("AllOrNothing: %v, and the relay has taken %d messages; want it for nobody", err, relay.Accepted())
+				if e := failure(err); e.Outcome != smtprelay.NotAccepted || relay.Stats().Accepted != 0 {
+					t.Errorf("AllOrNothing: %v, and the relay has taken %d messages; want it for nobody", err, relay.Stats().Accepted)
 				}
 
 				m.AllOrNothing = false
@@ -49,7 +49,7 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 					}
 				}
 				want(t, "recipients", len(ids), recipients)
-				want(t, "transactions", relay.Accepted(), (recipients+most-1)/most)
+				want(t, "transactions", relay.Stats().Accepted, (recipients+most-1)/most)
 				for _, r := range receipt.Recipients {
 					if len(ids[r.To]) != 1 || ids[r.To][0] != r.QueueID || r.Outcome != smtprelay.Accepted {
 						t.Errorf("%s: %v as %q; the relay has %q", r.To, r.Outcome, r.QueueID, ids[r.To])
@@ -148,7 +148,7 @@ func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
 		if _, err := client.Send(t.Context(), m); err != nil {
 			t.Fatal(err)
 		}
-		want(t, "transactions", relay.Accepted(), 1+4)
+		want(t, "transactions", relay.Stats().Accepted, 1+4)
 		want(t, "connections", len(relay.Conns()), 2)
 	})
 }
@@ -170,11 +170,11 @@ func TestFullMailboxesTeachNoNumber(t *testing.T) {
 			want(t, "refused", missed(err), 4)
 		}
 		lifted.Store(true)
-		before := relay.Accepted()
+		before := relay.Stats().Accepted
 		if _, err := client.Send(t.Context(), m); err != nil {
 			t.Fatal(err)
 		}
-		want(t, "transactions", relay.Accepted()-before, 1)
+		want(t, "transactions", relay.Stats().Accepted-before, 1)
 	})
 }
 
@@ -203,7 +203,7 @@ func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T)
 				if _, err := newClient(t, cfg).Send(t.Context(), m); err != nil {
 					t.Fatal(err)
 				}
-				want(t, "transactions", relay.Accepted(), tt.as)
+				want(t, "transactions", relay.Stats().Accepted, tt.as)
 			})
 		})
 	}

@@ -107,7 +107,7 @@ func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
 		}
 		// Ten at once, which fail together, and then one behind each wait of 15 s in the mean.
 		atMost(t, "dials in vain", len(nobody.dials()), 10+120)
-		atMost(t, "open at once", relay.MaxOpen(), 10)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 	})
 }
 
@@ -242,7 +242,7 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO, smtptest.Auth, smtptest.Mail, smtptest.Rcpt, smtptest.Body} {
 			relay := newRelay(t, near)
-			relay.Fault(smtptest.Fault{At: step, Delay: 15 * time.Millisecond, Reset: true, Count: -1})
+			relay.Fault(smtptest.Fault{At: step, Delay: 15 * time.Millisecond, Abort: true, Count: -1})
 			client := newClient(t, configOf(relay))
 			m := numbered(0)
 			m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than is on its way before the loss
@@ -263,7 +263,7 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 				t.Errorf("dropped at %v: %v, %d attempts; want not accepted after 4", step, err, e.Attempts)
 			}
 			atMost(t, "connections, of which one may be lost to commands behind AUTH", conns, 5)
-			want(t, "messages at the relay", relay.Accepted(), 0)
+			want(t, "messages at the relay", relay.Stats().Accepted, 0)
 		}
 	})
 }

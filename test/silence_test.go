@@ -195,7 +195,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					client.Close()
 					relay.Close()
 					checkLedger(t, relay, append(all, victim))
-					atMost(t, "open at once", relay.MaxOpen(), 2)
+					atMost(t, "open at once", relay.Stats().MaxOpen, 2)
 				})
 			})
 		}
@@ -274,7 +274,7 @@ func TestTrafficGoesOnWhenAllConnectionsWereStuck(t *testing.T) {
 		client.Close()
 		relay.Close()
 		checkLedger(t, relay, append(append(all, waited...), after...))
-		atMost(t, "open at once", relay.MaxOpen(), 10)
+		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 	})
 }
 

@@ -193,9 +193,9 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			client.Close()
 			relay.Close()
 
-			want(t, "messages at the relay", relay.Accepted(), 0)
+			want(t, "messages at the relay", relay.Stats().Accepted, 0)
 			if !test.isTLS {
-				want(t, "AUTHs at the relay", relay.Auths(), 0)
+				want(t, "AUTHs at the relay", relay.Stats().Auths, 0)
 			}
 			raw := wire.written()
 			for _, secret := range []string{

@@ -49,9 +49,9 @@ func TestEveryAddressIsAccountedFor(t *testing.T) {
 		t.Errorf("%d steps of the bar, want 200", steps)
 	}
 	// A connection that is lost with one message behind its final dot may take a neighbour with it, never more than that.
-	if r.accepted != relay.Accepted() || len(r.notAccepted) != 1 || len(r.unknown) < 1 || len(r.untried) != 0 {
+	if r.accepted != relay.Stats().Accepted || len(r.notAccepted) != 1 || len(r.unknown) < 1 || len(r.untried) != 0 {
 		t.Errorf("accepted %d, not accepted %d, unknown %d, not tried %d; the relay has %d",
-			r.accepted, len(r.notAccepted), len(r.unknown), len(r.untried), relay.Accepted())
+			r.accepted, len(r.notAccepted), len(r.unknown), len(r.untried), relay.Stats().Accepted)
 	}
 	rows, err := csv.NewReader(&out).ReadAll()
 	if err != nil || len(rows) != 200 {
@@ -78,8 +78,8 @@ func TestInterruptFinishesWhatIsUnderWayAndTellsTheRest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.accepted != relay.Accepted() || r.accepted < 100 || r.accepted+len(r.untried) != 1000 || len(r.untried) == 0 {
-		t.Errorf("accepted %d and not tried %d of 1,000; the relay has %d", r.accepted, len(r.untried), relay.Accepted())
+	if r.accepted != relay.Stats().Accepted || r.accepted < 100 || r.accepted+len(r.untried) != 1000 || len(r.untried) == 0 {
+		t.Errorf("accepted %d and not tried %d of 1,000; the relay has %d", r.accepted, len(r.untried), relay.Stats().Accepted)
 	}
 	if len(r.notAccepted)+len(r.unknown) != 0 {
 		t.Errorf("not accepted %d, unknown %d: what was under way was not finished", len(r.notAccepted), len(r.unknown))

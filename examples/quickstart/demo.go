@@ -79,16 +79,16 @@ func runRelay(send func(*smtptest.Server) (outcome, error)) (outcome, error) {
 	if err != nil {
 		return o, err
 	}
-	if n := relay.Accepted(); n != o.accepted {
+	if n := relay.Stats().Accepted; n != o.accepted {
 		return o, fmt.Errorf("the relay took %d messages, but %d were said to be accepted", n, o.accepted)
 	}
 	for _, c := range relay.Conns() {
 		o.opened++
 		o.mostOnOne = max(o.mostOnOne, c.Mails)
 	}
-	o.mostOpen = relay.MaxOpen()
-	o.arrivedTwice = relay.Duplicates()
-	o.turns, o.messageTurns = relay.Turns(), relay.MessageTurns()
+	o.mostOpen = relay.Stats().MaxOpen
+	o.arrivedTwice = relay.Stats().Duplicates
+	o.turns, o.messageTurns = relay.Stats().Turns, relay.Stats().MessageTurns
 	return o, nil
 }
 

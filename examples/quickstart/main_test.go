@@ -47,7 +47,7 @@ func TestSendOneThroughTheRelayOfAURL(t *testing.T) {
 		{"no URL", "smtp.sendgrid.net", "shop@example.com", "ann@example.org", []string{"smtps://"}, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			before := relay.Accepted()
+			before := relay.Stats().Accepted
 			var out bytes.Buffer
 			err := sendOne(t.Context(), &out, test.url, test.from, test.to)
 			text := out.String()
@@ -66,7 +66,7 @@ func TestSendOneThroughTheRelayOfAURL(t *testing.T) {
 					t.Errorf("%q does not say %q", text, words)
 				}
 			}
-			if got := relay.Accepted() - before; got != test.accepted {
+			if got := relay.Stats().Accepted - before; got != test.accepted {
 				t.Errorf("the relay accepted %d, want %d", got, test.accepted)
 			}
 		})

@@ -4,21 +4,14 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
 // start returns the service under test and the relay that it talks to.
 func start(t *testing.T) (*Service, *smtptest.Server) {
 	t.Helper()
-	relay := smtptest.NewServer()
-	t.Cleanup(relay.Close)
-	client, err := smtprelay.New(relay.Config())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	return &Service{Mail: client, From: "shop@example.com"}, relay
+	relay := smtptest.New(t)
+	return &Service{Mail: relay.Client(t), From: "shop@example.com"}, relay
 }
 
 func TestInvite(t *testing.T) {

@@ -51,7 +51,7 @@ func TestSignupAnswersByTheOutcomeOfTheMail(t *testing.T) {
 			if w.Code != test.want {
 				t.Errorf("got %d %s, want %d", w.Code, w.Body, test.want)
 			}
-			if n := relay.Accepted(); n != test.mails {
+			if n := relay.Stats().Accepted; n != test.mails {
 				t.Errorf("the relay has %d mails, want %d", n, test.mails)
 			}
 		})

@@ -112,7 +112,7 @@ func (r *relay) close(t testing.TB) {
 		r.proxy.close()
 	}
 	if r.fake != nil {
-		eventually(t, "smtptest reads its connections to the end", func() bool { return r.fake.Open() == 0 })
+		eventually(t, "smtptest reads its connections to the end", func() bool { return r.fake.Stats().Open == 0 })
 	}
 	r.end()
 	if r.front != nil && r.front.exceeded > 0 {

@@ -95,7 +95,7 @@ func drawFault(rng *rand.Rand, chunking bool) (f smtptest.Fault) {
 	case effect == 3:
 		f.Drop = true
 	default:
-		f.Reset = true
+		f.Abort = true
 	}
 	return f
 }
@@ -240,8 +240,8 @@ func (r *relay) calmness(all []*told) {
 			}
 		}
 	}
-	if r.fake != nil && !r.proxied && r.fake.MaxOpen() > r.maxConns {
-		r.ledger.complain("%d connections at once, MaxConns is %d", r.fake.MaxOpen(), r.maxConns)
+	if r.fake != nil && !r.proxied && r.fake.Stats().MaxOpen > r.maxConns {
+		r.ledger.complain("%d connections at once, MaxConns is %d", r.fake.Stats().MaxOpen, r.maxConns)
 	}
 }
 

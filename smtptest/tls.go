@@ -13,6 +13,56 @@ import (
 	"time"
 )
 
+// canStartTLS reports whether STARTTLS is offered now.
+func (c *conn) canStartTLS() bool { return c.s.tlsConfig != nil && c.tls == nil }
+
+// startTLS carries out STARTTLS. It is not for go-smtp, which sees one plain connection before it and another one after it.
+func (c *conn) startTLS(line string) ending {
+	b := c.meet(Event{Step: StartTLS, Line: line})
+	if !c.canStartTLS() {
+		return c.answer(b, func() string { return "502 5.5.1 STARTTLS not offered" })
+	}
+	end := c.answer(b, func() string { return "220 Begin TLS negotiation now" })
+	if end != goOn || b.refuses() {
+		return end
+	}
+	c.br.Discard(c.br.Buffered()) // said in the clear, and to be forgotten
+	c.bw.Flush()
+	if end := c.handshake(); end != goOn {
+		return end
+	}
+	c.env, c.authed = envelope{}, false
+	c.back.Close()
+	if !c.dialBackend() {
+		return lost
+	}
+	return goOn
+}
+
+func (c *conn) handshake() ending {
+	c.is("in the TLS handshake")
+	if b := c.meet(Event{Step: TLSHandshake}); b.reply != "" || b.end != goOn {
+		if b.reply != "" {
+			c.say(b.reply)
+		}
+		return max(b.end, hangUp)
+	}
+	t := tls.Server(&records{wire: c.wire}, c.s.tlsConfig)
+	if err := t.Handshake(); err != nil {
+		c.note("TLS handshake: ", err.Error())
+		return lost
+	}
+	st := t.ConnectionState()
+	if st.Version >= tls.VersionTLS13 {
+		c.wire.answered = false // a session ticket is nothing that a client waits for
+	}
+	c.tls, c.rw = t, t
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.stats.TLS, c.stats.TLSResumed = true, st.DidResume
+	return goOn
+}
+
 // makeTLS makes the relay's own certificate and its TLS configuration.
 func (s *Server) makeTLS() {
 	s.tlsConfig = s.TLS.Clone()

@@ -1,0 +1,128 @@
+package smtptest
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// Addr returns the "host:port" at which the relay listens, the first of its addresses. With InMemory nothing does; it is what a
+// client is configured with. It panics before Start.
+func (s *Server) Addr() string {
+	if !s.started {
+		panic("smtptest: Server was not started: it has no address yet") // an empty one would mean a real relay
+	}
+	return s.addrs[0]
+}
+
+// Addrs returns all addresses of the relay, each as "host:port" with the same port: see Server.Addresses. The slice is the
+// caller's. It panics before Start.
+func (s *Server) Addrs() []string {
+	s.Addr()
+	return slices.Clone(s.addrs)
+}
+
+// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads, for programs that take their
+// relay from one setting. Without TLS the scheme is "smtp+insecure", else "smtp" or, after StartTLS, "smtps". With TLS the
+// parameter "ca" is the path of a file with the relay's own certificate (PEM), which is in the system's directory for temporary
+// files until Close. With InMemory nothing listens at the address. URL panics before Start, and if it cannot write the file.
+func (s *Server) URL() string {
+	u := url.URL{Scheme: "smtp+insecure", Host: s.Addr()}
+	switch {
+	case s.implicitTLS:
+		u.Scheme = "smtps"
+	case s.tlsConfig != nil:
+		u.Scheme = "smtp"
+	}
+	if s.tlsConfig != nil {
+		u.RawQuery = url.Values{"ca": {s.writeCA()}}.Encode()
+	}
+	if !s.NoAuth {
+		u.User = url.UserPassword(s.Username, s.Password)
+	}
+	return u.String()
+}
+
+// writeCA returns the path of a file with the relay's own certificate. It is written once.
+func (s *Server) writeCA() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.caFile != "" || s.closing {
+		return s.caFile
+	}
+	f, err := os.CreateTemp("", "smtptest-*.pem")
+	if err == nil {
+		err = errors.Join(pem.Encode(f, &pem.Block{Type: "CERTIFICATE", Bytes: s.cert.Raw}), f.Close())
+	}
+	if err != nil {
+		panic(fmt.Sprintf("smtptest: cannot write the certificate: %v", err))
+	}
+	s.caFile = f.Name()
+	return s.caFile
+}
+
+// removeCA removes the file that writeCA has written.
+func (s *Server) removeCA() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.caFile != "" {
+		os.Remove(s.caFile)
+	}
+}
+
+// Certificate returns the relay's own certificate, or nil without TLS and before Start. It is signed by itself.
+func (s *Server) Certificate() *x509.Certificate { return s.cert }
+
+// Roots returns a pool with the relay's own certificate, by which it can be verified, or nil without TLS and
+// before Start.
+func (s *Server) Roots() *x509.CertPool { return s.roots }
+
+// Config returns a configuration for [smtprelay.New] in which the relay's address, TLS mode, roots and credentials are filled
+// in, and Dial with InMemory. Each call returns a new one, which may be changed. All else has
+// its default. It panics before Start.
+func (s *Server) Config() smtprelay.Config {
+	cfg := smtprelay.Config{Addr: s.Addr(), TLS: smtprelay.TLSNone}
+	switch {
+	case s.implicitTLS:
+		cfg.TLS = smtprelay.TLSImplicit
+	case s.tlsConfig != nil:
+		cfg.TLS = smtprelay.TLSStartTLS
+	}
+	if s.tlsConfig != nil {
+		cfg.TLSConfig = &tls.Config{RootCAs: s.roots}
+	}
+	if !s.NoAuth {
+		cfg.Username, cfg.Password = s.Username, s.Password
+	}
+	if s.InMemory {
+		cfg.Dial = s.Dial
+		cfg.LocalName = "client.test" // a pipe has no address, and asking for the host's name would use the network
+	}
+	return cfg
+}
+
+// Client returns a new client of the relay, made from Config as the options change it, in the order given. It is closed when
+// the test and its subtests have ended; so is the relay if it is one of [New], after its clients. One that a test closes itself
+// (defer relay.Close()) ends before the client, which does no harm. Client fails the test where the configuration has a mistake,
+// and panics before Start.
+func (s *Server) Client(tb testing.TB, options ...func(*smtprelay.Config)) *smtprelay.Client {
+	tb.Helper()
+	cfg := s.Config()
+	for _, option := range options {
+		option(&cfg)
+	}
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		tb.Fatalf("smtptest: %v", err)
+	}
+	tb.Cleanup(func() { client.Close() })
+	return client
+}

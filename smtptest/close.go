@@ -1,0 +1,91 @@
+package smtptest
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"strings"
+	"time"
+)
+
+// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted. New ones are
+// welcome, and the relay has forgotten none of its messages. It is safe for concurrent use.
+func (s *Server) CloseClientConnections() {
+	s.mu.Lock()
+	var open []*conn
+	for _, c := range s.conns {
+		if c.stats.Open {
+			open = append(open, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range open {
+		c.abandon()
+	}
+}
+
+// Close ends the relay. Clients may be closed before it or behind it: Close does not wait for one that is merely idle.
+//
+// A connection on which nothing is under way is told 421 and closed at once. Nothing is under way outside a transaction, and in
+// one in which something was refused, as the client may have given that up. In any other transaction Close waits for the next
+// command, 200 ms and one Delay; and it waits for a body, a chunk, AUTH or a TLS handshake that has begun. After five seconds it
+// logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is cut at once. A client that
+// has been told has 50 ms and one Delay to close its side.
+//
+// When Close returns, no goroutine of the relay is left, and what it has counted is still there. Calling it again does nothing;
+// neither does calling it before Start.
+func (s *Server) Close() {
+	if !s.started {
+		return
+	}
+	s.mu.Lock()
+	if !s.closing {
+		s.closing, s.closedAt = true, time.Now()
+		close(s.done)
+		for _, c := range s.conns {
+			c.wakeLocked()
+		}
+	}
+	s.mu.Unlock()
+	for _, l := range s.listeners {
+		l.Close()
+	}
+
+	ended := make(chan struct{})
+	go func() { // ends when all connections have
+		s.wg.Wait()
+		close(ended)
+	}()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-ended:
+	case <-timer.C:
+		s.cutAll()
+		<-ended
+	}
+	s.removeCA()
+	s.backends.Close() // go-smtp knows of the listener only once Serve has run
+	s.backend.Shutdown(context.Background())
+	<-s.served
+}
+
+// cutAll ends the connections that are left, and tells which.
+func (s *Server) cutAll() {
+	var b strings.Builder
+	s.mu.Lock()
+	var left []*conn
+	for _, c := range s.conns {
+		if !c.over {
+			left = append(left, c)
+			fmt.Fprintf(&b, "\n  %d from %s: %s", c.stats.Conn, c.wire.RemoteAddr(), c.whereLocked())
+		}
+	}
+	s.mu.Unlock()
+	if len(left) > 0 {
+		log.Printf("smtptest.Server blocked in Close after %v, cutting connections:%s", patience, &b)
+	}
+	for _, c := range left {
+		c.abandon()
+	}
+}

@@ -1,0 +1,96 @@
+// Package smtptest provides a fake relay for tests of programs that send mail, as net/http/httptest provides a web server.
+//
+// A [Server] is a relay on loopback or in memory, with TLS, AUTH and limits. It behaves well until a test gives it a [Fault].
+// A Fault names a step of the dialogue (At), filters what happens there (Conn, Nth, AfterMessages, When), says what goes wrong
+// (Reply, Drop, Stall, Delay) and how often (Count). Messages tells what has arrived, Stats and Conns what it took.
+//
+//	relay := smtptest.New(t)  // started; closed when the test ends
+//	client := relay.Client(t) // address, roots and credentials filled in; closed before the relay
+//	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Nth: 3, Drop: true})
+//	// … the code under test …
+//	err := relay.Wait(ctx, 2)     // until two messages have arrived
+//	first := relay.Messages()[0]  // envelope, body, connection
+//	hits := lost.Hits()           // how often the fault has struck
+//	most := relay.Stats().MaxOpen // what a promise is checked with
+//
+// Without a testing.TB, [NewServer] or [NewUnstartedServer] make a relay, [Server.Config] and [Server.URL] say how to reach it,
+// and [Server.Close] ends it. Fields are set between [NewUnstartedServer] and [Server.Start], or by the functions that [New] takes.
+//
+// A relay speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. It is
+// stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS before AUTH where
+// it offers STARTTLS, refuses parameters of extensions that it has not offered, and hangs up on a client that speaks before the
+// greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without waiting. About addresses it
+// is generous.
+//
+// # What real relays do
+//
+// A refused recipient, sender or message; a message that the relay takes though the client never learns it:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "bob@example.org", Reply: "550 5.1.1 no such user"})
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: "550 5.7.1 not you"})
+//	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 looks like spam"})
+//	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
+//
+// A session may have only so many messages or recipients. The relay says so at MAIL, RCPT or DATA, in words of its own, and keeps
+// the connection; or it hangs up. Server.MaxMessages, which counts MAIL commands, is the limit of SendGrid:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 5, Reply: "452 4.4.5 Maximum number of messages per session exceeded", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, AfterRecipients: 100, Reply: "452 4.5.3 Too many recipients in this session", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 5, Reply: "421 4.7.0 Too many messages", Drop: true, Count: -1})
+//
+// A session forgets its login (530, 503, 502 or 550 to MAIL). Good credentials are refused, every tenth time from the second on,
+// or slowly:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 2, Reply: "530 5.7.1 Authentication required", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Nth: 2, Every: 10, Reply: "535 5.7.8 Authentication failed", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Delay: 20 * time.Second, Reply: "535 5.7.8 Authentication failed"})
+//
+// A relay objects to what a client pipelines behind AUTH. It answers AUTH by 503 (500, 554, 535, 421), hangs up at once or
+// after 235, throws away what stands behind, or ignores the initial response; or it answers 235 and then objects to each MAIL of
+// that connection, or to the first alone. The same Fault at another step, or without a step, is about other commands:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Pipelined: true, Reply: "503 5.5.1 Bad sequence of commands", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Pipelined: true, Drop: true, Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Pipelined: true, Reply: "235 2.7.0 Accepted", Drop: true, Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Pipelined: true, Discard: true, Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Auth, Pipelined: true, Reply: "334 ", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, When: func(e smtptest.Event) bool { return e.AuthLed }, Reply: "530 5.7.0 Log in first", Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Mail, When: func(e smtptest.Event) bool { return e.AuthLed && e.N == 1 }, Reply: "451 4.7.0 Not yet", Count: -1})
+//
+// A relay takes 14 messages a second and asks for patience above that, at MAIL or when the message has come. The clock is that
+// of package time:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Rate: 14, Burst: 14, Reply: "454 Throttling failure: Maximum sending rate exceeded.", Count: -1})
+//
+// A greeting that never comes, silence at any one step of one connection, and a relay that thinks for long:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Connect, Conn: 2, Stall: true})
+//	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Conn: 2, Stall: true})
+//	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: 5 * time.Second})
+//
+// One of the addresses behind a name is draining, or silent, where Server.Addresses is more than 1. See [Server.Addrs],
+// [Server.Dial] and [Server.Resolver] for how a client gets there:
+//
+//	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 2, Reply: "421 4.3.2 draining", Drop: true, Count: -1})
+//	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 2, Stall: true, Count: -1})
+//
+// A relay is restarted, resets connections, or hangs up on idle ones, which is where most connections die:
+//
+//	relay.CloseClientConnections()
+//	relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 1000, Abort: true})
+//	relay.Fault(smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "421 4.4.2 timeout", Drop: true, Count: -1})
+//
+// What is a habit rather than an event is a field of Server: Behind (commands behind a final dot), KeepRefusedChunks (a refused
+// chunk is read as commands), Chunking (a truncated last chunk is taken for the whole), KeepEnvelopeOnRset (a transaction survives
+// RSET), Without and Extensions (what EHLO is answered).
+//
+// # In a synctest bubble
+//
+// With InMemory set the relay uses no sockets, and all of its goroutines wait in ways that testing/synctest knows. Start it
+// and close it inside the bubble. Together with Delay the time that a dialogue takes is then exact.
+//
+// # By hand
+//
+// go test -run '^TestBroken$' -smtptest.serve=127.0.0.1:2525 starts the first relay that the test makes on this address and
+// leaves it there to be talked to. Its URL is printed.
+package smtptest
