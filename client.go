@@ -122,7 +122,7 @@ type Timeouts struct {
 	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit       time.Duration // the relay's close after QUIT: 5 s; not negative
+	Quit       time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
 }
 
 // Result is the outcome of one message of [Client.SendAll].
