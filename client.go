@@ -135,7 +135,7 @@ type Timeouts struct {
 	FinalReply time.Duration // the reply to the final dot: 10 min
 	Drain      time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit       time.Duration // the relay's close after QUIT: 5 s; not negative
+	Quit       time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
 }
 
 // Result is the outcome of one message of [Client.SendAll].

@@ -302,3 +302,27 @@ func TestEachRecipientKeepsItsOwnReplyInAllOrNothing(t *testing.T) {
 		c.Close()
 	})
 }
+
+// A relay that answers a command twice is noticed before anybody acts on its replies: of what came behind, each would be
+// taken for the reply to the command before it, and a 250 to a chunk for the acceptance of a message that is refused.
+func TestReplyTooManyIsNoticedBeforeTheBodyLeaves(t *testing.T) {
+	for _, at := range []smtptest.Step{smtptest.Mail, smtptest.Rcpt} {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			relay := newRelay(t, near)
+			twice := relay.Fault(smtptest.Fault{At: at, Reply: "250 2.0.0 Ok\n250 2.0.0 Ok"})
+			relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Reply: "554 5.6.0 no", Count: -1})
+			cfg := configOf(relay)
+			// Replies are told slowly, so that whoever waits for them acts as early as it can.
+			cfg.Trace = &smtprelay.Trace{Reply: func(context.Context, int64, smtprelay.Op, smtprelay.Reply) { time.Sleep(time.Millisecond) }}
+			m := numbered(0)
+			m.AllOrNothing = true // the body leaves when each recipient has its reply
+			m.To = moreRecipients(2)
+			_, err := newClient(t, cfg).Send(t.Context(), m)
+			if e := failure(err); e.Outcome != smtprelay.NotAccepted || e.Code != 554 {
+				t.Errorf("two replies to %v: %v; want it not accepted, with 554", at, err)
+			}
+			want(t, "messages at the relay", relay.Accepted(), 0)
+			want(t, "doubled replies", twice.Hits(), 1)
+		})
+	}
+}

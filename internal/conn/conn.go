@@ -294,8 +294,11 @@ func (c *Conn) ReadLoop() {
 	}
 	wait := c.o.Timeouts.Quit
 	waited := c.quitting && (c.head == len(c.waiting) || c.waiting[c.head].op == StepQuit)
-	if c.abort || waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo {
-		wait = 0 // QUIT had its time already
+	switch {
+	case c.abort:
+		wait = 0
+	case waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo:
+		wait -= c.o.Timeouts.untilFIN()
 	}
 	c.phase, c.left421 = closing, c.said421 && errors.Is(err, io.EOF)
 	c.mu.Unlock()
@@ -342,7 +345,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	}
 	if x.op == StepQuit {
 		// What is left is to see the relay's close.
-		c.hurryLocked(c.o.Timeouts.Quit)
+		c.hurryLocked(c.o.Timeouts.untilFIN())
 	}
 	if x.final {
 		c.pending--
@@ -351,7 +354,8 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.peekLocked(x, r)
 	}
 	c.armLocked()
-	more = !c.outOfStep && (c.phase < draining || c.dueLocked())
+	stays := x.op == StepQuit && r.Class() != 2 // the relay, until it sees FIN
+	more = !c.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 	c.mu.Unlock()
 
 	if x.final {
@@ -677,7 +681,7 @@ func (c *Conn) Quit() {
 func (c *Conn) writeQuit(behind bool) bool {
 	const command = "QUIT\r\n"
 	end := c.position() + int64(len(command))
-	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.Quit, first: behind, end: end}) {
+	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.untilFIN(), first: behind, end: end}) {
 		return false
 	}
 	c.mu.Lock()

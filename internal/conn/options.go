@@ -49,7 +49,7 @@ type Timeouts struct {
 	FinalReply time.Duration // the reply to the final dot
 	Drain      time.Duration // the same, once the context of the message has ended
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own
-	Quit       time.Duration // the relay's close after QUIT
+	Quit       time.Duration // the relay's close, the first half after QUIT, the rest after FIN
 }
 
 // openingLimit is the limit for each reply until the connection is ready.
@@ -60,6 +60,10 @@ func (o *Options) openingLimit() time.Duration {
 	}
 	return limit
 }
+
+// untilFIN is the part of Quit that the relay has to close because of QUIT. The rest it has after FIN: a relay that does not heed
+// QUIT closes then, and until it has, it counts the connection.
+func (t Timeouts) untilFIN() time.Duration { return (t.Quit + 1) / 2 } // not 0, which would be no limit
 
 // Profile is what is known about the relay, and learns from each connection. It is safe for concurrent use; its methods
 // return at once and take no lock that is held while a Conn is called.

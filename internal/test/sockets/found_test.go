@@ -72,6 +72,24 @@ func TestReceiptBehindDiscardedCommands(t *testing.T) {
 	}
 }
 
+// TestSlotUntilARefusedQuitHasClosed has a relay refuse the QUIT behind a final dot and stay, as long as the client does. The
+// next connection must not be opened before the relay has closed that one.
+func TestSlotUntilARefusedQuitHasClosed(t *testing.T) {
+	for _, kind := range []relayMake{smtptestClear, smtptestTLS} {
+		for _, by := range []string{"data", "chunks"} {
+			t.Run(fmt.Sprintf("%s/%s", kind, by), func(t *testing.T) {
+				t.Parallel()
+				r := &round{setup: setup{kind: kind, chunking: by == "chunks", maxConns: 1, behind: smtptest.HabitRefuse, proxied: true}, calm: true}
+				r.limits.MaxMessagesPerConn = 1
+				for n := range 3 {
+					r.senders = append(r.senders, []*message{{id: 1 + n, to: []string{recipient("ok", 0, 1+n)}, size: 500 + n, deadline: -1}})
+				}
+				check(t, r.run(t))
+			})
+		}
+	}
+}
+
 // smuggled are bodies that are a message to somebody else where a relay reads them as commands.
 var smuggled = []string{
 	"Subject: a question\r\n\r\nhello\r\nMAIL FROM:<ceo@x.example>\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n",

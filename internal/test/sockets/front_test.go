@@ -26,7 +26,7 @@ func listen(t testing.TB) *net.TCPListener {
 type counter struct {
 	*net.TCPListener
 	most      int  // that may be; told by exceeded
-	impatient bool // the client may have given up the wait for a relay that does not answer QUIT: what it has closed does not count
+	impatient bool // the client waits so short a time for the relay to close that it may have given up: what it has closed does not count
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*counted]struct{}
