@@ -321,6 +321,9 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.failLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 	if x.tx != nil {
+		if x.final && r.Code == 421 && c.replies.HadYes() {
+			x.tx.contradicted = true // the relay has begun to say yes, and was cut short by its own farewell
+		}
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
 		c.o.Profile.OverlapFailed()

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/scrub"
@@ -178,8 +179,7 @@ func (d *dialogue) hello() *OpenError {
 	c.ext = wire.Extensions{}
 	switch {
 	case r.Class() == 2:
-		c.ext = wire.ParseEHLO(d.raw)
-		return nil
+		return d.extensions()
 	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
 		line = "HELO " + name
 		if r, e = d.command(StepEHLO, line, line, o.Timeouts.Command); e != nil {
@@ -192,6 +192,50 @@ func (d *dialogue) hello() *OpenError {
 	e = refusedBy(StepEHLO, r)
 	e.Said = line
 	return e
+}
+
+// maxEHLOLines is how many lines are taken from a relay that sends each line of its reply to EHLO as a reply of its own.
+const maxEHLOLines = wire.MaxWords
+
+// restOfEHLO is how long such a relay may take for the next line, where the lines before offer less than is needed.
+const restOfEHLO = time.Second
+
+// extensions takes in what the relay offers, of which a first positive reply to EHLO is in. Nothing else was asked, so that
+// further positive replies can only be lines that the relay has failed to mark as lines of one reply.
+func (d *dialogue) extensions() *OpenError {
+	c := d.c
+	text, lines := d.raw, 1
+	c.ext = wire.ParseEHLO(text)
+	for ; lines < maxEHLOLines && len(text) < wire.MaxLongText; lines++ {
+		if c.replies.Buffered() == 0 && !strings.Contains(d.raw, "\n") && !d.offersEnough() {
+			c.raw.SetReadDeadline(time.Now().Add(restOfEHLO))
+			if d.ctx.Err() == nil { // the deadline that ended it would have been overwritten
+				c.replies.Await()
+			}
+		}
+		if c.replies.Peek()/100 != 2 {
+			break
+		}
+		r, e := d.read(StepEHLO, d.o.Timeouts.Command)
+		if e == nil && r.Class() != 2 {
+			e = refusedBy(StepEHLO, r)
+		}
+		if e != nil {
+			return e
+		}
+		text += "\n" + d.raw
+		c.ext = wire.ParseEHLO(text)
+	}
+	return nil
+}
+
+// offersEnough reports whether the connection can be opened with what the relay offers.
+func (d *dialogue) offersEnough() bool {
+	c, o := d.c, d.o
+	if c.tls == nil && o.TLS != nil && !o.AllowClear {
+		return c.ext.Has("STARTTLS")
+	}
+	return o.Mechanism == nil || c.ext.Has("AUTH")
 }
 
 // upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
