@@ -43,7 +43,8 @@ type Config struct {
 	TLSConfig *tls.Config
 
 	// LocalName is the argument of EHLO. Empty means the full name of this host if it has one, else the address literal
-	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine.
+	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine. Relays refuse names with an underscore, and
+	// addresses that are not written as literals ("[192.0.2.1]", "[IPv6:2001:db8::1]"): both are mistakes to [New].
 	LocalName string
 
 	Limits   Limits

@@ -122,8 +122,19 @@ func (m *mistakes) inModes(c Config, port string) {
 	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
 		m.add("TLSConfig.MaxVersion is below TLS 1.2")
 	}
-	if c.LocalName != "" && !validDomain(c.LocalName) && !validLiteral(c.LocalName) {
-		m.add("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", c.LocalName)
+	m.inLocalName(c.LocalName)
+}
+
+func (m *mistakes) inLocalName(name string) {
+	bare := strings.TrimSuffix(strings.TrimPrefix(name, "["), "]")
+	switch addr, err := netip.ParseAddr(bare); {
+	case name == "", validHostName(name), validLiteral(name):
+	case err == nil:
+		m.add("LocalName %q is an address: write it as the literal %q (RFC 5321, 4.1.3)", name, addressLiteral(addr))
+	case validDomain(name) && strings.Contains(name, "_"):
+		m.add("LocalName %q has an underscore, which no host name has and relays refuse", name)
+	default:
+		m.add("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", name)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"reflect"
 	"strings"
@@ -65,7 +66,12 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"a name of this host", func(c *Config) { c.LocalName = "web-1.example.com" }, nil},
 		{"an IPv4 literal", func(c *Config) { c.LocalName = "[192.0.2.1]" }, nil},
 		{"an IPv6 literal", func(c *Config) { c.LocalName = "[IPv6:2001:db8::1]" }, nil},
-		{"an address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", "[192.0.2.1]"}},
+		{"an IPv4 address that is no literal", func(c *Config) { c.LocalName = "10.1.2.3" }, []string{`LocalName "10.1.2.3" is an address`, `"[10.1.2.3]"`}},
+		{"an IPv6 address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
+		{"an IPv6 literal without its tag", func(c *Config) { c.LocalName = "[2001:db8::1]" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
+		{"a part of an address", func(c *Config) { c.LocalName = "10.1.2" }, []string{"LocalName", "neither a domain name nor"}},
+		{"an underscore", func(c *Config) { c.LocalName = "web_1.internal" }, []string{"LocalName", "underscore"}},
+		{"a name of one label", func(c *Config) { c.LocalName = "web" }, nil},
 		{"a literal of no address", func(c *Config) { c.LocalName = "[web]" }, []string{"LocalName"}},
 		{"a command behind the name", func(c *Config) { c.LocalName = "web\r\nMAIL FROM:<>" }, []string{"LocalName", `web\r\n`}},
 		{"a name too long", func(c *Config) { c.LocalName = strings.Repeat("x.", 127) + "xx" }, []string{"LocalName"}},
@@ -118,6 +124,40 @@ func TestNewReportsEachMistake(t *testing.T) {
 				t.Errorf("got %q, which says nothing somewhere", err)
 			}
 		})
+	}
+}
+
+func TestNameInEHLOIsOneThatRelaysTake(t *testing.T) {
+	tcp := func(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: 1} }
+	for _, tt := range []struct {
+		why, host string
+		local     net.Addr
+		want      string
+	}{
+		{"the full name of this host", "web-1.example.com", tcp("192.0.2.1"), "web-1.example.com"},
+		{"without the dot of the root", "web.example.com.", tcp("192.0.2.1"), "web.example.com"},
+		{"a name that is not full", "web", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an underscore", "web_1.internal", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an empty label", "web..example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a hyphen at the end of a label", "web-.example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a label too long", strings.Repeat("x", 64) + ".example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"characters that are not ASCII", "büro.example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an address for a name", "10.1.2.3", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a name of the loopback, which says nothing elsewhere", "LocalHost.localdomain", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"no name", "", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"IPv6", "web", tcp("2001:db8::1"), "[IPv6:2001:db8::1]"},
+		{"IPv4 within IPv6", "web", tcp("::ffff:192.0.2.1"), "[192.0.2.1]"},
+		{"a connection of Config.Dial that knows no address", "web", &net.TCPAddr{}, "[127.0.0.1]"},
+		{"one that is no TCP", "web", &net.UnixAddr{Name: "/run/relay"}, "[127.0.0.1]"},
+		{"one that tells nothing", "web", nil, "[127.0.0.1]"},
+	} {
+		got := ehloName(tt.host, tt.local)
+		if got != tt.want {
+			t.Errorf("%s: %q: got %q, want %q", tt.why, tt.host, got, tt.want)
+		}
+		if !validHostName(got) && !validLiteral(got) {
+			t.Errorf("%s: %q: got %q, which New would not take as LocalName", tt.why, tt.host, got)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -168,21 +169,33 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 	return nc, nil
 }
 
-// localName is the argument of EHLO (RFC 5321, 4.1.4): the full name of this host, else the address of the connection.
+// localName is the argument of EHLO.
 func (c *settings) localName(nc net.Conn) string {
 	if c.LocalName != "" {
 		return c.LocalName
 	}
-	host, err := os.Hostname()
-	if err == nil && strings.Contains(host, ".") && !strings.HasPrefix(host, "localhost.") && validDomain(host) {
+	host, _ := os.Hostname() // "" where it is not known
+	return ehloName(host, nc.LocalAddr())
+}
+
+// ehloName is the name of this host if it is a full one, else the literal of its address on the connection (RFC 5321, 4.1.4).
+func ehloName(host string, local net.Addr) string {
+	host = strings.TrimSuffix(host, ".")
+	if strings.Contains(host, ".") && !strings.HasPrefix(strings.ToLower(host), "localhost.") && validHostName(host) {
 		return host
 	}
-	addr, ok := nc.LocalAddr().(*net.TCPAddr)
-	switch {
-	case !ok:
-		return "[127.0.0.1]"
-	case addr.IP.To4() != nil:
-		return "[" + addr.IP.To4().String() + "]"
+	if addr, ok := local.(*net.TCPAddr); ok {
+		if ip, ok := netip.AddrFromSlice(addr.IP); ok {
+			return addressLiteral(ip)
+		}
 	}
-	return "[IPv6:" + addr.IP.String() + "]"
+	return "[127.0.0.1]"
+}
+
+// addressLiteral is addr as it stands in EHLO (RFC 5321, 4.1.3).
+func addressLiteral(addr netip.Addr) string {
+	if addr = addr.Unmap().WithZone(""); addr.Is4() {
+		return "[" + addr.String() + "]"
+	}
+	return "[IPv6:" + addr.String() + "]"
 }
