@@ -17,7 +17,7 @@ type Config struct {
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
 	Addr string
 
-	// Username is the user name for AUTH. Empty means "apikey", SendGrid's, if there is a Password.
+	// Username is the user name for AUTH. With a Password it may be empty for SendGrid's hosts only, where it means "apikey".
 	Username string
 
 	// Password is the password or API key. Without Username, Password and Auth nothing is authenticated, which relays on
@@ -28,7 +28,8 @@ type Config struct {
 
 	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
 	// mechanism to use, of those that the relay offers: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may
-	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
+	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered and the relay does take it
+	// (no 502 or 504), else LOGIN.
 	//
 	// It may be called from several goroutines at once. An error counts as a connection that could not be opened for now.
 	// No time limit is set: ctx ends when the Client is closed, and not with the Send that needs the connection, so that

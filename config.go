@@ -28,6 +28,7 @@ type settings struct {
 	said       scrub.Known  // of the credentials, in AUTH
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
+	noPlain    atomic.Bool // the relay has refused AUTH PLAIN as such, and offers LOGIN
 
 	conns *conn.Options
 }
@@ -42,11 +43,11 @@ func (c Config) check() (*settings, error) {
 	if s.Addr == "" {
 		s.Addr = defaultAddr
 	}
-	if c.Username == "" && c.Password != "" && c.Auth == nil {
-		s.Username = "apikey"
-	}
 	var wrong mistakes
 	s.host, s.port = wrong.splitAddr(s.Addr)
+	if c.Username == "" && c.Password != "" && c.Auth == nil && isSendGrid(s.host) {
+		s.Username = "apikey"
+	}
 	wrong.inCredentials(c, s.host)
 	wrong.inModes(c, s.port)
 	wrong.inLimits(c)
@@ -71,6 +72,8 @@ func (m *mistakes) add(format string, args ...any) { *m = append(*m, fmt.Errorf(
 func (m *mistakes) splitAddr(addr string) (host, port string) {
 	host, port, err := net.SplitHostPort(addr)
 	switch {
+	case isPath(addr):
+		m.add("Addr is a path and not host:port: Config.Dial is for that; it connects to the socket, and Addr names the relay, such as localhost:25")
 	case strings.Contains(addr, "@") || strings.Contains(addr, "://"):
 		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
 	case err != nil && !strings.Contains(addr, ":"):
@@ -91,6 +94,16 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 	return host, port
 }
 
+// isPath reports whether addr is meant as the path of a socket.
+func isPath(addr string) bool {
+	for _, prefix := range []string{"unix:", "unixpacket:", "/", "./", "../", "~/", `\\`} {
+		if len(addr) >= len(prefix) && strings.EqualFold(addr[:len(prefix)], prefix) {
+			return true
+		}
+	}
+	return false
+}
+
 func (m *mistakes) inCredentials(c Config, host string) {
 	switch {
 	case c.Auth != nil && (c.Username != "" || c.Password != ""):
@@ -98,8 +111,10 @@ func (m *mistakes) inCredentials(c Config, host string) {
 	case c.Auth != nil:
 	case c.Password == "" && c.Username != "":
 		m.add("Password is empty, but Username is set") // to the key, maybe
-	case c.Password == "" && (host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")):
+	case c.Password == "" && isSendGrid(host):
 		m.add("Password is empty: SendGrid wants an API key")
+	case c.Password != "" && c.Username == "" && host != "" && !isSendGrid(host):
+		m.add("Username is empty, but Password is set; only for SendGrid's hosts it may be left out")
 	}
 	if strings.ContainsRune(c.Username, 0) || strings.ContainsRune(c.Password, 0) {
 		m.add("Username or Password contains a NUL")

@@ -69,12 +69,15 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	d.msg.Body, d.msg.Size = r.Body, r.Size
 	if e != nil {
 		d.c.cfg.explainAuth(e)
+		d.c.cfg.explainRefusal(e, s.Extensions(), s.TLS() == nil)
+		d.c.cfg.explainSilence(e, s.Extensions())
 		d.c.pool.learn(s, e)
 	}
 	if r.Auth.Class() == 2 {
 		d.c.pool.worked()
 	}
 	wait := d.note(rcpts, &r, e)
+	d.c.cfg.explainRefusal(d.refusal, s.Extensions(), s.TLS() == nil)
 	d.learnRcpts(&r, e)
 	if e != nil && e.Op == OpRcpt && e.Code >= 400 && e.Code != 421 && !d.m.AllOrNothing {
 		e = nil // each of these recipients was refused for itself; the others have not been tried

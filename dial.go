@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // dial opens a connection and takes it to the point where a transaction can begin: TCP, TLS or greeting, EHLO, STARTTLS,
@@ -98,8 +99,11 @@ func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
 // advise adds to e, which failed became, what to do about it.
 func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	switch {
-	case e.Op == OpTLS:
+	case e.Op == OpTLS, alertText(e.Err) != "": // with TLS 1.3 the relay refuses after the handshake is over here
 		c.explainTLS(e)
+	case e.Op == OpGreeting && errors.Is(e.Err, wire.ErrMalformed):
+		e.Err = fmt.Errorf("%w; %s", e.Err, noSMTP)
+		e.permanent = true
 	case e.Op == OpGreeting && e.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
 		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
 	case e.Op == OpEHLO && e.Code/100 == 5:
@@ -109,9 +113,24 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	case e.Op == OpAuth:
 		if not, ok := e.Err.(*conn.NotOfferedError); ok {
 			e.Err = fmt.Errorf("Config.Auth has chosen %q: the relay offers %s", not.Mechanism, c.offered(not.Offered))
+			if failed.Clear && failed.TLSOffered {
+				e.Err = fmt.Errorf("%w, and it offers STARTTLS: use TLSStartTLS, or smtp:// in a URL", e.Err)
+			}
 		}
-		if e.Err == nil {
-			c.explainAuth(e)
+		c.explainAuth(e)
+	}
+}
+
+// noSMTP is the advice where something else than a relay has answered.
+const noSMTP = "this is no SMTP server; check the port"
+
+// explainSilence adds to e, the error of a message that was not accepted, what may be the reason where the relay has offered
+// PIPELINING and does not answer a group of commands.
+func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
+	switch e.Op {
+	case OpRset, OpMail, OpRcpt, OpData:
+		if c.Pipelining != PipelineOff && e.Outcome == NotAccepted && e.Timeout() && ext.Has("PIPELINING") {
+			e.Err = fmt.Errorf("%w; if this happens often, something on the way may break PIPELINING: set Config.Pipelining to PipelineOff", e.Err)
 		}
 	}
 }
@@ -139,6 +158,9 @@ func (c *settings) connOptions() *conn.Options {
 	}
 	if c.authenticates() {
 		o.Mechanism = c.mechanism
+		if c.Auth == nil {
+			o.OtherMechanism = c.otherMechanism
+		}
 	}
 	return o
 }

@@ -230,6 +230,7 @@ func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
 	client := newClient(t, smtprelay.Config{
 		Addr:     l.Addr().String(),
 		TLS:      smtprelay.TLSImplicit,
+		Username: "ann",
 		Password: "the-real-key-0123456789",
 		Retry:    smtprelay.Retry{MaxAttempts: 1},
 	})

@@ -15,12 +15,13 @@ import (
 
 // OpenError is why a connection could not be opened.
 type OpenError struct {
-	Step      Step
-	Reply     wire.Reply // Code 0: none
-	Err       error      // the cause where it is not a reply; the wrong name, where Step is EHLO
-	Permanent bool       // another try cannot help
-	Clear     bool       // TLS had not begun
-	Said      string     // for EHLO: what was said
+	Step       Step
+	Reply      wire.Reply // Code 0: none
+	Err        error      // the cause where it is not a reply; the wrong name, where Step is EHLO
+	Permanent  bool       // another try cannot help
+	Clear      bool       // TLS had not begun
+	TLSOffered bool       // the relay offers STARTTLS
+	Said       string     // for EHLO: what was said
 }
 
 func (e *OpenError) Error() string {
@@ -52,7 +53,7 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 	}
 	if e != nil {
 		defer stop()
-		e.Clear = c.tls == nil
+		e.Clear, e.TLSOffered = c.tls == nil, c.ext.Has("STARTTLS")
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ContextError(ctx)
 		}

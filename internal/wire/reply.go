@@ -122,6 +122,8 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 			switch {
 			case errors.Is(err, bufio.ErrBufferFull):
 				err = fmt.Errorf("%w: a line of more than %d octets", ErrTooLong, MaxReplyLine)
+			case err == io.EOF && first && !isBlank(line) && (line[0] < '2' || line[0] > '5'):
+				err = &MalformedError{Line: string(line)} // however it would go on
 			case err == io.EOF && (len(line) > 0 || !first):
 				err = io.ErrUnexpectedEOF
 			}

@@ -103,6 +103,7 @@ func TestWhatIsNoReplyIsMalformed(t *testing.T) {
 		{"a line without a code that stands before a reply", "ok\r\n250 ok\r\n"},
 		{"and behind empty lines", "\r\n\r\nok\r\n"},
 		{"another protocol", "HTTP/1.1 400 Bad Request\r\n"},
+		{"an alert of TLS, which has no line end", "\x15\x03\x01\x00\x02\x02\x46"},
 		{"an alert of TLS with a line end in it", "\x15\x03\x01\x00\x02\x02\n"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
