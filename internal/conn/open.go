@@ -328,6 +328,7 @@ func (d *dialogue) progress(step Step) {
 func (d *dialogue) leave(e *OpenError) {
 	if e.Reply.Code != 0 && e.Reply.Code != 421 || e.Permanent && e.Step != StepTLS {
 		d.c.conn.Write([]byte("QUIT\r\n"))
+		d.c.endTLS()
 	}
 }
 
