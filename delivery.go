@@ -16,13 +16,14 @@ type delivery struct {
 	c       *Client
 	ctx     context.Context
 	m       Message
-	msg     conn.Message // what the next transaction sends of it
-	mail    MailOptions  // what the caller asks for
-	utf8    string       // the first address that is not ASCII
-	dsnFor  string       // the first recipient whose options need DSN; "" if there is none
-	rrvsFor string       // the same for RRVS
-	rcpts   rcptLimit    // how many recipients go into one transaction
-	todo    []int        // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	msg     conn.Message  // what the next transaction sends of it
+	mail    MailOptions   // what the caller asks for
+	utf8    string        // the first address that is not ASCII
+	dsnFor  string        // the first recipient whose options need DSN; "" if there is none
+	rrvsFor string        // the same for RRVS
+	rcpts   rcptLimit     // how many recipients go into one transaction
+	todo    []int         // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	unfit   map[int]error // recipients who cannot be named to this relay, and why
 	receipt Receipt
 
 	attempts int    // tries that failed and counted
@@ -126,7 +127,7 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 			open = append(open, to)
 			wait = refusal()
 		case fateRefused:
-			if d.refusal == nil {
+			if d.refusal == nil || d.refusal.Op == OpCheck { // the relay's words go before ours
 				d.refusal = refusal()
 			}
 		}
@@ -190,11 +191,11 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	}
 	some, whole := false, d.refusal == nil && d.unknown == nil
 	var refused []RecipientError
-	for _, r := range d.receipt.Recipients {
+	for i, r := range d.receipt.Recipients {
 		if r.Outcome == Accepted {
 			some = true
 		} else {
-			refused = append(refused, RecipientError{To: r.To, Reply: r.Reply, Outcome: r.Outcome})
+			refused = append(refused, RecipientError{To: r.To, Reply: r.Reply, Outcome: r.Outcome, Err: d.unfit[i]})
 		}
 	}
 	if len(refused) == 0 {
@@ -250,10 +251,10 @@ func (d *delivery) begin() error {
 		d.todo[i] = i
 		d.receipt.Recipients[i] = RecipientReceipt{To: to, Outcome: NotAccepted}
 		if o := d.m.RcptOptions[to]; o != nil {
-			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
+			if d.dsnFor == "" && o.needsDSN() {
 				d.dsnFor = to
 			}
-			if d.rrvsFor == "" && !o.RequireRecipientValidSince.IsZero() {
+			if d.rrvsFor == "" && o.needsRRVS() {
 				d.rrvsFor = to
 			}
 		}

@@ -127,6 +127,7 @@ type RecipientError struct {
 	To string
 	Reply
 	Outcome Outcome // NotAccepted, or Unknown
+	Err     error   // why the relay was not asked: it lacks an extension that the address or the options need
 }
 
 // Error returns one line of printable characters: the step and what it was about, the reply with the relay's words in quotes,
@@ -235,7 +236,7 @@ func (e *Error) clone() *Error {
 
 // Temporary reports whether the relay refused the recipient only for now. It is false where the outcome is unknown.
 func (r RecipientError) Temporary() bool {
-	if r.Outcome == Unknown {
+	if r.Outcome == Unknown || r.Err != nil {
 		return false
 	}
 	return r.Code/100 == 4 || r.Code == 0 || r.says(tooManyRcpts, OpRcpt)
