@@ -26,18 +26,30 @@ func (c *settings) mechanism(ctx context.Context, ext *wire.Extensions, state *t
 		return mech, nil
 	}
 	switch {
-	case slices.Contains(ext.Auth, sasl.Plain):
+	case slices.Contains(ext.Auth, sasl.Plain) && !c.noPlain.Load():
 		return sasl.NewPlainClient("", c.Username, c.password.reveal()), nil
 	case slices.Contains(ext.Auth, sasl.Login):
 		return &loginClient{username: c.Username, password: c.password}, nil
 	}
 	err := &conn.OpenError{Step: conn.StepAuth, Permanent: true}
-	if len(ext.Auth) == 0 {
+	if len(ext.Auth) == 0 && state == nil && ext.Has("STARTTLS") {
+		err.Err = errors.New("the relay does not offer AUTH in the clear, but it offers STARTTLS: use TLSStartTLS, or smtp:// in a URL")
+	} else if len(ext.Auth) == 0 {
 		err.Err = fmt.Errorf("the relay does not offer AUTH (it offers %s); is this the port for submission?", c.offered(ext.Keywords))
 	} else {
 		err.Err = fmt.Errorf("no mechanism in common: the relay offers %s, and a password can be given by PLAIN or LOGIN; set Config.Auth for another", c.offered(ext.Auth))
 	}
 	return nil, err
+}
+
+// otherMechanism is what to try on the same connection after the relay has said that it does not take PLAIN, although it
+// offers it; nil means nothing. From then on PLAIN is left alone.
+func (c *settings) otherMechanism(refused string, ext *wire.Extensions) sasl.Client {
+	if refused != sasl.Plain || !slices.Contains(ext.Auth, sasl.Login) {
+		return nil
+	}
+	c.noPlain.Store(true)
+	return &loginClient{username: c.Username, password: c.password}
 }
 
 // offered quotes words of the relay's.
@@ -78,13 +90,68 @@ func (c *settings) refusedAuth(r wire.Reply) *Error {
 	return e
 }
 
-// explainAuth says what to do where e is the relay's refusal of credentials for good.
+// explainAuth says what to do where e is the relay's refusal of AUTH. The code tells what it is about (RFC 4954, 4 and 6).
 func (c *settings) explainAuth(e *Error) {
-	if e.Op != OpAuth || e.Reply.Code/100 != 5 || e.Reply.says(tooManyConns, OpAuth) {
+	if e.Op != OpAuth || e.Err != nil || e.Reply.says(tooManyConns, OpAuth) {
 		return
 	}
-	e.Err = errors.New("check Username and Password (SendGrid's are the word apikey and an API key that may send mail)")
-	if c.Auth != nil {
-		e.Err = errors.New("check what Config.Auth returns")
+	if advice := c.authAdvice(e.Reply); advice != "" {
+		e.Err = errors.New(advice)
+	}
+}
+
+func (c *settings) authAdvice(r Reply) string {
+	own := c.Auth != nil
+	switch r.Code {
+	case 454:
+		return "this is temporary: the relay cannot check credentials now"
+	case 502, 504:
+		if own {
+			return "the relay does not take this mechanism; let Config.Auth choose another"
+		}
+		return "the relay does not take this mechanism; set Config.Auth for another"
+	case 503:
+		return "the relay says that AUTH is out of order; the credentials may be right"
+	case 530, 538:
+		return "the relay wants TLS before AUTH; use TLSStartTLS, or TLSImplicit on port 465"
+	case 534:
+		return "the relay wants a stronger mechanism than a password: an app password of the account, or OAuth by Config.Auth"
+	case 535:
+		switch {
+		case own:
+			return "check what Config.Auth returns"
+		case isSendGrid(c.host):
+			return "check Username and Password: they are the word apikey, and an API key that may send mail"
+		}
+		return "check Username and Password"
+	}
+	return ""
+}
+
+// isSendGrid reports whether host is one of SendGrid's.
+func isSendGrid(host string) bool {
+	host = strings.ToLower(host)
+	return host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")
+}
+
+var (
+	wantsTLS  = words("starttls|\\btls\\b|\\bssl\\b|encrypt")
+	wantsAuth = words("authent|relay(ing)? (access )?(is )?(not|denied)|not permitted to relay|\\blog ?in\\b")
+)
+
+// explainRefusal says what to do where the relay's refusal of a sender or recipient is about who we are: nothing was said of
+// that, or it was said in the clear.
+func (c *settings) explainRefusal(e *Error, ext *wire.Extensions, clear bool) {
+	if e == nil || e.Err != nil || e.Reply.Code/100 != 5 || e.Op != OpMail && e.Op != OpRcpt {
+		return
+	}
+	text := e.Reply.Message
+	required := e.Reply.Code == 530
+	switch {
+	case required && clear && (wantsTLS.MatchString(text) || !ext.Has("AUTH")):
+		e.Err = errors.New("the relay wants TLS; use TLSStartTLS, or TLSImplicit on port 465")
+	case c.authenticates() || !ext.Has("AUTH"):
+	case required, e.Op == OpRcpt && e.Reply.Code == 554, wantsAuth.MatchString(text):
+		e.Err = errors.New("no credentials were given, and the relay offers AUTH; set Username and Password")
 	}
 }

@@ -21,7 +21,7 @@ type Config struct {
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
 	Addr string
 
-	// Username is the user name for AUTH. Empty means "apikey", SendGrid's, if there is a Password.
+	// Username is the user name for AUTH. With a Password it may be empty for SendGrid's hosts only, where it means "apikey".
 	Username string
 
 	// Password is the password or API key. Without Username, Password and Auth nothing is authenticated, which relays on
@@ -32,7 +32,8 @@ type Config struct {
 
 	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
 	// mechanism to use, of those that the relay offers: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may
-	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered, else LOGIN.
+	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered and the relay does take it
+	// (no 502 or 504), else LOGIN.
 	//
 	// It may be called from several goroutines at once. An error counts as a connection that could not be opened for now.
 	// No time limit is set: ctx ends when the Client is closed, and not with the Send that needs the connection, so that
@@ -47,7 +48,8 @@ type Config struct {
 	TLSConfig *tls.Config
 
 	// LocalName is the argument of EHLO. Empty means the full name of this host if it has one, else the address literal
-	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine.
+	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine. Relays refuse names with an underscore, and
+	// addresses that are not written as literals ("[192.0.2.1]", "[IPv6:2001:db8::1]"): both are mistakes to [New].
 	LocalName string
 
 	Limits   Limits
@@ -170,7 +172,8 @@ func New(cfg Config) (*Client, error) {
 }
 
 // Send delivers m to the relay and returns its receipt. It waits, first come first served, for a connection; ctx bounds the
-// whole call.
+// whole call, but for the time that the caller's own code takes: a Body that is blocked in its WriteTo or Read is waited for, as are
+// Config.Auth and Config.Dial by whoever needs the connection. Let them end with ctx too.
 //
 // A ctx that ends once the end of the message has left is not the end of the call: the relay's answer is awaited for
 // Timeouts.Drain, so that the message is not of unknown fate for want of a moment. Send is blocked, whatever ctx, while m.Body
@@ -197,9 +200,13 @@ func (c *Client) send(ctx context.Context, m Message, want ask) (Receipt, error)
 }
 
 // SendAll sends the messages of ms, as many at a time as the connections can carry, and yields a Result for each in the
-// order of completion. It takes no more messages from ms than it can send. When ctx ends it takes no further message and
-// yields what became of those under way; when the loop over the results ends early, those under way are finished first.
-// ms runs in a goroutine of its own.
+// order of completion. It takes no more messages from ms than it can send. When ctx ends or the Client is closed, it takes no
+// further message and yields what became of those under way; when the loop over the results ends early, those under way are
+// finished first. A ctx or a Client that has ended may mean that there is no Result at all.
+//
+// ms runs in a goroutine of its own, and is not waited for: one that is blocked when SendAll comes to its end, as a reader of a
+// channel may be, goes on in the background up to its next message. That one is not sent and has no Result, and the yield of ms
+// returns false.
 func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Result] {
 	return func(yield func(Result) bool) {
 		// As many as can be on their way, and two more for each connection to be there when it is their turn.
@@ -207,31 +214,63 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, c.cfg.MaxInFlight))))
 		results := make(chan Result)
 		enough := make(chan struct{})
-		var sending sync.WaitGroup
-		sending.Go(func() {
+		left := make(chan struct{}) // ms has come to its end
+
+		var mu sync.Mutex // guards the three below
+		under := 0        // messages that were taken and have no Result yet
+		stopped := false  // no more are waited for
+		over := false     // results is closed
+		// count notes so many messages more or less under way, and whether more are waited for. It reports false if it is too late.
+		count := func(more int, stop bool) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			if over {
+				return false
+			}
+			under += more
+			stopped = stopped || stop
+			if over = stopped && under == 0; over {
+				close(results)
+			}
+			return true
+		}
+		send := func(m Message) {
+			results <- c.result(ctx, m)
+			count(-1, false)
+		}
+		go func() {
+			defer close(left)
 			for m := range ms {
+				if !count(1, false) {
+					return
+				}
 				if senders.Acquire(ctx, 1) != nil {
-					// m was taken, so it has a result, which Send will tell at once.
-					sending.Go(func() { results <- c.result(ctx, m) })
+					go send(m) // it was taken, so it has a result, which Send will tell at once
 					return
 				}
 				select {
 				case <-enough:
+					count(-1, false)
 					return
 				default:
 				}
-				sending.Go(func() {
-					results <- c.result(ctx, m)
+				go func() {
+					send(m)
 					senders.Release(1) // not before: who is slow with the results slows the sending
-				})
+				}()
 				if ctx.Err() != nil {
 					return
 				}
 			}
-		})
-		go func() { // ends with the last of those above
-			sending.Wait()
-			close(results)
+		}()
+		go func() {
+			select {
+			case <-left:
+			case <-enough:
+			case <-ctx.Done():
+			case <-c.pool.ending:
+			}
+			count(0, true)
 		}()
 		defer func() { // also if the loop is left by a panic
 			close(enough)

@@ -480,6 +480,61 @@ func TestSendMailIsAllOrNothing(t *testing.T) {
 	want(t, "connections opened", len(relay.Conns()), 1)
 }
 
+func TestSendAllEndsWhileItsIteratorIsBlocked(t *testing.T) {
+	for _, tt := range []struct {
+		why  string
+		end  func(cancel func(), client *smtprelay.Client)
+		loop bool // leave the loop at the first result
+	}{
+		{"the context ends", func(cancel func(), _ *smtprelay.Client) { cancel() }, false},
+		{"the Client is closed", func(_ func(), client *smtprelay.Client) { client.Close() }, false},
+		{"the Client is shut down", func(_ func(), client *smtprelay.Client) { client.Shutdown(context.Background()) }, false},
+		{"the loop is left", func(func(), *smtprelay.Client) {}, true},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				relay := newRelay(t, far)
+				client := newClient(t, configOf(relay))
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				queue := make(chan smtprelay.Message, 2)
+				queue <- numbered(0)
+				queue <- numbered(1)
+				ended := make(chan bool, 1)
+				messages := func(yield func(smtprelay.Message) bool) {
+					for m := range queue {
+						if !yield(m) {
+							ended <- true
+							return
+						}
+					}
+				}
+				results := 0
+				for r := range client.SendAll(ctx, messages) {
+					if r.Err != nil {
+						t.Error(r.Err)
+					}
+					results++
+					if tt.loop {
+						break
+					}
+					if results == 2 {
+						go tt.end(cancel, client)
+					}
+				}
+				if !tt.loop {
+					want(t, "results", results, 2)
+				}
+				accepted := relay.Stats().Accepted
+				queue <- numbered(2) // too late
+				<-ended
+				synctest.Wait()
+				want(t, "accepted by the relay since SendAll has ended", relay.Stats().Accepted-accepted, 0)
+			})
+		})
+	}
+}
+
 func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) {

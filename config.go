@@ -30,6 +30,7 @@ type settings struct {
 	said       scrub.Known  // of the credentials, in AUTH
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
+	noPlain    atomic.Bool // the relay has refused AUTH PLAIN as such, and offers LOGIN
 
 	conns *conn.Options
 }
@@ -50,11 +51,11 @@ func (c Config) check() (*settings, error) {
 	if s.Addr == "" {
 		s.Addr = defaultAddr
 	}
-	if c.Username == "" && c.Password != "" && c.Auth == nil {
-		s.Username = "apikey"
-	}
 	var wrong mistakes
 	s.host, s.port = wrong.splitAddr(s.Addr)
+	if c.Username == "" && c.Password != "" && c.Auth == nil && isSendGrid(s.host) {
+		s.Username = "apikey"
+	}
 	wrong.inCredentials(c, s.host)
 	wrong.inModes(c, s.port)
 	wrong.inLimits(c)
@@ -80,6 +81,8 @@ func (m *mistakes) add(format string, args ...any) { *m = append(*m, fmt.Errorf(
 func (m *mistakes) splitAddr(addr string) (host, port string) {
 	host, port, err := net.SplitHostPort(addr)
 	switch {
+	case isPath(addr):
+		m.add("Addr is a path and not host:port: Config.Dial is for that; it connects to the socket, and Addr names the relay, such as localhost:25")
 	case strings.Contains(addr, "@") || strings.Contains(addr, "://"):
 		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
 	case err != nil && !strings.Contains(addr, ":"):
@@ -100,6 +103,16 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 	return host, port
 }
 
+// isPath reports whether addr is meant as the path of a socket.
+func isPath(addr string) bool {
+	for _, prefix := range []string{"unix:", "unixpacket:", "/", "./", "../", "~/", `\\`} {
+		if len(addr) >= len(prefix) && strings.EqualFold(addr[:len(prefix)], prefix) {
+			return true
+		}
+	}
+	return false
+}
+
 func (m *mistakes) inCredentials(c Config, host string) {
 	switch {
 	case c.Auth != nil && (c.Username != "" || c.Password != ""):
@@ -109,8 +122,10 @@ func (m *mistakes) inCredentials(c Config, host string) {
 		m.add("Addr is empty, which means %s, and Password is no SendGrid API key, which begins with SG.: set Addr to the relay whose password it is", defaultAddr)
 	case c.Password == "" && c.Username != "":
 		m.add("Password is empty, but Username is set") // to the key, maybe
-	case c.Password == "" && (host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")):
+	case c.Password == "" && isSendGrid(host):
 		m.add("Password is empty: SendGrid wants an API key")
+	case c.Password != "" && c.Username == "" && host != "" && !isSendGrid(host):
+		m.add("Username is empty, but Password is set; only for SendGrid's hosts it may be left out")
 	}
 	if strings.ContainsRune(c.Username, 0) || strings.ContainsRune(c.Password, 0) {
 		m.add("Username or Password contains a NUL")
@@ -133,8 +148,19 @@ func (m *mistakes) inModes(c Config, port string) {
 	if c.TLSConfig != nil && c.TLSConfig.MaxVersion != 0 && c.TLSConfig.MaxVersion < tls.VersionTLS12 {
 		m.add("TLSConfig.MaxVersion is below TLS 1.2")
 	}
-	if c.LocalName != "" && !validDomain(c.LocalName) && !validLiteral(c.LocalName) {
-		m.add("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", c.LocalName)
+	m.inLocalName(c.LocalName)
+}
+
+func (m *mistakes) inLocalName(name string) {
+	bare := strings.TrimSuffix(strings.TrimPrefix(name, "["), "]")
+	switch addr, err := netip.ParseAddr(bare); {
+	case name == "", validHostName(name), validLiteral(name):
+	case err == nil:
+		m.add("LocalName %q is an address: write it as the literal %q (RFC 5321, 4.1.3)", name, addressLiteral(addr))
+	case validDomain(name) && strings.Contains(name, "_"):
+		m.add("LocalName %q has an underscore, which no host name has and relays refuse", name)
+	default:
+		m.add("LocalName %q is neither a domain name nor an address literal such as [192.0.2.1]", name)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"reflect"
 	"strings"
@@ -26,6 +27,11 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"a key is all that SendGrid needs", func(c *Config) { *c = Config{Password: key} }, nil},
 		{"another relay may need no credentials", func(c *Config) { *c = Config{Addr: "relay.example:25"} }, nil},
 		{"an IPv6 address", func(c *Config) { c.Addr = "[2001:db8::1]:587" }, nil},
+		{"a key without a user name, for another relay", func(c *Config) { c.Username = "" }, []string{"Username is empty"}},
+		{"SendGrid's host in any case", func(c *Config) { *c = Config{Addr: "SMTP.SendGrid.net:465", Password: key} }, nil},
+		{"the path of a socket", func(c *Config) { c.Addr = "/run/relay.sock" }, []string{"Config.Dial"}},
+		{"the URL of a socket", func(c *Config) { c.Addr = "unix:///run/relay.sock" }, []string{"Config.Dial"}},
+		{"a pipe", func(c *Config) { c.Addr = `\\.\pipe\relay` }, []string{"Config.Dial"}},
 		{"no key for SendGrid", func(c *Config) { *c = Config{} }, []string{"Password is empty", "SendGrid"}},
 		{"nor for its host in the EU", func(c *Config) { *c = Config{Addr: "smtp.eu.sendgrid.net:587"} }, []string{"Password is empty", "SendGrid"}},
 		{"Auth in the place of a key", func(c *Config) { *c = Config{Auth: mechanism} }, nil},
@@ -65,7 +71,12 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"a name of this host", func(c *Config) { c.LocalName = "web-1.example.com" }, nil},
 		{"an IPv4 literal", func(c *Config) { c.LocalName = "[192.0.2.1]" }, nil},
 		{"an IPv6 literal", func(c *Config) { c.LocalName = "[IPv6:2001:db8::1]" }, nil},
-		{"an address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", "[192.0.2.1]"}},
+		{"an IPv4 address that is no literal", func(c *Config) { c.LocalName = "10.1.2.3" }, []string{`LocalName "10.1.2.3" is an address`, `"[10.1.2.3]"`}},
+		{"an IPv6 address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
+		{"an IPv6 literal without its tag", func(c *Config) { c.LocalName = "[2001:db8::1]" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
+		{"a part of an address", func(c *Config) { c.LocalName = "10.1.2" }, []string{"LocalName", "neither a domain name nor"}},
+		{"an underscore", func(c *Config) { c.LocalName = "web_1.internal" }, []string{"LocalName", "underscore"}},
+		{"a name of one label", func(c *Config) { c.LocalName = "web" }, nil},
 		{"a literal of no address", func(c *Config) { c.LocalName = "[web]" }, []string{"LocalName"}},
 		{"a command behind the name", func(c *Config) { c.LocalName = "web\r\nMAIL FROM:<>" }, []string{"LocalName", `web\r\n`}},
 		{"a name too long", func(c *Config) { c.LocalName = strings.Repeat("x.", 127) + "xx" }, []string{"LocalName"}},
@@ -119,6 +130,40 @@ func TestNewReportsEachMistake(t *testing.T) {
 				t.Errorf("got %q, which says nothing somewhere", err)
 			}
 		})
+	}
+}
+
+func TestNameInEHLOIsOneThatRelaysTake(t *testing.T) {
+	tcp := func(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: 1} }
+	for _, tt := range []struct {
+		why, host string
+		local     net.Addr
+		want      string
+	}{
+		{"the full name of this host", "web-1.example.com", tcp("192.0.2.1"), "web-1.example.com"},
+		{"without the dot of the root", "web.example.com.", tcp("192.0.2.1"), "web.example.com"},
+		{"a name that is not full", "web", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an underscore", "web_1.internal", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an empty label", "web..example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a hyphen at the end of a label", "web-.example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a label too long", strings.Repeat("x", 64) + ".example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"characters that are not ASCII", "büro.example", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"an address for a name", "10.1.2.3", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a name of the loopback, which says nothing elsewhere", "LocalHost.localdomain", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"no name", "", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"IPv6", "web", tcp("2001:db8::1"), "[IPv6:2001:db8::1]"},
+		{"IPv4 within IPv6", "web", tcp("::ffff:192.0.2.1"), "[192.0.2.1]"},
+		{"a connection of Config.Dial that knows no address", "web", &net.TCPAddr{}, "[127.0.0.1]"},
+		{"one that is no TCP", "web", &net.UnixAddr{Name: "/run/relay"}, "[127.0.0.1]"},
+		{"one that tells nothing", "web", nil, "[127.0.0.1]"},
+	} {
+		got := ehloName(tt.host, tt.local)
+		if got != tt.want {
+			t.Errorf("%s: %q: got %q, want %q", tt.why, tt.host, got, tt.want)
+		}
+		if !validHostName(got) && !validLiteral(got) {
+			t.Errorf("%s: %q: got %q, which New would not take as LocalName", tt.why, tt.host, got)
+		}
 	}
 }
 
@@ -236,7 +281,7 @@ func TestURLBecomesAConfig(t *testing.T) {
 		{"no port behind the colon", "smtps://relay.example:", Config{Addr: "relay.example:465", TLS: TLSImplicit}},
 		{"a slash behind the host", "smtp://relay.example/", Config{Addr: "relay.example:587"}},
 		{"an IPv6 address", "smtp://[2001:db8::1]:25", Config{Addr: "[2001:db8::1]:25"}},
-		{"no user name: apikey comes later", "smtp://:p@relay.example", Config{Addr: "relay.example:587", Password: "p"}},
+		{"no user name, at SendGrid: apikey comes later", "smtp://:p@smtp.sendgrid.net", Config{Addr: "smtp.sendgrid.net:587", Password: "p"}},
 		{"percent-encoding in both", "smtp://a%40x.example:p%2F%3F%23%25%20%3A%40@relay.example",
 			Config{Addr: "relay.example:587", Username: "a@x.example", Password: "p/?#% :@"}},
 		{"an at sign in a password is found by the last one", "smtp://u:p@ss@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p@ss"}},
@@ -283,6 +328,15 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		{"port 0", "smtp://u:s3cret@relay.example:0", []string{"1 to 65535"}},
 		{"a path", "smtp://u:s3cret@relay.example/x", []string{"path"}},
 		{"a fragment", "smtp://u:s3cret@relay.example#x", []string{"fragment"}},
+		{"a password without a user name", "smtp://:s3cret@relay.example", []string{"Username is empty"}},
+		{"the URL of a socket", "unix:///run/relay.sock", []string{"Config.Dial"}},
+		{"the path of a socket", "/run/relay.sock", []string{"Config.Dial"}},
+		{"several at once", " https://:s3cret@relay.example:99999/x?max_conns=-1&max_idle=3#y", []string{"white space", "path", "fragment", `"https"`, "Username is empty", "1 to 65535", "MaxConns is -1", "max_idle"}},
+		{"no host, and more", "smtp://u:s3cret@?local_name=_", []string{"no host", "LocalName"}},
+		{"white space around what cannot be parsed", "smtp://u:s3cret@relay.example:x ", []string{"white space", "port is not a number"}},
+		{"a percent sign alone", "smtp://u:s3cret%@relay.example", []string{"hexadecimal"}},
+		{"a control character", "smtp://u:s3cret@relay\x01.example", []string{"control character"}},
+		{"an IPv6 address that is not closed", "smtp://u:s3cret@[::1", []string{"closed by ]"}},
 		{"a user without a password, who may be the key", "smtp://s3cret@relay.example", []string{"Password is empty"}},
 		{"no password for SendGrid", "smtp://smtp.sendgrid.net", []string{"Password is empty"}},
 		{"a parameter that is unknown", "smtp://u:s3cret@relay.example?max_con=1", []string{`"max_con"`}},

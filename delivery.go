@@ -81,13 +81,18 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
 	d.msg.Body, d.msg.Size = r.Body, r.Size
-	switch {
-	case e == nil:
+	if e == nil {
 		d.c.pool.accepted()
-	case e.Reply.Code == 432:
-		d.c.pool.crowd()
+	} else {
+		d.c.cfg.explainAuth(e)
+		d.c.cfg.explainRefusal(e, s.Extensions(), s.TLS() == nil)
+		d.c.cfg.explainSilence(e, s.Extensions())
+		if e.Reply.Code == 432 {
+			d.c.pool.crowd()
+		}
 	}
 	wait := d.note(rcpts, &r, e)
+	d.c.cfg.explainRefusal(d.refusal, s.Extensions(), s.TLS() == nil)
 	d.learnRcpts(&r, e)
 	throttled := slices.ContainsFunc(r.Rcpt, func(reply wire.Reply) bool { return publicReply(reply).throttles(OpRcpt) })
 	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq)) {
@@ -141,7 +146,7 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 			open = append(open, to)
 			wait = refusal()
 		case fateRefused:
-			if d.refusal == nil {
+			if d.refusal == nil || d.refusal.Op == OpCheck { // the relay's words go before ours
 				d.refusal = refusal()
 			}
 		}
@@ -287,10 +292,10 @@ func (d *delivery) begin() *Error {
 	}
 	for _, to := range d.m.To {
 		if o := d.m.RcptOptions[to]; o != nil {
-			if d.dsnFor == "" && (len(o.Notify) > 0 || o.OriginalRecipient != "") {
+			if d.dsnFor == "" && o.needsDSN() {
 				d.dsnFor = to
 			}
-			if d.rrvsFor == "" && !o.RequireRecipientValidSince.IsZero() {
+			if d.rrvsFor == "" && o.needsRRVS() {
 				d.rrvsFor = to
 			}
 		}

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // dial opens a connection and takes it to the point where a transaction can begin: TCP, TLS or greeting, EHLO, STARTTLS,
@@ -97,8 +99,11 @@ func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
 // advise adds to e, which failed became, what to do about it.
 func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	switch {
-	case e.Op == OpTLS:
+	case e.Op == OpTLS, alertText(e.Err) != "": // with TLS 1.3 the relay refuses after the handshake is over here
 		c.explainTLS(e)
+	case e.Op == OpGreeting && errors.Is(e.Err, wire.ErrMalformed):
+		e.Err = fmt.Errorf("%w; %s", e.Err, noSMTP)
+		e.permanent = true
 	case e.Op == OpGreeting && e.Reply.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
 		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
 	case e.Op == OpEHLO && e.Reply.Code/100 == 5:
@@ -108,9 +113,24 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	case e.Op == OpAuth:
 		if not, ok := e.Err.(*conn.NotOfferedError); ok {
 			e.Err = fmt.Errorf("Config.Auth has chosen %q: the relay offers %s", not.Mechanism, c.offered(not.Offered))
+			if failed.Clear && failed.TLSOffered {
+				e.Err = fmt.Errorf("%w, and it offers STARTTLS: use TLSStartTLS, or smtp:// in a URL", e.Err)
+			}
 		}
-		if e.Err == nil {
-			c.explainAuth(e)
+		c.explainAuth(e)
+	}
+}
+
+// noSMTP is the advice where something else than a relay has answered.
+const noSMTP = "this is no SMTP server; check the port"
+
+// explainSilence adds to e, the error of a message that was not accepted, what may be the reason where the relay has offered
+// PIPELINING and does not answer a group of commands.
+func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
+	switch e.Op {
+	case OpRset, OpMail, OpRcpt, OpData:
+		if c.Pipelining != PipelineOff && e.Outcome == NotAccepted && e.Timeout() && ext.Has("PIPELINING") {
+			e.Err = fmt.Errorf("%w; if this happens often, something on the way may break PIPELINING: set Config.Pipelining to PipelineOff", e.Err)
 		}
 	}
 }
@@ -138,6 +158,9 @@ func (c *settings) connOptions() *conn.Options {
 	}
 	if c.authenticates() {
 		o.Mechanism = c.mechanism
+		if c.Auth == nil {
+			o.OtherMechanism = c.otherMechanism
+		}
 	}
 	return o
 }
@@ -168,21 +191,33 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 	return nc, nil
 }
 
-// localName is the argument of EHLO (RFC 5321, 4.1.4): the full name of this host, else the address of the connection.
+// localName is the argument of EHLO.
 func (c *settings) localName(nc net.Conn) string {
 	if c.LocalName != "" {
 		return c.LocalName
 	}
-	host, err := os.Hostname()
-	if err == nil && strings.Contains(host, ".") && !strings.HasPrefix(host, "localhost.") && validDomain(host) {
+	host, _ := os.Hostname() // "" where it is not known
+	return ehloName(host, nc.LocalAddr())
+}
+
+// ehloName is the name of this host if it is a full one, else the literal of its address on the connection (RFC 5321, 4.1.4).
+func ehloName(host string, local net.Addr) string {
+	host = strings.TrimSuffix(host, ".")
+	if strings.Contains(host, ".") && !strings.HasPrefix(strings.ToLower(host), "localhost.") && validHostName(host) {
 		return host
 	}
-	addr, ok := nc.LocalAddr().(*net.TCPAddr)
-	switch {
-	case !ok:
-		return "[127.0.0.1]"
-	case addr.IP.To4() != nil:
-		return "[" + addr.IP.To4().String() + "]"
+	if addr, ok := local.(*net.TCPAddr); ok {
+		if ip, ok := netip.AddrFromSlice(addr.IP); ok {
+			return addressLiteral(ip)
+		}
 	}
-	return "[IPv6:" + addr.IP.String() + "]"
+	return "[127.0.0.1]"
+}
+
+// addressLiteral is addr as it stands in EHLO (RFC 5321, 4.1.3).
+func addressLiteral(addr netip.Addr) string {
+	if addr = addr.Unmap().WithZone(""); addr.Is4() {
+		return "[" + addr.String() + "]"
+	}
+	return "[IPv6:" + addr.String() + "]"
 }

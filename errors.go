@@ -107,6 +107,7 @@ type RecipientResult struct {
 	Reply   Reply   // to RCPT, or what has kept the recipient from getting the message; Code 0: none
 	Outcome Outcome // Accepted, NotAccepted or Unknown
 	QueueID string  // of the transaction this recipient was in; see Receipt.QueueID
+	Err     error   // why the relay was not asked: it lacks an extension that the address or the options need
 }
 
 // Error returns one line of printable characters: the step and what it was about, the reply with the relay's words in quotes,

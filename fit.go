@@ -14,6 +14,7 @@ import (
 // s can take no more domains. It fails where the relay lacks what the message needs; nothing has been written then.
 func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 	ext := s.Extensions()
+	d.sift(ext)
 	lacks := cmp.Or(d.lacks(ext), d.lacksTLS(s), d.lacksForDelivery(ext), d.lacksForRcpts(ext))
 	if lacks != nil {
 		return nil, lacks
@@ -71,6 +72,64 @@ func notOffered(keyword, what string) *Error {
 	return unfit("%s: the relay does not offer %s", what, keyword)
 }
 
+// notASCII is the error of an address that needs SMTPUTF8, which the relay does not have.
+func notASCII(addr string) *Error {
+	cure := "another relay has to take it"
+	if isASCII(addr[:max(strings.LastIndexByte(addr, '@'), 0)]) {
+		cure = "write its domain in the xn-- form (RFC 5891)"
+	}
+	return unfit("address %s is not ASCII: the relay does not offer SMTPUTF8; %s", printable.Address(addr), cure)
+}
+
+// sift takes those out of d.todo who cannot be named to this relay, so that the others are served. It leaves all where the
+// message is for all or nobody, or can be sent to none: that is an error of the message.
+func (d *delivery) sift(ext *wire.Extensions) {
+	utf8, dsn, rrvs := ext.Has("SMTPUTF8"), ext.Has("DSN"), ext.Has("RRVS")
+	if d.m.AllOrNothing || len(d.todo) < 2 || (d.utf8 == "" || utf8) && (d.dsnFor == "" || dsn) && (d.rrvsFor == "" || rrvs) {
+		return
+	}
+	lacks := func(to string) *Error {
+		o := d.m.RcptOptions[to]
+		switch {
+		case !utf8 && !isASCII(to):
+			return notASCII(to)
+		case !dsn && o.needsDSN():
+			return rcptNotOffered("DSN", to, "Notify, OriginalRecipient")
+		case !rrvs && o.needsRRVS():
+			return rcptNotOffered("RRVS", to, "RequireRecipientValidSince")
+		}
+		return nil
+	}
+	var fit []int
+	for _, i := range d.todo {
+		if lacks(d.m.To[i]) == nil {
+			fit = append(fit, i)
+		}
+	}
+	if len(fit) == 0 || !utf8 && !isASCII(d.m.From) {
+		return
+	}
+	for _, i := range d.todo {
+		if e := lacks(d.m.To[i]); e != nil {
+			d.receipt.Recipients[i].Err = e.Err
+			if d.refusal == nil {
+				d.refusal = e
+				e.permanent = false // each recipient tells for itself
+			}
+		}
+	}
+	d.todo = fit
+	if !utf8 {
+		d.utf8 = ""
+	}
+	if !dsn {
+		d.dsnFor = ""
+	}
+	if !rrvs {
+		d.rrvsFor = ""
+	}
+}
+
 // lacks returns what the message and its options need and the relay does not offer; nil if there is nothing.
 func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	mail := &d.mail
@@ -86,7 +145,7 @@ func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	case ext.Size > 0 && size > ext.Size:
 		return unfit("%w", &conn.SizeError{Limit: ext.Size})
 	case d.utf8 != "" && !utf8:
-		return notOffered("SMTPUTF8", fmt.Sprintf("address %s is not ASCII", printable.Address(d.utf8)))
+		return notASCII(d.utf8)
 	case mail.UTF8 && !utf8:
 		return notOffered("SMTPUTF8", "MailOptions.UTF8")
 	case mail.Return != "" && !dsn:
@@ -127,16 +186,17 @@ func (d *delivery) lacksForDelivery(ext *wire.Extensions) *Error {
 
 // lacksForRcpts is lacks for RcptOptions.
 func (d *delivery) lacksForRcpts(ext *wire.Extensions) *Error {
-	of := func(to, options string) string {
-		return fmt.Sprintf("RcptOptions of %s: %s", printable.Address(to), options)
-	}
 	switch {
 	case d.dsnFor != "" && !ext.Has("DSN"):
-		return notOffered("DSN", of(d.dsnFor, "Notify, OriginalRecipient"))
+		return rcptNotOffered("DSN", d.dsnFor, "Notify, OriginalRecipient")
 	case d.rrvsFor != "" && !ext.Has("RRVS"):
-		return notOffered("RRVS", of(d.rrvsFor, "RequireRecipientValidSince"))
+		return rcptNotOffered("RRVS", d.rrvsFor, "RequireRecipientValidSince")
 	}
 	return nil
+}
+
+func rcptNotOffered(keyword, to, options string) *Error {
+	return notOffered(keyword, fmt.Sprintf("RcptOptions of %s: %s", printable.Address(to), options))
 }
 
 // mostRcpts is how many of d.todo go into one transaction, as the settings, the relay's offer and its profile say.

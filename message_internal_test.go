@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"log"
@@ -537,5 +538,65 @@ func TestOptionsOfManyRecipientsCostNothingPerTransaction(t *testing.T) {
 	s.Extensions().Keywords = nil
 	if _, err := d.fit(s); err == nil || !strings.Contains(err.Error(), "RcptOptions of <r0@y.example>: Notify") {
 		t.Errorf("without DSN: %v, want the first recipient whose options need it", err)
+	}
+}
+
+func TestOnlyThoseWhoCannotBeNamedToARelayAreLeftOut(t *testing.T) {
+	since := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	for _, tt := range []struct {
+		why   string
+		edit  func(*Message)
+		offer []string
+		left  string // of the recipients, who go into the transaction; "" means that the message fails as a whole
+	}{
+		{"all can be named", func(m *Message) { m.To = []string{"a@x", "b@x"} }, nil, "a@x b@x"},
+		{"an address that is not ASCII", func(m *Message) {}, nil, "a@x b@x"},
+		{"where it may be used", func(m *Message) {}, []string{"SMTPUTF8"}, "a@x ä@x b@x"},
+		{"options that need DSN", func(m *Message) {
+			m.RcptOptions = map[string]*RcptOptions{"a@x": {Notify: []DSNNotify{DSNNotifyNever}}}
+		}, []string{"SMTPUTF8"}, "ä@x b@x"},
+		{"options that need RRVS", func(m *Message) {
+			m.RcptOptions = map[string]*RcptOptions{"b@x": {RequireRecipientValidSince: since}}
+		}, nil, "a@x"},
+		{"nobody can be named", func(m *Message) { m.To = []string{"ä@x", "ö@x"} }, nil, ""},
+		{"one alone", func(m *Message) { m.To = []string{"ä@x"} }, nil, ""},
+		{"all or nobody", func(m *Message) { m.AllOrNothing = true }, nil, ""},
+		{"the sender needs it too", func(m *Message) { m.From = "ü@x" }, nil, ""},
+		{"the message needs it too", func(m *Message) { m.MailOptions = &MailOptions{UTF8: true} }, nil, ""},
+	} {
+		m := Message{From: "f@x", To: []string{"a@x", "ä@x", "b@x"}, Body: Bytes([]byte("x"))}
+		tt.edit(&m)
+		d := &delivery{c: &Client{cfg: &settings{}}, ctx: t.Context(), m: m}
+		if err := d.begin(); err != nil {
+			t.Fatalf("%s: %v", tt.why, err)
+		}
+		ext := &wire.Extensions{Keywords: tt.offer}
+		d.sift(ext)
+		lacks := cmp.Or(d.lacks(ext), d.lacksForRcpts(ext))
+		if (lacks != nil) != (tt.left == "") {
+			t.Errorf("%s: got %v", tt.why, lacks)
+		}
+		if tt.left == "" {
+			continue
+		}
+		var left []string
+		for _, i := range d.todo {
+			left = append(left, m.To[i])
+		}
+		if got := strings.Join(left, " "); got != tt.left {
+			t.Errorf("%s: %q are served, want %q", tt.why, got, tt.left)
+		}
+		unfit := 0
+		for _, r := range d.receipt.Recipients {
+			if r.Err != nil {
+				unfit++
+			}
+		}
+		if unfit != len(m.To)-len(left) || (unfit > 0) != (d.refusal != nil) {
+			t.Errorf("%s: %d are unfit, and the refusal is %v", tt.why, unfit, d.refusal)
+		}
+		if got := d.params(ext).UTF8; got != strings.Contains(tt.left, "ä") {
+			t.Errorf("%s: SMTPUTF8 %v", tt.why, got)
+		}
 	}
 }

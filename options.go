@@ -83,7 +83,8 @@ const (
 )
 
 // RcptOptions are parameters of the RCPT command, which hold for one recipient. A zero field leaves its parameter out.
-// A parameter out of its range, or one of an extension that the relay does not offer, is an error before anything is sent.
+// A parameter out of its range is an error before anything is sent. One of an extension that the relay does not offer refuses
+// its recipient ([RecipientError.Err]), and the message where it can be sent to nobody else or is for all or nobody.
 type RcptOptions struct {
 	// Notify are the events for which the sender gets a delivery status notification (RFC 3461, 4.1): DSNNotifyNever
 	// alone, or any of the others. Empty leaves that to the relay, which notifies of failures.
@@ -139,5 +140,12 @@ func (o *RcptOptions) params() (p wire.RcptParams) {
 	}
 	return p
 }
+
+// needsDSN and needsRRVS report whether o needs the extension. o may be nil.
+func (o *RcptOptions) needsDSN() bool {
+	return o != nil && (len(o.Notify) > 0 || o.OriginalRecipient != "")
+}
+
+func (o *RcptOptions) needsRRVS() bool { return o != nil && !o.RequireRecipientValidSince.IsZero() }
 
 func (by *DeliverBy) seconds() int64 { return int64(by.Time / time.Second) }

@@ -134,12 +134,27 @@ func (r Reply) throttles(op Op) bool {
 
 // queueIDs find the relay's identifier of a message in its final reply; the first that finds one counts.
 var queueIDs = []*regexp.Regexp{
-	regexp.MustCompile(`(?i)queued (?:as|with id)[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),      // Postfix, SendGrid
-	regexp.MustCompile(`(?i)queued \(([A-Za-z0-9][\w.@+=/-]*)\)`),                        // Haraka
-	regexp.MustCompile(`(?i)\bid[ =:]+<?([A-Za-z0-9][\w.@+=/-]*)`),                       // Exim
-	regexp.MustCompile(`(?i)^<?([A-Za-z0-9][\w.@+/-]*)>? message accepted for delivery`), // OpenSMTPD, Sendmail
-	regexp.MustCompile(`(?i)message accepted for delivery[ =:]*<?([A-Za-z0-9][\w.@+=/-]*)`),
+	queueID(`\[InternalId=`),                                        // Exchange, Microsoft 365, which name the message's own ID first
+	queueID(`queued (?:as|with id)[ =:]*<?`),                        // Postfix, SendGrid, NetEase
+	queueID(`queued (?:on|at|in|by|to) \S+ (?:as|with id)[ =:]*<?`), // Yandex
+	queueID(`queued (?:mail |message )?for delivery (?:as|with id)[ =:]*<?`),
+	regexp.MustCompile(`(?i)queued on \S+ ([\w-]*\d[\w-]*)$`),                        // Yandex, lately
+	regexp.MustCompile(`(?i)queued \((` + queueWord + `)\)`),                         // Haraka
+	regexp.MustCompile(`(?i)(` + queueWord + `) - gsmtp`),                            // Google
+	regexp.MustCompile(`(?i)^ok \d+ qp (\d+)`),                                       // qmail
+	queueID(`received ok \[`),                                                        // Mimecast
+	queueID(`\bid[ =:]+<?`),                                                          // Exim
+	regexp.MustCompile(`(?i)\bmessage (\d+) accepted`),                               // Cisco
+	regexp.MustCompile(`(?i)^<?(` + queueWord + `)>? message accepted for delivery`), // OpenSMTPD, Sendmail
+	queueID(`message accepted for delivery[ =:]*<?`),
 	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
+}
+
+// queueWord is an identifier: what stands between blanks, brackets or quotes.
+const queueWord = `[\w-][^\s<>()\[\]"';]*`
+
+func queueID(after string) *regexp.Regexp {
+	return regexp.MustCompile(`(?i)` + after + `(` + queueWord + `)`)
 }
 
 // maxQueueID is how long an identifier may be, in octets. Those of real relays have up to some 100. A longer one is none: a
@@ -148,23 +163,24 @@ const maxQueueID = 128
 
 // findQueueID returns the identifier in the text of a final reply, in printable ASCII; "" if there is none.
 func findQueueID(text string) string {
-	if id := searchQueueID(text); len(id) <= maxQueueID && isPrintable(id) {
-		return id
-	}
-	return ""
-}
-
-func searchQueueID(text string) string {
 	// The common case, without the cost of a search.
-	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) {
+	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) && isQueueID(id) {
 		return id
 	}
 	for _, re := range queueIDs {
 		if m := re.FindStringSubmatch(text); m != nil {
-			return strings.TrimRight(m[1], ".")
+			if id := strings.TrimRight(m[1], ".,:!?"); isQueueID(id) {
+				return id
+			}
 		}
 	}
 	return ""
+}
+
+// isQueueID reports whether a word where an identifier may stand can be one. "As soon as possible" has none.
+func isQueueID(s string) bool {
+	lower := func(r rune) bool { return 'a' <= r && r <= 'z' }
+	return len(s) <= maxQueueID && isPrintable(s) && strings.TrimFunc(s, lower) != ""
 }
 
 // isWord reports whether s consists of letters, digits, hyphens and underscores.

@@ -144,7 +144,7 @@ func (e *Error) shouldRetry() bool {
 // mayHelp reports whether sending again to r is safe and may help.
 func (e *Error) mayHelp(r RecipientResult) bool {
 	switch {
-	case r.Outcome != NotAccepted:
+	case r.Outcome != NotAccepted, r.Err != nil:
 		return false
 	case r.Reply.Code >= 400 && r.Reply == e.Reply && (e.Scope == ScopeRelay || e.Scope == ScopeCaller):
 		return true // it is not about the recipient

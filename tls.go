@@ -1,10 +1,12 @@
 package smtprelay
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -90,6 +92,9 @@ func (c *settings) explainTLS(e *Error) {
 		// Exim refuses a connection over its limit in the clear, on a port that speaks TLS.
 		e.Op, e.Reply, e.Err = OpGreeting, Reply{Code: code}, errors.New("it was said in the clear, in place of TLS")
 	} else if hint := c.tlsHint(e.Err); hint != "" {
+		if _, ok := errors.AsType[*tls.CertificateVerificationError](e.Err); ok && isLoopback(c.host) && !c.implicit() {
+			hint += "; on this machine TLSNone does without TLS"
+		}
 		e.Err = &hintedError{e.Err, hint}
 		e.permanent = true
 	}
@@ -135,18 +140,86 @@ func (c *settings) tlsHint(err error) string {
 		verify  *tls.CertificateVerificationError
 	)
 	switch {
+	case errors.As(err, &header) && c.implicit() && clearReply(err) == 0:
+		return noSMTP
 	case errors.As(err, &header) && c.implicit():
 		return fmt.Sprintf("the relay does not speak TLS from the first byte on port %s; use TLSStartTLS", c.port)
 	case errors.As(err, &name):
-		return fmt.Sprintf("the relay's certificate is not for %q; check the host in Addr, or set TLSConfig.ServerName", c.tls.ServerName)
+		return c.nameHint(name.Certificate)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return fmt.Sprintf("the relay's certificate is expired or not yet valid at %s; check the clock, or ask the relay's operator", time.Now().Format(time.RFC3339))
 	case errors.As(err, &unknown):
-		return "the relay's certificate is signed by nobody this machine trusts; put its authority into TLSConfig.RootCAs"
+		return c.issuerHint(unknown.Cert)
 	case errors.As(err, &verify):
 		return "the relay's certificate is not valid"
-	case strings.Contains(err.Error(), "protocol version"): // the relay's alert and our own finding have no type
-		return "the relay and this program have no version of TLS in common; TLSConfig.MinVersion is TLS 1.2 if it is not set"
+	}
+	return alertHint(err)
+}
+
+// nameHint is the advice where cert is for another name. Whoever has answered with it may not be the relay.
+func (c *settings) nameHint(cert *x509.Certificate) string {
+	if cert != nil && len(cert.DNSNames) == 0 && len(cert.IPAddresses) == 0 && len(cert.EmailAddresses) == 0 && len(cert.URIs) == 0 {
+		return "the certificate has a common name and no subject alternative name, so that no TLSConfig.ServerName can match it; the relay needs a new certificate (RFC 9525, 6.3)"
+	}
+	return fmt.Sprintf("the certificate is not for %q; check the host in Addr; if that is right, somebody else may be answering in the relay's place; "+
+		"set TLSConfig.ServerName only to a name that its operator tells you", c.tls.ServerName)
+}
+
+// issuerHint is the advice where nobody whom this machine trusts has signed cert.
+func (c *settings) issuerHint(cert *x509.Certificate) string {
+	whom := "its authority"
+	hint := "the certificate is signed by nobody this machine trusts"
+	switch {
+	case cert == nil:
+	case bytes.Equal(cert.RawIssuer, cert.RawSubject):
+		whom = "it"
+		hint = fmt.Sprintf("the certificate is self-signed, by %s", quoted(cert.Issuer.String()))
+	default:
+		hint = fmt.Sprintf("the certificate is issued by %s, whom this machine does not trust", quoted(cert.Issuer.String()))
+	}
+	hint += "; if it is the relay's, put " + whom + " into TLSConfig.RootCAs; if not, somebody else is answering in the relay's place"
+	return hint
+}
+
+// alertText is the text of the TLS alert that the relay has sent (RFC 8446, 6); "" if err is none. Its type is not exported.
+func alertText(err error) string {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" && op.Err != nil {
+		return op.Err.Error()
+	}
+	return ""
+}
+
+// alerts are what alerts mean of the kind that does not pass.
+var alerts = []struct{ text, hint string }{
+	{"protocol version", noVersion},
+	{"handshake failure", "the relay and this program have no version or cipher suite in common, or the relay wants a client certificate (TLSConfig.Certificates)"}, // 40
+	{"insufficient security", "the relay wants a stronger cipher suite than this program offers; see TLSConfig.CipherSuites and MaxVersion"},                        // 71
+	{"certificate required", "the relay wants a client certificate (TLSConfig.Certificates)"},                                                                       // 116
+	{"bad certificate", refusedCertificate},         // 42
+	{"unsupported certificate", refusedCertificate}, // 43
+	{"revoked certificate", refusedCertificate},     // 44
+	{"expired certificate", refusedCertificate},     // 45
+	{"unknown certificate", refusedCertificate},     // 46, 48
+	{"access denied", refusedCertificate},           // 49
+	{"unrecognized name", "the relay does not know the name that it was called by; check the host in Addr, or TLSConfig.ServerName"}, // 112
+	{"no application protocol", "the relay wants another protocol (ALPN); check the port, and TLSConfig.NextProtos"},                 // 120
+}
+
+const (
+	noVersion          = "the relay and this program have no version of TLS in common; TLSConfig.MinVersion is TLS 1.2 if it is not set"
+	refusedCertificate = "the relay wants a client certificate, or does not take the one it was given (TLSConfig.Certificates)"
+)
+
+// alertHint says what to change where err is an alert of the relay's, or our own finding of the same.
+func alertHint(err error) string {
+	text := alertText(err)
+	for _, a := range alerts {
+		if strings.Contains(text, a.text) {
+			return a.hint
+		}
+	}
+	if strings.Contains(err.Error(), "protocol version") {
+		return noVersion
 	}
 	return ""
 }

@@ -176,7 +176,22 @@ const maxAddress = 254
 // quoted is a text of the caller's, or one of his users, as it stands in an error.
 func quoted[T ~string](text T) string { return printable.Quote(string(text), printable.MostAddress) }
 
-// validDomain reports whether s may stand in EHLO as a domain (RFC 5321, 4.1.2).
+// validHostName reports whether s is the name of a host, and may stand in EHLO as a domain (RFC 5321, 2.3.5 and 4.1.2). Relays
+// that check it refuse an underscore, and what looks like an address.
+func validHostName(s string) bool {
+	if !validDomain(s) || strings.Contains(s, "_") {
+		return false
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		if len(label) > 63 {
+			return false
+		}
+	}
+	last := s[strings.LastIndexByte(s, '.')+1:]
+	return strings.Trim(last, "0123456789") != ""
+}
+
+// validDomain reports whether s is a domain of an address, in a form that relays exist for.
 func validDomain(s string) bool {
 	if s == "" || len(s) > 255 {
 		return false

@@ -313,15 +313,15 @@ func TestReplyTooManyIsNoticedBeforeTheBodyLeaves(t *testing.T) {
 			relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Reply: "554 5.6.0 no", Count: -1})
 			cfg := configOf(relay)
 			// Replies are told slowly, so that whoever waits for them acts as early as it can.
-			cfg.Trace = &smtprelay.Trace{Reply: func(context.Context, int64, smtprelay.Op, smtprelay.Reply) { time.Sleep(time.Millisecond) }}
+			cfg.Trace = &smtprelay.Trace{Reply: func(context.Context, smtprelay.ReplyInfo) { time.Sleep(time.Millisecond) }}
 			m := numbered(0)
 			m.AllOrNothing = true // the body leaves when each recipient has its reply
 			m.To = moreRecipients(2)
 			_, err := newClient(t, cfg).Send(t.Context(), m)
-			if e := failure(err); e.Outcome != smtprelay.NotAccepted || e.Code != 554 {
+			if e := failure(err); e.Outcome != smtprelay.NotAccepted || e.Reply.Code != 554 {
 				t.Errorf("two replies to %v: %v; want it not accepted, with 554", at, err)
 			}
-			want(t, "messages at the relay", relay.Accepted(), 0)
+			want(t, "messages at the relay", relay.Stats().Accepted, 0)
 			want(t, "doubled replies", twice.Hits(), 1)
 		})
 	}

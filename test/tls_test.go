@@ -2,13 +2,17 @@
 package test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/binary"
 	"errors"
+	"io"
 	"net"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -230,6 +234,7 @@ func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
 	client := newClient(t, smtprelay.Config{
 		Addr:     l.Addr().String(),
 		TLS:      smtprelay.TLSImplicit,
+		Username: "ann",
 		Password: "the-real-key-0123456789",
 		Retry:    smtprelay.Retry{MaxAttempts: 1},
 	})
@@ -302,4 +307,121 @@ func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
 			})
 		})
 	}
+}
+
+// heardConn keeps what is read from a connection, beneath TLS.
+type heardConn struct {
+	net.Conn
+	heard []byte
+}
+
+func (c *heardConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.heard = append(c.heard, p[:n]...)
+	return n, err
+}
+
+// endsInAlert reports whether the last record of TLS 1.2 that was read is an alert. crypto/tls says io.EOF in any case.
+func (c *heardConn) endsInAlert() bool {
+	const header, alert = 5, 21
+	kind := byte(0)
+	for rest := c.heard; len(rest) >= header; {
+		kind = rest[0]
+		rest = rest[min(len(rest), header+int(binary.BigEndian.Uint16(rest[3:]))):]
+	}
+	return kind == alert
+}
+
+// tlsRelay listens with TLS from the first byte and answers as relaytest.Agree does. At the end of a session it sends whether
+// the client has ended TLS to ended.
+func tlsRelay(t *testing.T, extensions string) (cfg smtprelay.Config, ended chan bool) {
+	t.Helper()
+	web := httptest.NewUnstartedServer(nil) // for its certificate
+	web.StartTLS()
+	web.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(web.Certificate())
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	ended = make(chan bool, 1)
+	serve := func(raw *heardConn) {
+		conn := tls.Server(raw, &tls.Config{Certificates: web.TLS.Certificates, MaxVersion: tls.VersionTLS12})
+		defer conn.Close()
+		in, inBody := bufio.NewReader(conn), false
+		for answer := relaytest.Agree(extensions, ""); ; {
+			if answer != "" {
+				io.WriteString(conn, strings.ReplaceAll(answer, "\n", "\r\n")+"\r\n")
+			}
+			line, err := in.ReadString('\n')
+			if err != nil {
+				ended <- raw.endsInAlert()
+				return
+			}
+			switch line = strings.TrimSuffix(line, "\r\n"); {
+			case inBody && line != ".":
+				answer = ""
+			default:
+				answer = relaytest.Agree(extensions, line)
+				inBody = line == "DATA"
+			}
+		}
+	}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go serve(&heardConn{Conn: conn})
+		}
+	}()
+	return smtprelay.Config{Addr: l.Addr().String(), TLS: smtprelay.TLSImplicit, TLSConfig: &tls.Config{RootCAs: roots}, Retry: smtprelay.Retry{MaxAttempts: 1}}, ended
+}
+
+// failingBody fails when a part of it was written.
+type failingBody struct{}
+
+func (failingBody) WriteTo(w io.Writer) (int64, error) {
+	n, _ := w.Write(bytes.Repeat([]byte("half of it\r\n"), 10_000))
+	return int64(n), errors.New("no more")
+}
+
+func TestTLSIsEndedWhereASessionEndsInOrderAndNowhereElse(t *testing.T) {
+	t.Run("Close", func(t *testing.T) {
+		cfg, ended := tlsRelay(t, "250 PIPELINING")
+		client := newClient(t, cfg)
+		if _, err := client.Send(t.Context(), numbered(0)); err != nil {
+			t.Fatal(err)
+		}
+		client.Close()
+		if !<-ended {
+			t.Error("the relay did not see the end of TLS behind QUIT")
+		}
+	})
+	t.Run("a connection that is left before it is ready", func(t *testing.T) {
+		cfg, ended := tlsRelay(t, "250 AUTH X-OTHER")
+		cfg.Username, cfg.Password = "ann", "s3cret"
+		client := newClient(t, cfg)
+		if _, err := client.Send(t.Context(), numbered(0)); err == nil {
+			t.Fatal("got no error")
+		}
+		if !<-ended {
+			t.Error("the relay did not see the end of TLS behind QUIT")
+		}
+	})
+	t.Run("a message that is given up", func(t *testing.T) {
+		cfg, ended := tlsRelay(t, "250 PIPELINING")
+		client := newClient(t, cfg)
+		m := numbered(0)
+		m.Body = failingBody{}
+		if _, err := client.Send(t.Context(), m); err == nil {
+			t.Fatal("got no error")
+		}
+		if <-ended {
+			t.Error("the relay saw the end of TLS in the middle of a message")
+		}
+	})
 }

@@ -58,6 +58,12 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	if err != nil || mech == nil {
 		return authFailed(err)
 	}
+	return d.authenticateBy(mech, mayLead)
+}
+
+// authenticateBy authenticates the connection by mech; if mayLead, as authenticate says.
+func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
+	c := d.c
 	name, ir, err := mech.Start()
 	if err != nil {
 		return authFailed(err)
@@ -90,6 +96,12 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	reply, e := d.answer(mech, mechanism, line, ir)
 	if e != nil {
 		return e
+	}
+	if (reply.Code == 502 || reply.Code == 504) && d.o.OtherMechanism != nil {
+		if other := d.o.OtherMechanism(mechanism, &c.ext); other != nil {
+			d.o.Profile.AuthGivenUp() // it is the mechanism that was refused, and not the credentials
+			return d.authenticateBy(other, false)
+		}
 	}
 	d.o.Profile.AuthAnswered(mark, reply, false)
 	if reply.Class() != 2 {

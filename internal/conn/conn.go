@@ -339,6 +339,9 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.failLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 	if x.tx != nil {
+		if x.final && r.Code == 421 && c.replies.HadYes() {
+			x.tx.contradicted = true // the relay has begun to say yes, and was cut short by its own farewell
+		}
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
 		c.o.Profile.OverlapFailed()
@@ -357,6 +360,9 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	stays := x.op == StepQuit && r.Class() != 2 // the relay, until it sees FIN
 	more = !c.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 	c.mu.Unlock()
+	if x.op == StepQuit && r.Class() == 2 {
+		c.endTLS()
+	}
 
 	if x.final {
 		if more {
@@ -671,10 +677,15 @@ func (c *Conn) Quit() {
 	c.mu.Lock()
 	said := c.quitting || c.cause != nil
 	c.mu.Unlock()
-	if said || !c.writeQuit(false) {
+	if said || !c.writeQuit(false) || c.Flush() != nil {
 		return
 	}
-	c.Flush()
+	c.mu.Lock()
+	alone := len(c.waiting)-c.head <= 1
+	c.mu.Unlock()
+	if alone { // else once the reply to QUIT is in: until then there are messages for which the relay may look whether we are there
+		c.endTLS()
+	}
 }
 
 // writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
@@ -690,6 +701,14 @@ func (c *Conn) writeQuit(behind bool) bool {
 	c.out.WriteString(command)
 	c.traceCommand(context.Background(), "QUIT")
 	return true
+}
+
+// endTLS tells the relay that the end of TLS is meant (RFC 8446, 6.1). It is for a session that has ended in order: one that is
+// given up in the middle of a message must not look like it.
+func (c *Conn) endTLS() {
+	if tc, ok := c.conn.(*tls.Conn); ok {
+		tc.CloseWrite() // which takes five seconds at most; the relay reads, or is not there any more
+	}
 }
 
 func (c *Conn) traceCommand(ctx context.Context, line string) {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/scrub"
@@ -14,12 +15,13 @@ import (
 
 // OpenError is why a connection could not be opened.
 type OpenError struct {
-	Step      Step
-	Reply     wire.Reply // Code 0: none
-	Err       error      // the cause where it is not a reply; the wrong name, where Step is EHLO
-	Permanent bool       // another try cannot help
-	Clear     bool       // TLS had not begun
-	Said      string     // for EHLO: what was said
+	Step       Step
+	Reply      wire.Reply // Code 0: none
+	Err        error      // the cause where it is not a reply; the wrong name, where Step is EHLO
+	Permanent  bool       // another try cannot help
+	Clear      bool       // TLS had not begun
+	TLSOffered bool       // the relay offers STARTTLS
+	Said       string     // for EHLO: what was said
 }
 
 func (e *OpenError) Error() string {
@@ -51,7 +53,7 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 	}
 	if e != nil {
 		defer stop()
-		e.Clear = c.tls == nil
+		e.Clear, e.TLSOffered = c.tls == nil, c.ext.Has("STARTTLS")
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ContextError(ctx)
 		}
@@ -182,8 +184,7 @@ func (d *dialogue) hello() *OpenError {
 	c.ext = wire.Extensions{}
 	switch {
 	case r.Class() == 2:
-		c.ext = wire.ParseEHLO(d.raw)
-		return nil
+		return d.extensions()
 	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
 		line = "HELO " + name
 		if r, e = d.command(StepEHLO, line, line, o.openingLimit()); e != nil {
@@ -196,6 +197,50 @@ func (d *dialogue) hello() *OpenError {
 	e = refusedBy(StepEHLO, r)
 	e.Said = line
 	return e
+}
+
+// maxEHLOLines is how many lines are taken from a relay that sends each line of its reply to EHLO as a reply of its own.
+const maxEHLOLines = wire.MaxWords
+
+// restOfEHLO is how long such a relay may take for the next line, where the lines before offer less than is needed.
+const restOfEHLO = time.Second
+
+// extensions takes in what the relay offers, of which a first positive reply to EHLO is in. Nothing else was asked, so that
+// further positive replies can only be lines that the relay has failed to mark as lines of one reply.
+func (d *dialogue) extensions() *OpenError {
+	c := d.c
+	text, lines := d.raw, 1
+	c.ext = wire.ParseEHLO(text)
+	for ; lines < maxEHLOLines && len(text) < wire.MaxLongText; lines++ {
+		if c.replies.Buffered() == 0 && !strings.Contains(d.raw, "\n") && !d.offersEnough() {
+			c.raw.SetReadDeadline(time.Now().Add(restOfEHLO))
+			if d.ctx.Err() == nil { // the deadline that ended it would have been overwritten
+				c.replies.Await()
+			}
+		}
+		if c.replies.Peek()/100 != 2 {
+			break
+		}
+		r, e := d.read(StepEHLO, d.o.Timeouts.Command)
+		if e == nil && r.Class() != 2 {
+			e = refusedBy(StepEHLO, r)
+		}
+		if e != nil {
+			return e
+		}
+		text += "\n" + d.raw
+		c.ext = wire.ParseEHLO(text)
+	}
+	return nil
+}
+
+// offersEnough reports whether the connection can be opened with what the relay offers.
+func (d *dialogue) offersEnough() bool {
+	c, o := d.c, d.o
+	if c.tls == nil && o.TLS != nil && !o.AllowClear {
+		return c.ext.Has("STARTTLS")
+	}
+	return o.Mechanism == nil || c.ext.Has("AUTH")
 }
 
 // upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
@@ -287,6 +332,7 @@ func (d *dialogue) progress(step Step) {
 func (d *dialogue) leave(e *OpenError) {
 	if e.Reply.Code != 0 && e.Reply.Code != 421 || e.Permanent && e.Step != StepTLS {
 		d.c.conn.Write([]byte("QUIT\r\n"))
+		d.c.endTLS()
 	}
 }
 

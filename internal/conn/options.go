@@ -30,8 +30,11 @@ type Options struct {
 
 	// Mechanism chooses how to authenticate; nil: not at all, and HELO will do. An error that is an *OpenError is returned by Open as it is.
 	Mechanism func(ctx context.Context, ext *wire.Extensions, state *tls.ConnectionState) (sasl.Client, error)
-	Secrets   func() (username, password string) // that Mechanism may give away, beside what it is seen to
-	Said      *scrub.Known                       // what connections have given away
+	// OtherMechanism, if not nil, is what to try where the relay does not take the mechanism refused (502, 504) although it
+	// offers it; it may return nil.
+	OtherMechanism func(refused string, ext *wire.Extensions) sasl.Client
+	Secrets        func() (username, password string) // that Mechanism may give away, beside what it is seen to
+	Said           *scrub.Known                       // what connections have given away
 
 	Profile  Profile
 	Progress func(Step) // told of each step of Open that is waited for

@@ -69,6 +69,7 @@ type ReplyReader struct {
 	text   []byte    // of the reply being read
 	recent [4]string // texts that were read before: relays say the same thing over and over
 	next   int
+	yes    bool // a line of the last reply had a code of 2yz
 }
 
 // NewReplyReader returns a ReplyReader on r.
@@ -82,13 +83,26 @@ func (r *ReplyReader) Buffered() int { return r.br.Buffered() }
 // Peek returns the code of a further reply that was received already; 0 if there is none. Empty lines do not count.
 func (r *ReplyReader) Peek() int {
 	b, _ := r.br.Peek(r.br.Buffered())
-	line, _, _ := bytes.Cut(bytes.TrimLeft(b, "\r\n"), []byte{'\n'})
-	code, _, _, _ := splitLine(bytes.TrimSuffix(line, []byte{'\r'}))
-	return code
+	for line := range bytes.Lines(b) {
+		if line = trimLineEnd(line); !isBlank(line) {
+			code, _, _, _ := splitLine(line)
+			return code
+		}
+	}
+	return 0
 }
+
+// Await waits until something is received, or reading fails; the next read tells which.
+func (r *ReplyReader) Await() { r.br.Peek(1) }
+
+// HadYes reports whether a line of the reply that was read last had a code of 2yz, whatever the code of the last line.
+func (r *ReplyReader) HadYes() bool { return r.yes }
 
 // ReadReply reads one reply and keeps MaxText octets of its text. At a clean end of input the error is io.EOF, within a reply
 // io.ErrUnexpectedEOF.
+//
+// It takes what relays send against RFC 5321, 4.2.1 where that cannot be read in two ways: empty lines before a reply, lines
+// without a code within a multiline reply, and lines of one reply that differ in their codes, of which the last counts.
 func (r *ReplyReader) ReadReply() (Reply, error) { return r.read(MaxText) }
 
 // ReadLong is ReadReply for a reply that may carry data. It keeps MaxLongText octets of the text, but of a refusal (4xx, 5xx)
@@ -97,9 +111,9 @@ func (r *ReplyReader) ReadLong() (Reply, error) { return r.read(MaxLongText) }
 
 func (r *ReplyReader) read(keep int) (Reply, error) {
 	var reply Reply
-	r.text = r.text[:0]
+	r.text, r.yes = r.text[:0], false
 	total := 0
-	for first := true; ; first = false {
+	for first := true; ; {
 		line, err := r.br.ReadSlice('\n')
 		if err == bufio.ErrBufferFull {
 			line, err = r.longLine(line)
@@ -108,6 +122,8 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 			switch {
 			case errors.Is(err, bufio.ErrBufferFull):
 				err = fmt.Errorf("%w: a line of more than %d octets", ErrTooLong, MaxReplyLine)
+			case err == io.EOF && first && !isBlank(line) && (line[0] < '2' || line[0] > '5'):
+				err = &MalformedError{Line: string(line)} // however it would go on
 			case err == io.EOF && (len(line) > 0 || !first):
 				err = io.ErrUnexpectedEOF
 			}
@@ -116,19 +132,20 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 		if total += len(line); total > MaxReply {
 			return Reply{}, fmt.Errorf("%w: more than %d octets", ErrTooLong, MaxReply)
 		}
-		line = bytes.TrimSuffix(line[:len(line)-1], []byte{'\r'})
+		line = trimLineEnd(line)
 		code, last, text, ok := splitLine(line)
-		if !ok || (!first && code != reply.Code) {
+		switch {
+		case ok:
+			text = reply.takeCode(code, text)
+			r.yes = r.yes || code < 300
+		case !first:
+			text = line
+		case isBlank(line):
+			continue
+		default:
 			return Reply{}, &MalformedError{Line: string(line)}
 		}
-		reply.Code = code
-		if enhanced, rest, ok := cutEnhanced(code, text); ok {
-			text = rest
-			if reply.Enhanced == [3]int{} {
-				reply.Enhanced = enhanced
-			}
-		}
-		if code >= 400 {
+		if reply.Code >= 400 {
 			keep = MaxText
 		}
 		r.keep(text, first, keep)
@@ -136,8 +153,30 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 			reply.Text = r.intern(r.text)
 			return reply, nil
 		}
+		first = false
 	}
 }
+
+// takeCode takes in the code of a further line, and the enhanced code if it has one. It returns the rest of the line's text.
+func (r *Reply) takeCode(code int, text []byte) []byte {
+	if code/100 != r.Class() {
+		r.Enhanced = [3]int{} // it was that of another class
+	}
+	r.Code = code
+	enhanced, rest, ok := cutEnhanced(code, text)
+	if ok && r.Enhanced == [3]int{} {
+		r.Enhanced = enhanced
+	}
+	return rest
+}
+
+// trimLineEnd cuts LF or CRLF off.
+func trimLineEnd(line []byte) []byte {
+	return bytes.TrimSuffix(bytes.TrimSuffix(line, []byte{'\n'}), []byte{'\r'})
+}
+
+// isBlank reports whether line, without its end, shows nothing.
+func isBlank(line []byte) bool { return len(bytes.Trim(line, " \t\r")) == 0 }
 
 // keep appends a line to the text, of which most octets are kept. Data ends at a line, so that no half of a word or number
 // is taken for a whole one; words for a reader end at a character.

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -51,6 +52,17 @@ func TestReplyIsTakenApart(t *testing.T) {
 
 		{"bytes that are not UTF-8 are replaced, for they end in logs", "250 caf\xe9\r\n", Reply{Code: 250, Text: "caf\uFFFD"}},
 		{"UTF-8 is kept", "250 café\r\n", Reply{Code: 250, Text: "café"}},
+		{"a line without a code within a reply is a line of its text", "250-first line\r\n  second, without a code\r\n250 last\r\n",
+			Reply{Code: 250, Text: "first line\n  second, without a code\nlast"}},
+		{"so is an empty one", "250-a\r\n\r\n250 b\r\n", Reply{Code: 250, Text: "a\n\nb"}},
+		{"so is one that is nearly of a code", "250-a\r\n250b\r\n2500 c\r\n999 d\r\n250 e\r\n", Reply{Code: 250, Text: "a\n250b\n2500 c\n999 d\ne"}},
+		{"an enhanced code stands behind a code", "250-a\r\n2.1.5 b\r\n250 c\r\n", Reply{Code: 250, Text: "a\n2.1.5 b\nc"}},
+		{"empty lines before a reply are no reply", "\r\n\n \t\r\n\r\r\n250 ok\r\n", Reply{Code: 250, Text: "ok"}},
+		{"of lines whose codes differ the last one's counts", "220-mx.example\r\n521 5.7.1 blocked\r\n", Reply{521, [3]int{5, 7, 1}, "mx.example\nblocked"}},
+		{"whichever way they differ", "550-a\r\n250 b\r\n", Reply{Code: 250, Text: "a\nb"}},
+		{"or within one class", "250-a\r\n251 b\r\n", Reply{Code: 251, Text: "a\nb"}},
+		{"of their enhanced codes the first of its class counts", "250-2.1.0 a\r\n550-5.7.1 b\r\n550 5.1.1 c\r\n", Reply{550, [3]int{5, 7, 1}, "a\nb\nc"}},
+		{"and none of another class", "550-5.7.1 a\r\n250 b\r\n", Reply{Code: 250, Text: "a\nb"}},
 		{"the least code", "200 a\r\n", Reply{Code: 200, Text: "a"}},
 		{"the greatest code", "599 a\r\n", Reply{Code: 599, Text: "a"}},
 	} {
@@ -78,8 +90,6 @@ func TestReplyIsTakenApart(t *testing.T) {
 
 func TestWhatIsNoReplyIsMalformed(t *testing.T) {
 	for _, tt := range []struct{ why, input string }{
-		{"an empty line", "\r\n"},
-		{"a line end alone", "\n"},
 		{"two digits", "25\r\n"},
 		{"four digits", "2500\r\n"},
 		{"a letter among the digits", "2x0 ok\r\n"},
@@ -90,9 +100,10 @@ func TestWhatIsNoReplyIsMalformed(t *testing.T) {
 		{"6yz is not of SMTP", "600 ok\r\n"},
 		{"a sign, which strconv.Atoi would take", "+25 ok\r\n"},
 		{"a space first", " 250 ok\r\n"},
-		{"the lines of one reply have one code (RFC 5321, 4.2.1)", "250-a\r\n251 b\r\n"},
-		{"a line of another kind within a reply", "250-a\r\nb\r\n250 c\r\n"},
+		{"a line without a code that stands before a reply", "ok\r\n250 ok\r\n"},
+		{"and behind empty lines", "\r\n\r\nok\r\n"},
 		{"another protocol", "HTTP/1.1 400 Bad Request\r\n"},
+		{"an alert of TLS, which has no line end", "\x15\x03\x01\x00\x02\x02\x46"},
 		{"an alert of TLS with a line end in it", "\x15\x03\x01\x00\x02\x02\n"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -132,6 +143,9 @@ func TestEndOfInputWithinAReplyIsNoCleanEnd(t *testing.T) {
 		{"between CR and LF", "250 ok\r", io.EOF, io.ErrUnexpectedEOF},
 		{"between the lines of one reply", "250-ok\r\n", io.EOF, io.ErrUnexpectedEOF},
 		{"within the second line", "250-ok\r\n250 ", io.EOF, io.ErrUnexpectedEOF},
+		{"behind an empty line: the relay has closed", "\r\n", io.EOF, io.EOF},
+		{"within an empty line", "\r\n\r", io.EOF, io.ErrUnexpectedEOF},
+		{"within a line without a code", "250-ok\r\n o", io.EOF, io.ErrUnexpectedEOF},
 		{"another error is told as it is", "", cut, cut},
 		{"within a line too", "250 ok", cut, cut},
 		{"and between lines", "250-ok\r\n", cut, cut},
@@ -182,13 +196,14 @@ func TestRelayThatNeverEndsItsReplyIsCutOff(t *testing.T) {
 		{"a line without end", "2", "16384 octets", MaxReplyLine, 64 << 10},
 		{"a line without end that begins as a reply does", "250 all is well ", "16384 octets", MaxReplyLine, 64 << 10},
 		{"lines without end", "250-and another\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
-		{"empty lines without end", "250-\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
+		{"empty lines without end", "\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
+		{"lines of a code alone without end", "250-\r\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
 		{"long lines without end", "250-" + strings.Repeat("x", 4000) + "\n", "65536 octets", MaxReply + MaxReplyLine, 64 << 10},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			var err error
 			var in endless
-			bytes := allocated(func() {
+			allocs := allocated(func() {
 				in = endless{text: tt.text}
 				_, err = NewReplyReader(&in).ReadReply()
 			})
@@ -198,8 +213,8 @@ func TestRelayThatNeverEndsItsReplyIsCutOff(t *testing.T) {
 			if in.taken > tt.taken {
 				t.Errorf("%d octets were taken, more than %d", in.taken, tt.taken)
 			}
-			if bytes > tt.allocated {
-				t.Errorf("%d bytes were allocated, more than %d", bytes, tt.allocated)
+			if allocs > tt.allocated {
+				t.Errorf("%d bytes were allocated, more than %d", allocs, tt.allocated)
 			}
 		})
 	}
@@ -207,14 +222,14 @@ func TestRelayThatNeverEndsItsReplyIsCutOff(t *testing.T) {
 
 func TestMillionReplyLinesAreRefusedInBoundedMemory(t *testing.T) {
 	const lines = 1_000_000
-	bytes := allocated(func() {
+	taken := allocated(func() {
 		in := io.MultiReader(io.LimitReader(&endless{text: "250-x\r\n"}, lines*7), strings.NewReader("250 end\r\n"))
 		if r, err := NewReplyReader(in).ReadReply(); !errors.Is(err, ErrTooLong) {
 			t.Errorf("got a reply of %d octets, %v, want ErrTooLong", len(r.Text), err)
 		}
 	})
-	if bytes > 6*MaxReply {
-		t.Errorf("%d bytes were allocated, more than %d", bytes, 6*MaxReply)
+	if taken > 6*MaxReply {
+		t.Errorf("%d bytes were allocated, more than %d", taken, 6*MaxReply)
 	}
 }
 
@@ -332,6 +347,9 @@ func TestBufferedCountsWhatStandsBehindAReply(t *testing.T) {
 // enhancedCode is what net/textproto leaves in the text and ReadReply cuts off.
 var enhancedCode = regexp.MustCompile(`^([245])\.\d{1,3}\.\d{1,3}(?: |$)`)
 
+// codeLine is a line that begins with a code: the last of a reply, unless a dash follows.
+var codeLine = regexp.MustCompile(`^([2-5]\d\d)([ -]|\r?\n?$)`)
+
 // FuzzReadReply holds the parser to what it promises of any input, to itself, and to net/textproto.
 func FuzzReadReply(f *testing.F) {
 	for _, seed := range []string{
@@ -364,6 +382,7 @@ func FuzzReadReply(f *testing.F) {
 		"500 5.5.1 Invalid command: Pipelining not supported\r\n",
 		"503 pipelined after end of DATA\r\n421 relay.example You talk too soon\r\n",
 		// What is odd.
+		"250-a\r\n  b\r\n\r\n250 c\r\n", "\r\n \r\n250 ok\r\n\r\n", "220-mx\r\n521 5.7.1 no\r\n", "250 mx\r\n250 8BITMIME\r\n",
 		"250\r\n", "250-a\n250\n", "250-a\r\n251 b\r\n", "250 caf\xe9\r\r\n", "334 \r\n", "\r\n", "250-5.1.1 a\r\n250-2.0.0 b\r\n250 2.1.5",
 	} {
 		f.Add([]byte(seed))
@@ -381,7 +400,7 @@ func FuzzReadReply(f *testing.F) {
 				if got != (Reply{}) {
 					t.Errorf("got %+v with the error %v", got, err)
 				}
-				if err == io.EOF && begin != len(data) {
+				if rest := data[begin:]; err == io.EOF && (len(bytes.Trim(rest, " \t\r\n")) > 0 || len(rest) > 0 && rest[len(rest)-1] != '\n') {
 					t.Errorf("a clean end after %d of %d octets", begin, len(data))
 				}
 				return
@@ -423,6 +442,19 @@ func checkReply(t *testing.T, r Reply, wire string) {
 	if again := encodeReply(r); len(again) <= MaxReplyLine {
 		if got, err := NewReplyReader(strings.NewReader(again)).ReadReply(); err != nil || got != r {
 			t.Errorf("%+v of %q, written and parsed again: got %+v, %v", r, wire, got, err)
+		}
+	}
+
+	// One reply ends with the first line that can be the last of one, and that is the line whose code it has: no octet of
+	// another reply is in it, and none of it is left for another.
+	seen := strings.SplitAfter(strings.TrimSuffix(wire, "\n"), "\n")
+	for i, line := range seen {
+		m := codeLine.FindStringSubmatch(line)
+		if last := i == len(seen)-1; last != (m != nil && m[2] != "-") || last && m[1] != fmt.Sprint(r.Code) {
+			t.Errorf("%+v of %q: line %d is %q", r, wire, i, line)
+		}
+		if m != nil && m[1] != fmt.Sprint(r.Code) || m == nil && strings.Contains(line, "\r\r") {
+			return // net/textproto keeps other codes in the text, and cuts off more than one CR
 		}
 	}
 

@@ -11,6 +11,8 @@ import (
 type ledger struct {
 	in       string // said by the client and not understood yet
 	out      string // said by the relay and not understood yet
+	within   bool   // a multiline reply has begun
+	yes      bool   // and a line of it has said yes
 	waiting  []waiting
 	held     bool // what the client says next means nothing before a reply
 	inData   bool
@@ -207,12 +209,20 @@ func (l *ledger) say(text string) {
 		line = strings.TrimSuffix(line, "\r")
 		if len(line) >= 3 && line[0] >= '2' && line[0] <= '5' && strings.Trim(line[1:3], "0123456789") == "" {
 			if len(line) > 3 && line[3] == '-' {
+				l.within, l.yes = true, l.yes || line[0] == '2'
 				continue
 			}
 			if len(line) == 3 || line[3] == ' ' {
 				code = int(line[0]-'0')*100 + int(line[1]-'0')*10 + int(line[2]-'0')
 			}
 		}
+		if code < 0 && (l.within || strings.TrimSpace(line) == "") {
+			continue // a line without a code, or an empty one between replies
+		}
+		if code == 421 && l.yes {
+			code = -1 // the relay's farewell cuts its yes short
+		}
+		l.within, l.yes = false, false
 		l.replied(code)
 	}
 }

@@ -210,8 +210,8 @@ func (f stormFault) refusal(c *stormConn, at stormStage, msg int) (stormReply, b
 }
 
 var stormGarbage = []string{
-	"hello\r\n", "25\r\n", "2\r\n", "\r\n", "999 what\r\n", "000 what\r\n", "250ok\r\n", "25o ok\r\n", "\x00\x01\x02\xff\r\n",
-	"250-one\r\n550 two\r\n", "HTTP/1.1 400 Bad Request\r\n", "+OK\r\n", "-250 no\r\n", " 250 ok\r\n", "2500 ok\r\n", "150 hm\r\n",
+	"hello\r\n", "25\r\n", "2\r\n", "-\r\n", "999 what\r\n", "000 what\r\n", "250ok\r\n", "25o ok\r\n", "\x00\x01\x02\xff\r\n",
+	"250:one\r\n", "HTTP/1.1 400 Bad Request\r\n", "+OK\r\n", "-250 no\r\n", " 250 ok\r\n", "2500 ok\r\n", "150 hm\r\n",
 }
 
 const (
