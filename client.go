@@ -38,6 +38,11 @@ type Config struct {
 	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
 	TLS TLSMode
 
+	// AllowInsecureAuth lets credentials cross a connection without TLS to another machine, where TLS says that there may be
+	// such a connection. Without it they cross one only if the host of Addr is localhost or a loopback address, and the
+	// connection does not lead elsewhere; else the connection fails, and nothing is sent without authentication instead.
+	AllowInsecureAuth bool
+
 	// TLSConfig is cloned. Where they are not set, ServerName becomes the host of Addr, MinVersion TLS 1.2, and
 	// ClientSessionCache a cache of the Client's own.
 	TLSConfig *tls.Config

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"reflect"
 	"strings"
@@ -53,7 +54,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"a line end behind the password, as of a file", func(c *Config) { c.Password = key + "\n" }, []string{"white space"}},
 		{"a space before it", func(c *Config) { c.Password = " " + key }, []string{"white space"}},
 
-		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 4"}},
+		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 5"}},
 		{"a mode of TLS too low", func(c *Config) { c.TLS = -1 }, []string{"TLS is -1"}},
 		{"no TLS on a port of TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:465", TLSNone }, []string{"TLSNone", "465"}},
 		{"nor on the other one", func(c *Config) { c.Addr, c.TLS = "relay.example:2465", TLSNone }, []string{"TLSNone", "2465"}},
@@ -188,34 +189,41 @@ func TestNewCopiesWhatItIsGiven(t *testing.T) {
 
 func TestPortAndHostDecideTheTLSThatIsNotSet(t *testing.T) {
 	for _, tt := range []struct {
-		why, addr       string
-		mode            TLSMode
-		implicit, clear bool // TLS from the first byte; the clear is allowed
+		why, addr            string
+		mode                 TLSMode
+		implicit, mail, auth bool // TLS from the first byte; what may cross in the clear
 	}{
-		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false},
-		{"the one beside it", "relay.example:2465", TLSByPort, true, false},
-		{"the port of submission", "relay.example:587", TLSByPort, false, false},
-		{"any other port", "relay.example:25", TLSByPort, false, false},
-		{"this machine by name", "localhost:25", TLSByPort, false, true},
-		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true},
-		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true},
-		{"and of IPv6", "[::1]:25", TLSByPort, false, true},
-		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true},
-		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false},
-		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false},
-		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false},
-		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false},
-		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false},
-		{"none when asked for", "relay.example:25", TLSNone, false, true},
+		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false, false},
+		{"the one beside it", "relay.example:2465", TLSByPort, true, false, false},
+		{"the port of submission", "relay.example:587", TLSByPort, false, false, false},
+		{"any other port", "relay.example:25", TLSByPort, false, false, false},
+		{"this machine by name", "localhost:25", TLSByPort, false, true, true},
+		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true, true},
+		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true, true},
+		{"and of IPv6", "[::1]:25", TLSByPort, false, true, true},
+		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true, true},
+		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false, false},
+		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false, false},
+		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false, false},
+		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false, true},
+		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false, true},
+		{"none when asked for", "relay.example:25", TLSNone, false, true, false},
+		{"by chance: none, if the relay does not offer it", "relay.example:587", TLSOpportunistic, false, true, false},
+		{"but not on a port of TLS", "relay.example:465", TLSOpportunistic, true, true, false},
 	} {
 		s, err := Config{Addr: tt.addr, TLS: tt.mode}.check()
 		if err != nil {
 			t.Errorf("%s: %v", tt.why, err)
 			continue
 		}
-		if s.implicit() != tt.implicit || s.clearAllowed() != tt.clear {
-			t.Errorf("%s: %s, %v: got implicit %v, clear allowed %v, want %v, %v", tt.why, tt.addr, tt.mode, s.implicit(), s.clearAllowed(), tt.implicit, tt.clear)
+		client, relay := net.Pipe() // which leads nowhere that could be told from its address
+		mail, auth := s.clear(client)
+		if s.implicit() != tt.implicit || mail != tt.mail || auth != tt.auth {
+			t.Errorf("%s: %s, %v: got implicit %v, in the clear mail %v and credentials %v, want %v, %v, %v",
+				tt.why, tt.addr, tt.mode, s.implicit(), mail, auth, tt.implicit, tt.mail, tt.auth)
 		}
+		client.Close()
+		relay.Close()
 	}
 }
 
