@@ -14,6 +14,9 @@ import (
 // Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
 // Printing it, with any verb, as JSON or through log/slog, shows no secret.
 type Config struct {
+	// Name is a label of the caller's for what this is for, and part of a Registry's key.
+	Name string
+
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
 	Addr string
 

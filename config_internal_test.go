@@ -3,13 +3,19 @@ package smtprelay
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -253,6 +259,31 @@ func TestURLBecomesAConfig(t *testing.T) {
 			Config{Addr: "relay.example:587", LocalName: "web.example", Pipelining: PipelineWithin}},
 		{"other words", "smtp://relay.example?local_name=[192.0.2.1]&pipelining=off", Config{Addr: "relay.example:587", LocalName: "[192.0.2.1]", Pipelining: PipelineOff}},
 		{"the default in words", "smtp://relay.example?pipelining=across", Config{Addr: "relay.example:587"}},
+		{"no TLS and credentials: the scheme's name says that they cross the network", "smtp+insecure://u:p@relay.example",
+			Config{Addr: "relay.example:25", Username: "u", Password: "p", TLS: TLSNone, AllowInsecureAuth: true}},
+		{"TLS by chance", "smtp://relay.example:25?tls=opportunistic", Config{Addr: "relay.example:25", TLS: TLSOpportunistic}},
+		{"TLS by other words", "smtp://relay.example:2525?tls=implicit", Config{Addr: "relay.example:2525", TLS: TLSImplicit}},
+		{"the word that the scheme says", "smtp+insecure://relay.example?tls=none", Config{Addr: "relay.example:25", TLS: TLSNone}},
+		{"switches", "smtp://u:p@relay.example?chunking=on&retry_4xx=on&insecure_auth=on&tls=none",
+			Config{Addr: "relay.example:587", Username: "u", Password: "p", Chunking: true, Retry: Retry{Temporary: true}, TLS: TLSNone, AllowInsecureAuth: true}},
+		{"waits between tries", "smtp://relay.example?min_backoff=1s&max_backoff=1m", Config{Addr: "relay.example:587", Retry: Retry{MinBackoff: time.Second, MaxBackoff: time.Minute}}},
+		{"time limits", "smtp://relay.example?dial_timeout=1s&greeting_timeout=2s&tls_timeout=3s&command_timeout=4s&data_timeout=5s&write_timeout=6s" +
+			"&final_reply_timeout=7s&overlap_timeout=8s&quit_timeout=9s",
+			Config{Addr: "relay.example:587", Timeouts: Timeouts{Dial: time.Second, Greeting: 2 * time.Second, TLS: 3 * time.Second, Command: 4 * time.Second,
+				Data: 5 * time.Second, Write: 6 * time.Second, FinalReply: 7 * time.Second, Overlap: 8 * time.Second, Quit: 9 * time.Second}}},
+		{"a label", "smtp://relay.example?name=shop", Config{Addr: "relay.example:587", Name: "shop"}},
+		{"another name in the certificate", "smtp://10.0.0.1?server_name=relay.example", Config{Addr: "10.0.0.1:587", TLSConfig: &tls.Config{ServerName: "relay.example"}}},
+
+		{"SendGrid by name", "sendgrid://:SG.x@", Config{Addr: "smtp.sendgrid.net:587", Username: "apikey", Password: "SG.x",
+			Limits: Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
+		{"its host in the EU, its port of TLS, and what the query says wins", "sendgrid://:SG.x@eu:465?max_conns=3", Config{Addr: "smtp.eu.sendgrid.net:465", Username: "apikey", Password: "SG.x",
+			Limits: Limits{MaxConns: 3, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
+		{"SES in a region", "ses://u:p@eu-west-1", Config{Addr: "email-smtp.eu-west-1.amazonaws.com:587", Username: "u", Password: "p", Limits: Limits{MaxRecipients: 50}}},
+		{"Postmark's token is both", "postmark://:t@broadcasts", Config{Addr: "smtp-broadcasts.postmarkapp.com:587", Username: "t", Password: "t", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
+		{"or a key of a stream", "postmark://access:secret@", Config{Addr: "smtp.postmarkapp.com:587", Username: "access", Password: "secret", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
+		{"an address as user name", "gmail://ann@gmail.com:p@", Config{Addr: "smtp.gmail.com:587", Username: "ann@gmail.com", Password: "p"}},
+		{"Mailpit needs nothing", "mailpit://", Config{Addr: "localhost:1025"}},
+		{"and may be elsewhere", "mailpit://mail.lan:25?tls=none", Config{Addr: "mail.lan:25", TLS: TLSNone}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			got, err := ParseURL(tt.url)
@@ -300,6 +331,19 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		{"a name that is none", "smtp://relay.example?local_name=a%0Db", []string{"LocalName", `a\rb`}},
 		{"a line end in a number", "smtp://relay.example?max_conns=1%0A", []string{"max_conns", `1\n`}},
 		{"all mistakes at once", "ftp://?max_conns=x&no=1", []string{`"ftp"`, "no host", "max_conns", `"no"`}},
+		{"those of the query and those of New", "smtp://s3cret@relay.example:0?max_conns=x&chunking=yes&local_name=?&quit_timeout=-1s",
+			[]string{"max_conns", "chunking", "on or off", "1 to 65535", "Password is empty", "LocalName", "Quit"}},
+		{"TLS where the scheme says none", "smtp+insecure://relay.example?tls=starttls", []string{"tls=starttls", "none", "smtp://"}},
+		{"no TLS where the scheme says TLS", "smtps://relay.example?tls=opportunistic", []string{"tls=opportunistic", "implicit"}},
+		{"another word for TLS", "smtp://relay.example?tls=maybe", []string{`tls="maybe"`, "opportunistic"}},
+		{"roots that are not there", "smtp://relay.example?ca=testdata/no-such-file", []string{`ca="testdata/no-such-file"`, "no such file"}},
+		{"roots in a file of something else", "smtp://relay.example?ca=go.mod", []string{`ca="go.mod"`, "PEM"}},
+		{"no key for SendGrid by name", "sendgrid://", []string{"no password", "sendgrid://:SECRET@"}},
+		{"a key in the place of the user", "sendgrid://s3cret@", []string{"no password", "sendgrid://:SECRET@"}},
+		{"a key in the place of the host", "sendgrid://s3cret", []string{"no such host", `"eu"`, "no password"}},
+		{"no user for SES", "ses://:s3cret@eu-west-1", []string{"no user name", "SES"}},
+		{"no region", "ses://u:s3cret@", []string{"region", "eu-west-1"}},
+		{"a region that is another host", "ses://u:s3cret@evil.example", []string{"region"}},
 
 		// Passwords that are not percent-encoded: the URL ends early, and the rest of the password stands where it may be shown.
 		{"a slash", "smtp://u:1/s3cret@relay.example", []string{"percent-encoded"}},
@@ -330,7 +374,27 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 			if strings.Contains(err.Error(), "s3cret") {
 				t.Errorf("%s: got %q, with the secret in it", tt.url, err)
 			}
+			lines := strings.Split(err.Error(), "; ")
+			if slices.Sort(lines); len(slices.Compact(slices.Clone(lines))) != len(lines) {
+				t.Errorf("%s: got %q, which says one thing twice", tt.url, err)
+			}
 		})
+	}
+}
+
+func TestURLNamesWhomToTrust(t *testing.T) {
+	relay := httptest.NewTLSServer(nil)
+	defer relay.Close()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: relay.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := ParseURL("smtps://relay.example?ca=" + url.QueryEscape(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := relay.Certificate().Verify(x509.VerifyOptions{Roots: cfg.TLSConfig.RootCAs}); err != nil {
+		t.Errorf("got roots by which the certificate is not verified: %v", err)
 	}
 }
 
@@ -411,6 +475,10 @@ func FuzzParseURL(f *testing.F) {
 		{"smtp:", "u", "", "", "relay"},
 		{"smtp://", "u", "", "", "[fe80::1%25eth0]:25"},
 		{"smtp://", "u", "", "", "relay::::example"},
+		{"sendgrid://", "", "SG.", "", "eu"},
+		{"ses://", "u", "", "", "eu-west-1?tls=opportunistic"},
+		{"postmark://", "", "", "", "?name=x"},
+		{"mailpit://", "u", "", "", "[::1]"},
 	} {
 		f.Add(seed.scheme, seed.user, seed.before, seed.after, seed.rest)
 	}
