@@ -18,7 +18,7 @@
 // What differs from net/smtp:
 //
 //	connections         shared by all calls; at most 10 to a relay for the same credentials, the other calls wait
-//	one AUTH            for a connection, not for each message; refused credentials are not tried again for half a minute
+//	one AUTH            for a connection, not for each message; credentials that were refused are not tried again for a while
 //	time limits         those of RFC 5321, 4.5.3.2; net/smtp has none
 //	EHLO                says "localhost" to a relay on this machine only, to others the name or address of this host
 //	port 465            TLS from the first byte, which net/smtp cannot do
