@@ -232,7 +232,7 @@ func TestRefusalIsWhatNetSMTPMakesOfIt(t *testing.T) {
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			relay, _ := newRelay(t)
-			relay.Fault(smtptest.Fault{At: tt.at, Reply: tt.reply, Count: -1, Nth: map[bool]int{true: 2}[tt.at == smtptest.Rcpt]})
+			relay.Fault(smtptest.Fault{At: tt.at, Reply: tt.reply, Count: -1, Rcpt: map[bool]string{true: "c@y.example"}[tt.at == smtptest.Rcpt]}) // the second
 			to := []string{"b@y.example", "c@y.example"}
 			want, ok := netsmtp.SendMail(relay.Addr(), plain(relay), "a@x.example", to, msg).(*textproto.Error)
 			if !ok {

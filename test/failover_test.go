@@ -120,6 +120,28 @@ func TestRelayThatFailsRestsAndIsTriedByOne(t *testing.T) {
 	})
 }
 
+func TestOneFailureThatManySendsMeetIsCountedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		down := p.first.Fault(smtptest.Fault{At: smtptest.Mail, Delay: time.Second, Drop: true, Count: -1})
+		var senders sync.WaitGroup
+		for range 5 {
+			senders.Go(func() {
+				if _, err := p.Send(t.Context(), numbered(1)); err != nil {
+					t.Error(err)
+				}
+			})
+			time.Sleep(100 * time.Millisecond)
+		}
+		senders.Wait()
+		down.Remove()
+		time.Sleep(31 * time.Second)
+		if _, err := p.Send(t.Context(), numbered(1)); err != nil || p.accepted() != "1 5" {
+			t.Errorf("got %v and %s accepted, want the first asked after its first rest", err, p.accepted())
+		}
+	})
+}
+
 func TestRestingRelayIsAskedWhenAllOthersFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t)
