@@ -270,6 +270,12 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		t.Fatalf("got %v, want an *Error", configErr)
 	}
 	reply := smtprelay.Reply{Code: 535, Message: "no"}
+	registry := &smtprelay.Registry{} // with a Client in it
+	if _, err := registry.Send(t.Context(), smtprelay.Config{Addr: closedPort(t), Username: secretUser, Password: secretKey,
+		Retry: smtprelay.Retry{MaxAttempts: 1}}, numbered(0)); err == nil {
+		t.Fatal("the message was sent")
+	}
+	defer registry.Shutdown(t.Context())
 
 	values := map[string]any{
 		"CloseInfo":        smtprelay.CloseInfo{Err: e},
@@ -284,6 +290,8 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"DialInfo":         smtprelay.DialInfo{Err: e},
 		"EnhancedCode":     reply.EnhancedCode,
 		"Error":            e,
+		"Failover":         smtprelay.NewFailover(client),
+		"GoMail":           smtprelay.GoMail(nil), // what is in one is its maker's
 		"GotConnInfo":      smtprelay.GotConnInfo{},
 		"Limits":           cfg.Limits,
 		"MailOptions":      smtprelay.MailOptions{},
@@ -296,6 +304,7 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"Receipt":          smtprelay.Receipt{Reply: reply},
 		"RecipientError":   smtprelay.RecipientError{Reply: reply},
 		"RecipientReceipt": smtprelay.RecipientReceipt{Reply: reply},
+		"Registry":         registry,
 		"Reply":            reply,
 		"Result":           smtprelay.Result{Message: numbered(0), Err: e},
 		"Retry":            cfg.Retry,
