@@ -82,7 +82,7 @@ func TestWhatIsNoReplyToAuthIsNotQuoted(t *testing.T) {
 					}
 				}
 				client, err := New(Config{
-					Addr: "relay.example:25", TLS: TLSNone, Username: "ann", Password: key, Retry: Retry{MaxAttempts: 1},
+					Addr: "relay.example:25", TLS: TLSNone, AllowInsecureAuth: true, Username: "ann", Password: key, Retry: Retry{MaxAttempts: 1},
 					Dial: func(context.Context, string, string) (net.Conn, error) {
 						c, s := netpipe.New(0)
 						go echo(s)

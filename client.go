@@ -15,7 +15,8 @@ import (
 // Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
 // Printing it, with any verb, as JSON or through log/slog, shows no secret.
 type Config struct {
-	// Name tells this Client from others in [Stats], in what a [Trace] is told and in its log; it may be empty. It is no secret.
+	// Name tells this Client from others in [Stats], in what a [Trace] is told and in its log, and is part of a [Registry]'s key; it
+	// may be empty. It is no secret.
 	Name string
 
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
@@ -42,6 +43,11 @@ type Config struct {
 
 	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
 	TLS TLSMode
+
+	// AllowInsecureAuth lets credentials cross a connection without TLS to another machine, where TLS says that there may be
+	// such a connection. Without it they cross one only if the host of Addr is localhost or a loopback address, and the
+	// connection does not lead elsewhere; else the connection fails, and nothing is sent without authentication instead.
+	AllowInsecureAuth bool
 
 	// TLSConfig is cloned. Where they are not set, ServerName becomes the host of Addr, MinVersion TLS 1.2, and
 	// ClientSessionCache a cache of the Client's own.

@@ -137,7 +137,7 @@ func (m *mistakes) inCredentials(c Config, host string) {
 
 func (m *mistakes) inModes(c Config, port string) {
 	if c.TLS < TLSByPort || c.TLS > TLSNone {
-		m.add("TLS is %d: want TLSByPort, TLSImplicit, TLSStartTLS or TLSNone", c.TLS)
+		m.add("TLS is %d: want TLSByPort, TLSImplicit, TLSStartTLS, TLSOpportunistic or TLSNone", c.TLS)
 	}
 	if c.TLS == TLSNone && (port == "465" || port == "2465") {
 		m.add("TLS is TLSNone, but port %s speaks TLS from the first byte", port)

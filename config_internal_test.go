@@ -3,13 +3,19 @@ package smtprelay
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,7 +65,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"a line end behind the password, as of a file", func(c *Config) { c.Password = key + "\n" }, []string{"white space"}},
 		{"a space before it", func(c *Config) { c.Password = " " + key }, []string{"white space"}},
 
-		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 4"}},
+		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 5"}},
 		{"a mode of TLS too low", func(c *Config) { c.TLS = -1 }, []string{"TLS is -1"}},
 		{"no TLS on a port of TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:465", TLSNone }, []string{"TLSNone", "465"}},
 		{"nor on the other one", func(c *Config) { c.Addr, c.TLS = "relay.example:2465", TLSNone }, []string{"TLSNone", "2465"}},
@@ -237,34 +243,41 @@ func TestNewCopiesWhatItIsGiven(t *testing.T) {
 
 func TestPortAndHostDecideTheTLSThatIsNotSet(t *testing.T) {
 	for _, tt := range []struct {
-		why, addr       string
-		mode            TLSMode
-		implicit, clear bool // TLS from the first byte; the clear is allowed
+		why, addr            string
+		mode                 TLSMode
+		implicit, mail, auth bool // TLS from the first byte; what may cross in the clear
 	}{
-		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false},
-		{"the one beside it", "relay.example:2465", TLSByPort, true, false},
-		{"the port of submission", "relay.example:587", TLSByPort, false, false},
-		{"any other port", "relay.example:25", TLSByPort, false, false},
-		{"this machine by name", "localhost:25", TLSByPort, false, true},
-		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true},
-		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true},
-		{"and of IPv6", "[::1]:25", TLSByPort, false, true},
-		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true},
-		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false},
-		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false},
-		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false},
-		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false},
-		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false},
-		{"none when asked for", "relay.example:25", TLSNone, false, true},
+		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false, false},
+		{"the one beside it", "relay.example:2465", TLSByPort, true, false, false},
+		{"the port of submission", "relay.example:587", TLSByPort, false, false, false},
+		{"any other port", "relay.example:25", TLSByPort, false, false, false},
+		{"this machine by name", "localhost:25", TLSByPort, false, true, true},
+		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true, true},
+		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true, true},
+		{"and of IPv6", "[::1]:25", TLSByPort, false, true, true},
+		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true, true},
+		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false, false},
+		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false, false},
+		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false, false},
+		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false, true},
+		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false, true},
+		{"none when asked for", "relay.example:25", TLSNone, false, true, false},
+		{"by chance: none, if the relay does not offer it", "relay.example:587", TLSOpportunistic, false, true, false},
+		{"but not on a port of TLS", "relay.example:465", TLSOpportunistic, true, true, false},
 	} {
 		s, err := Config{Addr: tt.addr, TLS: tt.mode}.check()
 		if err != nil {
 			t.Errorf("%s: %v", tt.why, err)
 			continue
 		}
-		if s.implicit() != tt.implicit || s.clearAllowed() != tt.clear {
-			t.Errorf("%s: %s, %v: got implicit %v, clear allowed %v, want %v, %v", tt.why, tt.addr, tt.mode, s.implicit(), s.clearAllowed(), tt.implicit, tt.clear)
+		client, relay := net.Pipe() // which leads nowhere that could be told from its address
+		mail, auth := s.clear(client)
+		if s.implicit() != tt.implicit || mail != tt.mail || auth != tt.auth {
+			t.Errorf("%s: %s, %v: got implicit %v, in the clear mail %v and credentials %v, want %v, %v, %v",
+				tt.why, tt.addr, tt.mode, s.implicit(), mail, auth, tt.implicit, tt.mail, tt.auth)
 		}
+		client.Close()
+		relay.Close()
 	}
 }
 
@@ -294,6 +307,31 @@ func TestURLBecomesAConfig(t *testing.T) {
 			Config{Addr: "relay.example:587", LocalName: "web.example", Pipelining: PipelineWithin}},
 		{"other words", "smtp://relay.example?local_name=[192.0.2.1]&pipelining=off", Config{Addr: "relay.example:587", LocalName: "[192.0.2.1]", Pipelining: PipelineOff}},
 		{"the default in words", "smtp://relay.example?pipelining=across", Config{Addr: "relay.example:587"}},
+		{"no TLS and credentials: the scheme's name says that they cross the network", "smtp+insecure://u:p@relay.example",
+			Config{Addr: "relay.example:25", Username: "u", Password: "p", TLS: TLSNone, AllowInsecureAuth: true}},
+		{"TLS by chance", "smtp://relay.example:25?tls=opportunistic", Config{Addr: "relay.example:25", TLS: TLSOpportunistic}},
+		{"TLS by other words", "smtp://relay.example:2525?tls=implicit", Config{Addr: "relay.example:2525", TLS: TLSImplicit}},
+		{"the word that the scheme says", "smtp+insecure://relay.example?tls=none", Config{Addr: "relay.example:25", TLS: TLSNone}},
+		{"switches", "smtp://u:p@relay.example?chunking=on&retry_4xx=on&insecure_auth=on&tls=none",
+			Config{Addr: "relay.example:587", Username: "u", Password: "p", Chunking: true, Retry: Retry{On4xx: true}, TLS: TLSNone, AllowInsecureAuth: true}},
+		{"waits between tries", "smtp://relay.example?min_backoff=1s&max_backoff=1m", Config{Addr: "relay.example:587", Retry: Retry{MinBackoff: time.Second, MaxBackoff: time.Minute}}},
+		{"time limits", "smtp://relay.example?dial_timeout=1s&greeting_timeout=2s&tls_timeout=3s&command_timeout=4s&data_timeout=5s&write_timeout=6s" +
+			"&final_reply_timeout=7s&overlap_timeout=8s&quit_timeout=9s",
+			Config{Addr: "relay.example:587", Timeouts: Timeouts{Dial: time.Second, Greeting: 2 * time.Second, TLS: 3 * time.Second, Command: 4 * time.Second,
+				Data: 5 * time.Second, Write: 6 * time.Second, FinalReply: 7 * time.Second, Overlap: 8 * time.Second, Quit: 9 * time.Second}}},
+		{"a label", "smtp://relay.example?name=shop", Config{Addr: "relay.example:587", Name: "shop"}},
+		{"another name in the certificate", "smtp://10.0.0.1?server_name=relay.example", Config{Addr: "10.0.0.1:587", TLSConfig: &tls.Config{ServerName: "relay.example"}}},
+
+		{"SendGrid by name", "sendgrid://:SG.x@", Config{Addr: "smtp.sendgrid.net:587", Username: "apikey", Password: "SG.x",
+			Limits: Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
+		{"its host in the EU, its port of TLS, and what the query says wins", "sendgrid://:SG.x@eu:465?max_conns=3", Config{Addr: "smtp.eu.sendgrid.net:465", Username: "apikey", Password: "SG.x",
+			Limits: Limits{MaxConns: 3, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
+		{"SES in a region", "ses://u:p@eu-west-1", Config{Addr: "email-smtp.eu-west-1.amazonaws.com:587", Username: "u", Password: "p", Limits: Limits{MaxRecipients: 50}}},
+		{"Postmark's token is both", "postmark://:t@broadcasts", Config{Addr: "smtp-broadcasts.postmarkapp.com:587", Username: "t", Password: "t", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
+		{"or a key of a stream", "postmark://access:secret@", Config{Addr: "smtp.postmarkapp.com:587", Username: "access", Password: "secret", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
+		{"an address as user name", "gmail://ann@gmail.com:p@", Config{Addr: "smtp.gmail.com:587", Username: "ann@gmail.com", Password: "p"}},
+		{"Mailpit needs nothing", "mailpit://", Config{Addr: "localhost:1025"}},
+		{"and may be elsewhere", "mailpit://mail.lan:25?tls=none", Config{Addr: "mail.lan:25", TLS: TLSNone}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			got, err := ParseURL(tt.url)
@@ -346,10 +384,23 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		{"a number of nothing", "smtp://relay.example?max_conns", []string{"max_conns", "whole number"}},
 		{"a number out of bounds", "smtp://relay.example?max_conns=-1", []string{"Limits.MaxConns is -1"}},
 		{"a duration without its unit", "smtp://relay.example?max_idle=30", []string{"max_idle", "30s"}},
-		{"another mode of pipelining", "smtp://relay.example?pipelining=on", []string{"pipelining", "across, within or off"}},
+		{"another mode of pipelining", "smtp://relay.example?pipelining=on", []string{"pipelining", "auto, within or off"}},
 		{"a name that is none", "smtp://relay.example?local_name=a%0Db", []string{"LocalName", `a\rb`}},
 		{"a line end in a number", "smtp://relay.example?max_conns=1%0A", []string{"max_conns", `1\n`}},
 		{"all mistakes at once", "ftp://?max_conns=x&no=1", []string{`"ftp"`, "no host", "max_conns", `"no"`}},
+		{"those of the query and those of New", "smtp://s3cret@relay.example:0?max_conns=x&chunking=yes&local_name=?&quit_timeout=-1s",
+			[]string{"max_conns", "chunking", "on or off", "1 to 65535", "Password is empty", "LocalName", "Quit"}},
+		{"TLS where the scheme says none", "smtp+insecure://relay.example?tls=starttls", []string{"tls=starttls", "none", "smtp://"}},
+		{"no TLS where the scheme says TLS", "smtps://relay.example?tls=opportunistic", []string{"tls=opportunistic", "implicit"}},
+		{"another word for TLS", "smtp://relay.example?tls=maybe", []string{`tls="maybe"`, "opportunistic"}},
+		{"roots that are not there", "smtp://relay.example?ca=testdata/no-such-file", []string{`ca="testdata/no-such-file"`, "no such file"}},
+		{"roots in a file of something else", "smtp://relay.example?ca=go.mod", []string{`ca="go.mod"`, "PEM"}},
+		{"no key for SendGrid by name", "sendgrid://", []string{"no password", "sendgrid://:SECRET@"}},
+		{"a key in the place of the user", "sendgrid://s3cret@", []string{"no password", "sendgrid://:SECRET@"}},
+		{"a key in the place of the host", "sendgrid://s3cret", []string{"no such host", `"eu"`, "no password"}},
+		{"no user for SES", "ses://:s3cret@eu-west-1", []string{"no user name", "SES"}},
+		{"no region", "ses://u:s3cret@", []string{"region", "eu-west-1"}},
+		{"a region that is another host", "ses://u:s3cret@evil.example", []string{"region"}},
 
 		// Passwords that are not percent-encoded: the URL ends early, and the rest of the password stands where it may be shown.
 		{"a slash", "smtp://u:1/s3cret@relay.example", []string{"percent-encoded"}},
@@ -380,7 +431,27 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 			if strings.Contains(err.Error(), "s3cret") {
 				t.Errorf("%s: got %q, with the secret in it", tt.url, err)
 			}
+			lines := strings.Split(err.Error(), "; ")
+			if slices.Sort(lines); len(slices.Compact(slices.Clone(lines))) != len(lines) {
+				t.Errorf("%s: got %q, which says one thing twice", tt.url, err)
+			}
 		})
+	}
+}
+
+func TestURLNamesWhomToTrust(t *testing.T) {
+	relay := httptest.NewTLSServer(nil)
+	defer relay.Close()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: relay.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := ParseURL("smtps://relay.example?ca=" + url.QueryEscape(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := relay.Certificate().Verify(x509.VerifyOptions{Roots: cfg.TLSConfig.RootCAs}); err != nil {
+		t.Errorf("got roots by which the certificate is not verified: %v", err)
 	}
 }
 
@@ -461,6 +532,10 @@ func FuzzParseURL(f *testing.F) {
 		{"smtp:", "u", "", "", "relay"},
 		{"smtp://", "u", "", "", "[fe80::1%25eth0]:25"},
 		{"smtp://", "u", "", "", "relay::::example"},
+		{"sendgrid://", "", "SG.", "", "eu"},
+		{"ses://", "u", "", "", "eu-west-1?tls=opportunistic"},
+		{"postmark://", "", "", "", "?name=x"},
+		{"mailpit://", "u", "", "", "[::1]"},
 	} {
 		f.Add(seed.scheme, seed.user, seed.before, seed.after, seed.rest)
 	}

@@ -86,6 +86,10 @@ func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
 	if failed.Reply.Code != 0 {
 		e.Reply = publicReply(failed.Reply)
 	}
+	if failed.Clear {
+		// Whoever said it, or would not speak TLS, may be somebody on the way.
+		e.unproven = true
+	}
 	if ctx.Err() != nil && e.Err != nil {
 		if e.Op == OpDial {
 			e.subject = c.Addr
@@ -110,6 +114,8 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", failed.Said)
 	case errors.Is(e.Err, conn.ErrNoSTARTTLS):
 		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)
+	case errors.Is(e.Err, conn.ErrClearAuth):
+		e.Err = c.explainClearAuth()
 	case e.Op == OpAuth:
 		if not, ok := e.Err.(*conn.NotOfferedError); ok {
 			e.Err = fmt.Errorf("Config.Auth has chosen %q: the relay offers %s", not.Mechanism, c.offered(not.Offered))
@@ -147,7 +153,7 @@ func (c *settings) connOptions() *conn.Options {
 		Chunking:    c.Chunking,
 		MaxInFlight: c.MaxInFlight,
 		Implicit:    c.implicit(),
-		AllowClear:  c.clearAllowed(),
+		Clear:       c.clear,
 		Secrets:     func() (username, password string) { return c.Username, c.password.reveal() },
 		Said:        &c.said,
 		Profile:     relay{&c.profile, &c.stats},

@@ -16,8 +16,9 @@
 // # Security
 //
 // Mail and credentials cross only a TLS connection whose certificate was verified for the name that was dialled. There is
-// no silent fall-back to clear text; only [TLSNone] and relays on a loopback address do without TLS. The password is in no
-// error, log line or dump.
+// no silent fall-back to clear text: mail goes without TLS to relays on a loopback address, and where [TLSNone] or [TLSOpportunistic]
+// says so; credentials only to a loopback address, whatever the mode, unless Config.AllowInsecureAuth says so. The password is in no
+// error, log line or dump. Package smtp, which stands in for net/smtp, is as opportunistic as that is.
 //
 // # Outcomes
 //

@@ -99,6 +99,7 @@ type Error struct {
 
 	subject   string // what Op was about: an address
 	permanent bool   // another try cannot help although no 5xx reply says so
+	unproven  bool   // it was said in the clear where TLS is required, by the relay or by somebody on the way
 }
 
 // RecipientResult is what became of a message for one of its recipients.
@@ -184,13 +185,14 @@ func (e *Error) Unwrap() []error {
 }
 
 // Temporary reports whether the relay, or the way to it, failed only for now: a 4xx reply, a connection that could not be opened
-// or was lost, a context that ended. It is false for 5xx, and wherever the message was or may have been accepted for somebody.
+// or was lost, a context that ended. It is false for 5xx, but for what was said in the clear before TLS where that is required: it
+// may not have been the relay who said it. It is false wherever the message was or may have been accepted for somebody.
 // It is here for net.Error: what to do with the message is told by [ShouldRetry], which is true for refused credentials, too.
 func (e *Error) Temporary() bool {
 	switch {
 	case e.Scope == ScopeRecipient && len(e.Recipients) > 0:
 		return e.shouldRetry()
-	case e.Op == OpTLS, e.Op == OpSTARTTLS && e.Reply.Code == 0:
+	case e.unproven, e.Op == OpTLS, e.Op == OpSTARTTLS && e.Reply.Code == 0:
 		return e.Outcome == NotAccepted // it may have been the fault of somebody on the way
 	}
 	return !e.lasting()

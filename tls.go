@@ -26,11 +26,17 @@ const (
 	TLSImplicit
 	// TLSStartTLS: STARTTLS required (RFC 3207).
 	TLSStartTLS
-	// TLSNone: mail and credentials in the clear. For a network that can be trusted.
+	// TLSOpportunistic: STARTTLS where the relay offers it, else the mail in the clear; TLS from the first byte on ports
+	// 465 and 2465. A handshake that fails and a certificate that does not verify are errors, not a reason to go on in the
+	// clear. Whoever is on the way can hide the offer and read the mail. Credentials have a rule of their own: see
+	// Config.AllowInsecureAuth.
+	TLSOpportunistic
+	// TLSNone: no TLS, and the mail in the clear. For a network that can be trusted. Credentials have a rule of their own:
+	// see Config.AllowInsecureAuth.
 	TLSNone
 )
 
-// String returns "by port", "implicit", "starttls" or "none".
+// String returns "by port", "implicit", "starttls", "opportunistic" or "none".
 func (m TLSMode) String() string {
 	switch m {
 	case TLSByPort:
@@ -39,6 +45,8 @@ func (m TLSMode) String() string {
 		return "implicit"
 	case TLSStartTLS:
 		return "starttls"
+	case TLSOpportunistic:
+		return "opportunistic"
 	case TLSNone:
 		return "none"
 	}
@@ -47,18 +55,35 @@ func (m TLSMode) String() string {
 
 // implicit reports whether TLS begins with the first byte.
 func (c *settings) implicit() bool {
-	return c.TLS == TLSImplicit || c.TLS == TLSByPort && (c.port == "465" || c.port == "2465")
+	return c.TLS == TLSImplicit || (c.TLS == TLSByPort || c.TLS == TLSOpportunistic) && (c.port == "465" || c.port == "2465")
 }
 
-// clearAllowed reports whether the connection may stay in the clear if the relay does not offer STARTTLS.
-func (c *settings) clearAllowed() bool {
-	return c.TLS == TLSNone || c.TLS == TLSByPort && isLoopback(c.host)
+// clear reports what may cross nc without TLS: mail, if the relay does not offer STARTTLS, and credentials.
+func (c *settings) clear(nc net.Conn) (mail, credentials bool) {
+	local := isLoopback(c.host) && !leavesMachine(nc.RemoteAddr())
+	switch c.TLS {
+	case TLSByPort:
+		mail = local
+	case TLSOpportunistic, TLSNone:
+		mail = true
+	}
+	return mail, local || c.AllowInsecureAuth
 }
 
 // isLoopback reports whether host names this machine.
 func isLoopback(host string) bool {
 	addr, err := netip.ParseAddr(host)
 	return err == nil && addr.Unmap().IsLoopback() || strings.EqualFold(host, "localhost")
+}
+
+// leavesMachine reports whether remote is the address of another machine. A pipe and a Unix socket have none. It does not
+// replace the question about the host: a connection through a proxy may show the proxy's address.
+func leavesMachine(remote net.Addr) bool {
+	if remote == nil {
+		return false
+	}
+	addr, err := netip.ParseAddrPort(remote.String())
+	return err == nil && !addr.Addr().Unmap().IsLoopback()
 }
 
 // tlsConfig completes the user's configuration for the relay's host.
@@ -111,6 +136,15 @@ func (e *hintedError) Error() string {
 }
 
 func (e *hintedError) Unwrap() error { return e.err }
+
+// explainClearAuth says what to do where credentials would cross the connection in the clear.
+func (c *settings) explainClearAuth() error {
+	cure := "use a mode of TLS that requires it"
+	if c.TLS == TLSOpportunistic {
+		cure = "the relay does not offer STARTTLS, or somebody on the way hides it"
+	}
+	return fmt.Errorf("the credentials would cross the network in the clear, so they were not sent; %s, or set Config.AllowInsecureAuth", cure)
+}
 
 // silenceHint says what may be wrong where TLS does not begin with the first byte and the relay sends no greeting.
 func (c *settings) silenceHint() string {

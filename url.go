@@ -1,15 +1,22 @@
 package smtprelay
 
 import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/preset"
 )
 
 // ParseURL reads a Config from one setting, as a service has it:
@@ -17,12 +24,29 @@ import (
 //	smtps://apikey:KEY@smtp.sendgrid.net:465?max_conns=10
 //
 // The scheme "smtps" means TLS from the first byte (default port 465), "smtp" means STARTTLS required (default port 587),
-// and "smtp+insecure" no TLS (default port 25). On port 465 "smtp" is TLS from the first byte too. User name and password
-// must be percent-encoded where they contain characters that a URL gives a meaning.
+// and "smtp+insecure" no TLS (default port 25), and that credentials, if there are any, may cross the network in the clear. On
+// port 465 "smtp" is TLS from the first byte too. User name and password must be percent-encoded where they contain characters
+// that a URL gives a meaning.
 //
-// The query may set max_conns, max_messages, max_recipients, max_in_flight, max_attempts (whole numbers), max_idle, max_age (durations
-// such as 30s), local_name, and pipelining (across, within, off). Anything else is an error. The error never shows the
-// password.
+// The schemes of package preset fill in host, port, user name and limits of a well-known relay, as in sendgrid://:KEY@ and
+// ses://USER:PASSWORD@eu-west-1: in the place of the host stands what chooses one of several, or nothing.
+//
+// The query may set any of the following, once each; anything else is an error:
+//
+//	max_conns, max_messages, max_recipients, max_in_flight, max_waiting,
+//	max_attempts                                                           whole numbers
+//	rate                                                                   messages a second, such as 14 or 0.5
+//	max_idle, max_age, min_backoff, max_backoff                            durations such as 30s
+//	dial_timeout, greeting_timeout, tls_timeout, command_timeout, data_timeout, write_timeout, final_reply_timeout,
+//	overlap_timeout, drain_timeout, quit_timeout, outage_timeout           durations
+//	retry_4xx, chunking, insecure_auth                                     on or off (Retry.On4xx, Chunking, AllowInsecureAuth)
+//	pipelining                                                             auto, within or off
+//	tls                                                                    implicit, starttls, opportunistic or none
+//	ca                                                                     a PEM file: whom to trust in place of the system's roots
+//	server_name                                                            the name in the relay's certificate
+//	local_name, name                                                       Config.LocalName and Config.Name
+//
+// ParseURL reads the file of ca, and nothing else. All mistakes are reported at once; the error never shows the password.
 func ParseURL(rawURL string) (Config, error) {
 	var wrong mistakes
 	fail := func() (Config, error) {
@@ -55,23 +79,12 @@ func ParseURL(rawURL string) (Config, error) {
 		wrong.add("the URL has a fragment, which means nothing here (a # in the password is written %%23)")
 	}
 	var cfg Config
-	port, ok := cfg.setScheme(u.Scheme)
-	if !ok {
-		wrong.add("scheme %q: want smtps, smtp or smtp+insecure", u.Scheme)
-	}
-	host := u.Hostname()
-	if host == "" {
-		wrong.add("the URL has no host")
-		host = "relay.invalid" // so that the rest can be checked
-	}
-	if u.Port() != "" {
-		port = u.Port()
-	}
-	cfg.Addr = net.JoinHostPort(host, port)
 	if u.User != nil {
 		cfg.Username = u.User.Username()
 		cfg.Password, _ = u.User.Password()
 	}
+	host, port, credentials := cfg.setScheme(u, &wrong)
+	cfg.Addr = net.JoinHostPort(host, port)
 	query, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
 		wrong.add("the query cannot be parsed")
@@ -83,9 +96,16 @@ func ParseURL(rawURL string) (Config, error) {
 			wrong = append(wrong, err)
 		}
 	}
-	if _, err := cfg.check(); err != nil {
-		wrong = append(wrong, err)
+	if host == "" {
+		wrong.add("the URL has no host")
+	} else if port != "" { // else its scheme is wrong
+		wrong.splitAddr(cfg.Addr)
 	}
+	if credentials {
+		wrong.inCredentials(cfg, host)
+	}
+	wrong.inModes(cfg, port)
+	wrong.inLimits(cfg)
 	if len(wrong) > 0 {
 		return fail()
 	}
@@ -117,64 +137,200 @@ func parseMistake(err error) string {
 	return "it has not the form of a URL"
 }
 
-// setScheme sets what the scheme says, and returns its default port.
-func (c *Config) setScheme(scheme string) (port string, ok bool) {
-	switch scheme {
+// setScheme sets what the scheme says, and returns host and port, and whether the credentials are still to be checked.
+func (c *Config) setScheme(u *url.URL, wrong *mistakes) (host, port string, credentials bool) {
+	host, port = u.Hostname(), u.Port()
+	switch u.Scheme {
 	case "smtps":
-		c.TLS, port = TLSImplicit, "465"
+		c.TLS, port = TLSImplicit, cmp.Or(port, "465")
 	case "smtp":
-		c.TLS, port = TLSByPort, "587"
+		c.TLS, port = TLSByPort, cmp.Or(port, "587")
 	case "smtp+insecure":
-		c.TLS, port = TLSNone, "25"
+		c.TLS, port = TLSNone, cmp.Or(port, "25")
+		c.AllowInsecureAuth = c.Password != ""
 	default:
-		return "587", false
+		relay, ok := preset.ByScheme(u.Scheme)
+		if !ok {
+			wrong.add("scheme %q: want smtps, smtp, smtp+insecure or that of a relay (%s)", u.Scheme, strings.Join(preset.Schemes(), ", "))
+			return host, port, true
+		}
+		port = cmp.Or(port, relay.Port)
+		at, err := relay.At(host)
+		if err != nil {
+			*wrong, at = append(*wrong, err), relay.Host
+		}
+		host = at
+		if err := c.use(relay); err != nil {
+			*wrong = append(*wrong, err)
+			return host, port, false
+		}
 	}
-	return port, true
+	return host, port, true
 }
 
+// use fills in what is known of a relay, beside its address.
+func (c *Config) use(r preset.Relay) error {
+	c.Limits = Limits{MaxConns: r.MaxConns, MaxMessagesPerConn: r.MaxMessagesPerConn, MaxRecipients: r.MaxRecipients}
+	needed := r.Username != "" || r.WhoAreYou != "" || r.TokenTwice
+	switch {
+	case needed && c.Password == "":
+		return fmt.Errorf("the URL has no password: want %s://%s:SECRET@, with the secret behind the colon", r.Scheme, map[bool]string{true: "USER"}[r.WhoAreYou != ""])
+	case r.WhoAreYou != "" && c.Username == "":
+		return fmt.Errorf("the URL has no user name: want %s before the colon", r.WhoAreYou)
+	case r.TokenTwice && c.Username == "":
+		c.Username = c.Password
+	case c.Username == "":
+		c.Username = r.Username
+	}
+	return nil
+}
+
+// setParam sets what one parameter of the query says.
 func (c *Config) setParam(key, value string) error {
-	number := func(to *int) error {
-		n, err := strconv.Atoi(value)
-		if err != nil {
-			return fmt.Errorf("%s=%q: want a whole number", key, value)
+	var err error
+	want := ""
+	switch to := c.param(key).(type) {
+	case *int:
+		want = "a whole number"
+		*to, err = strconv.Atoi(value)
+	case *float64:
+		want = "a number"
+		*to, err = strconv.ParseFloat(value, 64)
+	case *time.Duration:
+		want = "a duration such as 30s"
+		*to, err = time.ParseDuration(value)
+	case *bool:
+		want = "on or off"
+		*to, err = word(value, map[string]bool{"on": true, "off": false})
+	case *Pipelining:
+		want = "auto, within or off"
+		*to, err = word(value, map[string]Pipelining{"auto": PipelineAuto, "across": PipelineAuto, "within": PipelineWithin, "off": PipelineOff})
+	case *TLSMode:
+		want = "implicit, starttls, opportunistic or none"
+		var mode TLSMode
+		mode, err = word(value, map[string]TLSMode{"implicit": TLSImplicit, "starttls": TLSStartTLS, "opportunistic": TLSOpportunistic, "none": TLSNone})
+		if err == nil && *to != TLSByPort && *to != mode {
+			return fmt.Errorf("tls=%s: the URL's scheme says %v; use smtp://", value, *to)
 		}
-		*to = n
-		return nil
-	}
-	duration := func(to *time.Duration) error {
-		d, err := time.ParseDuration(value)
-		if err != nil {
-			return fmt.Errorf("%s=%q: want a duration such as 30s", key, value)
-		}
-		*to = d
-		return nil
-	}
-	switch key {
-	case "max_conns":
-		return number(&c.Limits.MaxConns)
-	case "max_messages":
-		return number(&c.Limits.MaxMessagesPerConn)
-	case "max_recipients":
-		return number(&c.Limits.MaxRecipients)
-	case "max_in_flight":
-		return number(&c.MaxInFlight)
-	case "max_attempts":
-		return number(&c.Retry.MaxAttempts)
-	case "max_idle":
-		return duration(&c.Limits.MaxIdleTime)
-	case "max_age":
-		return duration(&c.Limits.MaxConnAge)
-	case "local_name":
-		c.LocalName = value
-	case "pipelining":
-		modes := map[string]Pipelining{"across": PipelineAuto, "within": PipelineWithin, "off": PipelineOff}
-		mode, ok := modes[value]
-		if !ok {
-			return fmt.Errorf("pipelining=%q: want across, within or off", value)
-		}
-		c.Pipelining = mode
+		*to = mode
+	case *string:
+		*to = value
+	case func(string) error:
+		return to(value)
 	default:
 		return fmt.Errorf("unknown parameter %q", key)
 	}
+	if err != nil {
+		return fmt.Errorf("%s=%q: want %s", key, value, want)
+	}
+	return nil
+}
+
+// word is what value means.
+func word[T any](value string, words map[string]T) (T, error) {
+	v, ok := words[value]
+	if !ok {
+		return v, errors.ErrUnsupported
+	}
+	return v, nil
+}
+
+// param is what a parameter of the query sets: a pointer to it, or a func that does; nil if there is no such parameter.
+func (c *Config) param(key string) any {
+	switch key {
+	case "max_conns":
+		return &c.Limits.MaxConns
+	case "max_messages":
+		return &c.Limits.MaxMessagesPerConn
+	case "max_recipients":
+		return &c.Limits.MaxRecipients
+	case "max_in_flight":
+		return &c.MaxInFlight
+	case "max_waiting":
+		return &c.Limits.MaxWaiting
+	case "rate":
+		return &c.Limits.Rate
+	case "max_idle":
+		return &c.Limits.MaxIdleTime
+	case "max_age":
+		return &c.Limits.MaxConnAge
+	case "max_attempts":
+		return &c.Retry.MaxAttempts
+	case "min_backoff":
+		return &c.Retry.MinBackoff
+	case "max_backoff":
+		return &c.Retry.MaxBackoff
+	case "retry_4xx":
+		return &c.Retry.On4xx
+	case "pipelining":
+		return &c.Pipelining
+	case "chunking":
+		return &c.Chunking
+	case "tls":
+		return &c.TLS
+	case "insecure_auth":
+		return &c.AllowInsecureAuth
+	case "ca":
+		return c.trust
+	case "server_name":
+		return &c.ownTLSConfig().ServerName
+	case "local_name":
+		return &c.LocalName
+	case "name":
+		return &c.Name
+	}
+	return c.timeoutParam(key)
+}
+
+func (c *Config) timeoutParam(key string) any {
+	switch key {
+	case "dial_timeout":
+		return &c.Timeouts.Dial
+	case "greeting_timeout":
+		return &c.Timeouts.Greeting
+	case "tls_timeout":
+		return &c.Timeouts.TLS
+	case "command_timeout":
+		return &c.Timeouts.Command
+	case "data_timeout":
+		return &c.Timeouts.Data
+	case "write_timeout":
+		return &c.Timeouts.Write
+	case "final_reply_timeout":
+		return &c.Timeouts.FinalReply
+	case "overlap_timeout":
+		return &c.Timeouts.Overlap
+	case "drain_timeout":
+		return &c.Timeouts.Drain
+	case "quit_timeout":
+		return &c.Timeouts.Quit
+	case "outage_timeout":
+		return &c.Timeouts.Outage
+	}
+	return nil
+}
+
+// ownTLSConfig is c.TLSConfig, made if there is none.
+func (c *Config) ownTLSConfig() *tls.Config {
+	if c.TLSConfig == nil {
+		c.TLSConfig = &tls.Config{}
+	}
+	return c.TLSConfig
+}
+
+// trust makes the certificates of a PEM file those that sign the relay's.
+func (c *Config) trust(file string) error {
+	pem, err := os.ReadFile(file)
+	if cause, ok := errors.AsType[*fs.PathError](err); ok {
+		err = cause.Err // without the name, which is said in quotes
+	}
+	roots := x509.NewCertPool()
+	if err == nil && !roots.AppendCertsFromPEM(pem) {
+		err = errors.New("there is no certificate in PEM form in the file")
+	}
+	if err != nil {
+		return fmt.Errorf("ca=%q: %w", file, err)
+	}
+	c.ownTLSConfig().RootCAs = roots
 	return nil
 }

@@ -208,7 +208,7 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
 				relay.given.Store(false) // nothing by this Client
 				cfg := smtprelay.Config{
-					Addr: "relay.example:25", TLS: smtprelay.TLSNone, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
+					Addr: "relay.example:25", TLS: smtprelay.TLSNone, AllowInsecureAuth: true, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
 					Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 2},
 				}
 				if auth == nil {
@@ -265,7 +265,7 @@ func (bearer) Next(challenge []byte) ([]byte, error) {
 func TestTokenInTheChallengeOfItsRefusalIsNotShown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client := newClient(t, smtprelay.Config{
-			Addr: "relay.example:25", TLS: smtprelay.TLSNone, Retry: smtprelay.Retry{MaxAttempts: 1},
+			Addr: "relay.example:25", TLS: smtprelay.TLSNone, AllowInsecureAuth: true, Retry: smtprelay.Retry{MaxAttempts: 1},
 			Auth: func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) { return bearer{}, nil },
 			Dial: relaytest.Dial(0, func(_ int, line string) string {
 				switch {

@@ -278,7 +278,7 @@ func (p pieces) WriteTo(w io.Writer) (total int64, err error) {
 }
 
 func bubbleClient(t *testing.T, c smtprelay.Config) *smtprelay.Client {
-	c.Addr, c.TLS, c.Chunking = "relay.example:587", smtprelay.TLSNone, true
+	c.Addr, c.TLS, c.AllowInsecureAuth, c.Chunking = "relay.example:587", smtprelay.TLSNone, true, true
 	cl, err := smtprelay.New(c)
 	if err != nil {
 		t.Fatal(err)

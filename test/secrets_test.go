@@ -274,6 +274,12 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		t.Fatalf("got %v, want an *Error", configErr)
 	}
 	reply := smtprelay.Reply{Code: 535, Message: "no"}
+	registry := &smtprelay.Registry{} // with a Client in it
+	if _, err := registry.Send(t.Context(), smtprelay.Config{Addr: closedPort(t), Username: secretUser, Password: secretKey,
+		Retry: smtprelay.Retry{MaxAttempts: 1}}, numbered(0)); err == nil {
+		t.Fatal("the message was sent")
+	}
+	defer registry.Shutdown(t.Context())
 
 	values := map[string]any{
 		"CommandInfo":     smtprelay.CommandInfo{},
@@ -316,6 +322,9 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"TLSMode":         cfg.TLS,
 		"Timeouts":        cfg.Timeouts,
 		"Trace":           cfg.Trace,
+		"Failover":        smtprelay.NewFailover(client),
+		"GoMail":          smtprelay.GoMail(nil), // what is in one is its maker's
+		"Registry":        registry,
 	}
 	for _, name := range exportedTypes(t) {
 		if _, ok := values[name]; !ok {

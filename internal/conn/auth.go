@@ -58,6 +58,9 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	if err != nil || mech == nil {
 		return authFailed(err)
 	}
+	if c.tls == nil && !d.clearAuth { // before the mechanism is asked for a word
+		return &OpenError{Step: StepAuth, Permanent: true, Err: ErrClearAuth}
+	}
 	return d.authenticateBy(mech, mayLead)
 }
 

@@ -19,7 +19,7 @@ type OpenError struct {
 	Reply      wire.Reply // Code 0: none
 	Err        error      // the cause where it is not a reply; the wrong name, where Step is EHLO
 	Permanent  bool       // another try cannot help
-	Clear      bool       // TLS had not begun
+	Clear      bool       // TLS is required and had not begun
 	TLSOffered bool       // the relay offers STARTTLS
 	Said       string     // for EHLO: what was said
 }
@@ -34,8 +34,12 @@ func (e *OpenError) Error() string {
 // Unwrap returns the cause.
 func (e *OpenError) Unwrap() error { return e.Err }
 
-// ErrNoSTARTTLS is the cause where the relay does not offer STARTTLS.
-var ErrNoSTARTTLS = errors.New("the relay does not offer STARTTLS")
+// ErrNoSTARTTLS is the cause where the relay does not offer STARTTLS, and ErrClearAuth where credentials would cross the
+// connection in the clear.
+var (
+	ErrNoSTARTTLS = errors.New("the relay does not offer STARTTLS")
+	ErrClearAuth  = errors.New("credentials would cross the connection in the clear")
+)
 
 // Open takes nc to where a transaction, or the AUTH that leads it, can begin: TLS or greeting, EHLO, STARTTLS, TLS, EHLO
 // again, and AUTH. The end of ctx ends it. The read loop does not run yet, and Bound is due.
@@ -47,13 +51,14 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 	c := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
 	c.wrote.L = &c.mu
 	d := &dialogue{c: c, o: o, ctx: ctx}
+	d.clearMail, d.clearAuth = o.Clear(nc)
 	e := d.converse(ctx)
 	if e == nil && !stop() {
 		e = &OpenError{Step: StepDial, Err: ContextError(ctx)}
 	}
 	if e != nil {
 		defer stop()
-		e.Clear, e.TLSOffered = c.tls == nil, c.ext.Has("STARTTLS")
+		e.Clear, e.TLSOffered = c.tls == nil && d.wantsTLS(), c.ext.Has("STARTTLS")
 		if e.Err != nil && ctx.Err() != nil {
 			e.Err = ContextError(ctx)
 		}
@@ -78,6 +83,13 @@ type dialogue struct {
 	ctx    context.Context
 	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
 	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
+
+	clearMail, clearAuth bool // what may cross the connection without TLS
+}
+
+// wantsTLS reports whether the connection can serve only with TLS.
+func (d *dialogue) wantsTLS() bool {
+	return d.o.TLS != nil && (d.o.Implicit || !d.clearMail || d.o.Mechanism != nil && !d.clearAuth)
 }
 
 // converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
@@ -185,7 +197,7 @@ func (d *dialogue) hello() *OpenError {
 	switch {
 	case r.Class() == 2:
 		return d.extensions()
-	case (r.Code == 500 || r.Code == 502) && o.AllowClear && o.Mechanism == nil:
+	case (r.Code == 500 || r.Code == 502) && d.clearMail && o.Mechanism == nil:
 		line = "HELO " + name
 		if r, e = d.command(StepEHLO, line, line, o.openingLimit()); e != nil {
 			return e
@@ -221,7 +233,7 @@ func (d *dialogue) extensions() *OpenError {
 		if c.replies.Peek()/100 != 2 {
 			break
 		}
-		r, e := d.read(StepEHLO, d.o.Timeouts.Command)
+		r, e := d.read(StepEHLO, d.o.openingLimit())
 		if e == nil && r.Class() != 2 {
 			e = refusedBy(StepEHLO, r)
 		}
@@ -237,7 +249,7 @@ func (d *dialogue) extensions() *OpenError {
 // offersEnough reports whether the connection can be opened with what the relay offers.
 func (d *dialogue) offersEnough() bool {
 	c, o := d.c, d.o
-	if c.tls == nil && o.TLS != nil && !o.AllowClear {
+	if c.tls == nil && o.TLS != nil && !d.clearMail {
 		return c.ext.Has("STARTTLS")
 	}
 	return o.Mechanism == nil || c.ext.Has("AUTH")
@@ -247,7 +259,7 @@ func (d *dialogue) offersEnough() bool {
 func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 	c := d.c
 	if !c.ext.Has("STARTTLS") {
-		if d.o.AllowClear {
+		if d.clearMail {
 			return nil
 		}
 		return &OpenError{Step: StepSTARTTLS, Permanent: true, Err: ErrNoSTARTTLS}

@@ -24,9 +24,11 @@ type Options struct {
 	Chunking    bool // bodies may go in chunks
 	MaxInFlight int  // messages on their way without final reply, in chunks
 
-	TLS        *tls.Config // nil: mail and credentials travel in the clear
-	Implicit   bool        // TLS begins with the first byte, not with STARTTLS
-	AllowClear bool        // a relay that does not offer STARTTLS is talked to in the clear
+	TLS      *tls.Config // nil: there is none
+	Implicit bool        // TLS begins with the first byte, not with STARTTLS
+
+	// Clear says what may cross a connection without TLS: mail, if the relay does not offer STARTTLS, and credentials.
+	Clear func(net.Conn) (mail, credentials bool)
 
 	// Mechanism chooses how to authenticate; nil: not at all, and HELO will do. An error that is an *OpenError is returned by Open as it is.
 	Mechanism func(ctx context.Context, ext *wire.Extensions, state *tls.ConnectionState) (sasl.Client, error)

@@ -180,7 +180,7 @@ func (d *dialogue) start() error {
 	mode := o.text("tls", "none")
 	switch mode {
 	case "none":
-		cfg.TLS = smtprelay.TLSNone
+		cfg.TLS, cfg.AllowInsecureAuth = smtprelay.TLSNone, true
 	case "starttls":
 		cfg.TLS = smtprelay.TLSStartTLS
 	case "implicit":

@@ -496,9 +496,9 @@ func newStormPlan(seed uint64) *stormPlan {
 	p := &stormPlan{seed: seed, weather: newStormWeather(rng)}
 	w := &p.weather
 	p.config = smtprelay.Config{
-		Addr:       "relay.example:587",
-		LocalName:  "client.example",
-		TLS:        smtprelay.TLSNone,
+		Addr:      "relay.example:587",
+		LocalName: "client.example",
+		TLS:       smtprelay.TLSNone, AllowInsecureAuth: true,
 		Pipelining: w.mode,
 		Chunking:   w.chunking,
 		Limits: smtprelay.Limits{

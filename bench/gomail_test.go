@@ -1,0 +1,52 @@
+package main
+
+// Here belongs that a message of go-mail is sent with its own envelope.
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/wneessen/go-mail"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+func TestMessageOfGoMailIsSentToAllThatItNames(t *testing.T) {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	msg := mail.NewMsg()
+	for _, err := range []error{
+		msg.FromFormat("The Shop", "shop@example.com"),
+		msg.EnvelopeFrom("bounces@example.com"),
+		msg.To("Ann <ann@example.org>", `"bob b"@example.org`),
+		msg.Cc("ann@example.org"),
+		msg.Bcc("Eve <eve@example.org>"),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	msg.Subject("hi")
+	msg.SetBodyString(mail.TypeTextPlain, "hi")
+	m, err := smtprelay.MessageOf(msg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Send(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	got := relay.Messages()
+	if len(got) != 1 || got[0].From != "bounces@example.com" || fmt.Sprint(got[0].To) != `[ann@example.org "bob b"@example.org eve@example.org]` {
+		t.Fatalf("the relay got %+v", got)
+	}
+	if body := string(got[0].Body); !strings.Contains(body, "Subject: hi") || strings.Contains(body, "eve@example.org") {
+		t.Errorf("the relay got the body %q", body)
+	}
+}

@@ -1,0 +1,190 @@
+package smtprelay
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/fingerprint"
+)
+
+// Registry keeps Clients by their settings, for a program that learns with each message which relay it is for: one that sends
+// for many tenants, or reads its settings anew each time. Two Sends with the same Config share one Client and its connections.
+//
+// The zero value is ready to use. It is safe for concurrent use and must not be copied.
+type Registry struct {
+	// Max is how many Clients are kept; 0 means 100, and it is not to be changed once Send was called. When one more is needed
+	// the one used longest ago is shut down in the background. One that has a Send under way is kept, so that there are more
+	// than Max while more are at work.
+	Max int
+
+	mu      sync.Mutex // guards the fields below; not held while a Client is called
+	clients map[fingerprint.Sum]*registered
+	leaving map[fingerprint.Sum]*registered // shut down in the background; the next of the same settings waits for it
+	uses    int64                           // of any Client
+	closed  bool
+}
+
+// registered is a Client of a Registry. The Registry's lock guards it.
+type registered struct {
+	client *Client
+	before <-chan struct{} // if not nil: closed when the one before it with these settings has left the relay
+	left   chan struct{}   // closed when this one has
+	sends  int             // under way
+	used   int64           // which of all uses was its last
+}
+
+const (
+	defaultMaxClients = 100
+	leaveTime         = 10 * time.Second // of a Client that nobody uses
+)
+
+// Send sends m through the Client for cfg, which is made if there is none; see [Client.Send]. A mistake in cfg is told as by [New].
+//
+// Every field of cfg tells its Client from others. What cannot be compared is told apart by Name: a Config with a TLSConfig,
+// an Auth, a Dial or a Trace needs one, and those of the first Config of that Name and of otherwise equal fields are used.
+// Give the tenant's identifier, say, and another Name when one of those has changed.
+func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, error) {
+	used, err := r.acquire(cfg)
+	if err != nil {
+		return Receipt{}, err
+	}
+	defer r.release(used)
+	if used.before != nil {
+		select {
+		case <-used.before: // or the relay would count the connections of both
+		case <-ctx.Done():
+			return Receipt{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: conn.ContextError(ctx)}
+		}
+	}
+	return used.client.Send(ctx, m)
+}
+
+// Shutdown shuts all Clients down at once, as [Client.Shutdown] does, and later Sends fail with ErrClosed.
+func (r *Registry) Shutdown(ctx context.Context) error {
+	r.mu.Lock()
+	r.closed = true
+	var all []*Client
+	for _, set := range []map[fingerprint.Sum]*registered{r.clients, r.leaving} {
+		for _, used := range set {
+			all = append(all, used.client)
+		}
+	}
+	r.mu.Unlock()
+	return shutdownAll(ctx, all)
+}
+
+// shutdownAll shuts clients down, all at once.
+func shutdownAll(ctx context.Context, clients []*Client) error {
+	errs := make([]error, len(clients))
+	var ending sync.WaitGroup
+	for i, c := range clients {
+		ending.Go(func() { errs[i] = c.Shutdown(ctx) })
+	}
+	ending.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err // the context's, as all others are
+		}
+	}
+	return nil
+}
+
+// acquire returns the Client for cfg, with a Send more.
+func (r *Registry) acquire(cfg Config) (*registered, error) {
+	key, err := cfg.key()
+	if err != nil {
+		return nil, &Error{Op: OpConfig, Outcome: NotAccepted, Scope: ScopeCaller, Err: err, permanent: true}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil, errClosed()
+	}
+	used := r.clients[key]
+	if used == nil {
+		client, err := New(cfg)
+		if err != nil {
+			return nil, err
+		}
+		used = &registered{client: client, left: make(chan struct{})}
+		if last := r.leaving[key]; last != nil {
+			used.before = last.left
+		}
+		if r.clients == nil {
+			r.clients, r.leaving = make(map[fingerprint.Sum]*registered), make(map[fingerprint.Sum]*registered)
+		}
+		r.clients[key] = used
+	}
+	r.uses++
+	used.sends, used.used = used.sends+1, r.uses
+	r.trimLocked()
+	return used, nil
+}
+
+func (r *Registry) release(used *registered) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	used.sends--
+	r.trimLocked()
+}
+
+// trimLocked has those leave that are too many, the one used longest ago first.
+func (r *Registry) trimLocked() {
+	for most := orDefault(r.Max, defaultMaxClients); !r.closed && len(r.clients) > max(most, 1); {
+		var oldest *registered
+		var key fingerprint.Sum
+		for k, c := range r.clients {
+			if c.sends == 0 && (oldest == nil || c.used < oldest.used) {
+				oldest, key = c, k
+			}
+		}
+		if oldest == nil {
+			return // all are at work
+		}
+		delete(r.clients, key)
+		r.leaving[key] = oldest
+		go r.leave(key, oldest) // ends soon: nothing is under way, and leaveTime bounds it
+	}
+}
+
+// leave shuts down a Client that nobody uses.
+func (r *Registry) leave(key fingerprint.Sum, c *registered) {
+	if c.before != nil {
+		<-c.before // never used, it may be here before the one before it has left
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTime)
+	defer cancel()
+	_ = c.client.Shutdown(ctx) // with the context's error it is closed all the same
+	close(c.left)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.leaving[key] == c {
+		delete(r.leaving, key)
+	}
+}
+
+var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial or a Trace needs a Name here, by which it is told from others")
+
+// key is what a Registry knows c by.
+func (c Config) key() (fingerprint.Sum, error) {
+	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil
+	whole := struct {
+		comparable          Config
+		tls, auth, dial     bool
+		trace, unverified   bool
+		serverName          string
+		minVersion, maxVers uint16
+	}{comparable: c, tls: c.TLSConfig != nil, auth: c.Auth != nil, dial: c.Dial != nil, trace: c.Trace != nil}
+	if t := c.TLSConfig; t != nil {
+		whole.unverified, whole.serverName, whole.minVersion, whole.maxVers = t.InsecureSkipVerify, t.ServerName, t.MinVersion, t.MaxVersion
+	}
+	whole.comparable.TLSConfig, whole.comparable.Auth, whole.comparable.Dial, whole.comparable.Trace = nil, nil, nil, nil
+	sum, all := fingerprint.Of(whole)
+	if (opaque || !all) && c.Name == "" {
+		return sum, errNeedsName
+	}
+	return sum, nil
+}
