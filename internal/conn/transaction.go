@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -87,21 +85,21 @@ func (t *Transaction) result() Result {
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
-		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
-		OutOfStep: c.outOfStep, Contradicted: t.contradicted, After421: t.after421,
+		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
+		OutOfStep: c.ending.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
 	switch {
 	case t.endAt == 0:
 	case c.attempted >= t.endAt:
 		r.End = EndSent
-	case c.cause == nil && c.writeErr == nil:
+	case c.ending.cause == nil && c.writeErr == nil:
 		r.End = EndDue
 	default:
 		r.End = EndUnsent
 	}
 	if t.answered < t.asked {
-		for _, x := range c.waiting[c.head:] {
+		for _, x := range c.waiting.all() {
 			if x.tx == t {
 				r.Waiting, r.WaitingRcpt = x.op, x.rcpt
 				break
@@ -307,7 +305,7 @@ func (t *Transaction) guard() {
 	c, ctx := t.c, t.ctx
 	cancel := func() {
 		c.mu.Lock()
-		t.cancelled = t.cancelled || c.cause == nil
+		t.cancelled = t.cancelled || c.ending.cause == nil
 		c.failLocked(errGivenUp) // the cause that other transactions see
 		c.armLocked()
 		c.mu.Unlock()
@@ -336,129 +334,6 @@ func (e *GivenUpError) Unwrap() error { return e.Err }
 
 var errGivenUp = &GivenUpError{errors.New("the connection was given up with a message that was cancelled")}
 
-// authSilence is how long a relay may take for the reply to MAIL, once it has answered the AUTH in front of it. Some throw away
-// what follows AUTH; the message goes to another connection then, on which AUTH goes alone.
-const authSilence = 2 * time.Second
-
-// envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
-// the conversation goes on.
-func (t *Transaction) envelope() bool {
-	c := t.c
-	rset := t.begin()
-	command := c.o.Timeouts.Command
-	mailLimit := command
-	if c.pendingAuth != nil {
-		t.ledByAuth = true
-		if mailLimit == 0 || mailLimit > authSilence {
-			mailLimit = authSilence
-		}
-		if !t.writeAuth() {
-			return false
-		}
-	}
-	if rset {
-		x := exchange{op: StepRset, limit: command, first: t.overlapped}
-		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
-			x.limit = c.o.Timeouts.Overlap
-		}
-		if !t.reset(x) {
-			return false
-		}
-	}
-	c.line = wire.AppendMail(c.line[:0], t.m.From, &t.mail)
-	if !t.askLine(exchange{op: StepMail, limit: mailLimit}) {
-		return false
-	}
-	for i := range t.replies.Rcpt {
-		if !c.pipelining() && t.replies.MailRefused() {
-			break
-		}
-		addr, rcpt := t.m.recipient(i)
-		c.line = wire.AppendRcpt(c.line[:0], addr, &rcpt, t.mail.UTF8)
-		if !t.askLine(exchange{op: StepRcpt, rcpt: i, limit: command}) {
-			return false
-		}
-	}
-	return true
-}
-
-// reset clears an envelope away.
-func (t *Transaction) reset(x exchange) bool {
-	if t.overlapped || !t.c.o.Profile.ResetsByEHLO() {
-		return t.ask(x, "RSET")
-	}
-	// RFC 5321, 4.1.4. EHLO is the last of its group (RFC 2920, 3.1).
-	return t.ask(x, t.c.hello) && t.send() && t.awaitEnvelope()
-}
-
-// askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
-func (t *Transaction) askData() bool {
-	if !t.c.pipelining() || t.waitsForRcpts() {
-		return true
-	}
-	return t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA")
-}
-
-// startData says DATA if that was held back and is due, and reports whether the body is to follow. All replies to the envelope
-// are in.
-func (t *Transaction) startData() bool {
-	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
-		return false
-	}
-	switch {
-	case t.replies.Data.Class() != 3:
-		return false
-	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
-		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
-		// the final dot may leave, which would send an empty message to whoever that is for.
-		t.c.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
-		return false
-	case t.replies.Accepted() == 0:
-		t.loneDot()
-		return false
-	}
-	return true
-}
-
-// writeAuth writes the AUTH that was held back.
-func (t *Transaction) writeAuth() bool {
-	c := t.c
-	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
-	if !t.expect(exchange{op: StepAuth, limit: c.o.openingLimit(), end: c.position() + int64(len(c.line))}) {
-		return false
-	}
-	c.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
-	_, err := c.out.Write(c.line)
-	clear(c.line)
-	return err == nil || t.explained()
-}
-
-// begin notes in the connection that a transaction begins, and tells whether RSET must lead it.
-func (t *Transaction) begin() (rset bool) {
-	c := t.c
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	rset = c.open
-	t.overlapped = c.pending > 0
-	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= longIdle
-	// A refused chunk leaves the envelope where it was (RFC 3030, 2), unlike a refused final dot.
-	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
-	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
-	if c.failed++; t.overlapped || !rset {
-		c.failed = 0
-	}
-	c.open = true
-	c.used++
-	t.seq = c.used
-	if c.limit > 0 && c.used >= c.limit || c.failed >= maxFailed {
-		c.retireLocked(Full)
-	}
-	if t.overlapped {
-		c.o.Profile.Overlapped()
-	}
-	return rset
-}
-
 // maxFailed is how many transactions in a row may come to nothing before their connection is replaced: relays count what was
 // refused, and leave in the middle of something at 10 (Exim) or 20 (Postfix).
 const maxFailed = 8
@@ -477,256 +352,6 @@ func (t *Transaction) explained() bool {
 func (t *Transaction) expect(x exchange) bool {
 	x.tx = t
 	return t.c.expect(x)
-}
-
-func (t *Transaction) ask(x exchange, command string) bool {
-	t.c.line = append(append(t.c.line[:0], command...), "\r\n"...)
-	return t.askLine(x)
-}
-
-// askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
-func (t *Transaction) askLine(x exchange) bool {
-	c := t.c
-	if t.afterIdle && t.asked == 0 && (x.limit == 0 || x.limit > idleReply) {
-		x.limit = idleReply
-	}
-	x.end = c.position() + int64(len(c.line))
-	if !t.expect(x) {
-		return false
-	}
-	if c.trace.Command != nil {
-		c.trace.Command(t.ctx, strings.TrimSuffix(string(c.line), "\r\n"))
-	}
-	if _, err := c.out.Write(c.line); err != nil {
-		return t.explained()
-	}
-	if c.pipelining() {
-		return true
-	}
-	if c.Flush() != nil {
-		return t.explained()
-	}
-	return t.awaitEnvelope()
-}
-
-// replyLocked takes in the reply to x. The lock is the connection's.
-func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
-	c := t.c
-	if r.Code == 432 {
-		c.retireLocked(Fault) // one connection too many, and this is it
-	}
-	if x.final {
-		t.finalLocked(x, r)
-		return
-	}
-	t.answered++
-	t.wake()
-	switch x.op {
-	case StepAuth:
-		t.authLocked(r)
-	case StepRset:
-		t.rsetLocked(x, r)
-	case StepMail:
-		t.mailLocked(r)
-	case StepRcpt:
-		t.replies.Rcpt[x.rcpt] = r
-		t.endsSessionLocked(x.op, r)
-	case StepData:
-		t.replies.Data = r
-		t.endsSessionLocked(x.op, r)
-	case StepBdat:
-		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
-			c.retireLocked(Full) // the body stays incomplete
-		}
-		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
-			t.replies.Data = r
-		}
-	}
-	positive := 2
-	if x.op == StepData {
-		positive = 3
-	}
-	if r.Class() < 4 && r.Class() != positive { // we are out of step with the relay
-		if t.overlapped {
-			c.o.Profile.OverlapFailed()
-		}
-		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
-	}
-}
-
-// finalLocked takes in the final reply. Who waits for it is told once the Owner knows.
-func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
-	c := t.c
-	t.replies.Final = r
-	switch r.Class() {
-	case 2:
-		if t.after421 = c.said421; t.seq == c.used {
-			c.open = false
-		}
-	case 3:
-		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
-	}
-}
-
-// authLocked takes in the reply to AUTH.
-func (t *Transaction) authLocked(r wire.Reply) {
-	c := t.c
-	t.replies.Auth = r
-	c.o.Profile.AuthAnswered(c.authMark, r, t.ledByAuth)
-	if r.Class() == 2 {
-		return
-	}
-	c.auth = r
-	if t.ledByAuth {
-		c.ledByAuth = true
-		c.o.Profile.AuthFollowedFailed(r)
-	}
-	c.failLocked(&AuthError{r})
-}
-
-// rsetLocked takes in the reply to RSET.
-func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
-	t.replies.Rset = r
-	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
-		return // for 503 see overlapRefused
-	}
-	if !x.first && (r.Code == 500 || r.Code == 502) {
-		t.c.o.Profile.RsetFailed()
-	}
-	if x.first && r.Code != 421 { // 421 is no answer to this command, but to all
-		t.c.o.Profile.OverlapFailed()
-	}
-	t.c.failLocked(&ReplyError{Step: x.op, Reply: r})
-}
-
-// mailLocked takes in the reply to MAIL.
-func (t *Transaction) mailLocked(r wire.Reply) {
-	c := t.c
-	t.replies.Mail = r
-	switch {
-	case t.ledByAuth && r.Class() != 2:
-		c.ledByAuth = true
-		c.o.Profile.AuthFollowedFailed(r)
-		c.retireLocked(Fault)
-	case c.o.Profile.EndsSession(StepMail, r, t.seq):
-		c.retireLocked(Full)
-	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
-		c.retireLocked(Fault) // the relay does not think of the connection what we do
-	}
-}
-
-// endsSessionLocked retires the connection where r is about it.
-func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
-	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
-		t.c.retireLocked(Full)
-	}
-}
-
-func (t *Transaction) wake() {
-	select {
-	case t.signal <- struct{}{}:
-	default:
-	}
-}
-
-// awaitEnvelope waits until each command has its reply. It reports whether the connection can go on.
-//
-// Where it waits behind the final dot of another message, and the relay says nothing to that, the message goes to another
-// connection if there is room: nothing of it has left.
-func (t *Transaction) awaitEnvelope() bool {
-	c := t.c
-	var stalled <-chan time.Time
-	if t.overlapped {
-		if c.stall == nil {
-			c.stall = time.NewTimer(stallLimit)
-		} else {
-			c.stall.Reset(stallLimit)
-		}
-		stalled = c.stall.C
-		defer c.stall.Stop()
-	}
-	for {
-		c.mu.Lock()
-		lost, complete, silent := c.phase >= draining, t.asked == t.answered, t.answered == 0
-		c.mu.Unlock()
-		if lost || complete {
-			return !lost
-		}
-		select {
-		case <-t.signal:
-		case <-c.lost:
-		case <-stalled:
-			if silent && c.owner.Elsewhere() {
-				c.fail(errStalled)
-			}
-			c.stall.Reset(stallLimit)
-		}
-	}
-}
-
-const (
-	longIdle   = 10 * time.Second // of a connection: from then on it may have been cut without a word
-	idleReply  = 30 * time.Second // for the first reply on such a connection
-	stallLimit = 10 * time.Second // how long a message waits behind another one's final dot before it goes elsewhere
-)
-
-var errStalled = &GivenUpError{errors.New("the relay does not answer the message before")}
-
-// later returns the later of two times.
-func later(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return b
-	}
-	return a
-}
-
-// overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
-// (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the connection is
-// in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
-// rest, and that is the transaction.
-func (t *Transaction) overlapRefused() bool {
-	if !t.overlapped || t.replies.Rset.Code != 503 {
-		return false
-	}
-	c := t.c
-	c.o.Profile.OverlapFailed()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
-}
-
-// repeat makes t as new, to be begun again on the same connection.
-func (t *Transaction) repeat() {
-	c := t.c
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	t.asked, t.answered = 0, 0
-	clear(t.replies.Rcpt)
-	t.replies = Replies{Rcpt: t.replies.Rcpt}
-}
-
-// dataIsDue reports whether DATA, or a body in chunks, was held back and is due: the relay has accepted some recipients, or all of them if
-// AllOrNothing says so.
-func (t *Transaction) dataIsDue() bool {
-	if t.replies.Data.Code != 0 || t.replies.AuthRefused() || t.replies.MailRefused() {
-		return false
-	}
-	accepted := t.replies.Accepted()
-	if t.m.AllOrNothing {
-		return accepted == len(t.replies.Rcpt)
-	}
-	return accepted > 0
-}
-
-// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
-// answers, so the answer is not awaited here.
-func (t *Transaction) loneDot() {
-	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
-		return
-	}
-	t.c.out.WriteString(".\r\n")
-	t.c.traceCommand(t.ctx, ".")
-	t.c.Flush()
 }
 
 // writeBody has the body written through c.body, without the final dot.

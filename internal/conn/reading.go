@@ -1,0 +1,256 @@
+package conn
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/smtprelay/smtprelay/internal/wire"
+)
+
+// The read loop of a connection.
+
+// ReadLoop runs until the connection has ended. It alone reads.
+func (c *Conn) ReadLoop() {
+	var err error
+	for more := true; more; {
+		var r wire.Reply
+		if r, _, err = c.readReply(false); err != nil {
+			break
+		}
+		more = c.deliver(r)
+	}
+	c.mu.Lock()
+	c.failLocked(c.lossLocked(err))
+	c.mu.Unlock()
+	c.raw.interrupt()
+	c.mu.Lock()
+	for c.attempted != c.written { // until then nobody knows what has left
+		c.wrote.Wait()
+	}
+	wait := c.o.Timeouts.Quit
+	waited := c.quitting && (c.waiting.empty() || c.waiting.oldest().op == StepQuit)
+	switch {
+	case c.ending.killed:
+		wait = 0
+	case waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo:
+		wait -= c.o.Timeouts.untilFIN()
+	}
+	c.phase, c.ending.left421 = closing, c.ending.said421 && errors.Is(err, io.EOF)
+	c.mu.Unlock()
+	close(c.done)
+	c.owner.Changed(false)
+
+	// A clean end of TLS is not yet the close of the connection below.
+	if _, onTLS := c.conn.(*tls.Conn); ClosedByPeer(err) && !onTLS {
+		c.raw.Close()
+	} else {
+		c.raw.hangUp(wait)
+	}
+	c.owner.Closed()
+}
+
+// deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
+func (c *Conn) deliver(r wire.Reply) (more bool) {
+	c.traceReply(r)
+	c.mu.Lock()
+	if c.earlyLocked(r) {
+		c.failLocked(&UnexpectedReply{Reply: r})
+		c.mu.Unlock()
+		return false
+	}
+	c.heard = time.Now()
+	x := c.waiting.take()
+	c.learnLimit(x, r)
+	c.decided = c.decided || decides(x, r)
+	if r.Code == 421 && x.op != StepQuit {
+		// The relay is leaving, whatever it may still say to what was sent already.
+		c.ending.said421 = true
+		c.hurryLocked(c.o.Timeouts.Quit)
+		c.failLocked(&ReplyError{Step: x.op, Reply: r})
+	}
+	if x.tx != nil {
+		if x.final && r.Code == 421 && c.replies.HadYes() {
+			x.tx.contradicted = true // the relay has begun to say yes, and was cut short by its own farewell
+		}
+		x.tx.replyLocked(x, r)
+	} else if x.first && r.Code == 503 {
+		c.o.Profile.OverlapFailed()
+	}
+	if x.op == StepQuit {
+		// What is left is to see the relay's close.
+		c.hurryLocked(c.o.Timeouts.untilFIN())
+	}
+	if x.final {
+		c.pending--
+	}
+	if c.waiting.empty() {
+		c.peekLocked(x, r)
+	}
+	c.armLocked()
+	stays := x.op == StepQuit && r.Class() != 2 // the relay, until it sees FIN
+	more = !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
+	c.mu.Unlock()
+	if x.op == StepQuit && r.Class() == 2 {
+		c.endTLS()
+	}
+
+	if x.final {
+		if more {
+			c.owner.Changed(true)
+		}
+		// After Changed, so that a sender who has another message at once finds this connection idle and opens no other.
+		c.mu.Lock()
+		x.tx.notified = true
+		x.tx.wake()
+		c.mu.Unlock()
+	}
+	return more
+}
+
+// decides reports whether r, the reply to x, tells what becomes of a message.
+func decides(x exchange, r wire.Reply) bool {
+	switch {
+	case r.Code == 421 || r.Code == 432:
+		return false
+	case x.final:
+		return true
+	}
+	return (x.op == StepRcpt || x.op == StepData) && r.Class() >= 4
+}
+
+// learnLimit takes in what r, the reply to x, tells of how many transactions the relay allows on a connection.
+func (c *Conn) learnLimit(x exchange, r wire.Reply) {
+	switch mail := x.op == StepMail; {
+	case mail && r.Class() == 2:
+		c.o.Profile.SessionGoesOn(x.tx.seq)
+	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq)):
+		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
+	}
+}
+
+// peekLocked looks at what has come with r, the reply to x, where no other command waits for one.
+func (c *Conn) peekLocked(x exchange, r wire.Reply) {
+	switch next := c.replies.Peek(); {
+	case next == 0:
+	case x.final && next/100 != r.Class() && next != 421 && next != 221:
+		x.tx.contradicted = true
+	case !x.final && next < 400:
+		c.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+	}
+}
+
+// earlyLocked reports whether r comes before the command that it would answer has left. No relay can answer that, so r is
+// one reply too many, and all replies behind it would be taken for those to other commands. A refusal is believed: a relay may
+// refuse a message of which it has not read the end.
+func (c *Conn) earlyLocked(r wire.Reply) bool {
+	return c.waiting.empty() || r.Class() < 4 && c.waiting.oldest().end > c.attempted
+}
+
+// errExtraReply ends a connection whose relay has sent more replies than it was given commands.
+var errExtraReply = errors.New("the relay sent a reply too many")
+
+// readReply reads a reply, long if it may carry data. From here on nobody sees what the relay repeats of the credentials, but for what was read raw.
+func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
+	read := c.replies.ReadReply
+	if long {
+		read = c.replies.ReadLong
+	}
+	if r, err = read(); err != nil {
+		if m, ok := errors.AsType[*wire.MalformedError](err); ok {
+			err = &wire.MalformedError{Line: c.said.Scrub(m.Line)}
+		}
+		return r, "", err
+	}
+	raw = r.Text
+	r.Text = c.said.Scrub(raw)
+	return r, raw, nil
+}
+
+// traceReply tells of a reply before anybody acts on it.
+func (c *Conn) traceReply(r wire.Reply) {
+	if c.trace.Reply == nil {
+		return
+	}
+	var x exchange
+	ctx := context.Background()
+	c.mu.Lock()
+	if !c.waiting.empty() {
+		if x = *c.waiting.oldest(); x.tx != nil {
+			ctx = x.tx.ctx
+		}
+	}
+	c.mu.Unlock()
+	if x.final {
+		x.op = StepFinalDot // of chunks, too
+	}
+	c.trace.Reply(ctx, x.op, r)
+}
+
+// armLocked sets the read deadline to that of the oldest exchange outstanding.
+func (c *Conn) armLocked() {
+	if c.phase == closing {
+		return
+	}
+	var at time.Time
+	switch {
+	case c.ending.cause != nil && !c.dueLocked():
+		at = longAgo
+	case !c.waiting.empty():
+		if x := c.waiting.oldest(); x.limit > 0 && x.end <= c.written {
+			at = time.Now().Add(x.limit)
+		}
+	}
+	if !c.closeBy.IsZero() && (at.IsZero() || c.closeBy.Before(at)) {
+		at = c.closeBy
+	}
+	if at != c.deadline {
+		c.deadline = at
+		c.raw.SetReadDeadline(at)
+	}
+}
+
+// dueLocked reports whether a connection that fails still has a final reply to come: not to a final dot that never left, or left
+// in part.
+func (c *Conn) dueLocked() bool {
+	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && x.end <= c.attempted })
+}
+
+// hurryLocked bounds how long the relay is listened to from now on.
+func (c *Conn) hurryLocked(d time.Duration) {
+	if by := time.Now().Add(d); c.closeBy.IsZero() || by.Before(c.closeBy) {
+		c.closeBy = by
+	}
+}
+
+// lossLocked turns err, with which reading ended, into the reason why the connection is lost.
+func (c *Conn) lossLocked(err error) error {
+	if c.ending.cause == nil && !c.waiting.empty() {
+		if x := c.waiting.oldest(); x.tx != nil && x.tx.ledByAuth && x.op != StepRcpt && x.op != StepData {
+			c.ending.ledByAuth = true
+			c.o.Profile.AuthFollowedFailed(wire.Reply{}) // the relay hangs up, or says nothing, where commands follow AUTH
+		}
+	}
+	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
+		return c.writeErr // the cause, of which the end of reading is a consequence
+	}
+	if err == nil || c.waiting.empty() {
+		return err
+	}
+	x := c.waiting.oldest()
+	if !IsTimeout(err) {
+		return err
+	}
+	if x.first && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
+		// What stood behind the final dot was thrown away; see Profile.OverlapFailed.
+		c.o.Profile.OverlapFailed()
+	}
+	return &TimeoutError{Step: x.op, After: x.limit}
+}
+
+// tellingSilence is how long there must be no reply to what stood behind a final dot, once that has its own, to conclude
+// anything from it where the one who waited has given up. A caller may do so at any moment, whatever the relay is like.
+const tellingSilence = time.Second

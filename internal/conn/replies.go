@@ -1,0 +1,125 @@
+package conn
+
+import "github.com/smtprelay/smtprelay/internal/wire"
+
+// What a transaction takes in of the replies to its commands.
+
+// replyLocked takes in the reply to x. The lock is the connection's.
+func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
+	c := t.c
+	if r.Code == 432 {
+		c.retireLocked(Fault) // one connection too many, and this is it
+	}
+	if x.final {
+		t.finalLocked(x, r)
+		return
+	}
+	t.answered++
+	t.wake()
+	switch x.op {
+	case StepAuth:
+		t.authLocked(r)
+	case StepRset:
+		t.rsetLocked(x, r)
+	case StepMail:
+		t.mailLocked(r)
+	case StepRcpt:
+		t.replies.Rcpt[x.rcpt] = r
+		t.endsSessionLocked(x.op, r)
+	case StepData:
+		t.replies.Data = r
+		t.endsSessionLocked(x.op, r)
+	case StepBdat:
+		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
+			c.retireLocked(Full) // the body stays incomplete
+		}
+		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
+			t.replies.Data = r
+		}
+	}
+	positive := 2
+	if x.op == StepData {
+		positive = 3
+	}
+	if r.Class() < 4 && r.Class() != positive { // we are out of step with the relay
+		if t.overlapped {
+			c.o.Profile.OverlapFailed()
+		}
+		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
+	}
+}
+
+// finalLocked takes in the final reply. Who waits for it is told once the Owner knows.
+func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
+	c := t.c
+	t.replies.Final = r
+	switch r.Class() {
+	case 2:
+		if t.after421 = c.ending.said421; t.seq == c.used {
+			c.open = false
+		}
+	case 3:
+		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
+	}
+}
+
+// authLocked takes in the reply to AUTH.
+func (t *Transaction) authLocked(r wire.Reply) {
+	c := t.c
+	t.replies.Auth = r
+	c.o.Profile.AuthAnswered(c.authMark, r, t.ledByAuth)
+	if r.Class() == 2 {
+		return
+	}
+	c.ending.auth = r
+	if t.ledByAuth {
+		c.ending.ledByAuth = true
+		c.o.Profile.AuthFollowedFailed(r)
+	}
+	c.failLocked(&AuthError{r})
+}
+
+// rsetLocked takes in the reply to RSET.
+func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
+	t.replies.Rset = r
+	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
+		return // for 503 see overlapRefused
+	}
+	if !x.first && (r.Code == 500 || r.Code == 502) {
+		t.c.o.Profile.RsetFailed()
+	}
+	if x.first && r.Code != 421 { // 421 is no answer to this command, but to all
+		t.c.o.Profile.OverlapFailed()
+	}
+	t.c.failLocked(&ReplyError{Step: x.op, Reply: r})
+}
+
+// mailLocked takes in the reply to MAIL.
+func (t *Transaction) mailLocked(r wire.Reply) {
+	c := t.c
+	t.replies.Mail = r
+	switch {
+	case t.ledByAuth && r.Class() != 2:
+		c.ending.ledByAuth = true
+		c.o.Profile.AuthFollowedFailed(r)
+		c.retireLocked(Fault)
+	case c.o.Profile.EndsSession(StepMail, r, t.seq):
+		c.retireLocked(Full)
+	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
+		c.retireLocked(Fault) // the relay does not think of the connection what we do
+	}
+}
+
+// endsSessionLocked retires the connection where r is about it.
+func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
+	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
+		t.c.retireLocked(Full)
+	}
+}
+
+func (t *Transaction) wake() {
+	select {
+	case t.signal <- struct{}{}:
+	default:
+	}
+}

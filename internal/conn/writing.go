@@ -1,0 +1,140 @@
+package conn
+
+import (
+	"context"
+	"crypto/tls"
+	"time"
+)
+
+// Writing. All of it is for the holder of the write side.
+
+// Write hands p to the connection; it is what out writes to. Once the connection is lost nothing leaves any more: that is
+// what makes a final dot that was not sent by then a message that was not accepted.
+func (c *Conn) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	if c.phase >= draining {
+		c.mu.Unlock()
+		return 0, c.ending.cause
+	}
+	c.attempted = c.written + int64(len(p))
+	c.mu.Unlock()
+	n, err := c.conn.Write(p)
+	c.mu.Lock()
+	before := c.written
+	c.written += int64(n)
+	c.attempted = c.written
+	if n >= outBuffer {
+		c.moved = time.Now()
+	}
+	if !c.waiting.empty() && c.waiting.oldest().end > before {
+		c.armLocked() // until now the limit was that of writing
+	}
+	c.wrote.Broadcast()
+	c.mu.Unlock()
+	if err != nil {
+		c.writeFailed(err)
+	}
+	return n, err
+}
+
+// position is the number of octets written so far, those in the buffer included.
+func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }
+
+// expect appends an exchange for the command that is written next. It fails if the connection is lost.
+func (c *Conn) expect(x exchange) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ending.cause != nil {
+		return false
+	}
+	c.waiting.add(x)
+	switch {
+	case x.final:
+		c.pending++
+		c.unended = false
+	case x.tx != nil:
+		x.tx.asked++
+	}
+	if c.waiting.alone() {
+		c.armLocked()
+	}
+	return true
+}
+
+// Flush hands what is in the buffer to the connection.
+func (c *Conn) Flush() error { return c.out.Flush() }
+
+// sendOff has what is in the buffer leave, and waits for that until ctx ends. Then it reports false, and the caller has
+// nothing to do with the connection any more, which ends once all has left.
+func (c *Conn) sendOff(ctx context.Context) bool {
+	c.abandoned.Store(false)
+	if !c.owner.SendAway() {
+		return true // nothing leaves any more
+	}
+	select {
+	case <-c.sent:
+		return true
+	case <-ctx.Done():
+	}
+	if c.abandoned.CompareAndSwap(false, true) {
+		return false
+	}
+	<-c.sent
+	return true
+}
+
+// SendAway flushes the buffer while its owner waits. It ends when all has left, and with it the connection if the owner does not
+// wait any more.
+func (c *Conn) SendAway() {
+	c.Flush()
+	if c.abandoned.CompareAndSwap(false, true) {
+		c.sent <- struct{}{}
+	} else {
+		c.fail(errGivenUp)
+	}
+}
+
+// Quit says QUIT, if that was not said yet. The read loop sees the rest.
+func (c *Conn) Quit() {
+	c.mu.Lock()
+	said := c.quitting || c.ending.cause != nil
+	c.mu.Unlock()
+	if said || !c.writeQuit(false) || c.Flush() != nil {
+		return
+	}
+	c.mu.Lock()
+	alone := c.waiting.empty() || c.waiting.alone()
+	c.mu.Unlock()
+	if alone { // else once the reply to QUIT is in: until then there are messages for which the relay may look whether we are there
+		c.endTLS()
+	}
+}
+
+// writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
+func (c *Conn) writeQuit(behind bool) bool {
+	const command = "QUIT\r\n"
+	end := c.position() + int64(len(command))
+	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.untilFIN(), first: behind, end: end}) {
+		return false
+	}
+	c.mu.Lock()
+	c.quitting = true
+	c.mu.Unlock()
+	c.out.WriteString(command)
+	c.traceCommand(context.Background(), "QUIT")
+	return true
+}
+
+// endTLS tells the relay that the end of TLS is meant (RFC 8446, 6.1). It is for a session that has ended in order: one that is
+// given up in the middle of a message must not look like it.
+func (c *Conn) endTLS() {
+	if tc, ok := c.conn.(*tls.Conn); ok {
+		tc.CloseWrite() // which takes five seconds at most; the relay reads, or is not there any more
+	}
+}
+
+func (c *Conn) traceCommand(ctx context.Context, line string) {
+	if c.trace.Command != nil {
+		c.trace.Command(ctx, line)
+	}
+}
