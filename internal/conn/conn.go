@@ -1,5 +1,5 @@
-// Package conn is one SMTP connection, from its first byte to the relay's close: its opening, its transactions, which may
-// overlap, and its end. It knows no pool and no retry, and judges nothing: a transaction ends in a [Result].
+// Package conn is one SMTP connection, from its first byte to the relay's close: opening it, transactions that may overlap, and its
+// end. It knows no pool and no retries, and does not judge: a transaction ends in a [Result].
 package conn
 
 import (
@@ -18,8 +18,8 @@ import (
 
 // Conn is one connection, from its first byte to the relay's close.
 //
-// Its write side belongs to whoever took it from its Owner, one at a time. Its read loop runs as long as the connection and
-// hands each reply to the oldest exchange outstanding, by counting only. Who writes a command appends its exchange first.
+// The Owner lends its write side to one transaction at a time. The read loop runs as long as the connection and hands each reply to the
+// oldest command without one: replies are matched by their order alone. A writer appends the exchange before it writes the command.
 type Conn struct {
 	o       *Options
 	trace   Trace
@@ -36,18 +36,18 @@ type Conn struct {
 	chunked bool      // bodies may go in chunks (RFC 3030)
 
 	replies *wire.ReplyReader // owned by the read loop
-	said    scrub.Stream      // what they repeat of the credentials is taken out
+	said    scrub.Stream      // removes from replies what they repeat of the credentials
 
 	out         *bufio.Writer     // owned by the holder of the write side, as are the fields down to inStep
 	body        wire.BodyWriter   // on out
 	line        []byte            // scratch
-	pendingAuth []byte            // an AUTH command that is still to be sent, in front of the first transaction
+	pendingAuth []byte            // an AUTH command that the first transaction will send
 	authMark    [sha256.Size]byte // of the credentials in it
-	stall       *time.Timer       // while a transaction waits behind a final dot that has no reply
-	inStep      bool              // the relay has answered an envelope in step, so a chunk may leave with its envelope
+	stall       *time.Timer       // runs while a transaction waits behind an unanswered final dot
+	inStep      bool              // the relay has answered an envelope in full, so a chunk may leave together with its envelope
 
-	sent      chan struct{} // has room for one; told by SendAway
-	abandoned atomic.Bool   // SendAway, or the owner who waits for it, goes on alone: whoever sets it is first
+	sent      chan struct{} // buffered, size 1: SendAway is done
+	abandoned atomic.Bool   // set by whichever of sendOff and SendAway ends first
 	lost      chan struct{} // closed when phase is draining
 	done      chan struct{} // closed when no reply will be read any more
 
@@ -55,33 +55,33 @@ type Conn struct {
 	phase      phase
 	ending     ending
 	waiting    exchanges
-	written    int64     // octets that were handed to the connection; changed by the holder of the write side, who alone reads it without mu
-	attempted  int64     // the same, and those that are just being written
-	wrote      sync.Cond // on mu: attempted is written again
+	written    int64     // octets written to the network; only the holder of the write side changes it, and reads it without mu
+	attempted  int64     // written, plus the octets of a write in progress
+	wrote      sync.Cond // on mu: no write is in progress
 	pending    int       // final replies outstanding
 	used       int       // transactions begun
-	failed     int       // transactions that came to nothing, in a row
-	open       bool      // the relay may have a transaction open: RSET leads the next
-	unended    bool      // the last one was given up before its end
+	failed     int       // transactions in a row that failed
+	open       bool      // the relay may have an envelope open: the next transaction starts with RSET
+	unended    bool      // the last transaction did not reach its end
 	quitting   bool      // QUIT was written
 	writeErr   error     // what a write failed with
-	closeBy    time.Time // when the relay's last words must be in
-	heard      time.Time // when the relay last answered
-	moved      time.Time // when a large write was last through
+	closeBy    time.Time // the end of reading; zero means none
+	heard      time.Time // when the last reply arrived
+	moved      time.Time // when the last large write finished
 	deadline   time.Time // the read deadline in force
 	decided    bool      // the relay has accepted a message, or has refused one for what it is
-	overlapped bool      // the relay has answered, in full, an envelope that left in one write with the end before it
+	overlapped bool      // the relay has answered in full an envelope that left in one write with the end of the message before it
 }
 
-// ending is how a connection came to take no further transaction, as far as it has. What is set stays as it is.
+// ending is how a connection ended, as far as it has. Each field is set once.
 type ending struct {
 	reason    Reason     // why phase is not ready
 	cause     error      // why it is draining
-	said421   bool       // the relay has, to a command
-	left421   bool       // and has closed the connection in order: nothing that it said is missing
-	outOfStep bool       // a reply cannot be that to its command, so those behind it are to others too
-	killed    bool       // the relay is not waited for
-	ledByAuth bool       // AUTH led the first transaction, and that came to nothing
+	said421   bool       // the relay has replied 421 to a command
+	left421   bool       // and then closed the connection in order, so that no reply is missing
+	outOfStep bool       // a reply was not possible for its command, so later replies cannot be matched
+	killed    bool       // by Kill: the relay's close is not waited for
+	ledByAuth bool       // the first transaction began with AUTH, and failed for that
 	auth      wire.Reply // the refusal of that AUTH
 }
 
@@ -106,15 +106,15 @@ const (
 	Fault  Reason = "fault"
 )
 
-// Status is what an Owner wants to know of a Conn whose write side nobody holds.
+// Status is what may be done with a Conn whose write side nobody holds.
 type Status int
 
 const (
-	Free         Status = iota // a transaction may be begun
-	Overlappable               // one may be begun behind the final dot of the one before
-	Busy                       // none may be begun until a final reply is in
-	Retired                    // none may be begun any more: QUIT is due
-	Lost                       // none may be begun any more, and nothing is to be done
+	Free         Status = iota // a transaction may begin
+	Overlappable               // one may begin behind the final dot of the one before
+	Busy                       // none may begin before a final reply is in
+	Retired                    // none may begin any more: say QUIT
+	Lost                       // none may begin any more, and there is nothing to do
 )
 
 // Info describes a Conn.
@@ -170,8 +170,8 @@ func (c *Conn) PendingAuth() bool { return c.pendingAuth != nil }
 // InterruptWrites ends a write that is under way and every later one.
 func (c *Conn) InterruptWrites() { c.raw.interrupt() }
 
-// Status returns what may be done with the connection. One whose time has come is retired by that, but for one that has not
-// had a message yet: it may have taken that long to get ready, and the next one would too.
+// Status returns what may be done with the connection, and retires it if it is too old. One without a message yet is not retired by
+// age: opening it may have taken that long, and the next one would take as long.
 func (c *Conn) Status(now time.Time) Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -203,9 +203,9 @@ func (c *Conn) overlaps() bool {
 	return c.o.Overlap && c.pipelining() && c.o.Profile.Overlaps()
 }
 
-// inFlightLocked is how many messages may be on their way whose final reply is not in. With DATA it is two: the next one's
-// body waits for a 354 that comes behind that reply. In chunks it is MaxInFlight, once the relay has shown on this connection
-// that it answers what leaves together with the end of a message.
+// inFlightLocked is how many messages may be without final reply. With DATA it is two: the body of the second waits for a 354, which
+// comes after the first one's final reply. In chunks it is MaxInFlight, once the relay has shown on this connection that it answers
+// an envelope that leaves together with the end of a message.
 func (c *Conn) inFlightLocked() int {
 	switch {
 	case !c.chunked:
@@ -216,15 +216,15 @@ func (c *Conn) inFlightLocked() int {
 	return c.o.MaxInFlight
 }
 
-// Usable reports whether transactions may be begun yet, now or later.
+// Usable reports whether the connection may take another transaction, now or later.
 func (c *Conn) Usable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.phase == ready && (c.limit == 0 || c.used < c.limit)
 }
 
-// LastRoom is how many more transactions may be begun on a connection that is in the last fifth of its life; 0 on another, and
-// on one that was not heard of since.
+// LastRoom is how many more transactions a connection may take that is in the last fifth of its limit. It is 0 for any other
+// connection, and for one on which no reply arrived since.
 func (c *Conn) LastRoom(since time.Time) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -235,14 +235,14 @@ func (c *Conn) LastRoom(since time.Time) int {
 	return left
 }
 
-// Failed reports whether the connection ends early, once the messages that are on their way have come to their end.
+// Failed reports whether the connection was lost or will end early.
 func (c *Conn) Failed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.ending.reason == Fault
 }
 
-// Moved is when the relay was last heard of, or took something.
+// Moved is when the last reply arrived or the last large write finished.
 func (c *Conn) Moved() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -264,8 +264,8 @@ func (c *Conn) retireLocked(why Reason) {
 
 // Ending.
 
-// fail ends the use of the connection because of err. It may be called from anywhere, any number of times; the first cause
-// counts. Final replies that are outstanding are still awaited.
+// fail ends the use of the connection because of err. It may be called from any goroutine and more than once; the first cause counts.
+// Final replies that are outstanding are still read.
 func (c *Conn) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -286,14 +286,14 @@ func (c *Conn) failLocked(err error) {
 	close(c.lost)
 }
 
-// stepLostLocked ends the connection because of a reply that cannot be that to its command. No final reply is awaited any
-// more: what comes would be taken for the reply to another message.
+// stepLostLocked ends the connection because of a reply that is not possible for its command. No final reply is read any more: it
+// would be matched with the wrong message.
 func (c *Conn) stepLostLocked(err error) {
 	c.ending.outOfStep = true
 	c.failLocked(err)
 }
 
-// Kill ends the connection now, awaiting nothing.
+// Kill ends the connection at once and waits for nothing.
 func (c *Conn) Kill(err error) {
 	c.mu.Lock()
 	c.failLocked(err)
@@ -301,14 +301,13 @@ func (c *Conn) Kill(err error) {
 	c.closeBy = longAgo
 	c.armLocked()
 	c.mu.Unlock()
-	c.raw.abandon() // second, so that the end of reading and writing is known to be a consequence
+	c.raw.abandon() // after failLocked, so that failed reads and writes are not taken for the cause
 }
 
-// lastWords is how long the relay may take to say why it does not take what is written.
+// lastWords is how long we read, after a failed write, for a reply that says why.
 const lastWords = 2 * time.Second
 
-// writeFailed notes that a write has failed. The relay's last reply tells more than "broken pipe", so there is a short time
-// for it to be read.
+// writeFailed records a failed write. The relay's last reply tells more than "broken pipe", so reading goes on for lastWords.
 func (c *Conn) writeFailed(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -11,12 +11,12 @@ import (
 
 // The commands of a transaction up to where its body may follow, and the wait for their replies.
 
-// authSilence is how long a relay may take for the reply to MAIL, once it has answered the AUTH in front of it. Some throw away
-// what follows AUTH; the message goes to another connection then, on which AUTH goes alone.
+// authSilence limits the reply to a MAIL that followed AUTH, counted from AUTH's own reply. Some relays discard what follows AUTH;
+// the message then goes to another connection, on which AUTH is sent alone.
 const authSilence = 2 * time.Second
 
-// envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
-// the conversation goes on.
+// envelope writes the commands of the envelope, and waits for each reply if they are not pipelined. It reports whether the
+// transaction can go on.
 func (t *Transaction) envelope() bool {
 	c := t.c
 	rset := t.begin()
@@ -57,7 +57,7 @@ func (t *Transaction) envelope() bool {
 	return true
 }
 
-// begin notes in the connection that a transaction begins, and tells whether RSET must lead it.
+// begin counts the transaction on the connection and reports whether it must start with RSET.
 func (t *Transaction) begin() (rset bool) {
 	c := t.c
 	c.mu.Lock()
@@ -65,7 +65,7 @@ func (t *Transaction) begin() (rset bool) {
 	rset = c.open
 	t.overlapped = c.pending > 0
 	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= longIdle
-	// A refused chunk leaves the envelope where it was (RFC 3030, 2), unlike a refused final dot.
+	// A refused chunk leaves the envelope open (RFC 3030, 2); a refused final dot does not.
 	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
 	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
 	if c.failed++; t.overlapped || !rset {
@@ -91,7 +91,7 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// reset clears an envelope away.
+// reset writes the command that clears an open envelope.
 func (t *Transaction) reset(x exchange) bool {
 	if t.overlapped || !t.c.o.Profile.ResetsByEHLO() {
 		return t.ask(x, "RSET")
@@ -100,7 +100,7 @@ func (t *Transaction) reset(x exchange) bool {
 	return t.ask(x, t.c.hello) && t.send() && t.awaitEnvelope()
 }
 
-// writeAuth writes the AUTH that was held back.
+// writeAuth writes the AUTH command that Open left for the first transaction.
 func (t *Transaction) writeAuth() bool {
 	c := t.c
 	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
@@ -143,7 +143,7 @@ func (t *Transaction) askLine(x exchange) bool {
 	return t.awaitEnvelope()
 }
 
-// askData has DATA ride with the envelope, unless it depends on the replies whether anything is to be sent.
+// askData writes DATA with the envelope, unless the replies decide whether anything is sent.
 func (t *Transaction) askData() bool {
 	if !t.c.pipelining() || t.waitsForRcpts() {
 		return true
@@ -151,8 +151,8 @@ func (t *Transaction) askData() bool {
 	return t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA")
 }
 
-// startData says DATA if that was held back and is due, and reports whether the body is to follow. All replies to the envelope
-// are in.
+// startData sends a DATA that askData left out, if it is due, and reports whether the relay waits for the body. All replies to the
+// envelope are in.
 func (t *Transaction) startData() bool {
 	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
 		return false
@@ -161,8 +161,8 @@ func (t *Transaction) startData() bool {
 	case t.replies.Data.Class() != 3:
 		return false
 	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
-		// The relay waits for a message although it has refused this one's envelope: it may have kept another one. Not even
-		// the final dot may leave, which would send an empty message to whoever that is for.
+		// The relay refused our envelope and waits for a message all the same: it may have kept another envelope. Even a final dot
+		// alone would send an empty message to its recipients.
 		t.c.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
 		return false
 	case t.replies.Accepted() == 0:
@@ -172,8 +172,8 @@ func (t *Transaction) startData() bool {
 	return true
 }
 
-// dataIsDue reports whether DATA, or a body in chunks, was held back and is due: the relay has accepted some recipients, or all of them if
-// AllOrNothing says so.
+// dataIsDue reports whether DATA, or a held body in chunks, is to be sent now: the relay has accepted a recipient, or all of them
+// where AllOrNothing is set.
 func (t *Transaction) dataIsDue() bool {
 	if t.replies.Data.Code != 0 || t.replies.AuthRefused() || t.replies.MailRefused() {
 		return false
@@ -185,8 +185,8 @@ func (t *Transaction) dataIsDue() bool {
 	return accepted > 0
 }
 
-// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
-// answers, so the answer is not awaited here.
+// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). Nothing is sent to anybody, whatever the relay replies, so
+// the reply is not waited for.
 func (t *Transaction) loneDot() {
 	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
 		return
@@ -196,10 +196,10 @@ func (t *Transaction) loneDot() {
 	t.c.Flush()
 }
 
-// awaitEnvelope waits until each command has its reply. It reports whether the connection can go on.
+// awaitEnvelope waits until every command has its reply, and reports whether the connection still works.
 //
-// Where it waits behind the final dot of another message, and the relay says nothing to that, the message goes to another
-// connection if there is room: nothing of it has left.
+// If the relay does not answer the previous message's final dot for stallLimit, and there is room on another connection, it gives this
+// connection up: nothing of our body has left, so the message can go there.
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
 	var stalled <-chan time.Time
@@ -232,17 +232,16 @@ func (t *Transaction) awaitEnvelope() bool {
 }
 
 const (
-	longIdle   = 10 * time.Second // of a connection: from then on it may have been cut without a word
-	idleReply  = 30 * time.Second // for the first reply on such a connection
-	stallLimit = 10 * time.Second // how long a message waits behind another one's final dot before it goes elsewhere
+	longIdle   = 10 * time.Second // after this long without traffic the path may be dead without notice
+	idleReply  = 30 * time.Second // limit for the first reply after that
+	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
 )
 
 var errStalled = &GivenUpError{errors.New("the relay does not answer the message before")}
 
-// overlapRefused reports whether the relay does not take commands behind a final dot and has said so, once for each
-// (503: "pipelined after end of DATA"), so that the transaction is to be begun again: nothing was accepted, the connection is
-// in step, and it has room for one MAIL more. Where TCP has put only RSET together with the dot, the relay has taken the
-// rest, and that is the transaction.
+// overlapRefused reports whether the relay has refused each command behind the final dot (503: "pipelined after end of DATA"), so that
+// the transaction can start again: nothing was accepted, replies are in step, and the connection may have one MAIL more. If TCP
+// delivered only RSET together with the dot, the relay has accepted the rest, and the transaction goes on.
 func (t *Transaction) overlapRefused() bool {
 	if !t.overlapped || t.replies.Rset.Code != 503 {
 		return false
@@ -254,7 +253,7 @@ func (t *Transaction) overlapRefused() bool {
 	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
 }
 
-// repeat makes t as new, to be begun again on the same connection.
+// repeat resets t so that it can start again on the same connection.
 func (t *Transaction) repeat() {
 	c := t.c
 	c.mu.Lock()

@@ -7,23 +7,23 @@ import (
 // exchange is a command whose reply is outstanding.
 type exchange struct {
 	op    Step
-	final bool          // its reply decides over the message
-	end   int64         // the position behind the octets that must leave for a reply to come
+	final bool          // the end of a message: its reply accepts or refuses it
+	end   int64         // the position that must be written before a reply can come
 	tx    *Transaction  // told of the reply; nil for QUIT
 	rcpt  int           // which recipient, for StepRcpt
-	limit time.Duration // for the reply, counted from when no other is awaited before it and end has left; 0 means none
-	first bool          // of what was written behind a final dot that had no reply yet
+	limit time.Duration // for the reply, counted from when it is the oldest and end is written; 0 means none
+	first bool          // the first command behind an unanswered final dot
 }
 
 // exchanges are the commands whose reply is outstanding. Replies come in the order of commands, so each belongs to the oldest.
 type exchanges struct {
-	list []exchange // from head on
+	list []exchange // those before head are done
 	head int
 }
 
 func (q *exchanges) empty() bool { return q.head == len(q.list) }
 
-// alone reports whether there is one.
+// alone reports whether there is exactly one.
 func (q *exchanges) alone() bool { return len(q.list)-q.head == 1 }
 
 // all returns them, oldest first. They are valid until the next change.

@@ -28,7 +28,7 @@ func (c *Conn) ReadLoop() {
 	c.mu.Unlock()
 	c.raw.interrupt()
 	c.mu.Lock()
-	for c.attempted != c.written { // until then nobody knows what has left
+	for c.attempted != c.written { // a write in progress: wait to know how much has left
 		c.wrote.Wait()
 	}
 	wait := c.o.Timeouts.Quit
@@ -44,7 +44,7 @@ func (c *Conn) ReadLoop() {
 	close(c.done)
 	c.owner.Changed(false)
 
-	// A clean end of TLS is not yet the close of the connection below.
+	// close_notify ends TLS, not the TCP connection below it.
 	if _, onTLS := c.conn.(*tls.Conn); ClosedByPeer(err) && !onTLS {
 		c.raw.Close()
 	} else {
@@ -53,7 +53,7 @@ func (c *Conn) ReadLoop() {
 	c.owner.Closed()
 }
 
-// deliver gives r to the oldest exchange outstanding and reports whether there is more to read.
+// deliver hands r to the oldest outstanding command and reports whether to read on.
 func (c *Conn) deliver(r wire.Reply) (more bool) {
 	c.traceReply(r)
 	c.mu.Lock()
@@ -67,21 +67,21 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	c.learnLimit(x, r)
 	c.decided = c.decided || decides(x, r)
 	if r.Code == 421 && x.op != StepQuit {
-		// The relay is leaving, whatever it may still say to what was sent already.
+		// The relay is closing the connection. It may still answer what it has received.
 		c.ending.said421 = true
 		c.hurryLocked(c.o.Timeouts.Quit)
 		c.failLocked(&ReplyError{Step: x.op, Reply: r})
 	}
 	if x.tx != nil {
 		if x.final && r.Code == 421 && c.replies.HadYes() {
-			x.tx.contradicted = true // the relay has begun to say yes, and was cut short by its own farewell
+			x.tx.contradicted = true // a 2xx that turned into a 421 before its last line
 		}
 		x.tx.replyLocked(x, r)
 	} else if x.first && r.Code == 503 {
 		c.o.Profile.OverlapFailed()
 	}
 	if x.op == StepQuit {
-		// What is left is to see the relay's close.
+		// Only the relay's close is left to wait for.
 		c.hurryLocked(c.o.Timeouts.untilFIN())
 	}
 	if x.final {
@@ -102,7 +102,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		if more {
 			c.owner.Changed(true)
 		}
-		// After Changed, so that a sender who has another message at once finds this connection idle and opens no other.
+		// After Changed, so that a sender with another message finds this connection idle and does not open a new one.
 		c.mu.Lock()
 		x.tx.notified = true
 		x.tx.wake()
@@ -111,7 +111,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
-// decides reports whether r, the reply to x, tells what becomes of a message.
+// decides reports whether r, the reply to x, accepts or refuses a message. It shows that the relay works.
 func decides(x exchange, r wire.Reply) bool {
 	switch {
 	case r.Code == 421 || r.Code == 432:
@@ -122,7 +122,7 @@ func decides(x exchange, r wire.Reply) bool {
 	return (x.op == StepRcpt || x.op == StepData) && r.Class() >= 4
 }
 
-// learnLimit takes in what r, the reply to x, tells of how many transactions the relay allows on a connection.
+// learnLimit learns from r, the reply to x, how many transactions the relay allows on a connection.
 func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
@@ -132,28 +132,28 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	}
 }
 
-// peekLocked looks at what has come with r, the reply to x, where no other command waits for one.
+// peekLocked looks for a reply that arrived together with r, the reply to x, when no other command is outstanding.
 func (c *Conn) peekLocked(x exchange, r wire.Reply) {
 	switch next := c.replies.Peek(); {
 	case next == 0:
 	case x.final && next/100 != r.Class() && next != 421 && next != 221:
 		x.tx.contradicted = true
 	case !x.final && next < 400:
-		c.failLocked(errExtraReply) // before anybody acts on replies that may be those to other commands
+		c.failLocked(errExtraReply) // before anybody acts on replies that may belong to other commands
 	}
 }
 
-// earlyLocked reports whether r comes before the command that it would answer has left. No relay can answer that, so r is
-// one reply too many, and all replies behind it would be taken for those to other commands. A refusal is believed: a relay may
-// refuse a message of which it has not read the end.
+// earlyLocked reports whether r arrived before the command it would answer was written. Such a reply is one too many, and every
+// later reply would be matched with the wrong command. A refusal is allowed: a relay may refuse a message before it has read its end.
 func (c *Conn) earlyLocked(r wire.Reply) bool {
 	return c.waiting.empty() || r.Class() < 4 && c.waiting.oldest().end > c.attempted
 }
 
-// errExtraReply ends a connection whose relay has sent more replies than it was given commands.
+// errExtraReply ends a connection on which the relay sent more replies than it got commands.
 var errExtraReply = errors.New("the relay sent a reply too many")
 
-// readReply reads a reply, long if it may carry data. From here on nobody sees what the relay repeats of the credentials, but for what was read raw.
+// readReply reads a reply; long allows for one that carries data. Credentials that the relay repeats are removed from everything it
+// returns but raw.
 func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
 	read := c.replies.ReadReply
 	if long {
@@ -170,7 +170,7 @@ func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
 	return r, raw, nil
 }
 
-// traceReply tells of a reply before anybody acts on it.
+// traceReply tells the Trace of a reply before anybody acts on it.
 func (c *Conn) traceReply(r wire.Reply) {
 	if c.trace.Reply == nil {
 		return
@@ -213,13 +213,12 @@ func (c *Conn) armLocked() {
 	}
 }
 
-// dueLocked reports whether a connection that fails still has a final reply to come: not to a final dot that never left, or left
-// in part.
+// dueLocked reports whether a final reply is still to come on a failed connection: the end of some message has left in full.
 func (c *Conn) dueLocked() bool {
 	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && x.end <= c.attempted })
 }
 
-// hurryLocked bounds how long the relay is listened to from now on.
+// hurryLocked limits how much longer replies are read.
 func (c *Conn) hurryLocked(d time.Duration) {
 	if by := time.Now().Add(d); c.closeBy.IsZero() || by.Before(c.closeBy) {
 		c.closeBy = by
@@ -231,11 +230,11 @@ func (c *Conn) lossLocked(err error) error {
 	if c.ending.cause == nil && !c.waiting.empty() {
 		if x := c.waiting.oldest(); x.tx != nil && x.tx.ledByAuth && x.op != StepRcpt && x.op != StepData {
 			c.ending.ledByAuth = true
-			c.o.Profile.AuthFollowedFailed(wire.Reply{}) // the relay hangs up, or says nothing, where commands follow AUTH
+			c.o.Profile.AuthFollowedFailed(wire.Reply{}) // it hangs up, or is silent, when commands follow AUTH
 		}
 	}
 	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
-		return c.writeErr // the cause, of which the end of reading is a consequence
+		return c.writeErr // the cause; the end of reading is its consequence
 	}
 	if err == nil || c.waiting.empty() {
 		return err
@@ -245,12 +244,12 @@ func (c *Conn) lossLocked(err error) error {
 		return err
 	}
 	if x.first && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
-		// What stood behind the final dot was thrown away; see Profile.OverlapFailed.
+		// The relay discarded what followed the final dot; see Profile.OverlapFailed.
 		c.o.Profile.OverlapFailed()
 	}
 	return &TimeoutError{Step: x.op, After: x.limit}
 }
 
-// tellingSilence is how long there must be no reply to what stood behind a final dot, once that has its own, to conclude
-// anything from it where the one who waited has given up. A caller may do so at any moment, whatever the relay is like.
+// tellingSilence is how long a relay must have been silent to overlapped commands before we conclude that it discards them, when the
+// wait ended because the caller's context did: a caller may cancel at any moment, whatever the relay is like.
 const tellingSilence = time.Second

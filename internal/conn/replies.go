@@ -2,13 +2,13 @@ package conn
 
 import "github.com/smtprelay/smtprelay/internal/wire"
 
-// What a transaction takes in of the replies to its commands.
+// What each reply does to its transaction and to the connection.
 
-// replyLocked takes in the reply to x. The lock is the connection's.
+// replyLocked handles r, the reply to x. c.mu is held.
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	c := t.c
 	if r.Code == 432 {
-		c.retireLocked(Fault) // one connection too many, and this is it
+		c.retireLocked(Fault) // the relay says that this connection is one too many
 	}
 	if x.final {
 		t.finalLocked(x, r)
@@ -31,7 +31,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		t.endsSessionLocked(x.op, r)
 	case StepBdat:
 		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
-			c.retireLocked(Full) // the body stays incomplete
+			c.retireLocked(Full) // the relay has a part of the body and will not get the rest
 		}
 		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
 			t.replies.Data = r
@@ -41,7 +41,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	if x.op == StepData {
 		positive = 3
 	}
-	if r.Class() < 4 && r.Class() != positive { // we are out of step with the relay
+	if r.Class() < 4 && r.Class() != positive { // not a possible reply to this command
 		if t.overlapped {
 			c.o.Profile.OverlapFailed()
 		}
@@ -49,7 +49,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 }
 
-// finalLocked takes in the final reply. Who waits for it is told once the Owner knows.
+// finalLocked handles the final reply. The sender is told after the Owner; see deliver.
 func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 	c := t.c
 	t.replies.Final = r
@@ -63,7 +63,7 @@ func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 	}
 }
 
-// authLocked takes in the reply to AUTH.
+// authLocked handles the reply to AUTH.
 func (t *Transaction) authLocked(r wire.Reply) {
 	c := t.c
 	t.replies.Auth = r
@@ -79,7 +79,7 @@ func (t *Transaction) authLocked(r wire.Reply) {
 	c.failLocked(&AuthError{r})
 }
 
-// rsetLocked takes in the reply to RSET.
+// rsetLocked handles the reply to RSET.
 func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	t.replies.Rset = r
 	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
@@ -88,13 +88,13 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	if !x.first && (r.Code == 500 || r.Code == 502) {
 		t.c.o.Profile.RsetFailed()
 	}
-	if x.first && r.Code != 421 { // 421 is no answer to this command, but to all
+	if x.first && r.Code != 421 { // 421 is about the connection, not about this command
 		t.c.o.Profile.OverlapFailed()
 	}
 	t.c.failLocked(&ReplyError{Step: x.op, Reply: r})
 }
 
-// mailLocked takes in the reply to MAIL.
+// mailLocked handles the reply to MAIL.
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
 	t.replies.Mail = r
@@ -106,11 +106,11 @@ func (t *Transaction) mailLocked(r wire.Reply) {
 	case c.o.Profile.EndsSession(StepMail, r, t.seq):
 		c.retireLocked(Full)
 	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
-		c.retireLocked(Fault) // the relay does not think of the connection what we do
+		c.retireLocked(Fault) // the relay sees this connection in another state than we do
 	}
 }
 
-// endsSessionLocked retires the connection where r is about it.
+// endsSessionLocked retires the connection if r is about the connection and not about the message.
 func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
 	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
 		t.c.retireLocked(Full)

@@ -11,53 +11,53 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// transaction is one try to send a message, or its part for some of its recipients, on one connection:
+// Transaction is one attempt to send a message on one connection, to all or some of its recipients:
 //
 //	[AUTH] [RSET] MAIL RCPT… DATA    in one write, if pipelined
 //	body and final dot               if DATA was answered by 354
 //	[QUIT]                           if it is the connection's last
 //
-// The write side goes back to its Owner as soon as the final dot is written; the transaction of another message may then
-// begin while this one awaits its final reply (RFC 2920, 3.1).
+// It returns the write side to the Owner as soon as the final dot is written. Another transaction may then begin on the connection
+// while this one waits for its final reply (RFC 2920, 3.1).
 type Transaction struct {
 	ctx  context.Context
 	c    *Conn
 	m    Message
 	mail wire.MailParams // as they are sent
 
-	signal       chan struct{} // told that a reply is in; has room for one
+	signal       chan struct{} // buffered, size 1: a reply has arrived
 	seq          int           // 1-based number of this transaction on its connection; 0: not begun
-	overlapped   bool          // begun behind a final dot without reply
-	clearing     bool          // RSET has to clear an envelope away
-	holdsPrevDot bool          // begun with another one's final dot still in the buffer
-	held         bool          // in chunks: the body waits for the replies to the envelope
-	endAt        int64         // from this position on the relay may have the message; 0 while its end is not in the buffer
+	overlapped   bool          // begun while the final reply of the previous transaction was outstanding
+	clearing     bool          // RSET must succeed: the relay has another envelope open
+	holdsPrevDot bool          // the previous transaction's final dot is still in the write buffer
+	held         bool          // chunks: the body waits for the replies to the envelope
+	endAt        int64         // once this position is written the relay may have the message; 0: its end is not in the buffer yet
 	byData       bool          // the body goes by DATA, and not in chunks
 	chunked      chunkedBody
-	bodyBegun    bool  // the body was asked to write itself
+	bodyBegun    bool  // Body.WriteTo was called
 	sinkErr      error // why no more of the body is taken
 	lostWriting  bool  // because the connection takes no more
 	bodyErr      error // why the body was given up
 	afterIdle    bool  // the connection was idle for so long that it may be dead
 	ledByAuth    bool  // AUTH is its first command; set before that is expected
-	handedOver   bool  // somebody else has the write side already
-	shared       bool  // the guard's function may still run, and look at the transaction
+	handedOver   bool  // the write side is another transaction's already
+	shared       bool  // guard's function may still be running and read this transaction
 
 	unguard func() bool // ends what guard has begun
 
-	known bool         // the read loop, or the guard, may still look at the transaction; set by result
+	known bool         // set by result: the read loop or guard's function may still read this transaction
 	taken []wire.Reply // to RCPT, of the result
 
 	// Guarded by c.mu.
 	asked, answered int // commands of the envelope, and replies to them
 	replies         Replies
-	notified        bool // it is in, and the Owner knows
+	notified        bool // the final reply is in, and the Owner was told
 	cancelled       bool // the end of ctx is why the connection was lost
 	after421        bool // the final reply is 2xx, and 421 was said before it
 	contradicted    bool // the final reply came together with another one that says the contrary
 }
 
-// NewTransaction prepares a transaction of m. The write side of c is the caller's. Its Run comes next, then its Recycle.
+// NewTransaction prepares a transaction for m. The caller holds the write side of c, and calls Run once, then Recycle.
 func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	t, ok := c.o.transactions.Get().(*Transaction)
 	if !ok {
@@ -74,14 +74,14 @@ func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	return t
 }
 
-// result tells what became of t, which is over: nothing of it is written any more. It is called once.
+// result returns what became of t. It is called once, when nothing more of t will be written.
 func (t *Transaction) result() Result {
 	c := t.c
 	ctxErr := ContextError(t.ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.notified
-	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
+	t.taken = append(t.taken[:0], t.replies.Rcpt...) // replies that arrive later are not part of the result
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
@@ -124,8 +124,8 @@ func (t *Transaction) Recycle() {
 	o.transactions.Put(t)
 }
 
-// Run makes the transaction and tells what became of it. It gives the write side back in any case. The Result is valid
-// until Recycle.
+// Run performs the transaction and returns what became of it. It always returns the write side to the Owner. The Result is
+// valid until Recycle.
 func (t *Transaction) Run() Result {
 	if t.write() {
 		t.awaitFinal()
@@ -133,7 +133,7 @@ func (t *Transaction) Run() Result {
 	return t.result()
 }
 
-// write makes the transaction up to its final dot, gives the write side back, and reports whether a final reply is due.
+// write performs the transaction up to its final dot, returns the write side, and reports whether to wait for a final reply.
 func (t *Transaction) write() (dotted bool) {
 	c := t.c
 	defer func() {
@@ -143,7 +143,7 @@ func (t *Transaction) write() (dotted bool) {
 	}()
 	t.holdsPrevDot = c.out.Buffered() > 0
 	if t.ctx.Err() != nil {
-		return false // nothing was written of this one; Release sees to the other's final dot
+		return false // nothing of this transaction was written; Release flushes the previous one's final dot
 	}
 	completed := false
 	defer func() {
@@ -159,8 +159,8 @@ func (t *Transaction) write() (dotted bool) {
 func (t *Transaction) converse() (due bool) {
 	defer func() { t.unguard() }()
 	t.byData = t.goesByData()
-	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Nothing blocks that
-	// our context does not end.
+	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Our
+	// context ends whatever blocks here.
 	if !t.holdsPrevDot {
 		t.guard()
 	} else if !t.fitsBuffer() && !t.send() {
@@ -186,7 +186,7 @@ func (t *Transaction) converse() (due bool) {
 	return t.part()
 }
 
-// beginData makes the envelope and DATA, and reports whether the body is to follow.
+// beginData sends the envelope and DATA, and reports whether the relay waits for the body.
 func (t *Transaction) beginData() bool {
 	for {
 		if !t.envelope() || !t.askData() || !t.send() || !t.awaitEnvelope() {
@@ -199,12 +199,12 @@ func (t *Transaction) beginData() bool {
 	}
 }
 
-// part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
-// somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
+// part writes the end of the message: the final dot or the last chunk. If another message waits for the connection, the end stays
+// in the buffer and leaves in one write with that message's envelope; our context does not cancel that write.
 func (t *Transaction) part() (due bool) {
 	if room := t.remaining() + endRoom; t.c.owner.Wanted() && room <= outBuffer {
 		if int64(t.c.out.Available()) < room {
-			t.c.Flush() // our context still cancels this write; with another's final dot in the buffer all has been found to fit
+			t.c.Flush() // our context still cancels this write; if the buffer held another message's final dot, fitsBuffer has checked the room
 		}
 		if !t.unguard() || !t.end() {
 			return false
@@ -213,9 +213,9 @@ func (t *Transaction) part() (due bool) {
 			return true
 		}
 		if t.holdsPrevDot {
-			return true // Release flushes: with it go messages of others, who have nothing to do with this one's context
+			return true // Release flushes: other messages leave with it, which our context must not cancel
 		}
-		t.guard() // nobody goes on here
+		t.guard() // no other message takes the connection
 		t.c.Flush()
 		t.unguard()
 		return true
@@ -230,17 +230,16 @@ func (t *Transaction) part() (due bool) {
 // endRoom is how much of the buffer the commands around the end of a message take at most: twice BDAT, and QUIT.
 const endRoom = 64
 
-// fitsBuffer reports whether all that is to be written before a reply is awaited fits into the write buffer, beside what is
-// there.
+// fitsBuffer reports whether everything we write before waiting for a reply fits into the rest of the write buffer.
 func (t *Transaction) fitsBuffer() bool {
 	room := int64(t.c.out.Available()) - t.envelopeRoom()
 	switch {
 	case t.byData:
 		return room >= 0
 	case !isBytes(t.m.Body):
-		return false // it is made before its envelope is written
+		return false // the body is produced before its envelope is written
 	case t.waitsForRcpts() || !t.c.inStep || !t.c.overlapped:
-		return room >= 0 // it will be held
+		return room >= 0 // the body will be held
 	}
 	return room >= t.remaining()+endRoom
 }
@@ -262,8 +261,8 @@ func (t *Transaction) envelopeRoom() int64 {
 	return int64(n)
 }
 
-// send flushes the buffer. The end of the context does not interrupt that while another one's final dot is in it, but ends
-// the wait: then the connection ends too, once all has left. From then on the context ends the transaction.
+// send flushes the buffer. While it holds the previous message's final dot, the end of our context does not interrupt the write: we
+// stop waiting, and the connection ends once the write is through. After send, our context ends the transaction.
 func (t *Transaction) send() bool {
 	carried := t.holdsPrevDot
 	if carried && t.ctx.Done() != nil {
@@ -279,8 +278,8 @@ func (t *Transaction) send() bool {
 	return sent
 }
 
-// giveUp ends the connection because of a body that cannot be completed: nothing but closing without the final dot keeps a
-// truncated message from being accepted.
+// giveUp ends the connection because the body cannot be completed. Only closing without the final dot keeps the relay from
+// accepting a truncated message.
 func (t *Transaction) giveUp(err error) {
 	if t.lostWriting {
 		t.explained() // it is the connection that failed, not the body
@@ -293,11 +292,11 @@ func (t *Transaction) giveUp(err error) {
 // sendNow flushes the buffer.
 func (t *Transaction) sendNow() bool { return t.c.Flush() == nil || t.explained() }
 
-// unguarded is what ends no guard.
+// unguarded is the unguard func while no guard is set.
 func unguarded() bool { return true }
 
-// guard makes the end of the context end the transaction, until t.unguard is called. If that returns false, it is too late.
-// The connection lives on until the final replies due to others are in.
+// guard ends the transaction when its context ends, until t.unguard is called; unguard returns false if that has happened. The
+// connection stays open until the final replies of other messages are in.
 func (t *Transaction) guard() {
 	if t.ctx.Done() == nil {
 		return
@@ -309,7 +308,7 @@ func (t *Transaction) guard() {
 		c.failLocked(errGivenUp) // the cause that other transactions see
 		c.armLocked()
 		c.mu.Unlock()
-		c.raw.interrupt() // second, so that a write which it ends is known to be a consequence
+		c.raw.interrupt() // after failLocked, so that the failed write is not taken for the cause
 	}
 	stop := context.AfterFunc(ctx, cancel)
 	first, result := true, false
@@ -317,14 +316,14 @@ func (t *Transaction) guard() {
 		if first {
 			if first, result = false, stop(); !result {
 				t.shared = true
-				cancel() // its goroutine may not have come to it, and the connection must not go on
+				cancel() // its goroutine may not have run yet, and nobody may use the connection
 			}
 		}
 		return result
 	}
 }
 
-// GivenUpError is why a connection ended that was at no fault: a message on it was given up in the middle.
+// GivenUpError ends a connection that worked: we gave up a message in the middle.
 type GivenUpError struct{ Err error }
 
 func (e *GivenUpError) Error() string { return e.Err.Error() }
@@ -334,12 +333,11 @@ func (e *GivenUpError) Unwrap() error { return e.Err }
 
 var errGivenUp = &GivenUpError{errors.New("the connection was given up with a message that was cancelled")}
 
-// maxFailed is how many transactions in a row may come to nothing before their connection is replaced: relays count what was
-// refused, and leave in the middle of something at 10 (Exim) or 20 (Postfix).
+// maxFailed is how many transactions in a row may fail before the connection is replaced. Relays count refusals and hang up in
+// mid-transaction after 10 (Exim) or 20 (Postfix).
 const maxFailed = 8
 
-// explained waits for the connection to end after a write has failed, so that the relay's last words are known, or for the end
-// of the context.
+// explained waits, after a failed write, for the relay's last reply or for the end of the context.
 func (t *Transaction) explained() bool {
 	select {
 	case <-t.c.lost:
@@ -354,13 +352,13 @@ func (t *Transaction) expect(x exchange) bool {
 	return t.c.expect(x)
 }
 
-// writeBody has the body written through c.body, without the final dot.
+// writeBody writes the body through c.body, without the final dot.
 func (t *Transaction) writeBody() error {
 	c := t.c
 	t.bodyBegun = true
 	n, err := t.bodyTo(t.m.Body)
 	if t.sinkErr != nil {
-		err = t.sinkErr // whatever the body made of it
+		err = t.sinkErr // whatever WriteTo returned
 	}
 	if err == nil && n > c.body.Taken() {
 		err = io.ErrShortWrite
@@ -376,7 +374,7 @@ func (t *Transaction) writeBody() error {
 	return err
 }
 
-// bodyTo has body write itself to t.
+// bodyTo calls body.WriteTo.
 func (t *Transaction) bodyTo(body io.WriterTo) (int64, error) {
 	if isBytes(body) {
 		return body.WriteTo(t)
@@ -432,8 +430,8 @@ func (t *Transaction) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// end puts the final dot, or what was held back of the last chunk, into the buffer, and QUIT behind it if the connection takes
-// no further transaction.
+// end puts the final dot, or the rest of the last chunk, into the buffer, and QUIT behind it if the connection takes no further
+// transaction.
 func (t *Transaction) end() bool {
 	c := t.c
 	if t.byData {
@@ -455,8 +453,8 @@ func (t *Transaction) end() bool {
 // finish writes the command that ends the message.
 func (t *Transaction) finish(op Step, command string) bool {
 	c := t.c
-	// Some relays take a line that the end of the connection has cut for a whole one: the message may be theirs as soon as the
-	// command has left without its line end. This is set ahead of time, since a full buffer leaves while more is put into it.
+	// Some relays accept a last line without its line end, so the message may be accepted as soon as the command itself has left.
+	// Set this first: a full buffer is flushed while we write to it.
 	t.endAt = c.position() + int64(len(command))
 	if !c.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: c.o.Timeouts.FinalReply}) {
 		t.endAt = 0
@@ -468,7 +466,7 @@ func (t *Transaction) finish(op Step, command string) bool {
 	return true
 }
 
-// awaitFinal waits for the final reply or the end of the connection; from the end of the context on for Timeouts.Drain at most.
+// awaitFinal waits for the final reply or the end of the connection, and once the context has ended for Timeouts.Drain at most.
 func (t *Transaction) awaitFinal() {
 	ended := t.ctx.Done()
 	var drained <-chan time.Time

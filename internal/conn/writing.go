@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// Writing. All of it is for the holder of the write side.
+// Writing. Only the holder of the write side calls these.
 
-// Write hands p to the connection; it is what out writes to. Once the connection is lost nothing leaves any more: that is
-// what makes a final dot that was not sent by then a message that was not accepted.
+// Write writes p to the network; the buffer out flushes into it. Once the connection is lost it writes nothing more, which is why a
+// message whose final dot was not written by then is known not to be accepted.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	if c.phase >= draining {
@@ -27,7 +27,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 		c.moved = time.Now()
 	}
 	if !c.waiting.empty() && c.waiting.oldest().end > before {
-		c.armLocked() // until now the limit was that of writing
+		c.armLocked() // the limit for this reply starts now that its command has left
 	}
 	c.wrote.Broadcast()
 	c.mu.Unlock()
@@ -40,7 +40,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 // position is the number of octets written so far, those in the buffer included.
 func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }
 
-// expect appends an exchange for the command that is written next. It fails if the connection is lost.
+// expect appends an exchange for the command that is written next. It returns false if the connection is lost.
 func (c *Conn) expect(x exchange) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -61,15 +61,15 @@ func (c *Conn) expect(x exchange) bool {
 	return true
 }
 
-// Flush hands what is in the buffer to the connection.
+// Flush writes the buffer to the network.
 func (c *Conn) Flush() error { return c.out.Flush() }
 
-// sendOff has what is in the buffer leave, and waits for that until ctx ends. Then it reports false, and the caller has
-// nothing to do with the connection any more, which ends once all has left.
+// sendOff flushes the buffer in another goroutine and waits for that. If ctx ends first it returns false: the caller no longer holds
+// the write side, and the connection ends once the buffer is flushed.
 func (c *Conn) sendOff(ctx context.Context) bool {
 	c.abandoned.Store(false)
 	if !c.owner.SendAway() {
-		return true // nothing leaves any more
+		return true // the connection is gone
 	}
 	select {
 	case <-c.sent:
@@ -83,8 +83,7 @@ func (c *Conn) sendOff(ctx context.Context) bool {
 	return true
 }
 
-// SendAway flushes the buffer while its owner waits. It ends when all has left, and with it the connection if the owner does not
-// wait any more.
+// SendAway flushes the buffer for sendOff. If sendOff has stopped waiting it ends the connection afterwards.
 func (c *Conn) SendAway() {
 	c.Flush()
 	if c.abandoned.CompareAndSwap(false, true) {
@@ -94,7 +93,7 @@ func (c *Conn) SendAway() {
 	}
 }
 
-// Quit says QUIT, if that was not said yet. The read loop sees the rest.
+// Quit writes QUIT unless that was done. The read loop does the rest.
 func (c *Conn) Quit() {
 	c.mu.Lock()
 	said := c.quitting || c.ending.cause != nil
