@@ -81,36 +81,23 @@ func notASCII(addr string) *Error {
 	return unfit("address %s is not ASCII: the relay does not offer SMTPUTF8; %s", printable.Address(addr), cure)
 }
 
-// sift takes those out of d.todo who cannot be named to this relay, so that the others are served. It leaves all where the
-// message is for all or nobody, or can be sent to none: that is an error of the message.
+// sift takes those recipients out of d.todo who cannot be named to this relay, so that the others are served. It leaves all where
+// the message is for all or nobody, or can be sent to none: that is an error of the message.
 func (d *delivery) sift(ext *wire.Extensions) {
-	utf8, dsn, rrvs := ext.Has("SMTPUTF8"), ext.Has("DSN"), ext.Has("RRVS")
-	if d.m.AllOrNothing || len(d.todo) < 2 || (d.utf8 == "" || utf8) && (d.dsnFor == "" || dsn) && (d.rrvsFor == "" || rrvs) {
+	if d.m.AllOrNothing || len(d.todo) < 2 || d.lacksForRcpts(ext) == nil && (d.utf8 == "" || ext.Has("SMTPUTF8")) {
 		return
-	}
-	lacks := func(to string) *Error {
-		o := d.m.RcptOptions[to]
-		switch {
-		case !utf8 && !isASCII(to):
-			return notASCII(to)
-		case !dsn && o.needsDSN():
-			return rcptNotOffered("DSN", to, "Notify, OriginalRecipient")
-		case !rrvs && o.needsRRVS():
-			return rcptNotOffered("RRVS", to, "RequireRecipientValidSince")
-		}
-		return nil
 	}
 	var fit []int
 	for _, i := range d.todo {
-		if lacks(d.m.To[i]) == nil {
+		if d.lacksForRcpt(ext, d.m.To[i]) == nil {
 			fit = append(fit, i)
 		}
 	}
-	if len(fit) == 0 || !utf8 && !isASCII(d.m.From) {
+	if len(fit) == 0 || !ext.Has("SMTPUTF8") && !isASCII(d.m.From) {
 		return
 	}
 	for _, i := range d.todo {
-		if e := lacks(d.m.To[i]); e != nil {
+		if e := d.lacksForRcpt(ext, d.m.To[i]); e != nil {
 			d.receipt.Recipients[i].Err = e.Err
 			if d.refusal == nil {
 				d.refusal = e
@@ -119,15 +106,25 @@ func (d *delivery) sift(ext *wire.Extensions) {
 		}
 	}
 	d.todo = fit
-	if !utf8 {
-		d.utf8 = ""
+	for keyword, first := range map[string]*string{"SMTPUTF8": &d.utf8, "DSN": &d.dsnFor, "RRVS": &d.rrvsFor} {
+		if !ext.Has(keyword) {
+			*first = ""
+		}
 	}
-	if !dsn {
-		d.dsnFor = ""
+}
+
+// lacksForRcpt returns what one recipient needs and the relay does not offer; nil if there is nothing.
+func (d *delivery) lacksForRcpt(ext *wire.Extensions, to string) *Error {
+	o := d.m.RcptOptions[to]
+	switch {
+	case !isASCII(to) && !ext.Has("SMTPUTF8"):
+		return notASCII(to)
+	case o.needsDSN() && !ext.Has("DSN"):
+		return rcptNotOffered("DSN", to, "Notify, OriginalRecipient")
+	case o.needsRRVS() && !ext.Has("RRVS"):
+		return rcptNotOffered("RRVS", to, "RequireRecipientValidSince")
 	}
-	if !rrvs {
-		d.rrvsFor = ""
-	}
+	return nil
 }
 
 // lacks returns what the message and its options need and the relay does not offer; nil if there is nothing.

@@ -237,6 +237,15 @@ func word[T any](value string, words map[string]T) (T, error) {
 
 // param is what a parameter of the query sets: a pointer to it, or a func that does; nil if there is no such parameter.
 func (c *Config) param(key string) any {
+	for _, group := range []func(string) any{c.limitParam, c.retryParam, c.modeParam, c.timeoutParam} {
+		if to := group(key); to != nil {
+			return to
+		}
+	}
+	return nil
+}
+
+func (c *Config) limitParam(key string) any {
 	switch key {
 	case "max_conns":
 		return &c.Limits.MaxConns
@@ -254,6 +263,12 @@ func (c *Config) param(key string) any {
 		return &c.Limits.MaxIdleTime
 	case "max_age":
 		return &c.Limits.MaxConnAge
+	}
+	return nil
+}
+
+func (c *Config) retryParam(key string) any {
+	switch key {
 	case "max_attempts":
 		return &c.Retry.MaxAttempts
 	case "min_backoff":
@@ -262,6 +277,12 @@ func (c *Config) param(key string) any {
 		return &c.Retry.MaxBackoff
 	case "retry_4xx":
 		return &c.Retry.On4xx
+	}
+	return nil
+}
+
+func (c *Config) modeParam(key string) any {
+	switch key {
 	case "pipelining":
 		return &c.Pipelining
 	case "chunking":
@@ -279,7 +300,7 @@ func (c *Config) param(key string) any {
 	case "name":
 		return &c.Name
 	}
-	return c.timeoutParam(key)
+	return nil
 }
 
 func (c *Config) timeoutParam(key string) any {

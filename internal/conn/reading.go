@@ -64,40 +64,11 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	}
 	c.heard = time.Now()
 	x := c.waiting.take()
-	c.learnLimit(x, r)
-	c.decided = c.decided || decides(x, r)
-	if r.Code == 421 && x.op != StepQuit {
-		// The relay is closing the connection. It may still answer what it has received.
-		c.ending.said421 = true
-		c.hurryLocked(c.o.Timeouts.Quit)
-		c.failLocked(&ReplyError{Step: x.op, Reply: r})
-	}
-	if x.tx != nil {
-		if x.final && r.Code == 421 && c.replies.HadYes() {
-			x.tx.contradicted = true // a 2xx that turned into a 421 before its last line
-		}
-		x.tx.replyLocked(x, r)
-	} else if x.first && r.Code == 503 {
-		c.o.Profile.OverlapFailed()
-	}
-	if x.op == StepQuit {
-		// Only the relay's close is left to wait for.
-		c.hurryLocked(c.o.Timeouts.untilFIN())
-	}
-	if x.final {
-		c.pending--
-	}
-	if c.waiting.empty() {
-		c.peekLocked(x, r)
-	}
-	c.armLocked()
-	stays := x.op == StepQuit && r.Class() != 2 // the relay, until it sees FIN
-	more = !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
+	more = c.handleLocked(x, r)
 	c.mu.Unlock()
 	if x.op == StepQuit && r.Class() == 2 {
 		c.endTLS()
 	}
-
 	if x.final {
 		if more {
 			c.owner.Changed(true)
@@ -109,6 +80,40 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.mu.Unlock()
 	}
 	return more
+}
+
+// handleLocked does what r, the reply to x, means for the connection and the transaction, and reports whether to read on.
+func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
+	c.learnLimit(x, r)
+	c.decided = c.decided || decides(x, r)
+	if r.Code == 421 && x.op != StepQuit {
+		// The relay is closing the connection. It may still answer what it has received.
+		c.ending.said421 = true
+		c.hurryLocked(c.o.Timeouts.Quit)
+		c.failLocked(&ReplyError{Step: x.op, Reply: r})
+	}
+	switch {
+	case x.tx != nil:
+		if x.final && r.Code == 421 && c.replies.HadYes() {
+			x.tx.contradicted = true // a 2xx that turned into a 421 before its last line
+		}
+		x.tx.replyLocked(x, r)
+	case x.first && r.Code == 503:
+		c.o.Profile.OverlapFailed()
+	}
+	stays := false // a relay that refuses QUIT, until it sees FIN
+	if x.op == StepQuit {
+		stays = r.Class() != 2
+		c.hurryLocked(c.o.Timeouts.untilFIN()) // only its close is left to wait for
+	}
+	if x.final {
+		c.pending--
+	}
+	if c.waiting.empty() {
+		c.peekLocked(x, r)
+	}
+	c.armLocked()
+	return !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 }
 
 // decides reports whether r, the reply to x, accepts or refuses a message. It shows that the relay works.

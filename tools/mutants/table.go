@@ -81,7 +81,7 @@ var mutants = []mutant{
 		"r.Class() < 4 && c.waiting.oldest().end > c.attempted",
 		"false"},
 	{"replies behind one that is out of step are believed", "internal/conn/reading.go",
-		"more = !c.ending.outOfStep &&",
+		"return !c.ending.outOfStep &&",
 		"more = true &&"},
 	{"two final replies that contradict each other are believed", "internal/conn/reading.go",
 		"		x.tx.contradicted = true\n",
