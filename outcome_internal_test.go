@@ -32,7 +32,7 @@ func replies(mail, data, final int, rcpt ...int) conn.Replies {
 
 func TestResultDecidesTheOutcome(t *testing.T) {
 	var (
-		eof     = error(io.EOF)
+		eof     = io.EOF
 		timeout = error(&conn.TimeoutError{Step: conn.StepMail})
 		gone421 = error(&conn.ReplyError{Step: conn.StepRset, Reply: code(421)})
 		body    = errors.New("disk failed")

@@ -82,7 +82,7 @@ var mutants = []mutant{
 		"false"},
 	{"replies behind one that is out of step are believed", "internal/conn/reading.go",
 		"return !c.ending.outOfStep &&",
-		"more = true &&"},
+		"return true &&"},
 	{"two final replies that contradict each other are believed", "internal/conn/reading.go",
 		"		x.tx.contradicted = true\n",
 		"			x.tx.contradicted = false\n"},
