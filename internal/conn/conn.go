@@ -28,6 +28,7 @@ type exchange struct {
 	rcpt  int           // which recipient, for StepRcpt
 	limit time.Duration // for the reply, counted from when no other is awaited before it and end has left; 0 means none
 	first bool          // of what was written behind a final dot that had no reply yet
+	left  bool          // nobody waits for the reply any more
 }
 
 // Conn is one connection, from its first byte to the relay's close.
@@ -69,6 +70,7 @@ type Conn struct {
 	phase      phase
 	reason     Reason     // why phase is not ready
 	cause      error      // why it is draining
+	fault      error      // a reply to one message for which no other is begun
 	waiting    []exchange // oldest first, from head on
 	head       int
 	written    int64      // octets that were handed to the connection; changed by the holder of the write side, who alone reads it without mu
@@ -144,7 +146,9 @@ func (c *Conn) Info() Info {
 	defer c.mu.Unlock()
 	info := Info{Used: c.used, Pending: c.pending, Reason: c.reason, Auth: c.auth, Decided: c.decided, LedByAuth: c.ledByAuth}
 	if c.reason == Fault {
-		info.Err = c.cause
+		if info.Err = c.fault; info.Err == nil {
+			info.Err = c.cause
+		}
 	}
 	return info
 }
@@ -272,6 +276,14 @@ func (c *Conn) retireLocked(why Reason) {
 	}
 }
 
+// retireFaultLocked makes the connection take no further transaction because of the reply that err tells.
+func (c *Conn) retireFaultLocked(err error) {
+	if c.phase == ready {
+		c.retireLocked(Fault)
+		c.fault = err
+	}
+}
+
 // Reading.
 
 // ReadLoop runs until the connection has ended. It alone reads.
@@ -377,15 +389,21 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
-// decides reports whether r, the reply to x, tells what becomes of a message.
+// decides reports whether r, the reply to x, tells what becomes of a message, so that the relay does its work. What stands
+// behind a refused MAIL is refused for that. A sender who is refused proves something only on a connection that has gone on
+// after an earlier message: some relays refuse everybody, and leave.
 func decides(x exchange, r wire.Reply) bool {
 	switch {
 	case r.Code == 421 || r.Code == 432:
 		return false
 	case x.final:
 		return true
+	case r.Class() < 4:
+		return false
+	case x.op == StepMail:
+		return r.Class() == 5 && r.Code != 503 && r.Code != 530 && x.tx.seq > 1
 	}
-	return (x.op == StepRcpt || x.op == StepData) && r.Class() >= 4
+	return (x.op == StepRcpt || x.op == StepData) && !x.tx.replies.MailRefused()
 }
 
 // learnLimit takes in what r, the reply to x, tells of how many transactions the relay allows on a connection.
@@ -393,7 +411,7 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
 		c.o.Profile.SessionGoesOn(x.tx.seq)
-	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq)):
+	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq, c.decided)):
 		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
 	}
 }
@@ -465,6 +483,8 @@ func (c *Conn) armLocked() {
 	switch {
 	case c.cause != nil && !c.dueLocked():
 		at = longAgo
+	case c.cause != nil && c.leftLocked():
+		c.hurryLocked(stallLimit) // a connection to a relay that is silent does not keep its place for nobody
 	case c.head < len(c.waiting):
 		if x := c.waiting[c.head]; x.limit > 0 && x.end <= c.written {
 			at = time.Now().Add(x.limit)
@@ -483,6 +503,29 @@ func (c *Conn) armLocked() {
 // in part.
 func (c *Conn) dueLocked() bool {
 	return slices.ContainsFunc(c.waiting[c.head:], func(x exchange) bool { return x.final && x.end <= c.attempted })
+}
+
+// leftLocked reports whether nobody waits for the final replies that are still to come.
+func (c *Conn) leftLocked() bool {
+	return !slices.ContainsFunc(c.waiting[c.head:], func(x exchange) bool { return x.final && !x.left })
+}
+
+// leave notes that t waits for its final reply no more. Where nobody else waits for anything, the connection ends.
+func (c *Conn) leave(t *Transaction) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	others := false
+	for i := range c.waiting[c.head:] {
+		if x := &c.waiting[c.head+i]; x.tx == t {
+			x.left = true
+		} else if x.tx != nil && !x.left {
+			others = true
+		}
+	}
+	if !others {
+		c.failLocked(errGivenUp)
+	}
+	c.armLocked()
 }
 
 // hurryLocked bounds how long the relay is listened to from now on.

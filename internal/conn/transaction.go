@@ -42,6 +42,7 @@ type Transaction struct {
 	bodyErr      error // why the body was given up
 	afterIdle    bool  // the connection was idle for so long that it may be dead
 	ledByAuth    bool  // AUTH is its first command; set before that is expected
+	worked       bool  // before the reply to MAIL the relay had decided over another message on this connection
 	handedOver   bool  // somebody else has the write side already
 	shared       bool  // the guard's function may still run, and look at the transaction
 
@@ -87,7 +88,7 @@ func (t *Transaction) result() Result {
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
-		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
+		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, Worked: t.worked, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.cause, Left421: c.left421,
 		OutOfStep: c.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
@@ -340,6 +341,10 @@ var errGivenUp = &GivenUpError{errors.New("the connection was given up with a me
 // what follows AUTH; the message goes to another connection then, on which AUTH goes alone.
 const authSilence = 2 * time.Second
 
+// ledAuthSilence is how long it may take for the reply to an AUTH with commands behind it. Nothing of the message has left, so
+// it is safe to be impatient.
+const ledAuthSilence = 10 * time.Second
+
 // envelope writes the commands of the envelope, and awaits each one's reply if they are not pipelined. It reports whether
 // the conversation goes on.
 func (t *Transaction) envelope() bool {
@@ -347,6 +352,9 @@ func (t *Transaction) envelope() bool {
 	rset := t.begin()
 	command := c.o.Timeouts.Command
 	mailLimit := command
+	if first := c.o.Timeouts.First; t.seq == 1 && first > 0 && (mailLimit == 0 || first < mailLimit) {
+		mailLimit = first
+	}
 	if c.pendingAuth != nil {
 		t.ledByAuth = true
 		if mailLimit == 0 || mailLimit > authSilence {
@@ -424,7 +432,11 @@ func (t *Transaction) startData() bool {
 func (t *Transaction) writeAuth() bool {
 	c := t.c
 	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
-	if !t.expect(exchange{op: StepAuth, limit: c.o.openingLimit(), end: c.position() + int64(len(c.line))}) {
+	limit := c.o.openingLimit()
+	if t.ledByAuth && (limit == 0 || limit > ledAuthSilence) {
+		limit = ledAuthSilence
+	}
+	if !t.expect(exchange{op: StepAuth, limit: limit, end: c.position() + int64(len(c.line))}) {
 		return false
 	}
 	c.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
@@ -440,7 +452,7 @@ func (t *Transaction) begin() (rset bool) {
 	defer c.mu.Unlock()
 	rset = c.open
 	t.overlapped = c.pending > 0
-	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= longIdle
+	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= LongIdle
 	// A refused chunk leaves the envelope where it was (RFC 3030, 2), unlike a refused final dot.
 	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
 	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
@@ -513,7 +525,7 @@ func (t *Transaction) askLine(x exchange) bool {
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	c := t.c
 	if r.Code == 432 {
-		c.retireLocked(Fault) // one connection too many, and this is it
+		c.retireFaultLocked(&ReplyError{Step: x.op, Reply: r}) // one connection too many, and this is it
 	}
 	if x.final {
 		t.finalLocked(x, r)
@@ -602,22 +614,21 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 // mailLocked takes in the reply to MAIL.
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
-	t.replies.Mail = r
+	t.replies.Mail, t.worked = r, c.decided
 	switch {
-	case t.ledByAuth && r.Class() != 2:
+	case t.ledByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
 		c.ledByAuth = true
-		c.o.Profile.AuthFollowedFailed(r)
-		c.retireLocked(Fault)
-	case c.o.Profile.EndsSession(StepMail, r, t.seq):
+		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r})
+	case c.o.Profile.EndsSession(StepMail, r, t.seq, t.worked):
 		c.retireLocked(Full)
 	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
-		c.retireLocked(Fault) // the relay does not think of the connection what we do
+		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r}) // the relay does not think of the connection what we do
 	}
 }
 
 // endsSessionLocked retires the connection where r is about it.
 func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
-	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
+	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq, t.worked) {
 		t.c.retireLocked(Full)
 	}
 }
@@ -648,6 +659,7 @@ func (t *Transaction) awaitEnvelope() bool {
 	for {
 		c.mu.Lock()
 		lost, complete, silent := c.phase >= draining, t.asked == t.answered, t.answered == 0
+		forNobody := c.head < len(c.waiting) && c.waiting[c.head].left
 		c.mu.Unlock()
 		if lost || complete {
 			return !lost
@@ -656,7 +668,7 @@ func (t *Transaction) awaitEnvelope() bool {
 		case <-t.signal:
 		case <-c.lost:
 		case <-stalled:
-			if silent && c.owner.Elsewhere() {
+			if silent && (forNobody || c.owner.Elsewhere()) {
 				c.fail(errStalled)
 			}
 			c.stall.Reset(stallLimit)
@@ -665,7 +677,7 @@ func (t *Transaction) awaitEnvelope() bool {
 }
 
 const (
-	longIdle   = 10 * time.Second // of a connection: from then on it may have been cut without a word
+	LongIdle   = 10 * time.Second // of a connection: from then on it may have been cut without a word
 	idleReply  = 30 * time.Second // for the first reply on such a connection
 	stallLimit = 10 * time.Second // how long a message waits behind another one's final dot before it goes elsewhere
 )
@@ -866,6 +878,7 @@ func (t *Transaction) awaitFinal() {
 				drained = timer.C
 			}
 		case <-drained:
+			t.c.leave(t)
 			return
 		}
 	}
