@@ -133,7 +133,7 @@ const (
 type Timeouts struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, and none works: 2 min
+	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, none works, or a new one has no reply to its first MAIL: 2 min
 	Dial       time.Duration // TCP connect: 30 s
 	Greeting   time.Duration // the greeting, and each reply until the connection is ready if Command is not less: 30 s
 	TLS        time.Duration // the TLS handshake: 30 s

@@ -26,13 +26,16 @@ type delivery struct {
 	receipt Receipt
 
 	want     ask
-	round    int    // of the pace, when the transaction was begun
-	moved    bool   // it was tried on another connection since the one before refused it for now
-	failed   int    // connections that could not be opened meanwhile
-	attempts int    // tries that failed and counted
-	tries    int    // all of them
-	unknown  *Error // of a transaction whose fate is unknown
-	refusal  *Error // what the first recipient that was refused for itself was told
+	round    int       // of the pace, when the transaction was begun
+	moves    int       // tries that failed and did not count
+	slowed   int       // of all tries, those that came too fast for the relay
+	slowedAt time.Time // the first of these
+	moved    bool      // it was tried on another connection since the one before refused it for now
+	failed   int       // connections that could not be opened meanwhile
+	attempts int       // tries that failed and counted
+	tries    int       // all of them
+	unknown  *Error    // of a transaction whose fate is unknown
+	refusal  *Error    // what the first recipient that was refused for itself was told
 }
 
 // run makes transactions until nothing is left to do.
@@ -47,11 +50,12 @@ func (d *delivery) run() (Receipt, error) {
 	for len(d.todo) > 0 {
 		g, err := d.c.pool.take(d.ctx, d.want)
 		d.failed += g.failed
+		d.want.waited += g.waited
 		if err != nil {
 			return d.end(err)
 		}
 		s := g.session
-		d.round, d.want.again = g.round, false
+		d.round, d.want.again, d.want.admitted = g.round, false, true
 		rcpts, err := d.fit(s)
 		if err != nil {
 			d.c.pool.release(s)
@@ -66,7 +70,12 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.cfg.stats.retries.Add(1)
 		}
 		t := conn.NewTransaction(d.ctx, s.Conn, d.msg)
-		err = d.settle(s, rcpts, t.Run())
+		began := time.Now()
+		r := t.Run()
+		if r.Mail.Code == 0 && r.Lost != nil {
+			d.want.waited += time.Since(began) // for nothing
+		}
+		err = d.settle(s, rcpts, r)
 		t.Recycle()
 		if err != nil {
 			return d.end(err)
@@ -91,11 +100,14 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 			d.c.pool.crowd()
 		}
 	}
+	if e != nil && r.AfterIdle && r.Mail.Code == 0 && conn.IsTimeout(r.Lost) {
+		d.c.pool.distrust(conn.LongIdle)
+	}
 	wait := d.note(rcpts, &r, e)
 	d.c.cfg.explainRefusal(d.refusal, s.Extensions(), s.TLS() == nil)
 	d.learnRcpts(&r, e)
 	throttled := slices.ContainsFunc(r.Rcpt, func(reply wire.Reply) bool { return publicReply(reply).throttles(OpRcpt) })
-	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq)) {
+	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq, r.Worked)) {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
 	switch {
@@ -169,29 +181,31 @@ func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
 	}
 }
 
+const (
+	movesMost  = 10 // tries of a message that fail at once and do not count; the others count, whatever they are
+	slowedMost = 30 // tries that may come too fast for the relay
+	cutsMost   = 5  // of these, so many slow the others down and go before them
+)
+
 // pause waits before the next try if there is one, as what says. Else it returns e, the reason.
 func (d *delivery) pause(what next, e *Error) *Error {
 	switch what {
-	case waitForSlot:
-		what = retryLater
-		if d.c.pool.open() > 1 {
-			what = retryNow // the others work, and whoever waits is served in turn
+	case waitForSlot, retryNow:
+		what = retryNow // the others work, or the gate is closed, and whoever waits is served in turn
+		if d.moves++; d.moves > movesMost {
+			what = retryLater
 		}
 	case tryElsewhere:
 		d.moved, what = true, retryNow
 	case waitForPace:
-		if d.c.pool.slowDown(d.round) {
-			d.want.again, what = true, retryNow
-		} else {
-			what = giveUp
-		}
+		what = d.slowDown()
 	}
 	if what == retryNow {
 		d.traceRetry(0, e)
 		return nil
 	}
 	d.attempts++
-	if what == giveUp || d.c.cfg.Retry.exhausted(d.attempts) {
+	if what == giveUp || d.c.cfg.Retry.exhausted(d.attempts) || d.c.pool.outage(d.want.waited) {
 		return e
 	}
 	wait := d.c.cfg.Retry.backoff(d.attempts)
@@ -204,6 +218,24 @@ func (d *delivery) pause(what next, e *Error) *Error {
 		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: scope, Err: err}
 	}
 	return nil
+}
+
+// slowDown waits in the queue for the relay's pace. A message that the relay refuses again and again, although others are
+// accepted, goes behind them, and is given up in the end: the relay may limit its sender or its recipient.
+func (d *delivery) slowDown() next {
+	if d.slowed++; d.slowed == 1 {
+		d.slowedAt = time.Now()
+	}
+	cut := d.slowed <= cutsMost
+	limit := d.c.cfg.Timeouts.Outage
+	switch {
+	case !d.c.pool.slowDown(d.round, cut):
+		return giveUp
+	case limit > 0 && d.slowed > slowedMost && time.Since(d.slowedAt) >= limit:
+		return retryLater
+	}
+	d.want.again, d.want.admitted = cut, true
+	return retryNow
 }
 
 func (d *delivery) traceRetry(wait time.Duration, e *Error) {

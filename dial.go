@@ -145,7 +145,7 @@ func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
 func (c *settings) connOptions() *conn.Options {
 	t := c.Timeouts
 	o := &conn.Options{
-		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, Data: t.Data, Write: t.Write,
+		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, First: t.Outage, Data: t.Data, Write: t.Write,
 			FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,

@@ -12,9 +12,10 @@ type gate struct {
 }
 
 const (
-	authPause     = 30 * time.Second // without AUTH after credentials were refused; doubles
-	authPauseMost = 5 * time.Minute
-	showingTime   = 5 * time.Second // for a new connection to show that the relay does its work
+	authPause      = 30 * time.Second // without AUTH after credentials were refused; doubles
+	authPauseMost  = 5 * time.Minute
+	freshPauseMost = time.Minute     // the same, where others are given each time
+	showingTime    = 5 * time.Second // for a new connection to show that the relay does its work
 )
 
 // open reports whether a dial may be begun while so many are under way. After a failure one is tried at a time.

@@ -14,7 +14,18 @@ import (
 // mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
 	waiting := p.queue.len() + more
-	return !p.draining && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling+p.lastRoom && p.gate.open(now, p.dialling)
+	return !p.draining && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
+}
+
+// slowDial is how long a dial may take before others are begun in its place.
+const slowDial = 10 * time.Second
+
+// slowDialsLocked notes which dials take long: nobody counts on them.
+func (p *pool) slowDialsLocked(now time.Time) {
+	for s := p.dials.first; s != nil && now.Sub(s.dialled) >= slowDial; s = p.dials.first {
+		s.at.remove()
+		p.slow++
+	}
 }
 
 // Sessions near their last transaction are counted: while they have room for everyone who waits, one more connection would
@@ -49,12 +60,13 @@ func (p *pool) fillLocked(now time.Time) {
 		ctx := context.WithoutCancel(p.queue.next().ctx)
 		p.dialling++
 		p.lastID++
-		s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round}, p.usedUp
+		s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round, dialled: now}, p.usedUp
+		p.dials.pushBack(s)
 		p.running.Go(func() { p.openSession(ctx, s, usedUp) })
 	}
 	for p.queue.len() > 0 && !p.draining && p.pace.ready(now) {
 		s := p.idle.last
-		if s != nil || p.queue.len() > p.dialling {
+		if s != nil || p.queue.len() > p.dialling-p.slow {
 			s = p.freeLocked(0, now)
 		}
 		if s == nil {
@@ -77,8 +89,8 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	leave, err := p.cfg.dial(ctx, s)
 	if err != nil {
 		p.mu.Lock()
-		p.dialledLocked(s)
-		p.failedLocked(err, s.round)
+		slow := p.dialledLocked(s)
+		p.failedLocked(err, s.round, slow)
 		p.mu.Unlock()
 		leave()
 		p.mu.Lock()
@@ -114,12 +126,17 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	p.fillLocked(time.Now()) // only one dial ran while the gate was closed
 }
 
-// dialledLocked notes that the dial of s is over.
-func (p *pool) dialledLocked(s *session) {
+// dialledLocked notes that the dial of s is over, and reports whether it was slow.
+func (p *pool) dialledLocked(s *session) (slow bool) {
 	p.dialling--
+	if slow = s.at.in == nil; slow {
+		p.slow--
+	}
+	s.at.remove()
 	if s.greeted {
 		p.greeted--
 	}
+	return slow
 }
 
 // hasGreeted is told that the relay has greeted s.
@@ -167,8 +184,8 @@ func (p *pool) sessionClosed(s *session) {
 	p.traceClosed(s, info)
 }
 
-// lostLocked takes the end of s for a failed dial, if the relay has ended it before it did any work on it: a relay that hangs
-// up at AUTH or at MAIL is not dialled more often than one that cannot be reached.
+// lostLocked takes the end of s for a failed dial, if it has ended before the relay did any work on it: a relay that hangs up at
+// AUTH or at MAIL, or refuses each message there, is not dialled more often than one that cannot be reached.
 func (p *pool) lostLocked(s *session, info conn.Info) {
 	var ours *conn.GivenUpError
 	if info.LedByAuth && publicReply(info.Auth).says(saysTooManyConns, OpAuth) {
@@ -178,8 +195,11 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 		}
 		return
 	}
-	if info.Reason != conn.Fault || info.Decided || info.LedByAuth || s.lostIdle || p.draining || errors.As(info.Err, &ours) {
+	if info.Decided || info.LedByAuth || p.draining || info.Used == 0 && s.lostIdle || errors.As(info.Err, &ours) {
 		return
+	}
+	if info.Reason != conn.Fault && (info.Reason != conn.Full || info.Used == 0) {
+		return // it has ended by a rule of ours
 	}
 	e := &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: info.Err}
 	switch cause := info.Err.(type) {
@@ -189,6 +209,8 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 		e.Reply, e.Err = publicReply(cause.Reply), nil
 	case *conn.AuthError:
 		e = p.cfg.refusedAuth(cause.Reply)
+	case nil:
+		e.Err = errNoWork
 	}
 	now := time.Now()
 	if e.Reply.says(tooManyConns, e.Op) && p.workingLocked() {
@@ -198,6 +220,8 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 	}
 	p.fillLocked(now)
 }
+
+var errNoWork = errors.New("the relay accepts nothing and refuses no recipient")
 
 // freeSlotLocked gives back the slot of a connection that is no more.
 func (p *pool) freeSlotLocked() {
@@ -236,21 +260,34 @@ func (p *pool) open() int {
 // accepted notes that the relay has accepted a message.
 func (p *pool) accepted() { p.pace.recent.add(time.Now()) }
 
-// slowDown is told when the relay has refused a message because messages come too fast; round is that of its grant. It reports
-// whether it is of use to wait: not where nothing was accepted for Timeouts.Outage.
-func (p *pool) slowDown(round int) bool {
+// slowDown is told when the relay has refused a message because messages come too fast; round is that of its grant, and cut tells
+// whether it may slow the others down. It reports whether it is of use to wait: not where nothing was accepted for
+// Timeouts.Outage.
+func (p *pool) slowDown(round int, cut bool) bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.pace.off {
 		return false
 	}
-	if p.pace.tooFast(round, now) {
+	if cut && p.pace.tooFast(round, now) {
 		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.rate)})
 		p.planLocked(now)
 	}
 	limit := p.cfg.Timeouts.Outage
 	return limit == 0 || now.Sub(p.pace.recent.last(p.pace.first)) < limit
+}
+
+// distrust ends the sessions that have been idle for as long as one that has turned out dead without a word: the way to the
+// relay may have forgotten them all.
+func (p *pool) distrust(longIdle time.Duration) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := p.idle.first; s != nil && now.Sub(s.idleSince) >= longIdle; s = p.idle.first {
+		s.Retire(conn.Idle)
+		p.settleLocked(s, now)
+	}
 }
 
 // crowd is told that the relay has said on s that there are too many connections.
@@ -272,15 +309,17 @@ func (p *pool) authenticate(ctx context.Context, s *session) *Error {
 		p.cfg.explainAuth(e)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.failedLocked(e, s.round)
+		p.failedLocked(e, s.round, false)
 	}
 	return e
 }
 
 // failedLocked takes the failure of a dial, or of the AUTH that was part of it. While another session works, nobody hears of
-// it. Else those are told whom no other dial can help, and those who do not want to wait.
-func (p *pool) failedLocked(e *Error, round int) {
+// it. Else those are told whom no other dial can help, and those who do not want to wait. Those that were begun in place of a
+// slow one do not count.
+func (p *pool) failedLocked(e *Error, round int, slow bool) {
 	now := time.Now()
+	p.slowDialsLocked(now)
 	working := p.workingLocked()
 	if e.Reply.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // beside the one that was refused
 		p.crowdedLocked()
@@ -294,7 +333,7 @@ func (p *pool) failedLocked(e *Error, round int) {
 		p.crowdRound = round + 1
 	}
 	p.gateFailedLocked(e, round, now)
-	if !working && p.dialling == 0 { // else one of those under way may serve them
+	if !working && (slow || p.dialling == p.slow) { // else one of those under way may serve them
 		p.queue.all(func(w *waiter) {
 			if w.failed++; w.failFast || w.once || e.lasting() && !p.forNow(e) {
 				p.failLocked(w, e)
@@ -316,6 +355,8 @@ func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
 	switch auth := e.Op == OpAuth && !e.Reply.says(tooManyConns, e.Op); {
 	case auth && e.Reply.says(tooManyLogins, e.Op):
 		wait = backoffUpTo(authPause, authPauseMost, failures)
+	case auth && failures > 1 && !p.cfg.profile.proven.Load() && isSilence(e.Err):
+		wait = authPause // it may be the answer to wrong credentials
 	case auth && e.Reply.Code/100 == 5 && p.cfg.Auth == nil && !p.forNow(e):
 		// The same credentials again: no use, and some relays lock the account.
 		wait, paused = backoffUpTo(authPause, authPauseMost, failures), true
@@ -323,36 +364,47 @@ func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
 	p.gate.failed(e, round, now.Add(wait), paused)
 }
 
+// isSilence reports whether err tells that a reply did not come in time.
+func isSilence(err error) bool {
+	_, silent := errors.AsType[*conn.TimeoutError](err)
+	return silent
+}
+
 // An outage: nothing gets through.
 
-// outageEndsLocked is when the one who has waited longest has waited for too long; zero means never.
-func (p *pool) outageEndsLocked() time.Time {
-	limit := p.cfg.Timeouts.Outage
-	if limit == 0 || p.queue.len() == 0 {
-		return time.Time{}
+// expectOutageLocked has somebody look when w, who begins to wait, has waited for too long.
+func (p *pool) expectOutageLocked(w *waiter) {
+	if limit := p.cfg.Timeouts.Outage; limit > 0 {
+		p.outageAt = earliest(p.outageAt, latest(w.since, p.through).Add(limit))
 	}
-	return p.through.Add(limit)
+}
+
+// outage reports whether nothing has got through for Timeouts.Outage, and a message has waited for so long.
+func (p *pool) outage(waited time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	limit := p.cfg.Timeouts.Outage
+	return limit > 0 && waited >= limit && time.Since(p.through) >= limit
 }
 
 // endOutageLocked tells those who have waited for Timeouts.Outage while nothing got through.
 func (p *pool) endOutageLocked(now time.Time) {
-	ends := p.outageEndsLocked()
-	if ends.IsZero() || now.Before(ends) {
+	if p.outageAt.IsZero() || now.Before(p.outageAt) {
 		return
 	}
 	for s := range p.sessions {
-		p.through = latest(p.through, s.Moved())
+		if s.Info().Decided {
+			p.through = latest(p.through, s.Moved())
+		}
 	}
-	limit := p.cfg.Timeouts.Outage
-	oldest := now
+	p.outageAt = time.Time{}
 	p.queue.all(func(w *waiter) {
-		if since := latest(w.since, p.through); now.Sub(since) >= limit {
+		if now.Sub(latest(w.since, p.through)) >= p.cfg.Timeouts.Outage {
 			p.failLocked(w, p.outageErrorLocked())
-		} else if since.Before(oldest) {
-			oldest = since
+		} else {
+			p.expectOutageLocked(w)
 		}
 	})
-	p.through = oldest
 }
 
 // latest returns the later of two times.

@@ -219,7 +219,7 @@ func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) 
 		return fateOpen
 	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0:
 		return fateOpen
-	case reply.throttles(OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq):
+	case reply.throttles(OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked):
 		return fateOpen
 	case temporary && class == 4:
 		return fateLater

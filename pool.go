@@ -41,13 +41,16 @@ type pool struct {
 	queue      queue
 	pace       pace
 	dialling   int
-	greeted    int // of these, how many the relay has greeted
-	crowdRound int // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
+	dials      list[session] // of these, the ones that are not slow yet, oldest first
+	slow       int           // the others, which nobody counts on
+	greeted    int           // of these, how many the relay has greeted
+	crowdRound int           // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
 	lastID     int64
 	usedUp     int           // sessions that were full when they ended, since one was last idle
 	lastRoom   int           // the sum of session.lastRoom
 	trustUntil time.Time     // when lastRoom is counted anew, if somebody waits; zero means that nobody has waited
-	through    time.Time     // when something got through last, as far as was looked
+	through    time.Time     // when the relay did its work last, as far as was looked
+	outageAt   time.Time     // when to look for those who have waited for too long; zero means that nobody waits
 	idleEnds   time.Time     // no idle session ends before; zero means that none ends
 	timer      *time.Timer   // calls wake; nil until there is a need
 	wakeAt     time.Time     // when it runs out; zero means that it does not run
@@ -68,7 +71,8 @@ type session struct {
 	// Guarded by the pool's lock.
 	held      bool           // somebody has the write side
 	gone      bool           // the relay has closed it
-	at        links[session] // in idle or ready, while nobody holds it
+	at        links[session] // in idle or ready, while nobody holds it; in dials before
+	dialled   time.Time      // when the dial was begun
 	idleSince time.Time
 	greeted   bool // by the relay, while it is being opened
 	lostIdle  bool // it was lost while it was idle
@@ -107,6 +111,7 @@ func newPool(cfg *settings) *pool {
 		sessions: make(map[*session]struct{}),
 		idle:     list[session]{links: place},
 		ready:    list[session]{links: place},
+		dials:    list[session]{links: place},
 		queue:    newQueue(),
 		pace:     newPace(cfg.Limits.Rate),
 		left:     make(chan struct{}),
@@ -152,11 +157,9 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 		return g, err
 	}
 	w := p.spare.Get().(*waiter)
-	*w = waiter{ask: want, ctx: ctx, since: began, served: w.served}
-	if p.queue.len() == 0 {
-		p.through = began
-	}
+	*w = waiter{ask: want, ctx: ctx, since: began.Add(-want.waited), served: w.served}
 	p.queue.add(w)
+	p.expectOutageLocked(w)
 	p.waiting.Add(1)
 	p.fillLocked(began)
 	p.mu.Unlock()
@@ -174,6 +177,7 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 	}
 	p.cfg.stats.waitedSince(began)
 	g, err = w.grant, w.err
+	g.waited = time.Since(began)
 	*w = waiter{served: w.served}
 	p.spare.Put(w)
 	if err == nil {
@@ -201,7 +205,7 @@ func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, 
 	if err := p.refusalLocked(want, now); err != nil {
 		return grant{}, err
 	}
-	if most := p.cfg.Limits.MaxWaiting; most > 0 && p.queue.len() >= most && !want.again && !want.patient {
+	if most := p.cfg.Limits.MaxWaiting; most > 0 && p.queue.len() >= most && !want.admitted && !want.patient {
 		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: ErrBusy}
 	}
 	return grant{}, nil
@@ -350,7 +354,7 @@ func (p *pool) changed(s *session, answered bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if answered {
+	if answered && s.Info().Decided {
 		p.through = now
 	}
 	p.settleLocked(s, now)
@@ -441,6 +445,7 @@ func (p *pool) wake() {
 	p.slots.raiseDue(now)
 	p.sweepLocked(now)
 	p.countRoomLocked(now)
+	p.slowDialsLocked(now)
 	p.endOutageLocked(now)
 	p.fillLocked(now)
 }
@@ -452,7 +457,10 @@ func (p *pool) nextWakeLocked(now time.Time) time.Time {
 		return at
 	}
 	at = earliest(at, p.trustUntil)
-	at = earliest(at, p.outageEndsLocked())
+	at = earliest(at, p.outageAt)
+	if p.dials.first != nil {
+		at = earliest(at, p.dials.first.dialled.Add(slowDial))
+	}
 	for _, t := range []time.Time{p.gate.opens(), p.pace.next} {
 		if t.After(now) {
 			at = earliest(at, t)

@@ -21,7 +21,7 @@ import (
 //	AuthFollowedFailed                   AUTH travels alone                                       after an hour
 //	SessionFull, SessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
-//	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds
+//	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds to 5 minutes
 //	NoteDiscard                          chunks, DATA or a question for an address (DiscardsAt)   after an hour
 //
 // Each change is a lesson, which a Trace is told. It is safe for concurrent use.
@@ -49,7 +49,9 @@ type profile struct {
 
 	badAuth      [sha256.Size]byte // mark of the credentials that were refused
 	badAuthReply wire.Reply        // what the relay said; Code 0 if it has refused none
-	badAuthUntil time.Time
+	badAuthAt    time.Time
+	badAuthTimes int // how often these, in a row
+	badAuthMarks int // how many different ones in a row
 }
 
 // learntFor is how long a limit is believed without being met again.
@@ -79,30 +81,37 @@ func (p *profile) RsetFailed() {
 func (p *profile) ResetsByEHLO() bool { return p.noRset.Load() }
 
 // AuthTurn waits until this connection may authenticate: at once where the relay has accepted credentials before, else one
-// connection at a time, so that wrong ones are tried once. Who is silent holds the others up for authTurnMost.
-func (p *profile) AuthTurn(ctx context.Context) (done func()) {
+// connection at a time, so that wrong ones are tried once. A turn ends after authTurnMost, if the relay has not answered by
+// then. Who has had none after authTurnWait gets none: the relay answers nobody.
+func (p *profile) AuthTurn(ctx context.Context) (done func(), ok bool) {
 	if p.proven.Load() {
-		return func() {}
+		return func() {}, true
 	}
-	timer := time.NewTimer(authTurnMost)
+	timer := time.NewTimer(authTurnWait)
 	defer timer.Stop()
 	select {
 	case p.authTurn <- struct{}{}:
-		return func() { <-p.authTurn }
+		over := sync.OnceFunc(func() { <-p.authTurn })
+		most := time.AfterFunc(authTurnMost, over)
+		return func() { most.Stop(); over() }, true
 	case <-timer.C:
+		return func() {}, p.proven.Load()
 	case <-ctx.Done():
+		return func() {}, true // whatever comes next ends with ctx
 	}
-	return func() {}
 }
 
-const authTurnMost = 10 * time.Second
+const (
+	authTurnMost = 10 * time.Second
+	authTurnWait = 25 * time.Second // less than Timeouts.Greeting, by which the first turn has an answer
+)
 
 // AuthFollowedFailed is told when an AUTH that had commands behind it, or the MAIL behind it, was refused, thrown away or
 // answered with a challenge; r is the reply, if there was one. From then on AUTH is sent alone, before the first transaction:
 // that costs a round trip for each connection.
-func (p *profile) AuthFollowedFailed(r wire.Reply) {
+func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 	if publicReply(r).says(saysTooManyConns, OpAuth) {
-		return // it would say so to an AUTH alone, too
+		return false // it would say so to an AUTH alone, too
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -111,6 +120,7 @@ func (p *profile) AuthFollowedFailed(r wire.Reply) {
 		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not take commands behind AUTH: AUTH is sent alone"})
 	}
 	p.authAloneUntil = now.Add(authAloneFor)
+	return true
 }
 
 // authAloneFor is how long AUTH is sent alone after that.
@@ -239,22 +249,34 @@ func (l *rcptLimit) took(n, accepted, tooMany int) {
 }
 
 // credentialsRefused is told when the relay has refused credentials for good; mark identifies them. They are not sent again
-// for a while: some relays lock the account.
+// for a while, which doubles: some relays lock the account.
 func (p *profile) credentialsRefused(mark [sha256.Size]byte, r wire.Reply) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.badAuth, p.badAuthReply, p.badAuthUntil = mark, r, time.Now().Add(authPause)
+	if p.badAuthTimes++; p.badAuth != mark {
+		p.badAuthTimes = 1
+		p.badAuthMarks++
+	}
+	p.badAuth, p.badAuthReply, p.badAuthAt = mark, r, time.Now()
 	p.learned(LearnedInfo{Lesson: LessonBadCredentials, Text: "the relay refuses the credentials: they are not tried for a while", Reply: publicReply(r)})
 }
 
-// RefusalOf returns the relay's refusal of just these credentials if that is not long ago.
+// freshTries is how many credentials that differ may be refused one after another, before any others wait too.
+const freshTries = 4
+
+// RefusalOf returns the relay's refusal of just these credentials if that is not long ago; or of others, where many were
+// refused.
 func (p *profile) RefusalOf(mark [sha256.Size]byte) (r wire.Reply, refused bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.badAuthReply.Code == 0 || p.badAuth != mark || !time.Now().Before(p.badAuthUntil) {
-		return wire.Reply{}, false
+	pause := time.Duration(0)
+	switch more := p.badAuthMarks - freshTries; {
+	case p.badAuthTimes > 0 && p.badAuth == mark:
+		pause = backoffUpTo(authPause, authPauseMost, p.badAuthTimes)
+	case more >= 0:
+		pause = backoffUpTo(authPause, freshPauseMost, more+1)
 	}
-	return p.badAuthReply, true
+	return p.badAuthReply, time.Now().Before(p.badAuthAt.Add(pause))
 }
 
 // discard is what an address has shown about the octets of a chunk that it refuses.
@@ -325,6 +347,6 @@ func (r relay) AuthGivenUp() {
 func (r relay) Overlapped() { r.stats.overlapped.Add(1) }
 
 // EndsSession implements [conn.Profile].
-func (r relay) EndsSession(op conn.Step, reply wire.Reply, seq int) bool {
-	return publicReply(reply).endsSession(opOf(op), seq)
+func (r relay) EndsSession(op conn.Step, reply wire.Reply, seq int, worked bool) bool {
+	return publicReply(reply).endsSession(opOf(op), seq, worked)
 }

@@ -7,11 +7,13 @@ import (
 
 // ask is what a Send asks the pool for.
 type ask struct {
-	urgent   bool // before those that are not
-	once     bool // a dial that fails while it waits ends it
-	failFast bool // rather an error than a wait for a relay that cannot be reached
-	again    bool // a message that was throttled: before all others of its kind, whatever MaxWaiting says
-	patient  bool // MaxWaiting does not end it
+	urgent   bool          // before those that are not
+	once     bool          // a dial that fails while it waits ends it
+	failFast bool          // rather an error than a wait for a relay that cannot be reached
+	again    bool          // a message that was throttled: before all others of its kind
+	admitted bool          // a message that was in the queue before: MaxWaiting does not end it
+	patient  bool          // MaxWaiting does not end it
+	waited   time.Duration // before, for other tries of the message
 }
 
 // grant is what the pool gives.
@@ -19,6 +21,7 @@ type grant struct {
 	session *session
 	round   int // of the pace
 	failed  int // connections that could not be opened meanwhile
+	waited  time.Duration
 }
 
 // waiter is a Send that waits for a session.

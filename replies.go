@@ -101,15 +101,15 @@ func (r Reply) says(what meaning, op Op) bool {
 }
 
 // endsSession reports whether r, the reply to op in the seqth transaction of a connection, is about the connection and not about
-// the message: another connection may have that.
-func (r Reply) endsSession(op Op, seq int) bool {
+// the message: another connection may have that. worked: an earlier transaction of the connection came to something.
+func (r Reply) endsSession(op Op, seq int, worked bool) bool {
 	switch {
 	case r.says(tooManyMessages, op), r.says(idleTooLong, op):
 		return true
 	case seq <= 1:
 		return false
 	}
-	return r.says(loginForgotten, op) || r.isUnclear(op)
+	return r.says(loginForgotten, op) || worked && r.isUnclear(op)
 }
 
 // isUnclear reports whether r refuses a whole message for now and does not say why in words that are known. On a connection that

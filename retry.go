@@ -71,7 +71,7 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next
 		return giveUp // nobody waits for another try
 	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
 		return giveUp // the message cannot be written, or not again
-	case r.LedByAuth && publicReply(r.Auth).says(saysTooManyConns, OpAuth):
+	case r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail)):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
 		return retryNow // the relay does not take commands behind AUTH, which goes alone from now on
@@ -81,7 +81,7 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
-	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq):
+	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq, r.Worked):
 		return tryElsewhere
 	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)

@@ -50,7 +50,8 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 
 		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
 		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
-		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
+		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Worked: true, Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
+		{"4xx to MAIL where nothing else came to anything either", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
 		{"4xx to the first MAIL is not", first(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
 		{"the login is forgotten (RFC 4954, 6)", later(conn.Result{Replies: conn.Replies{Mail: code(530)}}), refused(OpMail, 530), false, tryElsewhere},
 
@@ -77,7 +78,7 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 
 func TestMessageIsTriedElsewhereOnce(t *testing.T) {
 	for _, code := range []int{451, 503, 530} {
-		r := conn.Result{Seq: 2, Used: 2, Begun: true, Replies: conn.Replies{Mail: wireReply(code, 0, 0, 0)}}
+		r := conn.Result{Seq: 2, Used: 2, Begun: true, Worked: true, Replies: conn.Replies{Mail: wireReply(code, 0, 0, 0)}}
 		e := Error{Op: OpMail, Outcome: NotAccepted, Reply: Reply{Code: code}}
 		for moved, want := range map[bool]next{false: tryElsewhere, true: giveUp} {
 			if got := (Retry{}).next(Bytes([]byte("x")), &r, &e, moved); got != want {

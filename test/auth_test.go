@@ -3,6 +3,7 @@ package test
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -190,3 +191,233 @@ func TestSlowChallengesAreBoundedTogether(t *testing.T) {
 		time.Sleep(time.Minute) // for the relay to end
 	})
 }
+
+// behindAuth are relays that object to what stands behind AUTH, each in its way.
+func behindAuth() map[string]smtptest.Fault {
+	led := func(e smtptest.Event) bool { return e.AuthLed }
+	leading := func(e smtptest.Event) bool { return e.AuthLed && e.N == 1 }
+	rows := map[string]smtptest.Fault{
+		"hangs up at AUTH":           {At: smtptest.Auth, Pipelined: true, Drop: true},
+		"resets at AUTH":             {At: smtptest.Auth, Pipelined: true, Abort: true},
+		"235 and hangs up":           {At: smtptest.Auth, Pipelined: true, Reply: "235 2.7.0 Accepted", Drop: true},
+		"235 and throws the rest":    {At: smtptest.Auth, Pipelined: true, Discard: true},
+		"is silent":                  {At: smtptest.Auth, Pipelined: true, Stall: true},
+		"334 to an initial response": {At: smtptest.Auth, Pipelined: true, Reply: "334 "},
+	}
+	for _, reply := range []string{"503 5.5.1 Bad sequence", "500 5.5.2 What?", "554 5.7.1 No", "535 5.7.8 Authentication failed", "454 4.7.0 Not now", "421 4.7.0 Bye"} {
+		rows[reply[:3]+" to AUTH"] = smtptest.Fault{At: smtptest.Auth, Pipelined: true, Reply: reply}
+		rows[reply[:3]+" to AUTH and hangs up"] = smtptest.Fault{At: smtptest.Auth, Pipelined: true, Reply: reply, Drop: true}
+	}
+	for _, reply := range []string{"530 5.7.0 Log in first", "503 5.5.1 Bad sequence", "554 5.7.1 No", "421 4.7.0 Bye"} {
+		rows[reply[:3]+" to each MAIL of such a connection"] = smtptest.Fault{At: smtptest.Mail, When: led, Reply: reply}
+	}
+	for _, reply := range []string{"550 5.7.1 No", "451 4.7.0 Not yet"} {
+		rows[reply[:3]+" to the MAIL behind AUTH"] = smtptest.Fault{At: smtptest.Mail, When: leading, Reply: reply}
+	}
+	return rows
+}
+
+// Where the relay objects to what stands behind AUTH, that costs some connections once and no message, and nobody is told that
+// the password is wrong.
+func TestRelayThatDoesNotTakeCommandsBehindAuthCostsNoMessage(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		for _, at := range []int{200, 1} { // at once, or one after another
+			send := func(habit *smtptest.Fault) (all []sent, took time.Duration, relay *smtptest.Server) {
+				relay = newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
+				if habit != nil {
+					habit.Count = -1
+					relay.Fault(*habit)
+				}
+				cfg := configOf(relay)
+				cfg.Limits.MaxMessagesPerConn = 15 // so that AUTH is due now and then
+				client := newClient(t, cfg)
+				began := time.Now()
+				for len(all) < 200 {
+					all = append(all, sendAtOnce(t.Context(), client, len(all), at)...)
+				}
+				took = time.Since(began)
+				client.Close()
+				return all, took, relay
+			}
+			_, usual, _ := send(nil)
+			for name, habit := range behindAuth() {
+				all, took, relay := send(&habit)
+				for _, s := range all {
+					if s.err != nil {
+						t.Errorf("%s, %d at once: %v", name, at, s.err)
+						break
+					}
+				}
+				checkLedger(t, relay, all)
+				most := usual + 3*time.Second
+				if habit.Stall { // nothing tells it from a relay that thinks for long
+					most = usual + 11*time.Second
+				}
+				if took > most {
+					t.Errorf("%s, %d at once: took %v, and %v without the habit", name, at, took, usual)
+				}
+				atMost(t, name+": connections", len(relay.Conns()), 14+20)
+			}
+		}
+	})
+}
+
+// A wrong password is tried by one connection at a time, and then not for a while, however long the relay thinks about it.
+func TestWrongPasswordIsTriedSeldomHoweverSlowItsRefusalIs(t *testing.T) {
+	for _, slow := range []time.Duration{0, 500 * time.Millisecond, 3 * time.Second, 20 * time.Second, time.Minute} {
+		for _, asked := range []bool{false, true} {
+			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+				relay := newRelay(t, near)
+				relay.Fault(smtptest.Fault{At: smtptest.Auth, Delay: slow, Reply: "535 5.7.8 Authentication failed", Count: -1})
+				cfg := configOf(relay)
+				if asked {
+					username, password := cfg.Username, cfg.Password
+					cfg.Username, cfg.Password = "", ""
+					cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+						return sasl.NewPlainClient("", username, password), nil
+					}
+				}
+				client := newClient(t, cfg)
+				ends := time.Now().Add(10 * time.Minute)
+				var senders sync.WaitGroup
+				for i := range 100 {
+					senders.Go(func() {
+						for time.Now().Before(ends) {
+							if s := sendOne(t.Context(), client, i); s.outcome() != smtprelay.NotAccepted {
+								t.Errorf("535 after %v: %v", slow, s.err)
+							}
+							time.Sleep(time.Second)
+						}
+					})
+				}
+				senders.Wait()
+				atMost(t, slow.String()+": AUTHs in ten minutes", relay.Stats().Auths, 14)
+				if relay.Stats().Auths < 2 {
+					t.Errorf("%v: the credentials were not tried again", slow)
+				}
+			})
+		}
+	}
+}
+
+// Credentials that the relay has accepted are right: a refusal later is the directory's fault, and fails no message.
+func TestRefusalOfCredentialsThatWereAcceptedFailsNoMessage(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.DropBodies = true })
+		refused := relay.Fault(smtptest.Fault{At: smtptest.Auth, Nth: 2, Every: 10, Reply: "535 5.7.8 Authentication failed", Count: -1})
+		cfg := configOf(relay)
+		cfg.Limits.MaxMessagesPerConn = 20
+		client := newClient(t, cfg)
+		all := sendAtOnce(t.Context(), client, 0, 1)
+		for range 90 {
+			all = append(all, sendAtOnce(t.Context(), client, len(all), 100)...)
+		}
+		allAccepted(t, relay, all)
+		if refused.Hits() < 20 {
+			t.Errorf("%d AUTHs were refused", refused.Hits())
+		}
+	})
+}
+
+// The directory of the relay is down for 25 s: each AUTH is refused, in the middle of traffic.
+func TestDirectoryThatIsDownForAWhileFailsNoMessage(t *testing.T) {
+	for _, reply := range []string{"535 5.7.8 Authentication failed", "454 4.7.0 Temporary authentication failure", "421 4.3.0 Directory down"} {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			relay := newRelay(t, near)
+			cfg := configOf(relay)
+			cfg.Limits.MaxMessagesPerConn = 20
+			client := newClient(t, cfg)
+			all := make([]sent, 3000) // 50 a second for a minute
+			var senders sync.WaitGroup
+			var down *smtptest.FaultHandle
+			for i := range all {
+				switch i {
+				case 500:
+					down = relay.Fault(smtptest.Fault{At: smtptest.Auth, Reply: reply, Drop: reply[0] == '4' && reply[1] == '2', Count: -1})
+				case 500 + 25*50:
+					down.Remove()
+				}
+				senders.Go(func() { all[i] = sendOne(t.Context(), client, i) })
+				time.Sleep(20 * time.Millisecond)
+			}
+			senders.Wait()
+			allAccepted(t, relay, all)
+			if down.Hits() == 0 {
+				t.Error("the directory was not asked while it was down")
+			}
+			atMost(t, "AUTHs while it was down", down.Hits(), 40)
+		})
+	}
+}
+
+// expiring are tokens of which each is accepted so often.
+type expiring struct {
+	mu   sync.Mutex // guards the field below
+	uses map[string]int
+}
+
+func (e *expiring) take(token string, most int) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.uses[token]++
+	return e.uses[token] <= most
+}
+
+// A token that is refused is asked for once more, at once: Config.Auth has a fresh one by then, and nobody hears of it.
+func TestTokenThatHasExpiredIsAskedForOnceMore(t *testing.T) {
+	for _, plain := range []bool{true, false} {
+		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+			tokens := expiring{uses: map[string]int{}}
+			relay := newRelay(t, near, func(s *smtptest.Server) {
+				s.Mechanisms = []string{sasl.Plain, sasl.OAuthBearer}
+				s.SASL = func(mechanism string) (smtptest.SASLServer, error) {
+					if mechanism == sasl.Plain {
+						return sasl.NewPlainServer(func(_, _, token string) error {
+							if !tokens.take(token, 3) {
+								return errExpired
+							}
+							return nil
+						}), nil
+					}
+					return sasl.NewOAuthBearerServer(func(o sasl.OAuthBearerOptions) *sasl.OAuthBearerError {
+						if !tokens.take(o.Token, 3) {
+							return &sasl.OAuthBearerError{Status: "invalid_token"}
+						}
+						return nil
+					}), nil
+				}
+			})
+			cfg := configOf(relay)
+			cfg.Username, cfg.Password = "", ""
+			cfg.Limits.MaxMessagesPerConn = 5
+			var cached atomic.Int64 // the cache gives each token for a while, and so too long now and then
+			var asked atomic.Int64
+			cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+				token := "token" + string(rune('a'+cached.Load()/4))
+				cached.Add(1)
+				asked.Add(1)
+				if plain {
+					return sasl.NewPlainClient("", "me", token), nil
+				}
+				return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "me", Token: token}), nil
+			}
+			client := newClient(t, cfg)
+			var all []sent
+			for range 30 {
+				all = append(all, sendAtOnce(t.Context(), client, len(all), 10)...)
+				time.Sleep(time.Second)
+			}
+			allAccepted(t, relay, all)
+			for _, s := range all {
+				if s.took > 5*time.Second {
+					t.Errorf("message %d took %v", s.number, s.took)
+				}
+			}
+			if relay.Stats().Auths < 20 {
+				t.Errorf("%d AUTHs", relay.Stats().Auths)
+			}
+		})
+	}
+}
+
+var errExpired = errors.New("expired")

@@ -249,7 +249,7 @@ func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
 					client.Ping,
 					func(ctx context.Context) error { _, err := client.Send(ctx, numbered(0)); return err },
 				} {
-					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+					ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
 					err := call(ctx)
 					cancel()
 					if !errors.Is(err, context.DeadlineExceeded) || !strings.HasSuffix(err.Error(), test.says) {

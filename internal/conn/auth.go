@@ -50,7 +50,12 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 		return nil
 	}
 	d.progress(StepAuth)
-	defer d.o.Profile.AuthTurn(ctx)()
+	began := time.Now()
+	done, ok := d.o.Profile.AuthTurn(ctx)
+	if !ok {
+		return authFailed(&TimeoutError{Step: StepAuth, After: time.Since(began)}) // the relay answers nobody's
+	}
+	defer done()
 	mech, err := d.o.Mechanism(ctx, &c.ext, c.tls)
 	if e, ok := err.(*OpenError); ok {
 		return e

@@ -77,6 +77,7 @@ type Conn struct {
 type ending struct {
 	reason    Reason     // why phase is not ready
 	cause     error      // why it is draining
+	fault     error      // a reply to one message because of which no other begins
 	said421   bool       // the relay has replied 421 to a command
 	left421   bool       // and then closed the connection in order, so that no reply is missing
 	outOfStep bool       // a reply was not possible for its command, so later replies cannot be matched
@@ -134,7 +135,9 @@ func (c *Conn) Info() Info {
 	defer c.mu.Unlock()
 	info := Info{Used: c.used, Pending: c.pending, Reason: c.ending.reason, Auth: c.ending.auth, Decided: c.decided, LedByAuth: c.ending.ledByAuth}
 	if c.ending.reason == Fault {
-		info.Err = c.ending.cause
+		if info.Err = c.ending.fault; info.Err == nil {
+			info.Err = c.ending.cause
+		}
 	}
 	return info
 }
@@ -259,6 +262,14 @@ func (c *Conn) Retire(why Reason) {
 func (c *Conn) retireLocked(why Reason) {
 	if c.phase == ready {
 		c.phase, c.ending.reason = last, why
+	}
+}
+
+// retireFaultLocked makes the connection take no further transaction because of the reply that err tells.
+func (c *Conn) retireFaultLocked(err error) {
+	if c.phase == ready {
+		c.retireLocked(Fault)
+		c.ending.fault = err
 	}
 }
 

@@ -15,6 +15,9 @@ import (
 // the message then goes to another connection, on which AUTH is sent alone.
 const authSilence = 2 * time.Second
 
+// ledAuthSilence limits the reply to an AUTH that commands follow. Nothing of the message has left, so it is safe to be impatient.
+const ledAuthSilence = 10 * time.Second
+
 // envelope writes the commands of the envelope, and waits for each reply if they are not pipelined. It reports whether the
 // transaction can go on.
 func (t *Transaction) envelope() bool {
@@ -22,6 +25,9 @@ func (t *Transaction) envelope() bool {
 	rset := t.begin()
 	command := c.o.Timeouts.Command
 	mailLimit := command
+	if first := c.o.Timeouts.First; t.seq == 1 && first > 0 && (mailLimit == 0 || first < mailLimit) {
+		mailLimit = first
+	}
 	if c.pendingAuth != nil {
 		t.ledByAuth = true
 		if mailLimit == 0 || mailLimit > authSilence {
@@ -64,7 +70,7 @@ func (t *Transaction) begin() (rset bool) {
 	defer c.mu.Unlock()
 	rset = c.open
 	t.overlapped = c.pending > 0
-	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= longIdle
+	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= LongIdle
 	// A refused chunk leaves the envelope open (RFC 3030, 2); a refused final dot does not.
 	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
 	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
@@ -104,7 +110,11 @@ func (t *Transaction) reset(x exchange) bool {
 func (t *Transaction) writeAuth() bool {
 	c := t.c
 	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
-	if !t.expect(exchange{op: StepAuth, limit: c.o.openingLimit(), end: c.position() + int64(len(c.line))}) {
+	limit := c.o.openingLimit()
+	if t.ledByAuth && (limit == 0 || limit > ledAuthSilence) {
+		limit = ledAuthSilence
+	}
+	if !t.expect(exchange{op: StepAuth, limit: limit, end: c.position() + int64(len(c.line))}) {
 		return false
 	}
 	c.traceCommand(t.ctx, "AUTH PLAIN "+scrub.Redacted)
@@ -215,6 +225,7 @@ func (t *Transaction) awaitEnvelope() bool {
 	for {
 		c.mu.Lock()
 		lost, complete, silent := c.phase >= draining, t.asked == t.answered, t.answered == 0
+		forNobody := !c.waiting.empty() && c.waiting.oldest().left
 		c.mu.Unlock()
 		if lost || complete {
 			return !lost
@@ -223,7 +234,7 @@ func (t *Transaction) awaitEnvelope() bool {
 		case <-t.signal:
 		case <-c.lost:
 		case <-stalled:
-			if silent && c.owner.Elsewhere() {
+			if silent && (forNobody || c.owner.Elsewhere()) {
 				c.fail(errStalled)
 			}
 			c.stall.Reset(stallLimit)
@@ -232,7 +243,7 @@ func (t *Transaction) awaitEnvelope() bool {
 }
 
 const (
-	longIdle   = 10 * time.Second // after this long without traffic the path may be dead without notice
+	LongIdle   = 10 * time.Second // after this long without traffic the path may be dead without notice
 	idleReply  = 30 * time.Second // limit for the first reply after that
 	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
 )

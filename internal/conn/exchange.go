@@ -13,6 +13,7 @@ type exchange struct {
 	rcpt  int           // which recipient, for StepRcpt
 	limit time.Duration // for the reply, counted from when it is the oldest and end is written; 0 means none
 	first bool          // the first command behind an unanswered final dot
+	left  bool          // nobody waits for the reply any more
 }
 
 // exchanges are the commands whose reply is outstanding. Replies come in the order of commands, so each belongs to the oldest.

@@ -49,6 +49,7 @@ type Timeouts struct {
 	Greeting   time.Duration // the first reply; and each of those until the connection is ready, if Command is not less
 	TLS        time.Duration // the TLS handshake
 	Command    time.Duration // the reply to a command; for AUTH all rounds
+	First      time.Duration // the reply to the first MAIL, if Command is not less
 	Data       time.Duration // the reply to DATA
 	Write      time.Duration // writing to a relay that takes nothing; see progressConn
 	FinalReply time.Duration // the reply to the final dot
@@ -75,9 +76,9 @@ func (t Timeouts) untilFIN() time.Duration { return (t.Quit + 1) / 2 } // not 0,
 type Profile interface {
 	Overlaps() bool                                                       // commands may follow a final dot
 	OverlapFailed()                                                       // the relay refused those, or threw them away
-	AuthTurn(ctx context.Context) (done func())                           // waits until it is one's turn to authenticate
+	AuthTurn(ctx context.Context) (done func(), ok bool)                  // waits until it is one's turn to authenticate; false: for too long
 	AuthMayBeFollowed() bool                                              // commands may follow AUTH in one write
-	AuthFollowedFailed(r wire.Reply)                                      // such an AUTH, or the MAIL behind it, has failed
+	AuthFollowedFailed(r wire.Reply) (so bool)                            // such an AUTH, or the MAIL behind it, has failed; false: that was not why
 	SessionFull(n int, born time.Time)                                    // the relay has ended a connection opened at born after n transactions
 	SessionGoesOn(n int)                                                  // the relay has accepted the nth MAIL of a connection
 	DiscardsAt(addr string) (yes, known bool)                             // the relay at addr throws away the octets of a chunk that it refuses
@@ -86,7 +87,7 @@ type Profile interface {
 	AuthAnswered(mark [sha256.Size]byte, reply wire.Reply, followed bool) // the last reply to AUTH, and whether commands followed that
 	AuthGivenUp()                                                         // the relay has refused an AUTH that was given up
 	Overlapped()                                                          // a transaction was begun behind a final dot
-	EndsSession(op Step, r wire.Reply, seq int) bool                      // the reply to the seqth transaction is about the connection: another one may have the message
+	EndsSession(op Step, r wire.Reply, seq int, worked bool) bool         // the reply to the seqth transaction is about the connection: another one may have the message. worked: an earlier one came to something
 	ResetsByEHLO() bool                                                   // the relay does not know RSET
 	RsetFailed()                                                          // it has said so
 }

@@ -116,15 +116,21 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	return !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 }
 
-// decides reports whether r, the reply to x, accepts or refuses a message. It shows that the relay works.
+// decides reports whether r, the reply to x, accepts or refuses a message, which shows that the relay works. Whatever follows a refused
+// MAIL is refused because of that. A refused sender shows it only on a connection that went on after an earlier message: some
+// relays refuse everybody, and leave.
 func decides(x exchange, r wire.Reply) bool {
 	switch {
 	case r.Code == 421 || r.Code == 432:
 		return false
 	case x.final:
 		return true
+	case r.Class() < 4:
+		return false
+	case x.op == StepMail:
+		return r.Class() == 5 && r.Code != 503 && r.Code != 530 && x.tx.seq > 1
 	}
-	return (x.op == StepRcpt || x.op == StepData) && r.Class() >= 4
+	return (x.op == StepRcpt || x.op == StepData) && !x.tx.replies.MailRefused()
 }
 
 // learnLimit learns from r, the reply to x, how many transactions the relay allows on a connection.
@@ -132,7 +138,7 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
 		c.o.Profile.SessionGoesOn(x.tx.seq)
-	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq)):
+	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq, c.decided)):
 		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
 	}
 }
@@ -204,6 +210,8 @@ func (c *Conn) armLocked() {
 	switch {
 	case c.ending.cause != nil && !c.dueLocked():
 		at = longAgo
+	case c.ending.cause != nil && c.leftLocked():
+		c.hurryLocked(stallLimit) // a silent relay does not keep a slot for a reply that nobody waits for
 	case !c.waiting.empty():
 		if x := c.waiting.oldest(); x.limit > 0 && x.end <= c.written {
 			at = time.Now().Add(x.limit)
@@ -221,6 +229,30 @@ func (c *Conn) armLocked() {
 // dueLocked reports whether a final reply is still to come on a failed connection: the end of some message has left in full.
 func (c *Conn) dueLocked() bool {
 	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && x.end <= c.attempted })
+}
+
+// leftLocked reports whether nobody waits for the final replies that are still to come.
+func (c *Conn) leftLocked() bool {
+	return !slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && !x.left })
+}
+
+// leave notes that t no longer waits for its final reply. If nobody else waits for anything, the connection ends.
+func (c *Conn) leave(t *Transaction) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	others := false
+	all := c.waiting.all()
+	for i := range all {
+		if x := &all[i]; x.tx == t {
+			x.left = true
+		} else if x.tx != nil && !x.left {
+			others = true
+		}
+	}
+	if !others {
+		c.failLocked(errGivenUp)
+	}
+	c.armLocked()
 }
 
 // hurryLocked limits how much longer replies are read.

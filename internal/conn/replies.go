@@ -8,7 +8,7 @@ import "github.com/smtprelay/smtprelay/internal/wire"
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	c := t.c
 	if r.Code == 432 {
-		c.retireLocked(Fault) // the relay says that this connection is one too many
+		c.retireFaultLocked(&ReplyError{Step: x.op, Reply: r}) // the relay says that this connection is one too many
 	}
 	if x.final {
 		t.finalLocked(x, r)
@@ -97,22 +97,21 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 // mailLocked handles the reply to MAIL.
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
-	t.replies.Mail = r
+	t.replies.Mail, t.worked = r, c.decided
 	switch {
-	case t.ledByAuth && r.Class() != 2:
+	case t.ledByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
 		c.ending.ledByAuth = true
-		c.o.Profile.AuthFollowedFailed(r)
-		c.retireLocked(Fault)
-	case c.o.Profile.EndsSession(StepMail, r, t.seq):
+		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r})
+	case c.o.Profile.EndsSession(StepMail, r, t.seq, t.worked):
 		c.retireLocked(Full)
 	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
-		c.retireLocked(Fault) // the relay sees this connection in another state than we do
+		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r}) // the relay sees this connection in another state than we do
 	}
 }
 
 // endsSessionLocked retires the connection if r is about the connection and not about the message.
 func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
-	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq) {
+	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq, t.worked) {
 		t.c.retireLocked(Full)
 	}
 }

@@ -58,6 +58,7 @@ type Result struct {
 	Used int // transactions begun on the connection
 
 	AfterIdle bool // the connection was idle for so long before that it may have been cut without a word
+	Worked    bool // before the reply to MAIL the relay had decided over another message on this connection
 	LedByAuth bool // AUTH was its first command, with the others behind it
 
 	CtxErr    error // the context has ended

@@ -40,6 +40,7 @@ type Transaction struct {
 	bodyErr      error // why the body was given up
 	afterIdle    bool  // the connection was idle for so long that it may be dead
 	ledByAuth    bool  // AUTH is its first command; set before that is expected
+	worked       bool  // before the reply to MAIL the relay had decided about another message on this connection
 	handedOver   bool  // the write side is another transaction's already
 	shared       bool  // guard's function may still be running and read this transaction
 
@@ -85,7 +86,7 @@ func (t *Transaction) result() Result {
 	r := Result{
 		Replies: t.replies,
 		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
-		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
+		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, Worked: t.worked, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
 		OutOfStep: c.ending.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
 	r.Rcpt = t.taken
@@ -489,6 +490,7 @@ func (t *Transaction) awaitFinal() {
 				drained = timer.C
 			}
 		case <-drained:
+			t.c.leave(t)
 			return
 		}
 	}
