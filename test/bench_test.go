@@ -200,3 +200,23 @@ func TestAllocationsPerMessage(t *testing.T) {
 		})
 	}
 }
+
+// BenchmarkSendBodyInPieces writes one large body in pieces, down to single octets.
+func BenchmarkSendBodyInPieces(b *testing.B) {
+	text := body(1 << 20)
+	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {
+		for _, size := range []int{len(text), 76, 1} {
+			b.Run(fmt.Sprintf("%s/octets=%d", name, size), func(b *testing.B) {
+				c := (&sink{extensions: extensions}).client(b, nil)
+				b.SetBytes(int64(len(text)))
+				b.ReportAllocs()
+				for b.Loop() {
+					m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{text, size}}
+					if _, err := c.Send(context.Background(), m); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}

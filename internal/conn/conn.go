@@ -61,6 +61,7 @@ type Conn struct {
 	inStep      bool              // the relay has answered an envelope in step, so a chunk may leave with its envelope
 
 	sent      chan struct{} // has room for one; told by SendAway
+	ending    atomic.Bool   // phase is draining or later
 	abandoned atomic.Bool   // SendAway, or the owner who waits for it, goes on alone: whoever sets it is first
 	lost      chan struct{} // closed when phase is draining
 	done      chan struct{} // closed when no reply will be read any more
@@ -542,6 +543,7 @@ func (c *Conn) failLocked(err error) {
 	c.cause = err
 	c.retireLocked(Fault)
 	c.phase = draining
+	c.ending.Store(true)
 	close(c.lost)
 }
 
