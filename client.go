@@ -147,9 +147,17 @@ type Timeouts struct {
 	Data       time.Duration // the reply to DATA: 2 min
 	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
-	Drain      time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
-	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit       time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
+
+	// Unacked is how long the relay's kernel may acknowledge nothing of what was sent (TCP_USER_TIMEOUT, on Linux): 1 min. A path that
+	// was cut is noticed so, under a message and, by keep-alive, on an idle connection; a relay that thinks about a message for
+	// ten minutes still acknowledges. It does not hold while there are more than 16 KiB that the relay has not answered:
+	// Linux would give up a relay whose window is full, too. It needs a *net.TCPConn, or another connection with
+	// SyscallConn; see [DialControl].
+	Unacked time.Duration
+
+	Drain   time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
+	Overlap time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
+	Quit    time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
 }
 
 // Result is the outcome of one message of [Client.SendAll].

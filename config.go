@@ -200,6 +200,7 @@ func (t Timeouts) withDefaults() Timeouts {
 	t.Command = orDefault(t.Command, 5*time.Minute)
 	t.Data = orDefault(t.Data, 2*time.Minute)
 	t.Write = orDefault(t.Write, 3*time.Minute)
+	t.Unacked = orDefault(t.Unacked, time.Minute)
 	t.FinalReply = orDefault(t.FinalReply, 10*time.Minute)
 	t.Overlap = orDefault(t.Overlap, 5*time.Second)
 	t.Drain = orDefault(t.Drain, 2*time.Second)

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
@@ -206,7 +207,7 @@ func (c *settings) connOptions() *conn.Options {
 	t := c.Timeouts
 	o := &conn.Options{
 		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, Data: t.Data, Write: t.Write,
-			FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
+			Unacked: t.Unacked, FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,
 		Overlap:     c.Pipelining == PipelineAuto,
@@ -256,6 +257,23 @@ func within(ctx context.Context, limit time.Duration) (context.Context, context.
 		return ctx, func() {}
 	}
 	return context.WithTimeout(ctx, limit)
+}
+
+// DialControl returns a function for the Control of the net.Dialer behind a [Config].Dial: the kernel gives a connection up once
+// what was sent has had no acknowledgement for that long. It is needed where Dial returns a connection that hides its
+// socket, such as one through a proxy: where that is a *net.TCPConn, or has a SyscallConn of its own, Timeouts.Unacked does the same.
+// It does nothing on systems other than Linux, and for networks other than TCP.
+func DialControl(unacked time.Duration) func(network, address string, c syscall.RawConn) error {
+	return func(network, _ string, c syscall.RawConn) error {
+		if !strings.HasPrefix(network, "tcp") || unacked <= 0 {
+			return nil
+		}
+		var err error
+		if gone := c.Control(func(fd uintptr) { err = conn.SetUnacked(fd, unacked) }); gone != nil {
+			return gone
+		}
+		return err
+	}
 }
 
 // localName is the argument of EHLO.

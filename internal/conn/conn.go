@@ -75,6 +75,8 @@ type Conn struct {
 	written    int64      // octets that were handed to the connection; changed by the holder of the write side, who alone reads it without mu
 	attempted  int64      // the same, and those that are just being written
 	wrote      sync.Cond  // on mu: attempted is written again
+	answered   int64      // the position behind the last command that has a reply
+	crowded    bool       // so much is behind that that the relay's window may be full
 	pending    int        // final replies outstanding
 	used       int        // transactions begun
 	failed     int        // transactions that came to nothing, in a row
@@ -331,6 +333,8 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	if c.head == len(c.waiting) {
 		c.waiting, c.head = c.waiting[:0], 0
 	}
+	c.answered = max(c.answered, x.end)
+	c.boundUnackedLocked()
 	c.learnLimit(x, r)
 	c.decided = c.decided || decides(x, r)
 	if r.Code == 421 && x.op != StepQuit {
@@ -357,6 +361,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	if c.head == len(c.waiting) {
 		c.peekLocked(x, r)
 	}
+	c.raw.hasten = c.isPartLocked(x)
 	c.armLocked()
 	stays := x.op == StepQuit && r.Class() != 2 // the relay, until it sees FIN
 	more = !c.outOfStep && !stays && (c.phase < draining || c.dueLocked())
@@ -376,6 +381,17 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.mu.Unlock()
 	}
 	return more
+}
+
+// isPartLocked reports whether the reply to x is a part of what the relay has to say to commands that it has: where it writes the next
+// one on its own, that one waits for our acknowledgement. Of chunks only the replies to one message count, since there are others on
+// their way nearly always, and what we send acknowledges as well.
+func (c *Conn) isPartLocked(x exchange) bool {
+	if c.head == len(c.waiting) {
+		return false
+	}
+	next := &c.waiting[c.head]
+	return next.end <= c.written && (next.tx == x.tx || !c.chunked)
 }
 
 // decides reports whether r, the reply to x, tells what becomes of a message.
@@ -597,6 +613,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 		return 0, c.cause
 	}
 	c.attempted = c.written + int64(len(p))
+	c.boundUnackedLocked()
 	c.mu.Unlock()
 	n, err := c.conn.Write(p)
 	c.mu.Lock()
@@ -616,6 +633,22 @@ func (c *Conn) Write(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// boundUnackedLocked bounds by Timeouts.Unacked how long the relay's kernel may acknowledge nothing, but not where the relay has more
+// before it than its window may hold: Linux gives up one, too, that acknowledges and has no room for more, and the relay may
+// think about the message before for minutes.
+func (c *Conn) boundUnackedLocked() {
+	limit := c.o.Timeouts.Unacked
+	if crowded := c.attempted-c.answered > leastWindow; limit > 0 && crowded != c.crowded {
+		if c.crowded = crowded; crowded {
+			limit = 0
+		}
+		c.raw.setUnacked(limit)
+	}
+}
+
+// leastWindow is how much fits into the window of any relay.
+const leastWindow = 16 << 10
 
 // position is the number of octets written so far, those in the buffer included.
 func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }

@@ -48,7 +48,7 @@ var (
 //
 // Who gets an error calls leave, which returns when the relay has closed the connection.
 func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace, hurry bool) (_ *Conn, leave func(), _ *OpenError) {
-	raw := &progressConn{Conn: nc, limit: o.Timeouts.Write}
+	raw := newProgressConn(nc, o.Timeouts.Write, o.Timeouts.Unacked)
 	stop := context.AfterFunc(ctx, raw.abandon)
 	c := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
 	c.wrote.L = &c.mu
