@@ -384,14 +384,14 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 }
 
 // isPartLocked reports whether the reply to x is a part of what the relay has to say to commands that it has: where it writes the next
-// one on its own, that one waits for our acknowledgement. Of chunks only the replies to one message count, since there are others on
+// one on its own, that one waits for our acknowledgement. Of chunks only the replies to one message count, and to QUIT: others are on
 // their way nearly always, and what we send acknowledges as well.
 func (c *Conn) isPartLocked(x exchange) bool {
 	if c.head == len(c.waiting) {
 		return false
 	}
 	next := &c.waiting[c.head]
-	return next.end <= c.written && (next.tx == x.tx || !c.chunked)
+	return next.end <= c.attempted && (next.tx == x.tx || next.tx == nil || !c.chunked)
 }
 
 // decides reports whether r, the reply to x, tells what becomes of a message.

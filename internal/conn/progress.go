@@ -39,7 +39,9 @@ func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
 			c.socket = raw
 		}
 	}
-	c.setUnacked(unacked)
+	if unacked > 0 {
+		c.setUnacked(unacked)
+	}
 	return c
 }
 
