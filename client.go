@@ -20,6 +20,12 @@ type Config struct {
 	Name string
 
 	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
+	//
+	// Without Dial, a host of several addresses is dialled at each of them, in the resolver's order (RFC 6724), until one has come
+	// as far as AUTH; of those that take the connection and fail after it, at three. While there are others, one address has a tenth of
+	// Timeouts.Dial for TCP and a third of Timeouts.Greeting and TLS for the steps after it. An address that has failed is tried
+	// last for 30 seconds, and twice as long each time, up to 10 minutes, until it works. "Too many connections" in words, and
+	// whatever is said of credentials, is no fault of an address.
 	Addr string
 
 	// Username is the user name for AUTH. With a Password it may be empty for SendGrid's hosts only, where it means "apikey".
@@ -85,8 +91,8 @@ type Config struct {
 	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
 	MaxInFlight int
 
-	// Dial opens the network connection; nil means a net.Dialer's DialContext. It may be called from several goroutines at
-	// once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
+	// Dial opens the network connection, in place of a net.Dialer and what is said at Addr of several addresses. It may be called
+	// from several goroutines at once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
 	// which one through SSH does not. Like a *net.TCPConn's, its CloseWrite method is used if it has one: to wait for
 	// the relay's close.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -134,16 +140,24 @@ type Timeouts struct {
 	_ [0]func() // not comparable, so that it may grow
 
 	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, none works, or a new one has no reply to its first MAIL: 2 min
-	Dial       time.Duration // TCP connect: 30 s
+	Dial       time.Duration // TCP connect, name look-up included, to all addresses together: 30 s
 	Greeting   time.Duration // the greeting, and each reply until the connection is ready if Command is not less: 30 s
 	TLS        time.Duration // the TLS handshake: 30 s
 	Command    time.Duration // the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET: 5 min
 	Data       time.Duration // the reply to DATA: 2 min
 	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
 	FinalReply time.Duration // the reply to the final dot: 10 min
-	Drain      time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
-	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit       time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
+
+	// Unacked is how long the relay's kernel may acknowledge nothing of what was sent (TCP_USER_TIMEOUT, on Linux): 1 min. A path that
+	// was cut is noticed so, under a message and, by keep-alive, on an idle connection; a relay that thinks about a message for
+	// ten minutes still acknowledges. It does not hold while there are more than 16 KiB that the relay has not answered:
+	// Linux would give up a relay whose window is full, too. It needs a *net.TCPConn, or another connection with
+	// SyscallConn; see [DialControl].
+	Unacked time.Duration
+
+	Drain   time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
+	Overlap time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
+	Quit    time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
 }
 
 // Result is the outcome of one message of [Client.SendAll].

@@ -27,6 +27,7 @@ type settings struct {
 	tls        *tls.Config
 	split      int // of recipients, where nothing keeps them together: so many in one transaction; 0 means any number
 	profile    profile
+	nodes      nodes
 	said       scrub.Known  // of the credentials, in AUTH
 	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
 	stats      counters
@@ -188,15 +189,18 @@ func (m *mistakes) inLimits(c Config) {
 	}
 }
 
+const defaultDial = 30 * time.Second // Timeouts.Dial
+
 // withDefaults replaces zero by the default, and negative by 0, which means no limit from here on.
 func (t Timeouts) withDefaults() Timeouts {
 	t.Outage = orDefault(t.Outage, 2*time.Minute)
-	t.Dial = orDefault(t.Dial, 30*time.Second)
+	t.Dial = orDefault(t.Dial, defaultDial)
 	t.Greeting = orDefault(t.Greeting, 30*time.Second)
 	t.TLS = orDefault(t.TLS, 30*time.Second)
 	t.Command = orDefault(t.Command, 5*time.Minute)
 	t.Data = orDefault(t.Data, 2*time.Minute)
 	t.Write = orDefault(t.Write, 3*time.Minute)
+	t.Unacked = orDefault(t.Unacked, time.Minute)
 	t.FinalReply = orDefault(t.FinalReply, 10*time.Minute)
 	t.Overlap = orDefault(t.Overlap, 5*time.Second)
 	t.Drain = orDefault(t.Drain, 2*time.Second)

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
@@ -38,7 +39,7 @@ func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error
 		leave()
 		leave, e, _ = c.connect(ctx, s)
 	}
-	info := DialDoneInfo{Name: c.Name, Addr: c.Addr, Conn: s.id, Took: time.Since(began)}
+	info := DialDoneInfo{Name: c.Name, Addr: c.Addr, Remote: s.remote, Conn: s.id, Took: time.Since(began)}
 	if e != nil {
 		c.stats.dialErrors.Add(1)
 		info.Err = e
@@ -56,14 +57,69 @@ func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error
 	return leave, e
 }
 
-// connect is one try of dial, which makes s a connection. again: it has failed at the question about refused chunks.
+// connect is one try of dial, which makes s a connection. An address that fails before AUTH is followed by the next one, with
+// one connection at a time. again: it has failed at the question about refused chunks.
 func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Error, again bool) {
-	nc, err := c.dialTCP(ctx)
+	c.opening.Store(OpDial)
+	limit := c.Timeouts.Dial
+	if c.Dial != nil {
+		nc, err := dialTCP(ctx, c.Dial, c.Addr, limit)
+		if err != nil {
+			return func() {}, c.notReached(err), false
+		}
+		return c.open(ctx, nc, s, false)
+	}
+	began := time.Now()
+	addrs, err := c.lookup(ctx, limit)
 	if err != nil {
-		return func() {}, &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Scope: ScopeRelay, Err: err}, false
+		return func() {}, c.notReached(err), false
+	}
+	addrs = c.nodes.order(addrs, s.node, began)
+	left := limit - time.Since(began) // for TCP, of all addresses
+	var furthest *Error
+	var remote string
+	for i, greeted := 0, 0; ; i++ {
+		began := time.Now()
+		s.node, s.remote = addrs[i], addrs[i].String()
+		nc, err := dialTCP(ctx, new(net.Dialer).DialContext, s.remote, shareOf(limit, left, len(addrs)-i))
+		left -= time.Since(began)
+		leave, e := func() {}, (*Error)(nil)
+		if err != nil {
+			e = c.notReached(err)
+		} else {
+			greeted++
+			leave, e, again = c.open(ctx, nc, s, i+1 < len(addrs) && greeted < maxNodes)
+		}
+		switch {
+		case e == nil:
+			c.nodes.worked(s.node)
+			return nil, nil, false
+		case ctx.Err() != nil, !e.ofNode(), len(addrs) == 1:
+			return leave, e, again
+		}
+		c.nodeFailed(s.node, e, began)
+		if furthest == nil || e.further(furthest) {
+			furthest, remote = e, s.remote
+		}
+		if i+1 == len(addrs) || greeted == maxNodes || limit > 0 && left <= 0 {
+			s.remote = remote
+			return leave, furthest.ofAll(remote, i+1), false
+		}
+		leave()
+		if ctx.Err() != nil {
+			return func() {}, e, false
+		}
+		c.opening.Store(OpDial)
+	}
+}
+
+// open takes nc, which a try of dial has opened, to where s is ready. hurry: there are other addresses.
+func (c *settings) open(ctx context.Context, nc net.Conn, s *session, hurry bool) (leave func(), _ *Error, again bool) {
+	if addr := nc.RemoteAddr(); addr != nil {
+		s.remote = addr.String()
 	}
 	var e *conn.OpenError
-	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(s.id)); e != nil {
+	if s.Conn, leave, e = conn.Open(ctx, nc, c.conns, s, c.connTrace(s.id), hurry); e != nil {
 		return leave, c.explain(ctx, e), e.Step == conn.StepBdat
 	}
 	limit := c.Limits.MaxMessagesPerConn
@@ -78,6 +134,11 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 	}
 	s.Bound(limit, expires)
 	return nil, nil, false
+}
+
+// notReached is the error of a connection that was not opened because of err.
+func (c *settings) notReached(err error) *Error {
+	return &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Scope: ScopeRelay, Err: err}
 }
 
 // explain makes an Error of the reason why a connection could not be opened, with what to do about it.
@@ -146,7 +207,7 @@ func (c *settings) connOptions() *conn.Options {
 	t := c.Timeouts
 	o := &conn.Options{
 		Timeouts: conn.Timeouts{Greeting: t.Greeting, TLS: t.TLS, Command: t.Command, First: t.Outage, Data: t.Data, Write: t.Write,
-			FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
+			Unacked: t.Unacked, FinalReply: t.FinalReply, Drain: t.Drain, Overlap: t.Overlap, Quit: t.Quit},
 		LocalName:   c.localName,
 		Pipelining:  c.Pipelining != PipelineOff,
 		Overlap:     c.Pipelining == PipelineAuto,
@@ -171,18 +232,11 @@ func (c *settings) connOptions() *conn.Options {
 	return o
 }
 
-func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
-	c.opening.Store(OpDial)
-	if c.Timeouts.Dial > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.Timeouts.Dial)
-		defer cancel()
-	}
-	dial := c.Dial
-	if dial == nil {
-		dial = new(net.Dialer).DialContext
-	}
-	nc, err := dial(ctx, "tcp", c.Addr)
+// dialTCP opens a connection to addr within limit, 0 for any time.
+func dialTCP(ctx context.Context, dial func(ctx context.Context, network, addr string) (net.Conn, error), addr string, limit time.Duration) (net.Conn, error) {
+	ctx, cancel := within(ctx, limit)
+	defer cancel()
+	nc, err := dial(ctx, "tcp", addr)
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%w; check host and port in Addr", err)
@@ -195,6 +249,31 @@ func (c *settings) dialTCP(ctx context.Context) (net.Conn, error) {
 		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
 	}
 	return nc, nil
+}
+
+// within returns ctx with a time limit, 0 for none.
+func within(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	if limit <= 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, limit)
+}
+
+// DialControl returns a function for the Control of the net.Dialer behind a [Config].Dial: the kernel gives a connection up once
+// what was sent has had no acknowledgement for that long. It is needed where Dial returns a connection that hides its
+// socket, such as one through a proxy: where that is a *net.TCPConn, or has a SyscallConn of its own, Timeouts.Unacked does the same.
+// It does nothing on systems other than Linux, and for networks other than TCP.
+func DialControl(unacked time.Duration) func(network, address string, c syscall.RawConn) error {
+	return func(network, _ string, c syscall.RawConn) error {
+		if !strings.HasPrefix(network, "tcp") || unacked <= 0 {
+			return nil
+		}
+		var err error
+		if gone := c.Control(func(fd uintptr) { err = conn.SetUnacked(fd, unacked) }); gone != nil {
+			return gone
+		}
+		return err
+	}
 }
 
 // localName is the argument of EHLO.

@@ -106,10 +106,14 @@ func (d *delivery) sift(ext *wire.Extensions) {
 		}
 	}
 	d.todo = fit
-	for keyword, first := range map[string]*string{"SMTPUTF8": &d.utf8, "DSN": &d.dsnFor, "RRVS": &d.rrvsFor} {
-		if !ext.Has(keyword) {
-			*first = ""
-		}
+	if !ext.Has("SMTPUTF8") {
+		d.utf8 = ""
+	}
+	if !ext.Has("DSN") {
+		d.dsnFor = ""
+	}
+	if !ext.Has("RRVS") {
+		d.rrvsFor = ""
 	}
 }
 

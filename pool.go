@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -66,6 +67,8 @@ type session struct {
 	pool     *pool
 	round    int                 // of the dial gate, when this one was dialled
 	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
+	node     netip.AddrPort      // of several addresses, the one tried last; owned by the dial, as is remote
+	remote   string              // the address that it was dialled at, as far as is known
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
 
 	// Guarded by the pool's lock.

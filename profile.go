@@ -23,6 +23,7 @@ import (
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
 //	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds to 5 minutes
 //	NoteDiscard                          chunks, DATA or a question for an address (DiscardsAt)   after an hour
+//	nodes.failed                         an address is tried after the others (nodes.order)       after 30 seconds to 10 minutes, or when it works
 //
 // Each change is a lesson, which a Trace is told. It is safe for concurrent use.
 type profile struct {

@@ -82,6 +82,7 @@ type DialStartInfo struct {
 type DialDoneInfo struct {
 	Name       string   // Config.Name
 	Addr       string   // Config.Addr
+	Remote     string   // the address that was connected to, or tried, IP and port, as far as is known
 	Conn       int64    // as in DialStartInfo
 	TLSVersion uint16   // of crypto/tls; 0 means in the clear
 	Resumed    bool     // the TLS session was resumed
@@ -164,6 +165,7 @@ const (
 	LessonMaxConns       Lesson = "max_conns"       // Limit: connections, for a while
 	LessonBadCredentials Lesson = "bad_credentials" // these credentials are not tried for a while
 	LessonChunks         Lesson = "chunks"          // bodies may go in chunks to one address of the relay
+	LessonAddress        Lesson = "address"         // one address of the relay is tried after its others for a while
 	LessonNoChunks       Lesson = "no_chunks"       // bodies go by DATA to one address of the relay
 )
 
@@ -229,7 +231,7 @@ func LogTrace(l *slog.Logger) *Trace {
 	}
 	return &Trace{
 		DialDone: func(ctx context.Context, d DialDoneInfo) {
-			where := []slog.Attr{slog.Int64("conn", d.Conn), slog.String("addr", d.Addr), slog.Duration("took", d.Took)}
+			where := []slog.Attr{slog.Int64("conn", d.Conn), slog.String("addr", d.Addr), slog.String("remote", d.Remote), slog.Duration("took", d.Took)}
 			if d.Err != nil {
 				log(ctx, slog.LevelWarn, "smtp connection failed", d.Name, append(where, errorAttrs(d.Err)...)...)
 				return

@@ -25,6 +25,7 @@ type suiteOrder struct {
 	Relays  []fetched // those that could be had and those that could not, in the table's order
 	Check   string    // only checks with this in their name
 	Verbose bool
+	Speed   bool // measure, and check nothing
 }
 
 func main() {
@@ -42,6 +43,7 @@ func main() {
 func run() error {
 	only := flag.String("only", "", "run only these relays, separated by commas, and fail if one of them cannot be had")
 	check := flag.String("check", "", "run only the checks with this in their name")
+	speed := flag.Bool("speed", false, "measure a lone sender beside net/smtp, and check nothing")
 	verbose := flag.Bool("v", false, "print the dialogues")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: go run . [flags]\n\nThe packages are kept in $RELAYS_DIR, or in smtprelay-relays below the user's cache folder.")
@@ -77,7 +79,7 @@ func run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 
-	order := suiteOrder{Dir: dir, Check: *check, Verbose: *verbose}
+	order := suiteOrder{Dir: dir, Check: *check, Verbose: *verbose, Speed: *speed}
 	missing := 0
 	for _, r := range wanted {
 		fmt.Printf("fetching %s\n", r.name)

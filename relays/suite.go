@@ -88,6 +88,9 @@ func onRelay(box *box, f fetched, rel relay, certs *certificates, order suiteOrd
 		return append(verdicts, verdict{relay: f.Name, check: "start", state: "FAIL", reason: "asked about chunks: " + err.Error()})
 	}
 	fmt.Printf("  a chunk out of order, RSET: %s\n", r.habit)
+	if order.Speed {
+		return append(verdicts, speeds(r, f.Name)...)
+	}
 	var benches []*bench
 	for _, mode := range []string{byData, inChunks} {
 		due := checks

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"io"
+
+	"github.com/smtprelay/smtprelay/internal/moving"
 )
 
 var errContinued = errors.New("smtpapi: the message begins with white space, which would continue the X-SMTPAPI field")
@@ -23,7 +25,7 @@ func Prepend(h Header, body io.WriterTo) io.WriterTo {
 	}
 	field, err := h.Marshal()
 	if r, ok := body.(io.Reader); ok {
-		return &readOnce{field: field, body: r, err: err}
+		return &readOnce{field: field, body: moving.Reader(r), err: err}
 	}
 	return &prepended{field: field, body: body, err: err}
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"runtime"
 	"strconv"
@@ -199,4 +200,110 @@ func TestAllocationsPerMessage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// BenchmarkSendBodyInPieces writes one large body in pieces, down to single octets.
+func BenchmarkSendBodyInPieces(b *testing.B) {
+	text := body(1 << 20)
+	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {
+		for _, size := range []int{len(text), 76, 1} {
+			b.Run(fmt.Sprintf("%s/octets=%d", name, size), func(b *testing.B) {
+				c := (&sink{extensions: extensions}).client(b, nil)
+				b.SetBytes(int64(len(text)))
+				b.ReportAllocs()
+				for b.Loop() {
+					m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: pieces{text, size}}
+					if _, err := c.Send(context.Background(), m); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// listen is the address of the sink on loopback.
+func (s *sink) listen(tb testing.TB) string {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { l.Close() })
+	go func() { // ends when l is closed
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go s.serve(conn) // ends with the connection
+		}
+	}()
+	return l.Addr().String()
+}
+
+// BenchmarkConns shows whether a message costs more where there are more connections: with as many senders as connections, and
+// with 100 senders on as many open connections. What counts is the processor time, the relay's included; connections are open
+// before it is taken. Over loopback each one needs two files.
+func BenchmarkConns(b *testing.B) {
+	for _, way := range []string{"memory", "loopback"} {
+		for _, everybody := range []bool{true, false} {
+			for _, conns := range []int{10, 100, 1000, 10000} {
+				name := fmt.Sprintf("%s/senders=%d/conns=%d", way, 100, conns)
+				senders := min(100, conns)
+				if everybody {
+					name, senders = fmt.Sprintf("%s/senders=conns/conns=%d", way, conns), conns
+				}
+				b.Run(name, func(b *testing.B) {
+					s := &sink{extensions: overlapped}
+					c := s.client(b, func(cfg *smtprelay.Config) {
+						cfg.Limits.MaxConns, cfg.Limits.MaxMessagesPerConn = conns, smtprelay.NoLimit
+						cfg.Limits.MaxIdleTime, cfg.Limits.MaxConnAge = smtprelay.NoLimit, smtprelay.NoLimit
+						if way == "loopback" {
+							cfg.Dial, cfg.Addr = nil, s.listen(b)
+						}
+					})
+					m := smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes(body(1 << 10))}
+					openAll(b, c, m, conns)
+					runtime.GC()
+					b.ResetTimer()
+					began := processorTime()
+					sendAll(b, c, m, senders, b.N)
+					b.ReportMetric(float64(processorTime()-began)/float64(b.N)/1000, "cpu-µs/msg")
+				})
+			}
+		}
+	}
+}
+
+// openAll has c open so many connections: each carries a message whose body waits for the others.
+func openAll(tb testing.TB, c *smtprelay.Client, m smtprelay.Message, conns int) {
+	tb.Helper()
+	var begun, sent sync.WaitGroup
+	begun.Add(conns)
+	for range conns {
+		sent.Go(func() {
+			m := m
+			m.Body = meeting{m.Body, &begun}
+			if _, err := c.Send(context.Background(), m); err != nil {
+				tb.Error(err)
+			}
+		})
+	}
+	sent.Wait()
+	if open := c.Stats().OpenConns; open != conns {
+		tb.Fatalf("%d connections open, want %d", open, conns)
+	}
+}
+
+// meeting is a body that waits until all have begun.
+type meeting struct {
+	io.WriterTo
+	begun *sync.WaitGroup
+}
+
+func (m meeting) WriteTo(w io.Writer) (int64, error) {
+	m.begun.Done()
+	m.begun.Wait()
+	return m.WriterTo.WriteTo(w)
 }

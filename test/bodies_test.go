@@ -3,6 +3,8 @@ package test
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtpapi"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -135,5 +138,105 @@ func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
 				t.Errorf("chunking %v: a message has it: %q", chunking, m.Body)
 			}
 		}
+	}
+}
+
+// stuckReader brings some octets and then nothing, without an error.
+type stuckReader struct{ left int }
+
+func (r *stuckReader) Read(p []byte) (int, error) {
+	n := min(len(p), r.left)
+	r.left -= n
+	return copy(p, bytes.Repeat([]byte("x"), n)), nil
+}
+
+func TestReaderThatBringsNothingForEverIsGivenUp(t *testing.T) {
+	for _, chunking := range []bool{false, true} {
+		for _, octets := range []int{0, 1, 100_000} {
+			for name, wrap := range map[string]func(io.WriterTo) io.WriterTo{
+				"Reader":  func(b io.WriterTo) io.WriterTo { return b },
+				"Prepend": func(b io.WriterTo) io.WriterTo { return smtpapi.Prepend(smtpapi.Header{}, b) },
+			} {
+				relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Chunking = chunking })
+				client := newClient(t, configOf(relay))
+				m := shortMessage("b@y.example")
+				m.Body = wrap(smtprelay.Reader(&stuckReader{octets}))
+				_, err := client.Send(t.Context(), m)
+				if !errors.Is(err, io.ErrNoProgress) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
+					t.Errorf("chunking %v, %s, %d octets: %v, want io.ErrNoProgress and not accepted", chunking, name, octets, err)
+				}
+			}
+		}
+	}
+}
+
+// What small writes gather leaves whole: none of it is lost at the end, before a large write, or where the body's last write
+// fills it up.
+func TestBodyOfSmallAndLargeWritesArrivesWhole(t *testing.T) {
+	for _, chunking := range []bool{false, true} {
+		relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Chunking = chunking })
+		client := newClient(t, configOf(relay))
+		for _, sizes := range [][]int{{1}, {511, 1}, {512}, {513}, {1, 512, 1}, {1, 600, 1}, {300, 300, 300}, {1, 70_000, 1}} {
+			var want bytes.Buffer
+			body := writes(nil)
+			for i, n := range sizes {
+				body = append(body, bytes.Repeat([]byte{byte('a' + i)}, n))
+				want.Write(body[i])
+			}
+			m := shortMessage("b@y.example")
+			m.Body = body
+			if _, err := client.Send(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+			all := relay.Messages()
+			if got := all[len(all)-1].Body; string(got) != want.String()+"\r\n" {
+				t.Errorf("chunking %v, writes of %v: %d octets arrived, want %d", chunking, sizes, len(got), want.Len()+2)
+			}
+		}
+	}
+}
+
+// writes is a body that is written in these pieces.
+type writes [][]byte
+
+func (ws writes) WriteTo(w io.Writer) (total int64, err error) {
+	for _, p := range ws {
+		n, err := w.Write(p)
+		if total += int64(n); err != nil {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// A body that is written slowly, a little at a time, is told when its context has ended, whatever was gathered of it.
+func TestBodyOfSmallWritesIsToldWhenItsContextHasEnded(t *testing.T) {
+	for _, chunking := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Chunking = chunking })
+			client := newClient(t, configOf(relay))
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second+time.Millisecond)
+			defer cancel()
+			body := &slowOctets{}
+			m := shortMessage("b@y.example")
+			m.Body = body
+			_, err := client.Send(ctx, m)
+			if smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || !errors.Is(err, context.DeadlineExceeded) || body.taken != 11 {
+				t.Errorf("chunking %v: %v after %d octets, want the context's error after 11", chunking, err, body.taken)
+			}
+		})
+	}
+}
+
+// slowOctets is written an octet a second.
+type slowOctets struct{ taken int64 }
+
+func (b *slowOctets) WriteTo(w io.Writer) (int64, error) {
+	for {
+		if _, err := w.Write([]byte("x")); err != nil {
+			return b.taken, err
+		}
+		b.taken++
+		time.Sleep(time.Second)
 	}
 }

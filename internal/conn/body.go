@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 
+	"github.com/smtprelay/smtprelay/internal/moving"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -48,7 +49,7 @@ type readerBody struct{ r io.Reader }
 func (b *readerBody) Read(p []byte) (int, error) { return b.r.Read(p) }
 
 func (b *readerBody) WriteTo(w io.Writer) (int64, error) {
-	return io.Copy(w, struct{ io.Reader }{b.r}) // not the reader's own WriteTo, which could write past the io.Writer given
+	return io.Copy(w, moving.Reader(b.r)) // not the reader's own WriteTo, which could write past the io.Writer given
 }
 
 // OneShot reports whether b is used up by writing.

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/smtprelay/smtprelay/internal/moving"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -131,7 +132,7 @@ func (t *Transaction) converseInChunks() bool {
 func (t *Transaction) readAhead() error {
 	r := t.m.Body.(io.Reader)
 	var head bytes.Buffer
-	switch n, err := io.CopyN(&head, readerUntil{t.ctx, r}, headAhead); {
+	switch n, err := io.CopyN(&head, readerUntil{t.ctx, moving.Reader(r)}, headAhead); {
 	case err == nil:
 		t.m.Body = &headedBody{head: head.Bytes(), rest: r}
 		return nil

@@ -47,6 +47,7 @@ type Conn struct {
 	inStep      bool              // the relay has answered an envelope in full, so a chunk may leave together with its envelope
 
 	sent      chan struct{} // buffered, size 1: SendAway is done
+	doomed    atomic.Bool   // phase is draining or later
 	abandoned atomic.Bool   // set by whichever of sendOff and SendAway ends first
 	lost      chan struct{} // closed when phase is draining
 	done      chan struct{} // closed when no reply will be read any more
@@ -58,6 +59,8 @@ type Conn struct {
 	written    int64     // octets written to the network; only the holder of the write side changes it, and reads it without mu
 	attempted  int64     // written, plus the octets of a write in progress
 	wrote      sync.Cond // on mu: no write is in progress
+	answered   int64     // the position behind the last command that has a reply
+	crowded    bool      // more is written behind that than the window of every relay holds
 	pending    int       // final replies outstanding
 	used       int       // transactions begun
 	failed     int       // transactions in a row that failed
@@ -294,6 +297,7 @@ func (c *Conn) failLocked(err error) {
 	c.ending.cause = err
 	c.retireLocked(Fault)
 	c.phase = draining
+	c.doomed.Store(true)
 	close(c.lost)
 }
 

@@ -44,13 +44,15 @@ var (
 // Open takes nc to where a transaction, or the AUTH that leads it, can begin: TLS or greeting, EHLO, STARTTLS, TLS, EHLO
 // again, and AUTH. The end of ctx ends it. The read loop does not run yet, and Bound is due.
 //
+// hurry: there are other addresses to try, so that a third of the time must do until AUTH.
+//
 // Who gets an error calls leave, which returns when the relay has closed the connection.
-func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace) (_ *Conn, leave func(), _ *OpenError) {
-	raw := &progressConn{Conn: nc, limit: o.Timeouts.Write}
+func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace, hurry bool) (_ *Conn, leave func(), _ *OpenError) {
+	raw := newProgressConn(nc, o.Timeouts.Write, o.Timeouts.Unacked)
 	stop := context.AfterFunc(ctx, raw.abandon)
 	c := &Conn{o: o, owner: owner, trace: trace, raw: raw, conn: raw, born: time.Now(), sent: make(chan struct{}, 1), lost: make(chan struct{}), done: make(chan struct{}), said: o.Said.NewStream()}
 	c.wrote.L = &c.mu
-	d := &dialogue{c: c, o: o, ctx: ctx}
+	d := &dialogue{c: c, o: o, ctx: ctx, hurry: hurry}
 	d.clearMail, d.clearAuth = o.Clear(nc)
 	e := d.converse(ctx)
 	if e == nil && !stop() {
@@ -81,6 +83,7 @@ type dialogue struct {
 	c      *Conn
 	o      *Options
 	ctx    context.Context
+	hurry  bool      // there are other addresses
 	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
 	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
 
@@ -149,7 +152,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	// before the relay has closed it too.
 	d.progress(StepTLS)
 	raw := d.c.raw
-	limit := d.o.Timeouts.TLS
+	limit := d.patience(d.o.Timeouts.TLS)
 	if limit > 0 {
 		raw.SetReadDeadline(time.Now().Add(limit))
 	}
@@ -172,8 +175,20 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	return &OpenError{Step: StepTLS, Err: err}
 }
 
+// patience is the limit of a step before AUTH, of which limit is that of an address without others; 0 means none.
+func (d *dialogue) patience(limit time.Duration) time.Duration {
+	const share, most = 3, 10 * time.Second
+	switch {
+	case !d.hurry:
+		return limit
+	case limit == 0:
+		return most
+	}
+	return limit / share
+}
+
 func (d *dialogue) greeting() *OpenError {
-	r, e := d.read(StepGreeting, d.o.Timeouts.Greeting)
+	r, e := d.read(StepGreeting, d.patience(d.o.Timeouts.Greeting))
 	if e == nil && r.Class() != 2 {
 		e = refusedBy(StepGreeting, r)
 	}
@@ -189,7 +204,7 @@ func (d *dialogue) hello() *OpenError {
 	name := o.LocalName(c.raw)
 	line := "EHLO " + name
 	c.hello = line
-	r, e := d.command(StepEHLO, line, line, o.openingLimit())
+	r, e := d.command(StepEHLO, line, line, d.patience(o.openingLimit()))
 	if e != nil {
 		return e
 	}
@@ -199,7 +214,7 @@ func (d *dialogue) hello() *OpenError {
 		return d.extensions()
 	case (r.Code == 500 || r.Code == 502) && d.clearMail && o.Mechanism == nil:
 		line = "HELO " + name
-		if r, e = d.command(StepEHLO, line, line, o.openingLimit()); e != nil {
+		if r, e = d.command(StepEHLO, line, line, d.patience(o.openingLimit())); e != nil {
 			return e
 		}
 		if r.Class() == 2 {
@@ -233,7 +248,7 @@ func (d *dialogue) extensions() *OpenError {
 		if c.replies.Peek()/100 != 2 {
 			break
 		}
-		r, e := d.read(StepEHLO, d.o.openingLimit())
+		r, e := d.read(StepEHLO, d.patience(d.o.openingLimit()))
 		if e == nil && r.Class() != 2 {
 			e = refusedBy(StepEHLO, r)
 		}
@@ -264,7 +279,7 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 		}
 		return &OpenError{Step: StepSTARTTLS, Permanent: true, Err: ErrNoSTARTTLS}
 	}
-	r, e := d.command(StepSTARTTLS, "STARTTLS", "STARTTLS", d.o.openingLimit())
+	r, e := d.command(StepSTARTTLS, "STARTTLS", "STARTTLS", d.patience(d.o.openingLimit()))
 	if e != nil {
 		return e
 	}

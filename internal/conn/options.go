@@ -52,6 +52,7 @@ type Timeouts struct {
 	First      time.Duration // the reply to the first MAIL, if Command is not less
 	Data       time.Duration // the reply to DATA
 	Write      time.Duration // writing to a relay that takes nothing; see progressConn
+	Unacked    time.Duration // the acknowledgement of what was sent, by the relay's kernel
 	FinalReply time.Duration // the reply to the final dot
 	Drain      time.Duration // the same, once the context of the message has ended
 	Overlap    time.Duration // the first reply to what was written behind a final dot, once that has its own

@@ -22,9 +22,48 @@ type progressConn struct {
 	limit time.Duration // the most that the allowance can be; 0 means that nothing bounds a write
 	spent time.Duration // of the allowance; owned by the writer
 
+	socket syscall.RawConn // below; nil where there is none, and where nothing is to be set
+	hasten bool            // the relay may be waiting for an acknowledgement; owned by the reader
+
 	mu          sync.Mutex // guards the fields below, and that a deadline set before is not set again after
 	interrupted bool
 	abandoned   bool
+}
+
+// newProgressConn returns nc with writes bounded by limit, and has the kernel give it up after unacked without acknowledgement.
+// For both 0 means no limit.
+func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
+	c := &progressConn{Conn: nc, limit: limit}
+	if sc, ok := nc.(syscall.Conn); ok && acknowledges {
+		if raw, err := sc.SyscallConn(); err == nil {
+			c.socket = raw
+		}
+	}
+	if unacked > 0 {
+		c.setUnacked(unacked)
+	}
+	return c
+}
+
+// setUnacked has the kernel give the connection up once what was sent has had no acknowledgement for so long; 0 means as long as the
+// kernel likes.
+func (c *progressConn) setUnacked(d time.Duration) {
+	if c.socket != nil {
+		c.socket.Control(func(fd uintptr) { SetUnacked(fd, d) })
+	}
+}
+
+// Read implements io.Reader. Where the reader has set hasten, what was read before is acknowledged first: some relays write each
+// reply on its own, and their kernel holds a reply back until the one before is acknowledged (RFC 896), which ours does after 40 ms
+// where it has nothing to send.
+func (c *progressConn) Read(p []byte) (int, error) {
+	if c.hasten {
+		c.hasten = false
+		if c.socket != nil {
+			c.socket.Control(acknowledge)
+		}
+	}
+	return c.Conn.Read(p)
 }
 
 var errInterrupted = errors.New("write interrupted")

@@ -64,6 +64,8 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	}
 	c.heard = time.Now()
 	x := c.waiting.take()
+	c.answered = max(c.answered, x.end)
+	c.boundUnackedLocked()
 	more = c.handleLocked(x, r)
 	c.mu.Unlock()
 	if x.op == StepQuit && r.Class() == 2 {
@@ -112,8 +114,20 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	if c.waiting.empty() {
 		c.peekLocked(x, r)
 	}
+	c.raw.hasten = c.isPartLocked(x)
 	c.armLocked()
 	return !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
+}
+
+// isPartLocked reports whether the reply to x is only a part of what the relay has to say to the commands that it has. If it writes the
+// next reply on its own, its kernel may hold that back for our acknowledgement. With chunks, only the replies to one message and to
+// QUIT count: others are nearly always outstanding, and what we send acknowledges as well.
+func (c *Conn) isPartLocked(x exchange) bool {
+	if c.waiting.empty() {
+		return false
+	}
+	next := c.waiting.oldest()
+	return next.end <= c.attempted && (next.tx == x.tx || next.tx == nil || !c.chunked)
 }
 
 // decides reports whether r, the reply to x, accepts or refuses a message, which shows that the relay works. Whatever follows a refused

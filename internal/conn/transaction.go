@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -380,15 +381,25 @@ func (t *Transaction) bodyTo(body io.WriterTo) (int64, error) {
 	if isBytes(body) {
 		return body.WriteTo(t)
 	}
-	w := &bodySink{t: t}
+	w := &bodySink{c: t.c, t: t}
 	n, err := body.WriteTo(w)
 	w.end()
 	return n, err
 }
 
 // bodySink is what a Body writes to while it is asked to. A Body may keep it and write from a goroutine that it has left
-// behind, when the transaction is that of another message already.
+// behind, when the transaction is that of another message already: that write fails.
+//
+// Small writes are gathered, so that a body that is written octet by octet costs one lock for each bufferful. The buffer is
+// touched without a lock, by the one goroutine that the Body writes from. It belongs to this sink and is never used again, and its
+// way into the transaction is locked: what a Body that writes from two goroutines at once spoils is its own message.
 type bodySink struct {
+	c    *Conn
+	over atomic.Bool // WriteTo has returned; set under mu
+	used int         // octets in buf
+	buf  []byte      // nil until the second write: most bodies are written at once
+	any  bool        // there was a write
+
 	mu sync.Mutex   // held while t is written to
 	t  *Transaction // nil once WriteTo has returned
 }
@@ -397,17 +408,56 @@ var errBodyOver = errors.New("the body was written after its WriteTo had returne
 
 // Write implements io.Writer.
 func (w *bodySink) Write(p []byte) (int, error) {
+	used := w.used
+	if len(p) > len(w.buf)-used || w.over.Load() || w.c.doomed.Load() {
+		if w.any && w.buf == nil && len(p) < gather {
+			w.buf = make([]byte, gather)
+		}
+		w.any = true
+		return w.pass(p)
+	}
+	if len(p) == 1 {
+		w.buf[used] = p[0]
+	} else {
+		copy(w.buf[used:], p)
+	}
+	w.used = used + len(p)
+	return len(p), nil
+}
+
+// gather is how much of a body is gathered from small writes.
+const gather = 512
+
+// pass hands what was gathered and p to the transaction.
+func (w *bodySink) pass(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.t == nil {
 		return 0, errBodyOver
 	}
+	if err := w.emptyLocked(); err != nil {
+		return 0, err
+	}
 	return w.t.Write(p)
 }
 
+// emptyLocked hands what was gathered to the transaction.
+func (w *bodySink) emptyLocked() error {
+	used := w.used
+	w.used = 0
+	if used == 0 {
+		return nil
+	}
+	_, err := w.t.Write(w.buf[:used])
+	return err
+}
+
+// end is called once WriteTo has returned. What fails here is in t.sinkErr.
 func (w *bodySink) end() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.over.Store(true)
+	w.emptyLocked()
 	w.t = nil
 }
 

@@ -17,6 +17,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 		return 0, c.ending.cause
 	}
 	c.attempted = c.written + int64(len(p))
+	c.boundUnackedLocked()
 	c.mu.Unlock()
 	n, err := c.conn.Write(p)
 	c.mu.Lock()
@@ -36,6 +37,21 @@ func (c *Conn) Write(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// boundUnackedLocked sets Timeouts.Unacked on the socket, but not while the relay has more before it than its window may hold: Linux
+// gives up a peer, too, that acknowledges and has no room for more, and a relay may think about a message for minutes.
+func (c *Conn) boundUnackedLocked() {
+	limit := c.o.Timeouts.Unacked
+	if crowded := c.attempted-c.answered > leastWindow; limit > 0 && crowded != c.crowded {
+		if c.crowded = crowded; crowded {
+			limit = 0
+		}
+		c.raw.setUnacked(limit)
+	}
+}
+
+// leastWindow is how much fits into the window of any relay.
+const leastWindow = 16 << 10
 
 // position is the number of octets written so far, those in the buffer included.
 func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }
