@@ -56,7 +56,7 @@ type Conn struct {
 	body        wire.BodyWriter   // on out
 	line        []byte            // scratch
 	pendingAuth []byte            // an AUTH command that is still to be sent, in front of the first transaction
-	authMark    [sha256.Size]byte // of the credentials in it
+	authMark    [sha256.Size]byte // of the credentials that were given last, or are to be given
 	stall       *time.Timer       // while a transaction waits behind a final dot that has no reply
 	inStep      bool              // the relay has answered an envelope in step, so a chunk may leave with its envelope
 
@@ -394,7 +394,7 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	case mail && r.Class() == 2:
 		c.o.Profile.SessionGoesOn(x.tx.seq)
 	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq)):
-		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
+		c.o.Profile.SessionFull(x.tx.seq-1, c.born, r)
 	}
 }
 

@@ -78,7 +78,7 @@ type Profile interface {
 	AuthTurn(ctx context.Context) (done func())                           // waits until it is one's turn to authenticate
 	AuthMayBeFollowed() bool                                              // commands may follow AUTH in one write
 	AuthFollowedFailed(r wire.Reply)                                      // such an AUTH, or the MAIL behind it, has failed
-	SessionFull(n int, born time.Time)                                    // the relay has ended a connection opened at born after n transactions
+	SessionFull(n int, born time.Time, r wire.Reply)                      // the relay has ended a connection opened at born after n transactions, with r
 	SessionGoesOn(n int)                                                  // the relay has accepted the nth MAIL of a connection
 	DiscardsAt(addr string) (yes, known bool)                             // the relay at addr throws away the octets of a chunk that it refuses
 	NoteDiscard(addr string, yes bool)                                    // it has shown whether it does

@@ -169,6 +169,8 @@ func (d *dialogue) start() error {
 			FinalReply: o.duration("final-timeout"),
 			Overlap:    o.duration("overlap-timeout"),
 			Quit:       o.duration("quit-timeout"),
+			Drain:      o.duration("drain-timeout"),
+			Outage:     o.duration("outage-timeout"),
 		},
 		Chunking: o.flag("chunking"),
 		Dial:     d.dialer,
@@ -208,6 +210,12 @@ func (d *dialogue) start() error {
 	case "oauthbearer":
 		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: "token", Host: s.Name}), nil
+		}
+	case "expiring":
+		asked := 0
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+			asked++
+			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: fmt.Sprint("token-", asked)}), nil
 		}
 	case "external":
 		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
