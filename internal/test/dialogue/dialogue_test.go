@@ -147,6 +147,7 @@ func (d *dialogue) start() error {
 		Password:  o.text("password", ""),
 		Limits: smtprelay.Limits{
 			MaxConns:           o.number("conns", 1),
+			Rate:               float64(o.number("rate", 0)),
 			MaxMessagesPerConn: o.number("messages", 0),
 			MaxRecipients:      o.number("recipients", 0),
 			MaxConnAge:         o.duration("age"),
