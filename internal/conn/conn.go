@@ -466,7 +466,11 @@ func (c *Conn) armLocked() {
 	case c.cause != nil && !c.dueLocked():
 		at = longAgo
 	case c.head < len(c.waiting):
-		if x := c.waiting[c.head]; x.limit > 0 && x.end <= c.written {
+		x := c.waiting[c.head]
+		if x.final && c.forsakenLocked() && (x.limit == 0 || x.limit > forsakenFor) {
+			x.limit = forsakenFor
+		}
+		if x.limit > 0 && x.end <= c.written {
 			at = time.Now().Add(x.limit)
 		}
 	}
@@ -477,6 +481,23 @@ func (c *Conn) armLocked() {
 		c.deadline = at
 		c.raw.SetReadDeadline(at)
 	}
+}
+
+// forsakenFor is how long a final reply is awaited that nobody waits for any more: a silent relay would keep the connection's
+// place from others.
+const forsakenFor = 10 * time.Second
+
+// forsakenLocked reports whether nobody waits for any of the final replies that are outstanding.
+func (c *Conn) forsakenLocked() bool {
+	return !slices.ContainsFunc(c.waiting[c.head:], func(x exchange) bool { return x.final && !x.tx.forsaken })
+}
+
+// forsake is told that nobody waits for the final reply to t any more.
+func (c *Conn) forsake(t *Transaction) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t.forsaken = true
+	c.armLocked()
 }
 
 // dueLocked reports whether a connection that fails still has a final reply to come: not to a final dot that never left, or left
@@ -633,7 +654,7 @@ func (c *Conn) expect(x exchange) bool {
 	case x.tx != nil:
 		x.tx.asked++
 	}
-	if len(c.waiting)-c.head == 1 {
+	if oldest := c.waiting[c.head]; len(c.waiting)-c.head == 1 || x.final && oldest.final && oldest.tx.forsaken {
 		c.armLocked()
 	}
 	return true

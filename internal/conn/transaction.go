@@ -55,6 +55,7 @@ type Transaction struct {
 	replies         Replies
 	notified        bool // it is in, and the Owner knows
 	cancelled       bool // the end of ctx is why the connection was lost
+	forsaken        bool // nobody waits for the final reply any more
 	after421        bool // the final reply is 2xx, and 421 was said before it
 	contradicted    bool // the final reply came together with another one that says the contrary
 }
@@ -721,7 +722,7 @@ func (t *Transaction) dataIsDue() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The relay sends nothing then, whatever it
 // answers, so the answer is not awaited here.
 func (t *Transaction) loneDot() {
-	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
+	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1, forsaken: true}}) {
 		return
 	}
 	t.c.out.WriteString(".\r\n")
@@ -866,6 +867,7 @@ func (t *Transaction) awaitFinal() {
 				drained = timer.C
 			}
 		case <-drained:
+			t.c.forsake(t)
 			return
 		}
 	}
