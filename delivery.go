@@ -154,6 +154,9 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 			d.unknown = e
 		case fateOpen:
 			open = append(open, to)
+			if rcpt.Reply.throttles(OpRcpt) {
+				wait = refusal()
+			}
 		case fateLater:
 			open = append(open, to)
 			wait = refusal()

@@ -238,6 +238,9 @@ func countTooMany(r *conn.Result) (tooMany int, sure bool) {
 	sure = true
 	for i := range r.Rcpt {
 		reply := publicReply(r.Rcpt[i])
+		if r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked) {
+			continue // the session has had too many, in all its transactions together
+		}
 		if reply.says(tooManyRcpts, OpRcpt) {
 			tooMany++
 			sure = sure && (reply.says(numberOfRcpts, OpRcpt) || reply.EnhancedCode == EnhancedCode{} && len(r.Rcpt) > 2)

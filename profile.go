@@ -135,12 +135,16 @@ func (p *profile) AuthMayBeFollowed() bool {
 	return p.proven.Load() && !time.Now().Before(p.authAloneUntil)
 }
 
-// SessionFull is told when the relay has said 421 on a connection that had had n transactions and was opened at born. The
+// SessionFull is told when the relay has said r, a 421 perhaps, on a connection that had had n transactions and was opened at born. The
 // same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on connections are
 // retired after n.
 //
-// A connection that was open already when the first one was told so does not count: a relay that restarts tells them all.
-func (p *profile) SessionFull(n int, born time.Time) {
+// A connection that was open already when the first one was told so does not count: a relay that restarts tells them all. Nor
+// does one that the relay ends because it was idle.
+func (p *profile) SessionFull(n int, born time.Time, r wire.Reply) {
+	if publicReply(r).says(idleTooLong, OpMail) {
+		return
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()

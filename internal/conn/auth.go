@@ -81,6 +81,7 @@ func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 		return &OpenError{Step: StepAuth, Permanent: true, Err: &NotOfferedError{name, c.ext.Auth}}
 	}
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
+	c.authMark = mark
 	if ir != nil {
 		if r, refused := d.o.Profile.RefusalOf(mark); refused {
 			return refusedBy(StepAuth, r)
@@ -95,7 +96,7 @@ func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 		if full := line + " " + encoded + "\r\n"; len(full) <= maxAuthLine {
 			c.saying(mechanism, ir)
 			if mayLead && name == sasl.Plain && c.pipelining() && d.o.Profile.AuthMayBeFollowed() {
-				c.pendingAuth, c.authMark = []byte(full), mark
+				c.pendingAuth = []byte(full)
 				return nil
 			}
 			line, ir = line+" "+encoded, nil
@@ -182,10 +183,16 @@ func (d *dialogue) next(mech sasl.Client, n int) (challenge, answer []byte, err 
 // giveUpAuth ends AUTH because of err. OAUTHBEARER reports failure in a challenge; the reply to "*" is the relay's error.
 func (d *dialogue) giveUpAuth(err error) *OpenError {
 	e := authFailed(err)
-	if r, gone := d.command(StepAuth, "*", "*", d.o.openingLimit()); gone == nil && r.Class() >= 4 {
+	r, gone := d.command(StepAuth, "*", "*", d.o.openingLimit())
+	switch {
+	case gone != nil || r.Class() < 4:
+		return e
+	case r.Code == 535: // about the credentials
+		d.o.Profile.AuthAnswered(d.c.authMark, r, false)
+	default:
 		d.o.Profile.AuthGivenUp()
-		e.Reply = r
 	}
+	e.Reply = r
 	return e
 }
 

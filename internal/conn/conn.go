@@ -42,7 +42,7 @@ type Conn struct {
 	body        wire.BodyWriter   // on out
 	line        []byte            // scratch
 	pendingAuth []byte            // an AUTH command that the first transaction will send
-	authMark    [sha256.Size]byte // of the credentials in it
+	authMark    [sha256.Size]byte // of the credentials that were given last, or are to be given
 	stall       *time.Timer       // runs while a transaction waits behind an unanswered final dot
 	inStep      bool              // the relay has answered an envelope in full, so a chunk may leave together with its envelope
 

@@ -198,7 +198,7 @@ func (t *Transaction) dataIsDue() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). Nothing is sent to anybody, whatever the relay replies, so
 // the reply is not waited for.
 func (t *Transaction) loneDot() {
-	if !t.c.expect(exchange{op: StepFinalDot, final: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
+	if !t.c.expect(exchange{op: StepFinalDot, final: true, left: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
 		return
 	}
 	t.c.out.WriteString(".\r\n")

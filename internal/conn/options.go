@@ -80,7 +80,7 @@ type Profile interface {
 	AuthTurn(ctx context.Context) (done func(), ok bool)                  // waits until it is one's turn to authenticate; false: for too long
 	AuthMayBeFollowed() bool                                              // commands may follow AUTH in one write
 	AuthFollowedFailed(r wire.Reply) (so bool)                            // such an AUTH, or the MAIL behind it, has failed; false: that was not why
-	SessionFull(n int, born time.Time)                                    // the relay has ended a connection opened at born after n transactions
+	SessionFull(n int, born time.Time, r wire.Reply)                      // the relay has ended a connection opened at born after n transactions, with r
 	SessionGoesOn(n int)                                                  // the relay has accepted the nth MAIL of a connection
 	DiscardsAt(addr string) (yes, known bool)                             // the relay at addr throws away the octets of a chunk that it refuses
 	NoteDiscard(addr string, yes bool)                                    // it has shown whether it does

@@ -153,7 +153,7 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	case mail && r.Class() == 2:
 		c.o.Profile.SessionGoesOn(x.tx.seq)
 	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq, c.decided)):
-		c.o.Profile.SessionFull(x.tx.seq-1, c.born)
+		c.o.Profile.SessionFull(x.tx.seq-1, c.born, r)
 	}
 }
 
@@ -227,8 +227,13 @@ func (c *Conn) armLocked() {
 	case c.ending.cause != nil && c.leftLocked():
 		c.hurryLocked(stallLimit) // a silent relay does not keep a slot for a reply that nobody waits for
 	case !c.waiting.empty():
-		if x := c.waiting.oldest(); x.limit > 0 && x.end <= c.written {
-			at = time.Now().Add(x.limit)
+		x := c.waiting.oldest()
+		limit := x.limit
+		if x.final && c.leftLocked() && (limit == 0 || limit > stallLimit) {
+			limit = stallLimit // a silent relay would keep the slot for nobody
+		}
+		if limit > 0 && x.end <= c.written {
+			at = time.Now().Add(limit)
 		}
 	}
 	if !c.closeBy.IsZero() && (at.IsZero() || c.closeBy.Before(at)) {

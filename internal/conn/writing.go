@@ -71,7 +71,7 @@ func (c *Conn) expect(x exchange) bool {
 	case x.tx != nil:
 		x.tx.asked++
 	}
-	if c.waiting.alone() {
+	if c.waiting.alone() || x.final && c.waiting.oldest().left {
 		c.armLocked()
 	}
 	return true

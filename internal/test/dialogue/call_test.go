@@ -161,6 +161,7 @@ func (d *dialogue) compose(c *call, o *settings) error {
 	m.To = list(unescaped("to"))
 	m.To = append(m.To, moreRecipients(o.number("more", 0))...)
 	m.AllOrNothing = o.flag("all-or-nothing")
+	m.FailFast = o.flag("fail-fast")
 
 	opt := &smtprelay.MailOptions{
 		Body:       smtprelay.BodyType(o.text("bodytype", "")),

@@ -205,7 +205,7 @@ func (d *dialogue) truths() error {
 			case x.final/100 == 2:
 				told = accepted
 			case x.final/100 == 4 || x.final/100 == 5:
-				if _, again := d.script.config["temporary"]; again || x.final == 421 || x.final == 432 {
+				if _, again := d.script.config["temporary"]; again || x.final == 421 || x.final == 432 || x.slow {
 					continue // it may be tried again
 				}
 				told = map[string]bool{}

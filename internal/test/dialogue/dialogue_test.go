@@ -147,6 +147,7 @@ func (d *dialogue) start() error {
 		Password:  o.text("password", ""),
 		Limits: smtprelay.Limits{
 			MaxConns:           o.number("conns", 1),
+			Rate:               float64(o.number("rate", 0)),
 			MaxMessagesPerConn: o.number("messages", 0),
 			MaxRecipients:      o.number("recipients", 0),
 			MaxConnAge:         o.duration("age"),
@@ -169,6 +170,8 @@ func (d *dialogue) start() error {
 			FinalReply: o.duration("final-timeout"),
 			Overlap:    o.duration("overlap-timeout"),
 			Quit:       o.duration("quit-timeout"),
+			Drain:      o.duration("drain-timeout"),
+			Outage:     o.duration("outage-timeout"),
 		},
 		Chunking: o.flag("chunking"),
 		Dial:     d.dialer,
@@ -208,6 +211,12 @@ func (d *dialogue) start() error {
 	case "oauthbearer":
 		cfg.Auth = func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: "token", Host: s.Name}), nil
+		}
+	case "expiring":
+		asked := 0
+		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
+			asked++
+			return sasl.NewOAuthBearerClient(&sasl.OAuthBearerOptions{Username: "a@x.example", Token: fmt.Sprint("token-", asked)}), nil
 		}
 	case "external":
 		cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {

@@ -45,6 +45,7 @@ type transaction struct {
 	dot   bool   // the final dot or the last chunk was written in full
 	short bool   // only the line end of that is missing, if this is the end of the body
 	final int    // the reply to it: 0 if none arrived, -1 for what is no reply
+	slow  bool   // that says that messages come too fast
 	when  int    // of the final reply, by the dialogue's count of events
 }
 
@@ -223,11 +224,11 @@ func (l *ledger) say(text string) {
 			code = -1 // the relay's farewell cuts its yes short
 		}
 		l.within, l.yes = false, false
-		l.replied(code)
+		l.replied(code, strings.Contains(line, "sending rate"))
 	}
 }
 
-func (l *ledger) replied(code int) {
+func (l *ledger) replied(code int, slow bool) {
 	if len(l.waiting) == 0 {
 		return // unasked
 	}
@@ -250,7 +251,7 @@ func (l *ledger) replied(code int) {
 		}
 	case ".":
 		if !l.lost {
-			w.tx.final, w.tx.when = code, l.event()
+			w.tx.final, w.tx.slow, w.tx.when = code, slow, l.event()
 		}
 	case "STARTTLS":
 		l.held = false
