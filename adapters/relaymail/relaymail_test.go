@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"gopkg.in/mail.v2"
 
@@ -202,8 +203,10 @@ func TestRelayThatCannotBeReachedFailsAtOnce(t *testing.T) {
 	relay := newRelay(t)
 	d := dialer(relay)
 	relay.Close()
-	err := relaymail.DialAndSend(t.Context(), d, message("ann@example.org"))
-	if e, ok := errors.AsType[*smtprelay.Error](err); !ok || e.Op != smtprelay.OpDial || !smtprelay.ShouldRetry(err) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what waits for the relay ends with ctx
+	defer cancel()
+	err := relaymail.DialAndSend(ctx, d, message("ann@example.org"))
+	if e, ok := errors.AsType[*smtprelay.Error](err); !ok || e.Op != smtprelay.OpDial || !smtprelay.ShouldRetry(err) || errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
 }
