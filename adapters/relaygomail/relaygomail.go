@@ -12,6 +12,7 @@
 package relaygomail
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -30,16 +31,20 @@ import (
 )
 
 // MessageOf returns m with its envelope: the address of its Sender or From header, and those of To, Cc and Bcc, each once. The Bcc
-// header is not written. m is written while it is sent, and must not change before.
+// header is not written. m is built here, once and in memory: a reader that it attaches is used up by that, and every try
+// sends the same octets.
 func MessageOf(m *gomail.Message) (smtprelay.Message, error) {
-	e := envelope{WriterTo: m}
-	e.err = gomail.Send(gomail.SendFunc(func(from string, to []string, _ io.WriterTo) error {
+	var body bytes.Buffer
+	var e envelope
+	e.err = gomail.Send(gomail.SendFunc(func(from string, to []string, msg io.WriterTo) error {
 		e.from, e.to = from, to
-		return nil
+		_, err := msg.WriteTo(&body)
+		return err
 	}), m)
+	e.WriterTo = smtprelay.Bytes(body.Bytes())
 	msg, err := smtprelay.MessageOf(e)
 	if err == nil {
-		msg.Body = m
+		msg.Body = e.WriterTo
 	}
 	return msg, err
 }

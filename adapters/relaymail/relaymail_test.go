@@ -87,6 +87,34 @@ func TestMessageArrivesAsItWasBuilt(t *testing.T) {
 	}
 }
 
+// A reader can be read once, and a message that is tried again must still be whole.
+func TestAnotherTryHasTheAttachmentToo(t *testing.T) {
+	relay := newRelay(t)
+	lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 closing", Drop: true})
+	m := message("ann@example.org")
+	file := strings.NewReader("%PDF-1.7")
+	m.Attach("invoice.pdf", mail.SetCopyFunc(func(w io.Writer) error {
+		_, err := io.Copy(w, file)
+		return err
+	}))
+	if err := relaymail.Send(t.Context(), relay.Client(t), m); err != nil || lost.Hits() != 1 {
+		t.Fatal(err, lost.Hits())
+	}
+	if got := readback.Message(t, readback.Only(t, relay), "shop@example.com", "ann@example.org"); string(got.Files["invoice.pdf"]) != "%PDF-1.7" {
+		t.Errorf("got %q", got.Files)
+	}
+}
+
+func TestMessageThatFailsToBeBuiltTroublesNoRelay(t *testing.T) {
+	relay := newRelay(t)
+	m := message("ann@example.org")
+	m.Attach("gone.pdf") // is opened when the message is built
+	err := relaymail.Send(t.Context(), relay.Client(t), m)
+	if smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || relay.Stats().Conns != 0 {
+		t.Errorf("got %v, %d connections", err, relay.Stats().Conns)
+	}
+}
+
 func TestSenderHeaderIsTheEnvelopesSender(t *testing.T) {
 	m := message("ann@example.org")
 	m.SetHeader("Sender", "bounces@example.com")

@@ -21,7 +21,7 @@ import (
 
 // MessageOf builds m and returns it with its envelope: the address given to From, and those given to To, Cc and Bcc, each once. m tells
 // them to nobody else, so that they are read from the header that it writes. The Bcc fields are taken out of it, and
-// m.WriteBccHeader(false) is called.
+// m.WriteBccHeader(false) is called. The readers that m attaches are used up.
 func MessageOf(m *mailyak.MailYak) (smtprelay.Message, error) {
 	m.WriteBccHeader(true)
 	defer m.WriteBccHeader(false)
