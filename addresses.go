@@ -60,6 +60,9 @@ func MessageOf(m GoMail) (Message, error) {
 			return Message{From: withoutBrackets(from), To: onceEach(to), Body: m}, nil
 		}
 	}
+	if e, ok := errors.AsType[*Error](err); ok { // of ParseAddresses, say
+		return Message{}, e
+	}
 	return Message{}, &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, Err: err, permanent: true}
 }
 

@@ -93,6 +93,15 @@ func TestMessageWithoutAnEnvelopeIsAnError(t *testing.T) {
 	}
 }
 
+// A message whose methods use ParseAddresses returns an error of ours, which names the step once.
+func TestMessageWithABadAddressNamesTheStepOnce(t *testing.T) {
+	_, bad := smtprelay.ParseAddresses("ann@@example.org")
+	_, err := smtprelay.MessageOf(&goMail{from: "a@x.example", toErr: bad})
+	if err == nil || err.Error() != bad.Error() || smtprelay.ShouldRetry(err) {
+		t.Errorf("got %v, want %v", err, bad)
+	}
+}
+
 func ExampleParseAddresses() {
 	to, err := smtprelay.ParseAddresses(`"Smith, Ann" <ann@example.org>`, "bob@example.org, Carol <carol@example.org>")
 	fmt.Println(to, err)

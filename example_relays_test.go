@@ -29,7 +29,7 @@ func ExampleRegistry() {
 		_, err = clients.Send(context.Background(), cfg, smtprelay.Message{
 			From: "shop@example.com",
 			To:   []string{"ann@example.org"},
-			Body: smtprelay.Bytes([]byte("Subject: hi\r\n\r\nhi\r\n")),
+			Body: smtprelay.Bytes(order),
 		})
 		if err != nil {
 			log.Fatal(err)
@@ -60,7 +60,7 @@ func ExampleFailover() {
 	_, err := mail.Send(context.Background(), smtprelay.Message{
 		From: "shop@example.com",
 		To:   []string{"ann@example.org"},
-		Body: smtprelay.Bytes([]byte("Subject: hi\r\n\r\nhi\r\n")),
+		Body: smtprelay.Bytes(order),
 	})
 	fmt.Println(err, len(first.Messages()), len(second.Messages()))
 	// Output: <nil> 0 1

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +19,17 @@ import (
 	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
+
+// order is the mail of most examples. A program has one built by a library such as go-mail.
+var order = []byte("From: The Shop <shop@example.com>\r\n" +
+	"To: ann@example.org\r\n" +
+	"Subject: Your order\r\n" +
+	"Date: Mon, 30 Nov 2026 10:00:00 +0000\r\n" +
+	"Message-ID: <order-4711@example.com>\r\n" + // stable, so that the relay's log can be searched for it
+	"List-Unsubscribe: <https://example.com/unsubscribe?order=4711>\r\n" +
+	"List-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" +
+	"\r\n" +
+	"It is ready.\r\n")
 
 // A mail to one recipient. A program makes one Client, at its start, and shares it.
 func ExampleClient_Send() {
@@ -32,11 +44,7 @@ func ExampleClient_Send() {
 	receipt, err := client.Send(context.Background(), smtprelay.Message{
 		From: "shop@example.com",
 		To:   []string{"ann@example.org"},
-		Body: smtprelay.Bytes([]byte("From: shop@example.com\r\n" +
-			"To: ann@example.org\r\n" +
-			"Subject: Your order\r\n" +
-			"\r\n" +
-			"It is ready.\r\n")),
+		Body: smtprelay.Bytes(order),
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -64,7 +72,8 @@ func ExampleClient_SendAll() {
 	readers := []string{"ann@example.org", "bob@example.org", "gone@example.org", "eve@example.org"}
 	messages := func(yield func(smtprelay.Message) bool) {
 		for _, to := range readers {
-			text := "From: news@example.com\r\nTo: " + to + "\r\nSubject: News\r\n\r\nThere is news.\r\n"
+			text := "From: news@example.com\r\nTo: " + to + "\r\nSubject: News\r\nMessage-ID: <news-1." + to + ">\r\n" +
+				"List-Unsubscribe: <https://example.com/unsubscribe?address=" + url.QueryEscape(to) + ">\r\n\r\nThere is news.\r\n"
 			if !yield(smtprelay.Message{
 				From: "news@example.com",
 				To:   []string{to},
@@ -124,14 +133,13 @@ func ExampleClient_Shutdown() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	msg := []byte("Subject: hello\r\n\r\nHello.\r\n")
-	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, msg))
+	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, order))
 
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	fmt.Println(client.Shutdown(ctx))
 
-	err = client.SendMail("shop@example.com", []string{"bob@example.org"}, msg)
+	err = client.SendMail("shop@example.com", []string{"bob@example.org"}, order)
 	fmt.Println(errors.Is(err, smtprelay.ErrClosed), smtprelay.ShouldRetry(err))
 	// Output:
 	// <nil>
@@ -171,7 +179,7 @@ func ExampleError() {
 		receipt, err := client.Send(context.Background(), smtprelay.Message{
 			From: "shop@example.com",
 			To:   to,
-			Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+			Body: smtprelay.Bytes(order),
 		})
 		var e *smtprelay.Error
 		switch {
@@ -234,7 +242,7 @@ func ExampleRetry() {
 	receipt, err := client.Send(context.Background(), smtprelay.Message{
 		From: "shop@example.com",
 		To:   []string{"ann@example.org"},
-		Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+		Body: smtprelay.Bytes(order),
 	})
 	fmt.Println(receipt.Reply.Code, err)
 	// Output:
@@ -254,7 +262,7 @@ func ExampleShouldRetry() {
 	m := smtprelay.Message{
 		From: "shop@example.com",
 		To:   []string{"ann@example.org"},
-		Body: smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is ready.\r\n")),
+		Body: smtprelay.Bytes(order),
 	}
 
 	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 try again later"})
@@ -350,7 +358,7 @@ func ExampleTrace() {
 	}
 	defer client.Close()
 	for _, to := range []string{"ann@example.org", "bob@example.org"} {
-		_ = client.SendMail("shop@example.com", []string{to}, []byte("Subject: hello\r\n\r\nHello.\r\n"))
+		_ = client.SendMail("shop@example.com", []string{to}, order)
 	}
 	// Output:
 	// connection 1 ready: true
@@ -369,10 +377,10 @@ func ExampleLogTrace() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, []byte("Subject: hello\r\n\r\nHello.\r\n")))
+	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, order))
 	client.Close()
 
-	for _, words := range []string{`line="AUTH PLAIN [redacted]"`, `line="RCPT TO:<ann@example.org>"`, `msg="smtp message accepted"`, "Hello."} {
+	for _, words := range []string{`line="AUTH PLAIN [redacted]"`, `line="RCPT TO:<ann@example.org>"`, `msg="smtp message accepted"`, "It is ready."} {
 		fmt.Println(words, strings.Contains(logged.String(), words))
 	}
 	// Output:
@@ -380,5 +388,5 @@ func ExampleLogTrace() {
 	// line="AUTH PLAIN [redacted]" true
 	// line="RCPT TO:<ann@example.org>" true
 	// msg="smtp message accepted" true
-	// Hello. false
+	// It is ready. false
 }

@@ -21,7 +21,8 @@ func ExampleSendMail() {
 	defer relay.Close()
 
 	auth := smtp.PlainAuth("", relay.Username, relay.Password, "127.0.0.1")
-	msg := []byte("To: ann@example.org\r\nSubject: hi\r\n\r\nThis is the body.\r\n")
+	msg := []byte("From: shop@example.com\r\nTo: ann@example.org\r\nSubject: hi\r\nMessage-ID: <1@example.com>\r\n" +
+		"List-Unsubscribe: <https://example.com/unsubscribe>\r\n\r\nThis is the body.\r\n")
 	for range 3 {
 		if err := smtp.SendMail(relay.Addr(), auth, "shop@example.com", []string{"ann@example.org"}, msg); err != nil {
 			log.Fatal(err)

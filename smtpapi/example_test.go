@@ -34,7 +34,8 @@ func Example_categories() {
 	_, err = client.Send(context.Background(), smtprelay.Message{
 		From: "bounces@example.com", // SendGrid says here what it could not read
 		To:   []string{"ann@example.org"},
-		Body: smtpapi.Prepend(h, smtprelay.Bytes([]byte("Subject: Your order\r\n\r\nIt is on its way.\r\n"))),
+		Body: smtpapi.Prepend(h, smtprelay.Bytes([]byte("Subject: Your order\r\nMessage-ID: <order-12345@example.com>\r\n"+
+			"List-Unsubscribe: <https://example.com/unsubscribe>\r\n\r\nIt is on its way.\r\n"))),
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -43,6 +44,8 @@ func Example_categories() {
 	// Output:
 	// X-SMTPAPI: {"category":["orders","shipping"],"unique_args":{"order":"12345"}}
 	// Subject: Your order
+	// Message-ID: <order-12345@example.com>
+	// List-Unsubscribe: <https://example.com/unsubscribe>
 	//
 	// It is on its way.
 }
@@ -69,7 +72,8 @@ func Example_substitution() {
 	_, err = client.Send(context.Background(), smtprelay.Message{
 		From: "bounces@example.com",
 		To:   []string{"newsletter@example.com"},
-		Body: smtpapi.Prepend(h, smtprelay.Bytes([]byte("Subject: Hello, -name-\r\n\r\nDear -name-, …\r\n"))),
+		Body: smtpapi.Prepend(h, smtprelay.Bytes([]byte("Subject: Hello, -name-\r\nMessage-ID: <news-1@example.com>\r\n"+
+			"List-Unsubscribe: <https://example.com/unsubscribe>\r\n\r\nDear -name-, …\r\n"))),
 	})
 	if err != nil {
 		log.Fatal(err)

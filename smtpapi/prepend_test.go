@@ -5,8 +5,11 @@ package smtpapi_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -211,6 +214,44 @@ func TestPrependedMessageArrivesWholeAfterAnotherTry(t *testing.T) {
 	for _, m := range relay.Messages() {
 		if got := string(m.Body); got != field+message {
 			t.Errorf("got %q", got)
+		}
+	}
+}
+
+// A header of substitutions for 1,000 recipients arrives with the JSON that went in, by DATA and in chunks.
+func TestSubstitutionsForAThousandRecipientsArriveAsTheyWere(t *testing.T) {
+	h := smtpapi.Header{To: addresses(1000), Sub: map[string][]string{}}
+	want := map[string]any{"to": h.To, "sub": h.Sub}
+	for i := range h.To {
+		h.Sub["-name-"] = append(h.Sub["-name-"], fmt.Sprintf("Zoë %d \U0001F600", i))
+		h.Sub["-text-"] = append(h.Sub["-text-"], "\r\n.\r\n\"}"+strings.Repeat(" long ", i%160))
+	}
+	for _, chunking := range []bool{false, true} {
+		relay := smtptest.New(t, func(s *smtptest.Server) { s.Chunking = chunking })
+		client := relay.Client(t, func(c *smtprelay.Config) { c.Chunking = chunking })
+		if _, err := client.Send(t.Context(), smtprelay.Message{
+			From: "shop@example.com", To: []string{"shop@example.com"}, Body: smtpapi.Prepend(h, smtprelay.Bytes([]byte(message))),
+		}); err != nil {
+			t.Fatal(err)
+		}
+		got := relay.Messages()[0]
+		if got.Chunked != chunking {
+			t.Errorf("chunked: %v, want %v", got.Chunked, chunking)
+		}
+		field, ok := bytes.CutSuffix(got.Body, []byte(message))
+		if !ok {
+			t.Fatal("the message behind the field is another one")
+		}
+		wanted, err := json.Marshal(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var a, b any
+		if err := errors.Join(json.Unmarshal([]byte(checkForm(t, field)), &a), json.Unmarshal(wanted, &b)); err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(a, b) {
+			t.Error("the relay has got another JSON")
 		}
 	}
 }

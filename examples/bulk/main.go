@@ -4,19 +4,25 @@
 //	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run . -from news@example.com -list addresses.txt -text news.txt
 //
 // Ctrl-C takes no further address, finishes what is under way, and tells what was sent and what not; so does the end of
-// the list. Ctrl-C again ends the program at once. With -o a line is written for each address: what became of it, the code
-// of the relay's reply, its queue ID, the error. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
+// the list. Ctrl-C again ends the program at once. The exit status is 1 unless every mail was accepted. With -o a line is written for
+// each address: what became of it, "again" if sending the mail again is safe and may help, the code of the relay's reply, its
+// queue ID, the error. Each mail's Message-ID is that of an earlier run with the same text, so that the relay's log can be searched for
+// it. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
 // are made up, so that it can be tried without an account.
 package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/csv"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"mime"
+	"net/url"
 	"os"
 	"os/signal"
 	"strconv"
@@ -33,10 +39,11 @@ import (
 
 func main() {
 	var (
-		from     = flag.String("from", "news@example.com", "reverse-path and From of the mails")
+		from     = flag.String("from", "news@example.com", "envelope sender and From of the mails")
 		listFile = flag.String("list", "", "file with one address on each line; empty lines and lines that begin with # do not count")
 		subject  = flag.String("subject", "News", "subject of the mails")
 		textFile = flag.String("text", "", "file with the text of the mails")
+		leave    = flag.String("unsubscribe", "https://example.com/unsubscribe", "URL that unsubscribes; ?address= is added for each")
 		outFile  = flag.String("o", "", "file for the outcome of each address, as CSV")
 	)
 	flag.Usage = func() {
@@ -50,13 +57,13 @@ func main() {
 	defer stop()
 	context.AfterFunc(ctx, stop)
 
-	if err := run(ctx, os.Getenv("SMTP_URL"), *from, *listFile, *subject, *textFile, *outFile); err != nil {
+	if err := run(ctx, os.Getenv("SMTP_URL"), *from, *listFile, *subject, *textFile, *leave, *outFile); err != nil {
 		fmt.Fprintln(os.Stderr, "bulk:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, url, from, listFile, subject, textFile, outFile string) (err error) {
+func run(ctx context.Context, relayURL, from, listFile, subject, textFile, unsubscribe, outFile string) (err error) {
 	list, err := readList(listFile)
 	if err != nil {
 		return err
@@ -67,7 +74,7 @@ func run(ctx context.Context, url, from, listFile, subject, textFile, outFile st
 			return err
 		}
 	}
-	cfg, done, err := relayConfig(url)
+	cfg, done, err := relayConfig(relayURL)
 	if err != nil {
 		return err
 	}
@@ -101,7 +108,7 @@ func run(ctx context.Context, url, from, listFile, subject, textFile, outFile st
 		progressbar.OptionSetItsString("mails"),
 		progressbar.OptionThrottle(100*time.Millisecond),
 	)
-	job := job{client: client, from: from, subject: subject, text: text}
+	job := job{client: client, from: from, subject: subject, text: text, unsubscribe: unsubscribe}
 	report, err := job.send(ctx, list, out, func() { _ = bar.Add(1) })
 	_ = bar.Exit()
 	fmt.Fprintln(os.Stderr)
@@ -109,11 +116,11 @@ func run(ctx context.Context, url, from, listFile, subject, textFile, outFile st
 
 	quit, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	return errors.Join(err, client.Shutdown(quit))
+	return errors.Join(err, report.err(), client.Shutdown(quit))
 }
 
-func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
-	if url == "" {
+func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error) {
+	if relayURL == "" {
 		fmt.Fprintln(os.Stderr, "SMTP_URL is not set: a fake relay takes the mails, and none leaves this program.")
 		relay := smtptest.NewUnstartedServer()
 		relay.Delay = 20 * time.Millisecond
@@ -121,7 +128,7 @@ func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
 		relay.Start()
 		return relay.Config(), relay.Close, nil
 	}
-	cfg, err = smtprelay.ParseURL(url)
+	cfg, err = smtprelay.ParseURL(relayURL)
 	return cfg, func() {}, err
 }
 
@@ -153,6 +160,7 @@ type job struct {
 	client        *smtprelay.Client
 	from, subject string
 	text          []byte
+	unsubscribe   string // URL
 }
 
 // send mails everybody on list and calls step after each. When ctx ends it takes no further address from list and
@@ -181,44 +189,46 @@ func (j job) send(ctx context.Context, list []string, out io.Writer, step func()
 	// SendAll has returned from messages by now, so nobody writes taken any more.
 	for _, to := range list[taken:] {
 		r.untried = append(r.untried, to)
-		_ = w.Write([]string{to, "not tried", "", "", ""})
+		_ = w.Write([]string{to, "not tried", "again", "", "", ""})
 	}
 	w.Flush()
 	return r, w.Error()
 }
 
 func (j job) message(to string) smtprelay.Message {
-	header := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: %s\r\nDate: %s\r\n\r\n",
-		j.from, to, j.subject, time.Now().Format(time.RFC1123Z))
-	return smtprelay.Message{
-		From: j.from,
-		To:   []string{to},
-		Body: smtprelay.Bytes(append([]byte(header), j.text...)),
-	}
+	var b bytes.Buffer
+	id := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %q", j.from, to, j.subject, j.text))
+	_, domain, _ := strings.Cut(j.from, "@")
+	fmt.Fprintf(&b, "From: <%s>\r\nTo: <%s>\r\nSubject: %s\r\n", j.from, to, mime.QEncoding.Encode("utf-8", j.subject))
+	fmt.Fprintf(&b, "Date: %s\r\nMessage-ID: <%x@%s>\r\n", time.Now().Format(time.RFC1123Z), id[:16], domain)
+	fmt.Fprintf(&b, "List-Unsubscribe: <%s?address=%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n", j.unsubscribe, url.QueryEscape(to)) // RFC 8058
+	fmt.Fprintf(&b, "MIME-Version: 1.0\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\n")
+	b.Write(j.text)
+	return smtprelay.Message{From: j.from, To: []string{to}, Body: smtprelay.Bytes(b.Bytes())}
 }
 
-// row is what the CSV file says about a mail: address, outcome, code, queue ID, error.
+// row is what the CSV file says about a mail: address, outcome, whether to send it again, code, queue ID, error.
 func row(r smtprelay.Result) []string {
-	to := r.Message.To[0]
+	to, outcome := r.Message.To[0], smtprelay.OutcomeOf(r.Err).String()
 	if r.Err == nil {
-		return []string{to, smtprelay.Accepted.String(), strconv.Itoa(r.Receipt.Reply.Code), r.Receipt.QueueID, ""}
+		return []string{to, outcome, "", strconv.Itoa(r.Receipt.Reply.Code), r.Receipt.QueueID, ""}
 	}
-	var e *smtprelay.Error
-	if !errors.As(r.Err, &e) {
-		return []string{to, smtprelay.Unknown.String(), "", "", r.Err.Error()}
+	again, code := "", ""
+	if smtprelay.ShouldRetry(r.Err) {
+		again = "again"
 	}
-	code := ""
-	if e.Reply.Code != 0 {
+	if e, ok := errors.AsType[*smtprelay.Error](r.Err); ok && e.Reply.Code != 0 {
 		code = strconv.Itoa(e.Reply.Code)
 	}
-	return []string{to, e.Outcome.String(), code, "", r.Err.Error()}
+	return []string{to, outcome, again, code, "", r.Err.Error()}
 }
 
 // report is what became of the list.
 type report struct {
 	addresses   int
 	accepted    int
-	notAccepted []smtprelay.Result // safe to send again
+	again       []smtprelay.Result // not accepted; sending them again is safe and may help
+	refused     []smtprelay.Result // not accepted, and not to be sent again as they are
 	unknown     []smtprelay.Result
 	untried     []string
 	interrupted func() bool
@@ -228,20 +238,31 @@ func (r *report) add(result smtprelay.Result) {
 	switch {
 	case result.Err == nil:
 		r.accepted++
+	case smtprelay.ShouldRetry(result.Err):
+		r.again = append(r.again, result)
 	case smtprelay.OutcomeOf(result.Err) == smtprelay.NotAccepted:
-		r.notAccepted = append(r.notAccepted, result)
+		r.refused = append(r.refused, result)
 	default:
 		r.unknown = append(r.unknown, result)
 	}
+}
+
+// err is nil if all mails were accepted.
+func (r *report) err() error {
+	if r.accepted == r.addresses {
+		return nil
+	}
+	return fmt.Errorf("%d of %d mails were accepted", r.accepted, r.addresses)
 }
 
 func (r *report) print(w io.Writer) {
 	if r.interrupted() {
 		fmt.Fprintln(w, "Interrupted: no further address was taken, and what was under way was finished.")
 	}
-	fmt.Fprintf(w, "%7d addresses\n%7d accepted\n%7d not accepted\n%7d unknown\n%7d not tried\n",
-		r.addresses, r.accepted, len(r.notAccepted), len(r.unknown), len(r.untried))
-	list(w, "Not accepted; safe to send again:", r.notAccepted, describe)
+	fmt.Fprintf(w, "%7d addresses\n%7d accepted\n%7d not accepted for now\n%7d refused\n%7d unknown\n%7d not tried\n",
+		r.addresses, r.accepted, len(r.again), len(r.refused), len(r.unknown), len(r.untried))
+	list(w, "Not accepted for now; safe to send again:", r.again, describe)
+	list(w, "Refused; sending them again as they are does not help:", r.refused, describe)
 	list(w, "Unknown; the relay may have accepted them:", r.unknown, describe)
 	list(w, "Not tried:", r.untried, func(to string) string { return to })
 }

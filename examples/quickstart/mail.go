@@ -9,6 +9,7 @@ import (
 	"mime/multipart"
 	"mime/quotedprintable"
 	"net/textproto"
+	"net/url"
 	"time"
 )
 
@@ -23,8 +24,10 @@ type mail struct {
 func compose(from, to, subject string, attachment []byte) (mail, error) {
 	var buf bytes.Buffer
 	id := fmt.Sprintf("%d.%s", time.Now().UnixNano(), to)
+	unsubscribe := "https://example.com/unsubscribe?address=" + url.QueryEscape(to)
 	fmt.Fprintf(&buf, "From: <%s>\r\nTo: <%s>\r\nSubject: %s\r\n", from, to, mime.QEncoding.Encode("utf-8", subject))
 	fmt.Fprintf(&buf, "Date: %s\r\nMessage-ID: <%s>\r\nMIME-Version: 1.0\r\n", time.Now().Format(time.RFC1123Z), id)
+	fmt.Fprintf(&buf, "List-Unsubscribe: <%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n", unsubscribe) // RFC 8058
 
 	if attachment == nil {
 		body := multipart.NewWriter(&buf)

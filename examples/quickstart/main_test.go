@@ -83,7 +83,7 @@ func TestComposedMailIsRFC5322(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, field := range []string{"From", "To", "Subject", "Date", "Message-Id", "Mime-Version", "Content-Type"} {
+		for _, field := range []string{"From", "To", "Subject", "Date", "Message-Id", "List-Unsubscribe", "Mime-Version", "Content-Type"} {
 			if parsed.Header.Get(field) == "" {
 				t.Errorf("no %s", field)
 			}

@@ -4,8 +4,10 @@ package invite
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"net/url"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
@@ -30,8 +32,9 @@ type Service struct {
 // Invite mails an invitation to the address and tells what became of it. The error is what to log; it is nil if the
 // invitation was sent.
 func (s *Service) Invite(ctx context.Context, to string) (State, error) {
-	text := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: You are invited\r\nDate: %s\r\n\r\nDo come.\r\n",
-		s.From, to, time.Now().Format(time.RFC1123Z))
+	text := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: You are invited\r\nDate: %s\r\nMessage-ID: <%s@example.com>\r\n"+
+		"List-Unsubscribe: <https://example.com/unsubscribe?address=%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n\r\nDo come.\r\n",
+		s.From, to, time.Now().Format(time.RFC1123Z), rand.Text(), url.QueryEscape(to))
 	_, err := s.Mail.Send(ctx, smtprelay.Message{
 		From: s.From,
 		To:   []string{to},

@@ -83,7 +83,9 @@ func TestInvitationIsAddressedToTheGuestAlone(t *testing.T) {
 	if m := mails[0]; m.From != "shop@example.com" || len(m.To) != 1 || m.To[0] != "ann@example.org" {
 		t.Errorf("envelope: from %q to %q", m.From, m.To)
 	}
-	if !strings.Contains(string(mails[0].Body), "\r\nTo: <ann@example.org>\r\n") {
-		t.Errorf("body has no To header:\n%s", mails[0].Body)
+	for _, field := range []string{"\r\nTo: <ann@example.org>\r\n", "\r\nMessage-ID: <", "\r\nList-Unsubscribe: <https://example.com/unsubscribe?address=ann%40example.org>\r\n"} {
+		if !strings.Contains(string(mails[0].Body), field) {
+			t.Errorf("the header has no %q:\n%s", field, mails[0].Body)
+		}
 	}
 }

@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"flag"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"net"
 	"net/http"
 	netmail "net/mail"
+	"net/url"
 	"os"
 	"os/signal"
 	"syscall"
@@ -54,15 +56,15 @@ func usage() {
 	flag.PrintDefaults()
 }
 
-// relayConfig returns the configuration for the relay that url names, or for a fake one if url is empty, and a func to
+// relayConfig returns the configuration for the relay that relayURL names, or for a fake one if it is empty, and a func to
 // call at the end.
-func relayConfig(url string) (cfg smtprelay.Config, done func(), err error) {
-	if url == "" {
+func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error) {
+	if relayURL == "" {
 		slog.Warn("SMTP_URL is not set: a fake relay takes the mail, and none leaves this program")
 		relay := smtptest.NewServer()
 		return relay.Config(), relay.Close, nil
 	}
-	cfg, err = smtprelay.ParseURL(url)
+	cfg, err = smtprelay.ParseURL(relayURL)
 	return cfg, func() {}, err
 }
 
@@ -114,8 +116,9 @@ func (s *signup) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "This is not an e-mail address.", http.StatusBadRequest)
 		return
 	}
-	text := fmt.Sprintf("From: <%s>\r\nTo: %s\r\nSubject: Welcome\r\nDate: %s\r\n\r\nIt is good to have you here.\r\n",
-		s.from, to, time.Now().Format(time.RFC1123Z))
+	text := fmt.Sprintf("From: <%s>\r\nTo: %s\r\nSubject: Welcome\r\nDate: %s\r\nMessage-ID: <%s@example.com>\r\n"+
+		"List-Unsubscribe: <https://example.com/unsubscribe?address=%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n\r\nIt is good to have you here.\r\n",
+		s.from, to, time.Now().Format(time.RFC1123Z), rand.Text(), url.QueryEscape(to.Address))
 
 	// A request that waits for the relay longer than this is better told so. The request's own context ends when the
 	// customer goes away: between the final dot and its reply that would leave a mail of which nobody knows.

@@ -1,12 +1,16 @@
 // Package docs tests what the Markdown files of this repository say: that the files, tests and make targets they name are
 // there, that their links lead somewhere, and that their Go code compiles. It has no code of its own.
 //
-// A block of Go that begins with "package" or with a declaration is a file. Any other block is the body of a function, whose
+// A block of Go that begins with "package" is a file, and so is one of declarations. Any other block is the body of a function, whose
 // parameters and results stand in a comment right above the block, where readers of the page do not see it:
 //
 //	<!-- go: (ctx context.Context, m smtprelay.Message) error -->
 //
-// Unused variables and imports are no faults, and imports are added: those in the table named imported.
+// Import lines may stand before the declarations or the statements, or behind the results where readers need not see them; what they
+// import must be in this module's go.mod. Those in
+// the table named imported are added, but to a file. Unused variables and imports are no faults.
+//
+// A block marked as diff with such a comment above it is two blocks of Go: as it was, and as it is after the change.
 package docs
 
 import (
@@ -18,7 +22,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -30,11 +33,11 @@ import (
 
 const module = "github.com/smtprelay/smtprelay"
 
-// imported are the packages that blocks of Go may use without an import line.
+// imported are the packages that blocks of Go may use without an import line. No two have the same name.
 var imported = []string{
 	"bytes", "context", "crypto/tls", "crypto/x509", "encoding/json", "errors", "fmt", "io", "log", "log/slog", "maps", "net",
 	"net/http", "net/mail", "net/textproto", "os", "os/signal", "slices", "strings", "sync", "syscall", "testing", "time",
-	module, module + "/smtptest",
+	module, module + "/preset", module + "/smtpapi", module + "/smtptest",
 }
 
 var (
@@ -43,6 +46,9 @@ var (
 	heading  = regexp.MustCompile(`(?m)^#+ +(.+)$`)
 	fence    = regexp.MustCompile("(?ms)^```([a-z]*)[^\n]*\n(.*?)^```$")
 	goBlock  = regexp.MustCompile("(?ms)^(?:<!-- go: ([^\n]*) -->\n+)?```go\n(.*?)^```$")
+	goDiff   = regexp.MustCompile("(?ms)^<!-- go: ([^\n]*) -->\n+```diff\n(.*?)^```$")
+	imports  = regexp.MustCompile(`\A(?:import (?:"[^"\n]+"|\((?:\n[^)\n]*)*\n\))\n+)+`)
+	quoted   = regexp.MustCompile(`"([^"\n]+)"`)
 	testName = regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark|Example)[A-Z]\w+`)
 	testFunc = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark|Example)\w+)\(`)
 	goFile   = regexp.MustCompile(`^[\w./*{}-]+\.(?:go|md|txt)$`)
@@ -235,26 +241,81 @@ func anchors(text string) []string {
 	return names
 }
 
+// block is a block of Go on a page, without its import lines.
+type block struct {
+	name      string // "README.md:12"
+	signature string
+	imports   []string
+	code      string
+}
+
+// blocks returns those of a page. Of a diff there are two.
+func blocks(page, text string) []block {
+	var all []block
+	add := func(at int, kind, signature, code string) {
+		signature, hidden, _ := strings.Cut(signature, " import ")
+		b := block{name: fmt.Sprintf("%s:%d%s", page, strings.Count(text[:at], "\n")+1, kind), signature: signature, code: code}
+		for _, m := range quoted.FindAllStringSubmatch(hidden, -1) {
+			b.imports = append(b.imports, m[1])
+		}
+		if head := imports.FindString(code); head != "" {
+			b.code = code[len(head):]
+			for _, m := range quoted.FindAllStringSubmatch(head, -1) {
+				b.imports = append(b.imports, m[1])
+			}
+		}
+		all = append(all, b)
+	}
+	for _, m := range goBlock.FindAllStringSubmatchIndex(text, -1) {
+		signature := "()"
+		if m[2] >= 0 {
+			signature = text[m[2]:m[3]]
+		}
+		add(m[4], "", signature, text[m[4]:m[5]])
+	}
+	for _, m := range goDiff.FindAllStringSubmatchIndex(text, -1) {
+		for kind, gone := range map[string]string{" as it was": "+", " as it is": "-"} {
+			var side strings.Builder
+			for line := range strings.Lines(text[m[4]:m[5]]) {
+				if !strings.HasPrefix(line, gone) {
+					side.WriteString(strings.TrimLeft(line[:1], " +-") + line[1:])
+				}
+			}
+			add(m[4], kind, text[m[2]:m[3]], side.String())
+		}
+	}
+	return all
+}
+
 func TestGoInPagesCompiles(t *testing.T) {
-	all := read(t)
-	std, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps, Dir: filepath.Join("..", "..")}, imported...)
+	var all []block
+	paths := slices.Clone(imported)
+	for page, text := range read(t).pages {
+		for _, b := range blocks(page, text) {
+			all = append(all, b)
+			paths = append(paths, b.imports...)
+			if file, err := parser.ParseFile(token.NewFileSet(), b.name, b.code, parser.ImportsOnly); err == nil { // it begins with "package"
+				for _, i := range file.Imports {
+					paths = append(paths, strings.Trim(i.Path.Value, `"`))
+				}
+			}
+		}
+	}
+	slices.Sort(paths)
+	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps}, slices.Compact(paths)...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	known := importer{}
-	for _, p := range std {
+	for _, p := range loaded {
+		for _, err := range p.Errors {
+			t.Errorf("%s: %v", p.PkgPath, err)
+		}
 		known[p.PkgPath] = p.Types
 	}
-	for page, text := range all.pages {
-		for _, m := range goBlock.FindAllStringSubmatchIndex(text, -1) {
-			signature := "()"
-			if m[2] >= 0 {
-				signature = text[m[2]:m[3]]
-			}
-			line := strings.Count(text[:m[4]], "\n") + 1
-			if err := known.check(fmt.Sprintf("%s:%d", page, line), signature, text[m[4]:m[5]]); err != nil {
-				t.Errorf("%s:%d: %v", page, line, err)
-			}
+	for _, b := range all {
+		if err := known.check(b); err != nil {
+			t.Errorf("%s: %v", b.name, err)
 		}
 	}
 }
@@ -268,11 +329,22 @@ func TestGoThatDoesNotCompileIsFound(t *testing.T) {
 		{"()", "x := 1", ""},
 		{"(n int) error", "if n > 0 {\n\treturn nil\n}", ""},
 		{"()", "func f() {}", ""},
+		{"()", "import \"nowhere.example/a\"\n\nx := a.B", "nowhere.example/a"},
+		{"(t *T)", "type T struct{}", ""},
 	} {
-		err := known.check("block", c.signature, c.block)
+		page := "<!-- go: " + c.signature + " -->\n```go\n" + c.block + "\n```\n"
+		err := known.check(blocks("page", page)[0])
 		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%q: got %v, want %q", c.block, err, c.want)
 		}
+	}
+}
+
+func TestBothSidesOfADiffAreGo(t *testing.T) {
+	sides := blocks("page", "<!-- go: () -->\n```diff\n-import \"a\"\n+import \"b\"\n \n-x := a.A\n+x := b.B\n _ = x\n```\n")
+	slices.SortFunc(sides, func(a, b block) int { return strings.Compare(a.code, b.code) })
+	if len(sides) != 2 || sides[0].code != "x := a.A\n_ = x\n" || sides[1].code != "x := b.B\n_ = x\n" || sides[0].imports[0] != "a" || sides[1].imports[0] != "b" {
+		t.Errorf("got %+v", sides)
 	}
 }
 
@@ -284,26 +356,34 @@ func (known importer) Import(path string) (*types.Package, error) {
 	if p := known[path]; p != nil {
 		return p, nil
 	}
-	return nil, fmt.Errorf("%s is not in the table of packages that pages may use", path)
+	return nil, fmt.Errorf("%s is not in the go.mod of tools/docs", path)
 }
 
 // check compiles a block of Go.
-func (known importer) check(name, signature, block string) error {
-	var imports strings.Builder
-	for path := range known {
-		fmt.Fprintf(&imports, "import %q; ", path)
+func (known importer) check(b block) error {
+	var head strings.Builder
+	names := map[string]bool{}
+	for _, path := range slices.Concat(b.imports, imported) {
+		p, err := known.Import(path)
+		if err != nil && slices.Contains(b.imports, path) {
+			return err
+		}
+		if err == nil && !names[p.Name()] { // a block's own come first: net/mail gives way to go-mail
+			names[p.Name()] = true
+			fmt.Fprintf(&head, "import %q; ", path)
+		}
 	}
 	files := token.NewFileSet()
 	parse := func(source string) (*ast.File, error) {
-		return parser.ParseFile(files, name, source, parser.SkipObjectResolution)
+		return parser.ParseFile(files, b.name, source, parser.SkipObjectResolution)
 	}
 	var file *ast.File
 	var err error
-	if strings.HasPrefix(block, "package ") {
-		file, err = parse(block)
-	} else if file, err = parse("package page; " + imports.String() + block); err != nil {
+	if strings.HasPrefix(b.code, "package ") {
+		file, err = parse(b.code)
+	} else if file, err = parse("package page; " + head.String() + b.code); err != nil {
 		// The panic is for blocks that leave out their last return.
-		file, err = parse("package page; " + imports.String() + "func _" + signature + " {\n" + block + "\npanic(0)\n}")
+		file, err = parse("package page; " + head.String() + "func _" + b.signature + " {\n" + b.code + "\npanic(0)\n}")
 	}
 	if err != nil {
 		return err

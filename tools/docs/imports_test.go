@@ -1,0 +1,19 @@
+// Here stand the libraries that only pages use, so that go.mod keeps them.
+package docs
+
+import (
+	_ "github.com/domodwyer/mailyak/v3"
+	_ "github.com/hibiken/asynq"
+	_ "github.com/jhillyerd/enmime/v2"
+	_ "github.com/jordan-wright/email"
+	_ "github.com/riverqueue/river"
+	_ "github.com/wneessen/go-mail"
+	_ "gopkg.in/gomail.v2"
+	_ "gopkg.in/mail.v2"
+
+	_ "github.com/smtprelay/smtprelay/adapters/relayemail"
+	_ "github.com/smtprelay/smtprelay/adapters/relayenmime"
+	_ "github.com/smtprelay/smtprelay/adapters/relaygomail"
+	_ "github.com/smtprelay/smtprelay/adapters/relaymail"
+	_ "github.com/smtprelay/smtprelay/adapters/relaymailyak"
+)
