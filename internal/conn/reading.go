@@ -224,8 +224,6 @@ func (c *Conn) armLocked() {
 	switch {
 	case c.ending.cause != nil && !c.dueLocked():
 		at = longAgo
-	case c.ending.cause != nil && c.leftLocked():
-		c.hurryLocked(stallLimit) // a silent relay does not keep a slot for a reply that nobody waits for
 	case !c.waiting.empty():
 		x := c.waiting.oldest()
 		limit := x.limit
@@ -255,21 +253,15 @@ func (c *Conn) leftLocked() bool {
 	return !slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && !x.left })
 }
 
-// leave notes that t no longer waits for its final reply. If nobody else waits for anything, the connection ends.
+// leave notes that t no longer waits for its final reply.
 func (c *Conn) leave(t *Transaction) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	others := false
 	all := c.waiting.all()
 	for i := range all {
-		if x := &all[i]; x.tx == t {
-			x.left = true
-		} else if x.tx != nil && !x.left {
-			others = true
+		if all[i].tx == t {
+			all[i].left = true
 		}
-	}
-	if !others {
-		c.failLocked(errGivenUp)
 	}
 	c.armLocked()
 }
