@@ -300,7 +300,7 @@ func (c *Conn) ReadLoop() {
 	switch {
 	case c.abort:
 		wait = 0
-	case waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo:
+	case waited && c.writeErr == nil && isOver(err) && c.deadline != longAgo:
 		wait -= c.o.Timeouts.untilFIN()
 	}
 	c.phase, c.left421 = closing, c.said421 && errors.Is(err, io.EOF)
@@ -524,7 +524,7 @@ func (c *Conn) lossLocked(err error) error {
 		return err
 	}
 	x := c.waiting[c.head]
-	if !IsTimeout(err) {
+	if !isOver(err) {
 		return err
 	}
 	if x.first && (c.cause == nil || time.Since(c.heard) >= tellingSilence) {
