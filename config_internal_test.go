@@ -191,7 +191,7 @@ func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
 		t.Errorf("got %+v, want %+v", s.Retry, want)
 	}
 	want := Timeouts{Outage: 2 * time.Minute, Dial: 30 * time.Second, Greeting: 30 * time.Second, TLS: 30 * time.Second, Command: 5 * time.Minute, Data: 2 * time.Minute,
-		Write: 3 * time.Minute, FinalReply: 10 * time.Minute, Drain: 2 * time.Second, Overlap: 5 * time.Second, Quit: 5 * time.Second}
+		Write: 3 * time.Minute, FinalReply: 10 * time.Minute, Unacked: time.Minute, Drain: 2 * time.Second, Overlap: 5 * time.Second, Quit: 5 * time.Second}
 	if !reflect.DeepEqual(s.Timeouts, want) {
 		t.Errorf("got %+v, want %+v", s.Timeouts, want)
 	}
@@ -200,7 +200,7 @@ func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
 		Addr:     "relay.example:25",
 		Limits:   Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: -1, MaxConnAge: -1, MaxIdleTime: -1},
 		Retry:    Retry{MaxAttempts: -1, MinBackoff: time.Minute},
-		Timeouts: Timeouts{Outage: -1, Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Drain: -1, Overlap: -1, Quit: time.Second},
+		Timeouts: Timeouts{Outage: -1, Dial: -1, Greeting: -1, TLS: -1, Command: -1, Data: -1, Write: -1, FinalReply: -1, Unacked: -1, Drain: -1, Overlap: -1, Quit: time.Second},
 	}.check()
 	if err != nil {
 		t.Fatal(err)
