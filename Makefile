@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays soak storm sockets mutants api cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets mutants api cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*' -not -path './tools/lint/*')))
 FUZZTIME ?= 30s
@@ -27,6 +27,12 @@ peers: ## the same work by other SMTP clients, side by side: BENCHMARKS.md
 
 relays: ## the client against real relays that this machine can install
 	cd relays && go run .
+
+speed: ## a lone sender beside net/smtp, on Postfix and Haraka
+	cd relays && go run . -speed -only postfix,haraka
+
+cutpath: ## a path that is really cut, in network namespaces; wants root and iproute2
+	go test -tags cutpath -v ./internal/test/cutpath
 
 soak: ## five million messages over loopback, one in a hundred failing
 	go test -run '^TestSoak$$' -v -timeout 3h ./test -soak.messages=5000000

@@ -169,7 +169,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 		return nil
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
-	case IsTimeout(err):
+	case isOver(err):
 		err = &TimeoutError{Step: StepTLS, After: limit}
 	}
 	return &OpenError{Step: StepTLS, Err: err}
@@ -330,7 +330,7 @@ func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 	r, raw, err := c.readReply(op == StepEHLO || op == StepAuth)
 	d.raw = raw
 	switch {
-	case err != nil && IsTimeout(err):
+	case err != nil && isOver(err):
 		err = &TimeoutError{Step: op, After: limit}
 		fallthrough
 	case err != nil:

@@ -165,13 +165,21 @@ func IsTimeout(err error) bool {
 	return errors.As(err, &t) && t.Timeout()
 }
 
+// isOver reports whether err means that a deadline of ours has passed, and not that the kernel has given the connection up.
+func isOver(err error) bool { return IsTimeout(err) && !errors.Is(err, syscall.ETIMEDOUT) }
+
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
 // Explain says of err, a fault of the connection, what it means.
 func Explain(err error) error {
-	if err != nil && ClosedByPeer(err) {
+	switch {
+	case err == nil:
+		return nil
+	case ClosedByPeer(err):
 		return fmt.Errorf("connection lost: %w", err)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return fmt.Errorf("connection lost, nothing is acknowledged any more: %w", err)
 	}
 	return err
 }

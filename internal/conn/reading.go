@@ -36,7 +36,7 @@ func (c *Conn) ReadLoop() {
 	switch {
 	case c.ending.killed:
 		wait = 0
-	case waited && c.writeErr == nil && IsTimeout(err) && c.deadline != longAgo:
+	case waited && c.writeErr == nil && isOver(err) && c.deadline != longAgo:
 		wait -= c.o.Timeouts.untilFIN()
 	}
 	c.phase, c.ending.left421 = closing, c.ending.said421 && errors.Is(err, io.EOF)
@@ -243,9 +243,10 @@ func (c *Conn) armLocked() {
 	}
 }
 
-// dueLocked reports whether a final reply is still to come on a failed connection: the end of some message has left in full.
+// dueLocked reports whether a final reply is still to come on a failed connection, and somebody waits for it: the end of the message
+// has left in full.
 func (c *Conn) dueLocked() bool {
-	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && x.end <= c.attempted })
+	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && !x.left && x.end <= c.attempted })
 }
 
 // leftLocked reports whether nobody waits for the final replies that are still to come.
@@ -288,7 +289,7 @@ func (c *Conn) lossLocked(err error) error {
 		return err
 	}
 	x := c.waiting.oldest()
-	if !IsTimeout(err) {
+	if !isOver(err) {
 		return err
 	}
 	if x.first && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
