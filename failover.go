@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/body"
 )
 
 // Failover sends through the first of several relays that works. It is safe for concurrent use; make one with [NewFailover].
@@ -52,9 +54,9 @@ func NewFailover(clients ...*Client) *Failover {
 // last. A Body that can be written once only goes no further once it was begun.
 func (f *Failover) Send(ctx context.Context, m Message) (Receipt, error) {
 	used := func() bool { return false }
-	if r, ok := m.Body.(io.Reader); ok {
-		body := &watchedBody{Reader: r, body: m.Body}
-		m.Body, used = body, body.begun.Load
+	if r, ok := m.Body.(io.Reader); ok && body.Once(body.Again(m.Body)) {
+		watched := &watchedBody{Reader: r, body: m.Body}
+		m.Body, used = watched, watched.begun.Load
 	}
 	receipt, err := Receipt{}, errNoRelays()
 	failFast, relays := m.FailFast, f.order()

@@ -3,7 +3,7 @@ package smtprelay
 import (
 	"io"
 
-	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/body"
 )
 
 // NullSender, in Message.From, is the null reverse-path (RFC 5321, 4.5.5): that of a mail which is itself a report of
@@ -28,10 +28,9 @@ type Message struct {
 	// 998 octets, which some relays refuse (RFC 5321, 4.5.3.1.6). [Bytes] and [Reader] make one; a *mail.Msg of
 	// wneessen/go-mail or a *gomail.Message is one.
 	//
-	// WriteTo may be called again for another try, from one goroutine at a time. A Body that is also an io.Reader, such as
-	// a *bytes.Buffer, is used up by writing: a message whose Body was asked to write is not tried again, but for what
-	// [Reader] says of CHUNKING. Its Read and its WriteTo must tell the same, as for io.Copy. If either fails, or there is
-	// nothing at all to write, nothing is accepted by the relay.
+	// WriteTo is called again for each try, from one goroutine at a time. A Body that is also an io.Reader is treated as [Reader]
+	// treats it: one that can seek, and a *bytes.Buffer, can be written again; any other only once. Its Read and its WriteTo must
+	// give the same bytes. If the Body returns an error or writes nothing at all, the relay accepts nothing.
 	Body io.WriterTo
 
 	// AllOrNothing sends the message to nobody if the relay refuses one of several recipients. By default those who were
@@ -56,13 +55,32 @@ type Message struct {
 	Tag any
 }
 
-// Bytes returns a Body that writes b, which must not change until Send has returned.
-func Bytes(b []byte) io.WriterTo { return conn.Bytes(b) }
+// Bytes returns a Body that writes b. b must not change until Send has returned. Its size is declared to a relay that offers SIZE
+// (RFC 1870).
+func Bytes(b []byte) io.WriterTo { return body.Bytes(b) }
 
-// Reader returns a Body that copies r. It can be written once only: if a try fails after the body was begun, the message
-// is not tried again. Where the relay offers CHUNKING (RFC 3030) up to 64 KiB are read before the relay is asked, and kept:
-// there it is tried again until more than that was read.
-func Reader(r io.Reader) io.WriterTo { return conn.Reader(r) }
+// BodyFunc returns a Body that f writes, for text that is made on the way: a template or an archive. f runs again for each try, and
+// for each transaction where the recipients are split over several, from one goroutine at a time, and must write the same each
+// time. An error of f ends the Send: the relay accepts nothing, and the error is found by errors.Is. f must not use w once it has
+// returned. BodyFunc(nil) is nil, which Send refuses.
+func BodyFunc(f func(w io.Writer) error) io.WriterTo {
+	if f == nil {
+		return nil
+	}
+	return body.Func(f)
+}
+
+// Reader returns a Body that copies r from where r stands when Send is called.
+//
+// An r that can seek (*os.File, *bytes.Reader, *strings.Reader, any io.Seeker whose Seek succeeds) is read again from there for each
+// try, and stands there again when Send returns. A *bytes.Buffer is read in place and is not emptied. Such an r must not change until
+// Send has returned. Files and readers in memory may be shared by messages that are sent at the same time; another io.Seeker may not.
+//
+// Any other r, such as a pipe or the body of an HTTP request, can be read once only: if a try fails after the first read, the message
+// is not tried again and the error says so. For the same reason a message is refused whose recipients do not fit into one
+// transaction. With Config.Chunking and a relay that offers CHUNKING (RFC 3030), up to 64 KiB are read before the relay is asked, and
+// kept: there the message is tried again until more than that was read.
+func Reader(r io.Reader) io.WriterTo { return body.Reader(r) }
 
 // Receipt is what the relay said when it accepted a message.
 type Receipt struct {

@@ -2,7 +2,6 @@ package smtprelay
 
 import (
 	"context"
-	"io"
 	"math/rand/v2"
 	"time"
 
@@ -61,16 +60,16 @@ const (
 	tryElsewhere             // at once and uncounted on another connection, but once for each message
 )
 
-// next tells what follows a transaction that ended in r with the error e; body is what is left to send, and moved is set where
-// the message was tried elsewhere already.
-func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next {
+// next tells what follows a transaction that ended in r with the error e. moved is set where the message was tried elsewhere
+// already. Whether the body can be written again is for the caller to see.
+func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 	switch {
 	case e.Outcome != NotAccepted:
 		return giveUp // the relay may have accepted it: only the caller can decide
 	case r.CtxErr != nil:
 		return giveUp // nobody waits for another try
-	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
-		return giveUp // the message cannot be written, or not again
+	case r.BodyErr != nil:
+		return giveUp // the message cannot be written
 	case r.LedByAuth && publicReply(r.Auth).says(saysTooManyConns, OpAuth):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
