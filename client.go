@@ -303,16 +303,24 @@ func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	return err
 }
 
-// Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right. It tries
-// wrong ones once, where the first Sends of a Client, made at once, may each do so on a connection of its own.
+// Ping tells whether the Client can send: it is what a readiness probe asks, as often as it likes.
 //
-// It tries as often and waits as long as Retry and Timeouts say, many minutes with a relay that says nothing: give ctx a
-// time limit.
+// It returns nil at once where a connection is open on which the relay has answered, or taken a large part of a body, within the last
+// half minute, however many Sends wait. Else it takes a connection, opens one if need be, and authenticates; an idle one costs no
+// traffic. It does not wait for a relay that cannot be reached: the error of the last attempt to connect is returned, as with
+// Message.FailFast. A wrong key is tried once, where the first Sends of a Client, made at once, may each try it on a connection of
+// their own.
+//
+// ctx bounds the call, but for a Config.Auth or Config.Dial that does not heed it. Without a time limit in ctx, a relay that accepts
+// connections and then says nothing is waited for as long as Timeouts and Retry say: minutes. The error is an *[Error].
 func (c *Client) Ping(ctx context.Context) error {
 	if err := c.pool.enter(); err != nil {
 		return err
 	}
 	defer c.pool.leave()
+	if ctx.Err() == nil && c.pool.workedSince(time.Now().Add(-pingTrust)) {
+		return nil
+	}
 	for attempts := 0; ; {
 		g, err := c.pool.take(ctx, ask{failFast: true})
 		attempts += g.failed
@@ -333,6 +341,9 @@ func (c *Client) Ping(ctx context.Context) error {
 		}
 	}
 }
+
+// pingTrust is for how long a connection that has worked proves to Ping that the Client can send.
+const pingTrust = 30 * time.Second
 
 // Stats returns a snapshot of the Client's counters.
 func (c *Client) Stats() Stats { return c.pool.stats() }
