@@ -125,7 +125,7 @@ func (s *seeker) WriteTo(w io.Writer) (n int64, err error) {
 func (s *seeker) rewind() error {
 	at, err := s.s.Seek(s.at, io.SeekStart)
 	if err == nil && at != s.at {
-		err = fmt.Errorf("Seek went to %d in place of %d", at, s.at)
+		err = fmt.Errorf("seek went to %d in place of %d", at, s.at)
 	}
 	if err != nil {
 		return fmt.Errorf("the body cannot be read again from its beginning: %w", err)
