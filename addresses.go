@@ -9,11 +9,11 @@ import (
 	"strings"
 )
 
-// ParseAddresses returns the bare addresses of list, for From and To of a [Message]: each element is what a header such as To or
-// Cc has, of any number of addresses with or without display names (RFC 5322, 3.4). Empty elements and groups have none.
-// The order is kept, and so are addresses that stand twice.
+// ParseAddresses returns the bare addresses in list, for From and To of a [Message]. Each element is the value of a header field such as
+// To or Cc: any number of addresses, with or without display names (RFC 5322, 3.4). Empty elements and empty groups are skipped. Order
+// and duplicates are kept.
 //
-// The error is an *[Error] that tells all the elements that cannot be read; nothing is returned beside it.
+// The error is an *[Error] that names every element that cannot be parsed; the result is then nil.
 func ParseAddresses(list ...string) ([]string, error) {
 	// A name in a character set that is not known is no reason to refuse the address beside it.
 	anyCharset := &mime.WordDecoder{CharsetReader: func(_ string, input io.Reader) (io.Reader, error) { return input, nil }}
@@ -43,15 +43,15 @@ func ParseAddresses(list ...string) ([]string, error) {
 	return addrs, nil
 }
 
-// GoMail is a message that knows its envelope, as a *mail.Msg of github.com/wneessen/go-mail does.
+// GoMail is a message that knows its envelope. A *mail.Msg of github.com/wneessen/go-mail is one.
 type GoMail interface {
 	io.WriterTo
 	GetSender(useFullAddr bool) (string, error) // the envelope's sender, maybe in angle brackets
 	GetRecipients() ([]string, error)           // all that are to get the message, blind copies included
 }
 
-// MessageOf returns m with the envelope that it asks for, each recipient once. The error is that of m, where it has no sender or no
-// recipients. m is written while it is sent, and must not change before.
+// MessageOf returns a Message with m as its Body and m's own envelope: its sender, and each of its recipients (To, Cc, Bcc) once. The
+// error is m's, if it has no sender or no recipients. m must not change until the Message was sent.
 func MessageOf(m GoMail) (Message, error) {
 	from, err := m.GetSender(false)
 	if err == nil {

@@ -12,111 +12,114 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// Config says which relay a [Client] talks to, and how. The zero value with a Password is a client of SendGrid.
-// Printing it, with any verb, as JSON or through log/slog, shows no secret.
+// Config says which relay a [Client] talks to, and how. New copies it: changing it later has no effect. A Config with nothing but a
+// SendGrid API key as its Password is a client of SendGrid. Printing it, with any verb, as JSON or through log/slog, shows no secret.
 type Config struct {
-	// Name tells this Client from others in [Stats], in what a [Trace] is told and in its log, and is part of a [Registry]'s key; it
-	// may be empty. It is no secret.
+	// Name is a label for this Client: it is in [Stats], in every Info of a [Trace] and in each line of [LogTrace], and is part of
+	// the key by which a [Registry] finds Clients. It may be empty. It is not treated as a secret.
 	Name string
 
-	// Addr is the relay's "host:port"; empty means "smtp.sendgrid.net:587". The certificate is verified for its host.
+	// Addr is the relay's "host:port". The TLS certificate is verified for its host. Empty means "smtp.sendgrid.net:587"; a
+	// Password that is not a SendGrid API key ("SG.…") is then an error of New, since it belongs to another relay.
 	//
-	// Without Dial, a host of several addresses is dialled at each of them, in the resolver's order (RFC 6724), until one has come
-	// as far as AUTH; of those that take the connection and fail after it, at three. While there are others, one address has a tenth of
-	// Timeouts.Dial for TCP and a third of Timeouts.Greeting and TLS for the steps after it. An address that has failed is tried
-	// last for 30 seconds, and twice as long each time, up to 10 minutes, until it works. "Too many connections" in words, and
-	// whatever is said of credentials, is no fault of an address.
+	// Without Dial, a host with several addresses is tried address by address within one dial, in the resolver's order (RFC 6724),
+	// until one gets as far as AUTH; at most three that accept TCP are tried. While there are others, one address has a tenth of
+	// Timeouts.Dial for TCP, and a third of Timeouts.Greeting and TLS for each later step. An address that failed is tried last for
+	// 30 seconds, doubling to 10 minutes, until it works.
 	Addr string
 
-	// Username is the user name for AUTH. With a Password it may be empty for SendGrid's hosts only, where it means "apikey".
+	// Username is the user name for AUTH. It may be empty where there is no Password, and for SendGrid's hosts, where it means "apikey".
 	Username string
 
-	// Password is the password or API key. Without Username, Password and Auth nothing is authenticated, which relays on
-	// a local network may allow. Once the relay has refused it no connection is opened for half a minute, then for twice
-	// that, and in the end for five minutes, since some relays lock an account; a Send that needs one fails at once with
-	// the relay's words.
+	// Password is the password or API key. Without Username, Password and Auth the Client does not authenticate, which relays on a
+	// local network may allow.
+	//
+	// Once the relay has refused the credentials the Client opens no connection for 30 seconds, since some relays lock an account
+	// after a few failures. The pause doubles with each further refusal, up to 5 minutes. Meanwhile a Send that needs a new
+	// connection fails at once with the relay's reply.
 	Password string
 
-	// Auth, if not nil, replaces Username and Password. It is asked once for each connection, after EHLO, and returns the
-	// mechanism to use, of those that the relay offers: SCRAM, XOAUTH2, OAUTHBEARER, or PLAIN with a key that changes. It may
-	// return nil to go on without authentication. By default AUTH PLAIN is used where it is offered and the relay does take it
-	// (no 502 or 504), else LOGIN.
+	// Auth, if not nil, replaces Username and Password. It is called once per connection, after EHLO, and returns the mechanism to
+	// use, one of those that the relay offers: for SCRAM, XOAUTH2 or OAUTHBEARER, or for PLAIN with a key that changes. A nil
+	// Mechanism means no authentication. An error counts as a connection that could not be opened: the Client tries again later.
+	// Without Auth the Client uses AUTH PLAIN (RFC 4616), or LOGIN where PLAIN is not offered or is answered with 502 or 504.
 	//
-	// It may be called from several goroutines at once. An error counts as a connection that could not be opened for now.
-	// No time limit is set: ctx ends when the Client is closed, and not with the Send that needs the connection, so that
-	// what asks another server for a token needs a limit of its own.
+	// Auth may be called from several goroutines at once. ctx is cancelled by Close, not by the Send that needs the connection. Set
+	// your own timeout for token requests.
 	Auth func(ctx context.Context, s ServerInfo) (Mechanism, error)
 
-	// TLS says how the connection is protected. The zero value, TLSByPort, is right for all well-known relays.
+	// TLS says how the connection is protected. The zero value, [TLSByPort], is right for all well-known relays.
 	TLS TLSMode
 
-	// AllowInsecureAuth lets credentials cross a connection without TLS to another machine, where TLS says that there may be
-	// such a connection. Without it they cross one only if the host of Addr is localhost or a loopback address, and the
-	// connection does not lead elsewhere; else the connection fails, and nothing is sent without authentication instead.
+	// AllowInsecureAuth lets credentials cross a connection without TLS to another machine; TLS must allow such a connection too.
+	// Without it, credentials cross a clear connection only if the host of Addr is localhost or a loopback address and the connection
+	// leads there. Otherwise the connection fails: the Client never goes on without authentication instead.
 	AllowInsecureAuth bool
 
-	// TLSConfig is cloned. Where they are not set, ServerName becomes the host of Addr, MinVersion TLS 1.2, and
-	// ClientSessionCache a cache of the Client's own.
+	// TLSConfig is cloned; nil means a default one. Where they are not set, ServerName becomes the host of Addr, MinVersion
+	// becomes TLS 1.2, and ClientSessionCache becomes a cache of this Client's own.
 	TLSConfig *tls.Config
 
-	// LocalName is the argument of EHLO. Empty means the full name of this host if it has one, else the address literal
-	// of the connection (RFC 5321, 4.1.3); never "localhost" to another machine. Relays refuse names with an underscore, and
-	// addresses that are not written as literals ("[192.0.2.1]", "[IPv6:2001:db8::1]"): both are mistakes to [New].
+	// LocalName is the argument of EHLO: this host's name, or an address literal such as "[192.0.2.1]" or "[IPv6:2001:db8::1]"
+	// (RFC 5321, 4.1.3). Empty means the fully qualified name of this host if it has one, else the address literal of the connection,
+	// and never "localhost" to another machine. A name with an underscore and an address without brackets are errors of [New], since
+	// relays refuse them.
 	LocalName string
 
 	Limits   Limits
 	Retry    Retry
 	Timeouts Timeouts
 
-	// Pipelining says how far commands run ahead of replies where the relay offers PIPELINING (RFC 2920).
+	// Pipelining says how far commands run ahead of replies where the relay offers PIPELINING (RFC 2920). The zero value,
+	// [PipelineAuto], is the fastest.
 	Pipelining Pipelining
 
-	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING: envelope and body
-	// leave in one write, and MaxInFlight messages follow one another without a reply. It is off unless asked for: no
-	// relay that carries volume offers it (SendGrid, Mailgun and SES do not; Postfix, Exim, Gmail and Microsoft 365 do).
+	// Chunking sends bodies in chunks (BDAT, RFC 3030) to a relay that offers CHUNKING and PIPELINING. Envelope and body then leave
+	// in one write, and up to MaxInFlight messages are written without waiting for a reply. The default is off: relays that carry
+	// volume do not offer it (SendGrid, Mailgun, SES); Postfix, Exim, Gmail and Microsoft 365 do.
 	//
-	// The Client first asks each address of the relay, once an hour at most, what it does with a chunk that it refuses, by one
-	// that is out of order. An address that does not throw it away gets bodies by DATA. So do connections from Dial that have
-	// no RemoteAddr, and bodies that begin with a blank or with the "From " line of a mailbox. On each connection a whole message
-	// follows another one without a reply only once the relay has answered an envelope that came together with the end of
-	// a message. With a proxy or a load balancer between, all relays behind its address are taken for one.
+	// Some messages still go by DATA. The Client tests each address of the relay, at most once an hour, with a chunk that is out of
+	// order: an address that does not discard a refused chunk gets bodies by DATA. So do connections from Dial that have no
+	// RemoteAddr, and bodies that begin with white space or with the "From " line of a mailbox file. On each connection, messages
+	// follow one another without a reply only after the relay has answered an envelope that arrived together with the end of a message.
+	// All relays behind one proxy or load balancer are taken for one.
 	//
-	// That a relay has done so once is no proof that it always will. One that throws away a whole message behind another and
-	// is silent about it, or answers a command of the envelope twice, may have the reply to one command taken for that to
-	// another. DATA does not have this risk before the final dot, since its reply, 354, cannot be mistaken for another.
+	// The risk that remains: a relay that passed the test may behave otherwise later. If it silently discards a message that followed
+	// another, or answers an envelope command twice, the reply to one command can be taken for the reply to another. DATA does not
+	// have this risk, since its reply, 354, cannot be mistaken for another.
 	Chunking bool
 
-	// MaxInFlight is how many messages are on their way on one connection without final reply, with Chunking and a relay that
-	// offers it. More of them hide a longer round trip, and a lost connection leaves the fate of each unknown.
-	// 0 means 4; 1 means that a lost connection leaves one unknown at most; at most 1,000, and not negative.
+	// MaxInFlight is how many messages may be written on one connection before the first of them has its final reply. It applies
+	// where bodies go in chunks: see Chunking. A larger number hides a longer round trip, but when the connection is lost the
+	// outcome of each of these messages is [Unknown]. 0 means 4. The range is 1 to 1,000.
 	MaxInFlight int
 
-	// Dial opens the network connection, in place of a net.Dialer and what is said at Addr of several addresses. It may be called
-	// from several goroutines at once, and ctx ends after Timeouts.Dial. TLS is added on top where TLS says so. The connection must take deadlines,
-	// which one through SSH does not. Like a *net.TCPConn's, its CloseWrite method is used if it has one: to wait for
+	// Dial opens the network connection; nil means net.Dialer.DialContext, to one of the host's addresses after the other. It may be
+	// called from several goroutines at once. ctx ends after Timeouts.Dial. The Client adds TLS on top. The connection must support
+	// deadlines, which one through SSH does not. If it has a CloseWrite method, as *net.TCPConn has, the Client uses it to wait for
 	// the relay's close.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
-	// Trace, if not nil, is told what happens; see [LogTrace].
+	// Trace, if not nil, has functions that are called when something happens: see [LogTrace] for logging.
 	Trace *Trace
 }
 
-// ServerInfo is what [Config.Auth] is told about the relay.
+// ServerInfo tells [Config.Auth] about the relay.
 type ServerInfo struct {
 	Name       string               // the host of Config.Addr
-	Mechanisms []string             // what the relay offers, in its order, in upper case
-	TLS        *tls.ConnectionState // nil in the clear
+	Mechanisms []string             // the mechanisms that the relay offers, in its order, in upper case
+	TLS        *tls.ConnectionState // nil on a connection without TLS
 }
 
-// Mechanism is the client's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Client of
+// Mechanism is the client's side of a SASL mechanism (RFC 4422), for one authentication. Every sasl.Client of
 // github.com/emersion/go-sasl is one. Its methods are called from one goroutine at a time.
 type Mechanism interface {
-	// Start returns the name of the mechanism, which the relay must offer, and the initial response. A nil ir means that
-	// there is none; an empty one is sent as "=" (RFC 4954, 4). The bytes are not encoded. An error ends the connection.
+	// Start returns the name of the mechanism, which the relay must offer, and the initial response before base64. A nil ir means
+	// no initial response; an empty one is sent as "=" (RFC 4954, 4). An error ends the connection.
 	Start() (mech string, ir []byte, err error)
 
-	// Next returns the response to a challenge of the relay, both as they are before base64. After an error the relay is told
-	// that the exchange is given up ("*"), and the connection ends.
+	// Next returns the response to a challenge, both before base64. On an error the Client cancels the exchange ("*", RFC 4954, 4)
+	// and ends the connection.
 	Next(challenge []byte) (response []byte, err error)
 }
 
@@ -124,56 +127,56 @@ type Mechanism interface {
 type Pipelining int
 
 const (
-	// PipelineAuto: the envelope goes in one write, and may follow the final dot of the message before it without
-	// waiting: one round trip per message. A relay that turns out not to support that is noticed and spared.
+	// PipelineAuto writes the envelope in one write, and on a busy connection without waiting for the final reply to the previous
+	// message: one round trip per message. If the relay turns out not to support that, the Client stops doing it for that relay.
 	PipelineAuto Pipelining = iota
-	// PipelineWithin: the envelope goes in one write, after the final reply to the message before it.
+	// PipelineWithin writes the envelope in one write, after the final reply to the previous message.
 	PipelineWithin
-	// PipelineOff: each command waits for the reply to the one before it.
+	// PipelineOff waits for the reply to each command before it writes the next.
 	PipelineOff
 )
 
-// Timeouts bound the steps of a dialogue. 0 means the default given, [NoLimit] means none. The defaults that RFC 5321,
-// 4.5.3.2 gives are long on purpose: a time-out at the final reply leaves a message of which nobody knows whether it was
-// accepted. The context of a Send bounds it as a whole.
+// Timeouts bound each step of a dialogue. In each field 0 means the default below and [NoLimit] means no limit, unless the field says
+// otherwise. The long defaults are those of RFC 5321, 4.5.3.2: a timeout while waiting for the final reply leaves a message whose
+// outcome is [Unknown]. The context bounds a Send as a whole.
 type Timeouts struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	Outage     time.Duration // how long a Send waits while nothing gets through: no connection can be had, none works, or a new one has no reply to its first MAIL: 2 min
-	Dial       time.Duration // TCP connect, name look-up included, to all addresses together: 30 s
-	Greeting   time.Duration // the greeting, and each reply until the connection is ready if Command is not less: 30 s
-	TLS        time.Duration // the TLS handshake: 30 s
-	Command    time.Duration // the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET: 5 min
-	Data       time.Duration // the reply to DATA: 2 min
-	Write      time.Duration // writing to a relay that takes nothing, or on average less than 8 octets a second: 3 min
-	FinalReply time.Duration // the reply to the final dot: 10 min
+	Outage     time.Duration // for a Send to wait while nothing gets through: no connection can be opened, none works, or a new one gets no reply to MAIL. Default 2 min
+	Dial       time.Duration // for the TCP connection, name look-up included, all addresses together. Default 30 s
+	Greeting   time.Duration // for the greeting; the smaller of this and Command for each later reply until the connection is ready. Default 30 s
+	TLS        time.Duration // for the TLS handshake. Default 30 s
+	Command    time.Duration // for the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT or RSET. Default 5 min
+	Data       time.Duration // for the reply to DATA. Default 2 min
+	Write      time.Duration // for a write to a relay that reads nothing, or less than 8 bytes a second on average. Default 3 min
+	FinalReply time.Duration // for the reply to the end of the message. Default 10 min
 
-	// Unacked is how long the relay's kernel may acknowledge nothing of what was sent (TCP_USER_TIMEOUT, on Linux): 1 min. A path that
-	// was cut is noticed so, under a message and, by keep-alive, on an idle connection; a relay that thinks about a message for
-	// ten minutes still acknowledges. It does not hold while there are more than 16 KiB that the relay has not answered:
-	// Linux would give up a relay whose window is full, too. It needs a *net.TCPConn, or another connection with
+	// Unacked is for the relay's kernel to acknowledge what was sent (TCP_USER_TIMEOUT, Linux only). Default 1 min. It notices a path
+	// that was cut; a relay that thinks about a message for ten minutes still acknowledges. It is lifted while more than 16 KiB are
+	// unanswered, since Linux would also give up a relay whose window is full. It needs a *net.TCPConn or another connection with
 	// SyscallConn; see [DialControl].
 	Unacked time.Duration
 
-	Drain   time.Duration // the reply to the final dot once the Send's context has ended: 2 s; negative: as long as FinalReply
-	Overlap time.Duration // the first reply to what was written behind a final dot, once that has its own: 5 s
-	Quit    time.Duration // the relay's close, half of it after QUIT and half after FIN: 5 s; not negative
+	Drain   time.Duration // for the reply to the end of the message once the Send's context has ended. Default 2 s; NoLimit: as long as FinalReply
+	Overlap time.Duration // for the first reply to an envelope written ahead, after the final reply to the previous message. Default 5 s
+	Quit    time.Duration // for the relay to close: half after QUIT, half after the Client's FIN. Default 5 s; must not be negative
 }
 
-// Result is the outcome of one message of [Client.SendAll].
+// Result is what became of one message of [Client.SendAll].
 type Result struct {
-	Message Message // as it was given, with its Tag
-	Receipt Receipt
-	Err     error // nil or an *Error, as from Send
+	Message Message // the message as it was given, with its Tag
+	Receipt Receipt // as Send returns it
+	Err     error   // nil or an *Error, as Send returns it
 }
 
-// Client is a pool of connections to one relay. Make one with [New] and share it: it is safe for concurrent use.
+// Client is a pool of connections to one relay. Make one with [New]. All its methods are safe for concurrent use: a program needs one
+// Client per relay. End it with [Client.Shutdown] or [Client.Close], or its connections stay open until they are idle for too long.
 type Client struct {
 	cfg  *settings
 	pool *pool
 }
 
-// String says which relay the Client is for.
+// String returns the Client's Name and address, without a secret.
 func (c *Client) String() string {
 	if c.cfg.Name != "" {
 		return fmt.Sprintf("smtprelay.Client(%q, %s)", c.cfg.Name, c.cfg.Addr)
@@ -181,8 +184,8 @@ func (c *Client) String() string {
 	return "smtprelay.Client(" + c.cfg.Addr + ")"
 }
 
-// New returns a Client for the relay that cfg describes. It checks everything and reports all mistakes in one *[Error]; it
-// dials nothing (see [Client.Ping]) and starts no goroutine.
+// New returns a Client for the relay that cfg describes. It checks every field of cfg and reports all mistakes in one *[Error] with
+// [OpConfig]. It does not connect: [Client.Ping] does. It starts no goroutine.
 func New(cfg Config) (*Client, error) {
 	checked, err := cfg.check()
 	if err != nil {
@@ -191,16 +194,15 @@ func New(cfg Config) (*Client, error) {
 	return &Client{cfg: checked, pool: newPool(checked)}, nil
 }
 
-// Send delivers m to the relay and returns its receipt. It waits, first come first served, for a connection; ctx bounds the
-// whole call, but for the time that the caller's own code takes: a Body that is blocked in its WriteTo or Read is waited for, as are
-// Config.Auth and Config.Dial by whoever needs the connection. Let them end with ctx too.
+// Send delivers m to the relay and returns the relay's receipt. It waits for a connection in turn (Message.Urgent goes first), and
+// makes as many tries as [Retry] allows.
 //
-// A ctx that ends once the end of the message has left is not the end of the call: the relay's answer is awaited for
-// Timeouts.Drain, so that the message is not of unknown fate for want of a moment. Send is blocked, whatever ctx, while m.Body
-// writes itself.
+// ctx bounds the call, with two exceptions. If ctx ends after the end of the message was sent, Send waits up to Timeouts.Drain (2 s) for
+// the relay's reply, since otherwise nobody would know whether the message was accepted. And Send does not return while m.Body is in
+// its WriteTo or Read: let the Body end with ctx too. If ctx ends before the end of the message was sent, nothing is accepted.
 //
-// A nil error means that the message was accepted for every recipient. Otherwise the error is an *[Error], and [ShouldRetry] and
-// [RetryTo] tell whether and to whom m should be sent again. Receipt and error both tell of each recipient.
+// A nil error means that the relay has accepted the message for every recipient. Otherwise the error is an *[Error]: [ShouldRetry]
+// tells whether to send m again, and [RetryTo] to whom. The Receipt and the error both list every recipient. Send does not change m.
 func (c *Client) Send(ctx context.Context, m Message) (Receipt, error) {
 	return c.send(ctx, m, ask{})
 }
@@ -219,14 +221,18 @@ func (c *Client) send(ctx context.Context, m Message, want ask) (Receipt, error)
 	return receipt, err
 }
 
-// SendAll sends the messages of ms, as many at a time as the connections can carry, and yields a Result for each in the
-// order of completion. It takes no more messages from ms than it can send. When ctx ends or the Client is closed, it takes no
-// further message and yields what became of those under way; when the loop over the results ends early, those under way are
-// finished first. A ctx or a Client that has ended may mean that there is no Result at all.
+// SendAll sends the messages of ms, as many at a time as the connections can carry, and yields a Result for each in order of completion.
+// Put a key into Message.Tag to know which Result is whose. SendAll takes only as many messages from ms as it can send, so that ms may
+// be endless. The loop over the results need not be fast: a slow one slows the sending down.
 //
-// ms runs in a goroutine of its own, and is not waited for: one that is blocked when SendAll comes to its end, as a reader of a
-// channel may be, goes on in the background up to its next message. That one is not sent and has no Result, and the yield of ms
-// returns false.
+// When ctx ends or the Client is closed, SendAll takes no further message and yields the Results of those it has taken. As with Send,
+// a message whose end was sent is waited for up to Timeouts.Drain, and what was not sent is [NotAccepted]: ShouldRetry is true for it.
+// When the loop over the results ends early, SendAll first finishes the messages it has taken; their Results are lost. If ctx has ended
+// or the Client is closed at the start there may be no Result at all.
+//
+// ms runs in its own goroutine, so that variables it shares with the loop need a lock or a channel. SendAll does not wait for ms to
+// return: if ms is blocked when SendAll ends, say on a channel, it goes on in the background until its next message. That message is
+// not sent and has no Result, and yield returns false.
 func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Result] {
 	return func(yield func(Result) bool) {
 		// As many as can be on their way, and two more for each connection to be there when it is their turn.
@@ -310,23 +316,31 @@ func (c *Client) result(ctx context.Context, m Message) Result {
 	return Result{Message: m, Receipt: receipt, Err: err}
 }
 
-// SendMail has the shape of net/smtp's function: it sends msg to all of to or, if the relay refuses one of them, to
-// nobody. The null reverse-path is [NullSender], and not "" as there.
+// SendMail has the signature of net/smtp's function without its first two arguments. It sends msg to all of to or, if the relay refuses
+// one of them, to nobody. It has no context: Timeouts bound it. The empty envelope sender is [NullSender], and not "" as in net/smtp.
 func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
 	return err
 }
 
-// Ping opens a connection if none is open, and authenticates: it tells whether address and credentials are right. It tries
-// wrong ones once, where the first Sends of a Client, made at once, may each do so on a connection of its own.
+// Ping tells whether the Client can send: it is what a readiness probe asks, as often as it likes.
 //
-// It tries as often and waits as long as Retry and Timeouts say, many minutes with a relay that says nothing: give ctx a
-// time limit.
+// It returns nil at once where a connection is open on which the relay has answered, or taken a large part of a body, within the last
+// half minute, however many Sends wait. Else it takes a connection, opens one if need be, and authenticates; an idle one costs no
+// traffic. It does not wait for a relay that cannot be reached: the error of the last attempt to connect is returned, as with
+// Message.FailFast. A wrong key is tried once, where the first Sends of a Client, made at once, may each try it on a connection of
+// their own.
+//
+// ctx bounds the call, but for a Config.Auth or Config.Dial that does not heed it. Without a time limit in ctx, a relay that accepts
+// connections and then says nothing is waited for as long as Timeouts and Retry say: minutes. The error is an *[Error].
 func (c *Client) Ping(ctx context.Context) error {
 	if err := c.pool.enter(); err != nil {
 		return err
 	}
 	defer c.pool.leave()
+	if ctx.Err() == nil && c.pool.workedSince(time.Now().Add(-pingTrust)) {
+		return nil
+	}
 	for attempts := 0; ; {
 		g, err := c.pool.take(ctx, ask{failFast: true})
 		attempts += g.failed
@@ -348,20 +362,24 @@ func (c *Client) Ping(ctx context.Context) error {
 	}
 }
 
-// Stats returns a snapshot of the Client's counters.
+// pingTrust is for how long a connection that has worked proves to Ping that the Client can send.
+const pingTrust = 30 * time.Second
+
+// Stats returns a snapshot of the Client's counters. It is cheap enough to be called for every scrape of metrics.
 func (c *Client) Stats() Stats { return c.pool.stats() }
 
-// Shutdown ends the Client gracefully: calls that have begun are finished, those that wait for a connection included; later
-// ones fail with ErrClosed; then the connections end with QUIT. When ctx ends first, the rest is closed as by Close, and the
-// context's error is returned.
+// Shutdown ends the Client gracefully. Calls that began before it are finished, those that wait for a connection included; later calls
+// fail with [ErrClosed], for which [ShouldRetry] is true. Then the connections are closed with QUIT. If ctx ends first, Shutdown closes
+// what is left as [Client.Close] does, and returns the error of ctx. Otherwise it returns nil.
 func (c *Client) Shutdown(ctx context.Context) error {
 	err := c.pool.shutdown(ctx)
 	c.cfg.profile.told()
 	return err
 }
 
-// Close ends the Client at once: Sends under way fail, with Outcome Unknown if their final dot has left; connections are
-// closed, the idle ones with QUIT. It returns nil, when no goroutine of the Client is left. Calling it again, or after
+// Close ends the Client at once, and returns when none of its goroutines is left. Sends under way fail: with [Unknown] if the end of
+// their message was sent, else with [NotAccepted]. Idle connections are closed with QUIT, all others at once. Close waits for code of
+// the caller's that does not end: a Body in WriteTo, Config.Dial, Config.Auth. It always returns nil. Calling it again, or after
 // Shutdown, does nothing.
 func (c *Client) Close() error {
 	c.pool.shut()

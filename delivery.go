@@ -3,9 +3,11 @@ package smtprelay
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -110,12 +112,17 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq, r.Worked)) {
 		e = nil // each of these recipients was refused for itself; the others have not been tried
 	}
+	used := r.BodyBegun && conn.OneShot(d.msg.Body)
 	switch {
 	case len(d.todo) == 0:
 		return nil
 	case e != nil:
-		return d.pause(d.c.cfg.Retry.next(d.msg.Body, &r, e, d.moved), e)
-	case r.BodyBegun && conn.OneShot(d.msg.Body):
+		what := d.c.cfg.Retry.next(&r, e, d.moved)
+		if what != giveUp && used {
+			return bodyUsed(e)
+		}
+		return d.pause(what, e)
+	case used:
 		return &Error{Op: OpBody, Outcome: NotAccepted, Scope: ScopeMessage, Err: errBodyUsed}
 	case throttled:
 		return d.pause(waitForPace, wait)
@@ -125,8 +132,21 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	return nil
 }
 
-// errBodyUsed is told for recipients that need another transaction.
-var errBodyUsed = errors.New("the body can be written only once, and that was for other recipients")
+// For a message that needs its body another time.
+var (
+	errBodyOnce = errors.New("the Body can be read only once: use Bytes, BodyFunc or a Reader that can seek")
+	errBodyUsed = fmt.Errorf("the body was needed again, for the recipients that the first transaction did not have; %w", errBodyOnce)
+)
+
+// bodyUsed adds to e, after which the message would be tried again, why it is not.
+func bodyUsed(e *Error) *Error {
+	if e.Err == nil {
+		e.Err = errBodyOnce
+	} else {
+		e.Err = fmt.Errorf("%w; no further try: %w", e.Err, errBodyOnce)
+	}
+	return e
+}
 
 // note writes down the fate of each of rcpts, the recipients of a transaction that ended in r with the verdict e. Those that
 // wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
@@ -301,7 +321,11 @@ func (d *delivery) begin() *Error {
 	if err := conn.ContextError(d.ctx); err != nil {
 		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
-	if err := d.m.check(); err != nil {
+	checked := d.m
+	if d.m.Body != nil {
+		checked.Body = body.Again(d.m.Body)
+	}
+	if err := checked.check(); err != nil {
 		return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, Err: err, permanent: true}
 	}
 	if d.m.From == NullSender {
@@ -315,7 +339,7 @@ func (d *delivery) begin() *Error {
 	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
 		d.utf8 = d.m.To[i]
 	}
-	d.msg = conn.Message{From: d.m.From, To: d.m.To, AllOrNothing: d.m.AllOrNothing, Body: d.m.Body, Size: canonicalSize(&d.m)}
+	d.msg = conn.Message{From: d.m.From, To: d.m.To, AllOrNothing: d.m.AllOrNothing, Body: checked.Body, Size: body.Size(checked.Body)}
 	if options := d.m.RcptOptions; len(options) > 0 {
 		d.msg.Params = func(addr string) wire.RcptParams { return options[addr].params() }
 	}
@@ -336,12 +360,4 @@ func (d *delivery) begin() *Error {
 		}
 	}
 	return nil
-}
-
-// canonicalSize is the size of a body that is known before it is written, or 0.
-func canonicalSize(m *Message) int64 {
-	if b, ok := m.Body.(conn.Bytes); ok {
-		return wire.CanonicalSize(b)
-	}
-	return 0
 }

@@ -1,5 +1,15 @@
 // Package smtprelay sends mail through a relay such as SendGrid, Amazon SES or a Postfix on the local network.
 //
+//   - A [Client] is a pool of authenticated connections to one relay. Make one with [New] when the program starts, share it between all
+//     goroutines, and end it with [Client.Shutdown].
+//   - A [Message] is an envelope (From, To) and a Body, the finished text of the mail (RFC 5322). This package does not make mails: write
+//     the text yourself, or let a library such as wneessen/go-mail do it.
+//   - [Client.Send] blocks until the relay has taken the message or refused it. Each Send ends in one of three ways, an [Outcome]:
+//     accepted, not accepted, or unknown.
+//   - The error of a Send is an [*Error]. [ShouldRetry] tells whether to keep the message, [RetryTo] for whom.
+//
+// In a program:
+//
 //	client, err := smtprelay.New(smtprelay.Config{Password: os.Getenv("SENDGRID_API_KEY")})
 //	if err != nil { … }
 //	defer client.Close()
@@ -9,27 +19,30 @@
 //		Body: smtprelay.Bytes(rfc5322),
 //	})
 //
-// One [Client] serves a whole program and is safe for concurrent use. It keeps a pool of authenticated connections, never
-// more than the relay allows (10 connections, 100 messages on each, if nothing else is said), and overlaps messages on
-// them, so that a busy connection spends one round trip on a message.
+// The Client never opens more connections than the relay allows, and never sends more messages on one than the relay allows: 10
+// connections and 100 messages on each unless [Limits] says otherwise. On a busy connection it writes the next message before the reply
+// to the previous one has come (RFC 2920), so that a message costs one round trip.
 //
 // # Security
 //
-// Mail and credentials cross only a TLS connection whose certificate was verified for the name that was dialled. There is
-// no silent fall-back to clear text: mail goes without TLS to relays on a loopback address, and where [TLSNone] or [TLSOpportunistic]
-// says so; credentials only to a loopback address, whatever the mode, unless Config.AllowInsecureAuth says so. The password is in no
-// error, log line or dump. Package smtp, which stands in for net/smtp, is as opportunistic as that is.
+// Mail and credentials cross only a TLS connection whose certificate was verified for the host of Config.Addr. There is no silent
+// fallback to clear text. Mail goes without TLS only to a loopback address, or where [TLSNone] or [TLSOpportunistic] is set;
+// credentials go without TLS only to a loopback address, whatever the mode, or where Config.AllowInsecureAuth is set. The password
+// appears in no error, log line or dump. Package smtp, a replacement for net/smtp, is as opportunistic about TLS as net/smtp is.
 //
 // # Outcomes
 //
-// Every [Client.Send] ends in one of three ways. A nil error means that the relay has accepted the message for every
-// recipient. Otherwise the error is an [*Error] whose Outcome says whether the message was accepted for some
-// ([Accepted]), for nobody ([NotAccepted]: it is safe to send again), or whether nobody can know ([Unknown]: the connection
-// was lost between the final dot and its reply, so that sending again may deliver twice). The library itself tries again
-// only where nothing can have been accepted.
+// A nil error means that the relay has accepted the message for every recipient. Otherwise Error.Outcome says which of these is true:
 //
-// A queue asks [ShouldRetry] whether to keep a message, or [RetryTo] for whom: whoever has the message, may have it or was refused
-// for good is not named. Error.Scope says whose fault it was, and Error.Op at which step.
+//   - [Accepted]: the relay has accepted the message for some recipients. Error.Recipients names the others.
+//   - [NotAccepted]: the relay has accepted it for nobody. Sending it again delivers nothing twice.
+//   - [Unknown]: the connection was lost between the end of the message and the relay's reply. Nobody can know whether the relay
+//     accepted it; sending it again may deliver it twice.
+//
+// The Client itself tries again only where nothing can have been accepted. [Retry] says how often.
+//
+// A queue calls [ShouldRetry] to decide whether to keep a message, or [RetryTo] to learn for whom: it never names a recipient who has
+// the message, may have it, or was refused for good. Error.Scope says what was at fault and Error.Op at which step.
 //
 // # Standards
 //

@@ -13,19 +13,19 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// ErrClosed is found by errors.Is in the error of a call to a Client that was shut down or closed.
+// ErrClosed is found by errors.Is in the error of a call to a Client that was shut down or closed. [ShouldRetry] is true for it.
 var ErrClosed = errors.New("client closed")
 
 // Outcome is what became of a message.
 type Outcome int
 
 const (
-	// Unknown: the connection was lost, or the context ended, between the final dot and its reply. The relay may have
-	// accepted the message; sending it again may deliver it twice (RFC 1047).
+	// Unknown: the connection was lost, or the context ended, between the end of the message and the relay's reply. The relay may
+	// have accepted the message; sending it again may deliver it twice (RFC 1047). It is the zero value.
 	Unknown Outcome = iota
-	// Accepted: the relay has taken responsibility for the message, for one recipient at least.
+	// Accepted: the relay has accepted the message, for one recipient at least. It now answers for delivery or a bounce.
 	Accepted
-	// NotAccepted: the relay has accepted nothing; sending again delivers nothing twice.
+	// NotAccepted: the relay has accepted the message for nobody. Sending it again delivers nothing twice.
 	NotAccepted
 )
 
@@ -40,7 +40,7 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
-// EnhancedCode is an enhanced status code (RFC 3463): class, subject and detail.
+// EnhancedCode is an enhanced status code (RFC 3463): class, subject and detail, such as {5, 1, 1}.
 type EnhancedCode [3]int
 
 // String returns a text such as "5.1.1", and "" for the zero value.
@@ -53,16 +53,17 @@ func (c EnhancedCode) String() string {
 
 // Reply is an answer of the relay (RFC 5321, 4.2).
 type Reply struct {
-	Code         int          // three digits, as they came
-	EnhancedCode EnhancedCode // of RFC 3463; zero where the relay gave none
+	Code         int          // the three digits; 0 where there was no reply
+	EnhancedCode EnhancedCode // zero where the relay gave none
 
-	// Message is the text, without the enhanced code; the lines of a multiline reply are joined by "\n". What a relay repeats
-	// of the credentials is replaced by "[redacted]". Else these are its raw words, control characters included: see String.
+	// Message is the text without the codes. The lines of a multiline reply are joined by "\n". Where the relay repeats a part of
+	// the credentials, that is replaced by "[redacted]". Otherwise the text is as the relay sent it, control characters included: use
+	// String for logs.
 	Message string
 }
 
-// String returns the reply on one line of printable characters, with the relay's words as a Go string literal, as in
-// `550 5.1.1 "no such user"`. Words of more than a kilobyte are cut, and "..." follows the closing quote.
+// String returns the reply on one line of printable characters, with the relay's text as a Go string literal, as in
+// `550 5.1.1 "no such user"`. Text of more than a kilobyte is cut, and "..." follows the closing quote.
 func (r Reply) String() string {
 	return wire.Reply{Code: r.Code, Enhanced: r.EnhancedCode, Text: r.Message}.String()
 }
@@ -71,30 +72,31 @@ func publicReply(r wire.Reply) Reply {
 	return Reply{Code: r.Code, EnhancedCode: EnhancedCode(r.Enhanced), Message: r.Text}
 }
 
-// Error is the error of every call that fails, whatever the cause. It is a net.Error. errors.As also finds in it an
-// *smtp.SMTPError of go-smtp and a *textproto.Error, as net/smtp returns, if the relay has given a reply; errors.Is finds
-// ErrClosed and the context's error. What to do about it is told by [ShouldRetry] and [RetryTo].
+// Error is the error of New, Send, SendMail and Ping, whatever the cause. To decide what to do about it, use [ShouldRetry] and [RetryTo].
+//
+// It is a net.Error. errors.Is finds [ErrClosed], [ErrBusy], the context's error and the network's. If the relay gave a reply, errors.As
+// also finds an *smtp.SMTPError of go-smtp and a *textproto.Error, as net/smtp returns.
 type Error struct {
-	// Op is the step that failed, and Reply the relay's answer to it; its Code is 0 where there was none.
+	// Op is the step that failed. Reply is the relay's reply to it; its Code is 0 where there was none.
 	Op    Op
 	Reply Reply
 
-	// Outcome tells whether anybody has the message. It is Accepted where the relay took the message for some recipients and not
-	// for others. It is Unknown if that is the fate of one recipient at least. Recipients tells of each.
+	// Outcome tells whether anybody has the message. It is Unknown if it is unknown for one recipient or more, else Accepted if the
+	// relay accepted the message for some recipients, else NotAccepted. Recipients has the outcome for each.
 	Outcome Outcome
 
-	// Scope tells what the failure is about: recipients, the message, the relay or the caller.
+	// Scope tells what is at fault: recipients, the message, the relay or the caller.
 	Scope Scope
 
-	// Recipients are all recipients of the message, in the envelope's order, each with its outcome; the same slice as in the
-	// Receipt. It is empty where there is no message, as for New and Ping.
+	// Recipients are all recipients of the message, in the order of Message.To, each with its outcome. It is the same slice as in
+	// the Receipt. It is empty where there is no message, as for New and Ping.
 	Recipients []RecipientResult
 
-	// Attempts counts the tries that were made, connections that could not be opened included.
+	// Attempts counts the tries, connections that could not be opened included. It is 0 for a mistake that was found before the first try.
 	Attempts int
 
-	// Err is the cause where it is not a reply: a network error, the context's, that of Body.WriteTo. Beside a reply it says
-	// what to do.
+	// Err is the cause where that is not a reply: a network error, the context's error, the error of Body.WriteTo. Beside a reply it
+	// is a hint at what to do. It may be nil.
 	Err error
 
 	subject   string // what Op was about: an address
@@ -104,17 +106,19 @@ type Error struct {
 
 // RecipientResult is what became of a message for one of its recipients.
 type RecipientResult struct {
-	To      string  // as in Message.To
-	Reply   Reply   // to RCPT, or what has kept the recipient from getting the message; Code 0: none
+	To      string  // the address as in Message.To
+	Reply   Reply   // the reply to RCPT, or the refusal that kept the recipient from getting the message; Code 0: none
 	Outcome Outcome // Accepted, NotAccepted or Unknown
-	QueueID string  // of the transaction this recipient was in; see Receipt.QueueID
-	Err     error   // why the relay was not asked: it lacks an extension that the address or the options need
+	QueueID string  // the relay's identifier of the message for this recipient; see Receipt.QueueID
+	Err     error   // why the relay was not asked: it lacks an extension that the address or its RcptOptions need; else nil
 }
 
-// Error returns one line of printable characters: the step and what it was about, the reply with the relay's words in quotes,
-// and behind a semicolon what it means or what to do:
+// Error returns one line of printable characters: the step and its subject, the reply with the relay's text in quotes, and after a
+// semicolon what it means or what to do:
 //
 //	smtprelay: RCPT TO <b@y.example>: 550 5.1.1 "no such user"
+//
+// The text is for people and may change. It contains addresses of recipients and no secret.
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("smtprelay: ")
@@ -184,10 +188,11 @@ func (e *Error) Unwrap() []error {
 	return errs
 }
 
-// Temporary reports whether the relay, or the way to it, failed only for now: a 4xx reply, a connection that could not be opened
-// or was lost, a context that ended. It is false for 5xx, but for what was said in the clear before TLS where that is required: it
-// may not have been the relay who said it. It is false wherever the message was or may have been accepted for somebody.
-// It is here for net.Error: what to do with the message is told by [ShouldRetry], which is true for refused credentials, too.
+// Temporary reports whether the failure may go away by itself: a 4xx reply, a connection that could not be opened or was lost, a context
+// that ended. It is false for a 5xx reply, except one that came in the clear before a required TLS: somebody on the way may have sent it.
+// It is false wherever the message was or may have been accepted for somebody.
+//
+// It exists for net.Error. To decide about a message use [ShouldRetry], which is true for refused credentials, too.
 func (e *Error) Temporary() bool {
 	switch {
 	case e.Scope == ScopeRecipient && len(e.Recipients) > 0:
@@ -225,5 +230,5 @@ func (e *Error) clone() *Error {
 	return &c
 }
 
-// Timeout reports whether the cause was that a step, or the whole call, took too long.
+// Timeout reports whether the cause was a timeout: of a step ([Timeouts]) or of the context's deadline. It exists for net.Error.
 func (e *Error) Timeout() bool { return e.Err != nil && conn.IsTimeout(e.Err) }

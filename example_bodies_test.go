@@ -50,11 +50,11 @@ func ExampleMessage() {
 
 	for _, body := range []io.WriterTo{
 		smtprelay.Bytes([]byte(text)),
-		smtprelay.Reader(strings.NewReader(text)), // not tried again once it was read from
+		smtprelay.Reader(strings.NewReader(text)), // read again for another try, since it can seek
 		file(temp.Name()),
 	} {
 		_, err := client.Send(context.Background(), smtprelay.Message{
-			From: smtprelay.NullSender, // the null reverse-path: nobody is told of failures
+			From: smtprelay.NullSender, // no bounce is sent for it
 			To:   []string{"ann@example.org"},
 			Body: body,
 		})

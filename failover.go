@@ -8,16 +8,18 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/body"
 )
 
-// Failover sends through the first of several relays that works. It is safe for concurrent use; make one with [NewFailover].
+// Failover sends through the first of several relays that works. Make one with [NewFailover]. It is safe for concurrent use.
 //
-// A message goes on to the next relay only where the one before has accepted it for nobody and it was the relay that failed:
-// there was no connection to be had, or it was lost or ended with 421 before the end of the message. A message that was refused
-// for itself goes no further, nor does one that may have been accepted.
+// A message goes to the next relay only where the previous one has accepted it for nobody and it was the relay that failed
+// ([ScopeRelay]): no connection could be opened, or it was lost or ended with 421 before the end of the message was sent. A message
+// that the relay refused, or may have accepted, goes no further.
 //
-// A relay that has failed rests: for half a minute it is asked only when all others have failed, then one message tries it,
-// and the rest doubles, up to ten minutes, until it works.
+// A relay that has failed is tried last for 30 seconds. After that one message tries it again. The pause doubles with each further
+// failure, up to 10 minutes, and ends with the first success.
 type Failover struct {
 	relays []*standby // in the order of preference
 
@@ -39,7 +41,8 @@ const (
 	patience  = 5 * time.Second // with a relay through which nothing goes
 )
 
-// NewFailover returns a Failover over clients, the preferred one first. Without clients each Send is an error.
+// NewFailover returns a Failover over clients, the preferred one first. Without clients every Send fails. The Failover owns the Clients
+// only in that Shutdown shuts them down.
 func NewFailover(clients ...*Client) *Failover {
 	f := &Failover{}
 	for _, c := range clients {
@@ -48,13 +51,13 @@ func NewFailover(clients ...*Client) *Failover {
 	return f
 }
 
-// Send sends m as [Client.Send] does, through the first relay that works. Receipt and error are those of the relay that was asked
-// last. A Body that can be written once only goes no further once it was begun.
+// Send sends m as [Client.Send] does, through the first relay that works. Receipt and error are those of the last relay that was tried.
+// A message whose Body can be read only once goes no further once its Body was begun.
 func (f *Failover) Send(ctx context.Context, m Message) (Receipt, error) {
 	used := func() bool { return false }
-	if r, ok := m.Body.(io.Reader); ok {
-		body := &watchedBody{Reader: r, body: m.Body}
-		m.Body, used = body, body.begun.Load
+	if r, ok := m.Body.(io.Reader); ok && body.Once(body.Again(m.Body)) {
+		watched := &watchedBody{Reader: r, body: m.Body}
+		m.Body, used = watched, watched.begun.Load
 	}
 	receipt, err := Receipt{}, errNoRelays()
 	failFast, relays := m.FailFast, f.order()
@@ -69,13 +72,14 @@ func (f *Failover) Send(ctx context.Context, m Message) (Receipt, error) {
 	return receipt, err
 }
 
-// SendMail has the shape of net/smtp's function: see [Client.SendMail].
+// SendMail sends msg to all of to or to nobody, as [Client.SendMail] does.
 func (f *Failover) SendMail(from string, to []string, msg []byte) error {
 	_, err := f.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
 	return err
 }
 
-// Ping asks all relays at once, as [Client.Ping] does, and returns nil when one has answered. Else the error tells of all.
+// Ping asks all relays at the same time, as [Client.Ping] does. It returns nil as soon as one has answered, else the errors of all,
+// joined.
 func (f *Failover) Ping(ctx context.Context) error {
 	ctx, enough := context.WithCancel(ctx)
 	defer enough()
@@ -95,7 +99,7 @@ func (f *Failover) Ping(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Shutdown shuts all Clients down at once, as [Client.Shutdown] does.
+// Shutdown shuts down all Clients at the same time, as [Client.Shutdown] does.
 func (f *Failover) Shutdown(ctx context.Context) error {
 	var clients []*Client
 	for _, relay := range f.relays {

@@ -32,6 +32,9 @@ func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
 		return nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
 	}
+	if most < len(d.todo) && most > 0 && conn.OneShot(d.msg.Body) && !(d.c.cfg.Chunking && ext.Has("CHUNKING")) { // in chunks the body is read ahead
+		return nil, unfit("%d recipients, and %d go into one transaction; %w", len(d.todo), most, errBodyOnce)
+	}
 	mail := d.params(ext)
 	d.msg.Mail, d.msg.Rcpts = mail.params(), d.todo[:most]
 	return d.msg.Rcpts, nil
@@ -208,10 +211,10 @@ func (d *delivery) mostRcpts(ext *wire.Extensions) int {
 			most = min(most, limit)
 		}
 	}
-	if d.m.AllOrNothing {
+	if d.m.AllOrNothing || conn.OneShot(d.msg.Body) {
 		return most
 	}
-	if limit := d.c.cfg.split; limit > 0 && !conn.OneShot(d.msg.Body) {
+	if limit := d.c.cfg.split; limit > 0 {
 		most = min(most, limit)
 	}
 	return d.rcpts.offer(most)

@@ -7,46 +7,47 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// NoLimit, in a field of [Limits], [Timeouts] or [Retry], means no limit where the field allows that; so does any negative value.
+// NoLimit in a field of [Limits], [Timeouts] or [Retry] means no limit, where the field's comment allows that. Any negative value does.
 const NoLimit = -1
 
-// Limits are what the relay allows one client. They hold for one Client in one process: where several share the
-// allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
+// Limits are what the relay allows one client. They hold for one [Client] in one process: where several processes share an account,
+// divide its allowance among them. A lower limit that the relay announces (LIMITS, RFC 9422) wins.
 type Limits struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
-	// 0 means 10, SendGrid's classic allowance; at most 10,000, and not negative.
+	// MaxConns is the largest number of open connections. Each counts from before it is dialled until the relay has closed its side.
+	// 0 means 10, SendGrid's classic allowance. The range is 1 to 10,000.
 	MaxConns int
 
-	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
-	// 0 means 100, SendGrid's classic allowance; [NoLimit] means no limit.
+	// MaxMessagesPerConn is the largest number of messages on a connection before it is replaced; refused messages count.
+	// 0 means 100, SendGrid's classic allowance. [NoLimit] means no limit.
 	MaxMessagesPerConn int
 
-	// MaxRecipients is how many recipients go into one transaction; a message for more goes in several. 0 means 1,000
-	// (RFC 5321, 4.5.3.1.8 has relays take 100 at least); [NoLimit] means as many as the relay takes.
+	// MaxRecipients is the largest number of recipients in one transaction. A message for more recipients is sent in several
+	// transactions. 0 means 1,000 (RFC 5321, 4.5.3.1.8 requires relays to take at least 100). [NoLimit] means no limit of the Client's.
 	//
-	// A relay that takes fewer and says so with "too many recipients" (452 or 552) is believed: for ten minutes transactions
-	// have as many as it took, and now and then a few more to see whether it takes them. The default of 1,000 and what was
-	// found out do not split a message with AllOrNothing, and the default not one whose Body can be written once only.
+	// When a relay refuses recipients with "too many recipients" (452 or 552), the Client remembers how many it took. For ten minutes
+	// it puts so many into a transaction, and tries a few more now and then. Neither the default of 1,000 nor a remembered number splits
+	// a message with AllOrNothing or one whose Body can be read only once.
 	MaxRecipients int
 
-	// MaxWaiting is how many Sends wait for a connection at once; one more ends at once with [ErrBusy], its message not
-	// accepted. SendAll waits instead. 0 means any number; not negative.
+	// MaxWaiting is the largest number of Sends that wait for a connection. One more Send fails at once with [ErrBusy], its message
+	// not accepted. SendAll waits instead. 0 means no limit. It must not be negative.
 	MaxWaiting int
 
-	// Rate is how many messages a second are begun, on all connections together. 0 means any number, until the relay says that
-	// they come too fast (454, 450 and others, in many words): the Client finds out the pace that the relay takes then, and a
-	// message that was refused for that is sent again at that pace, before all others. A number is kept from the start. Negative
-	// means that such a reply is told to the caller.
+	// Rate is the largest number of messages that are begun per second, on all connections together.
+	//
+	// 0 means no limit until the relay replies that messages come too fast (454, 450 and others). The Client then finds out the rate
+	// that the relay accepts, and sends the refused messages again at that rate, before all others. A positive Rate is kept from the
+	// start and adapts in the same way. With a negative Rate the Client does not adapt: the error of the Send has the relay's reply.
 	Rate float64
 
-	// MaxConnAge is how long a connection is used, less a random part of up to a tenth, so that the connections of many
-	// clients are not replaced at one moment. 0 means 5 minutes; [NoLimit] means none.
+	// MaxConnAge is the age at which a connection takes no further message, less a random part of up to a tenth, so that many
+	// connections are not replaced at the same moment. 0 means 5 minutes. [NoLimit] means no limit.
 	MaxConnAge time.Duration
 
-	// MaxIdleTime is how long a connection stays open without use. 0 means 30 seconds, since some relays close after a
-	// minute; [NoLimit] means until the relay closes it.
+	// MaxIdleTime is how long a connection stays open without a message. 0 means 30 seconds, since some relays close after a minute.
+	// [NoLimit] means until the relay closes it.
 	MaxIdleTime time.Duration
 }
 

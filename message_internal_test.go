@@ -235,22 +235,6 @@ func TestMessageIsCheckedInAllItsParts(t *testing.T) {
 	}
 }
 
-func TestSizeIsKnownOfBytesOnly(t *testing.T) {
-	for _, tt := range []struct {
-		why  string
-		body io.WriterTo
-		want int64
-	}{
-		{"bytes count as they will be sent", Bytes([]byte("a\nb")), 6},
-		{"a reader must be read to know", Reader(strings.NewReader("a\nb")), 0},
-		{"so must another's body", strings.NewReader("a\nb"), 0},
-	} {
-		if got := canonicalSize(&Message{Body: tt.body}); got != tt.want {
-			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
-		}
-	}
-}
-
 // parser is a go-smtp server, in memory, of which only the envelope's syntax matters: it tells what it has read.
 type parser struct {
 	conn    *netpipe.Conn

@@ -6,8 +6,9 @@ import (
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Op is the step that an [Error] happened in, or that a command or a reply belongs to. It is one short lower-case word that
-// does not change, made for the labels of metrics; [Op.Text] is for people. One fault has one Op, with and without CHUNKING.
+// Op is the step in which an [Error] happened, or to which a command or reply belongs. It is a short lower-case word that does not
+// change between versions, for use as the label of a metric; [Op.Text] is for people. The same failure has the same Op with and
+// without CHUNKING.
 type Op string
 
 const (

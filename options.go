@@ -6,40 +6,41 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// MailOptions are parameters of the MAIL command, which hold for the message as a whole. A zero field leaves its parameter
-// out. A parameter out of its range, or one of an extension that the relay does not offer, is an error before anything
-// is sent.
+// MailOptions are parameters of the MAIL command, which apply to the message as a whole. A zero field leaves its parameter out. A value
+// out of range is an error of the Send, and so is an option whose extension the relay does not offer, unless the field says otherwise.
+// In both cases nothing is sent.
 type MailOptions struct {
-	// Body says what octets the message consists of (RFC 6152). Empty means 8BITMIME where the relay offers it, and no
-	// word about it elsewhere.
+	// Body declares what bytes the message consists of (RFC 6152). Empty means 8BITMIME where the relay offers it, and no declaration
+	// elsewhere.
 	Body BodyType
 
-	// Size is the size that is declared to the relay, in octets (RFC 1870); it cannot be negative. It is left out where the
-	// relay does not offer SIZE. 0 means the size of the message where that is known, as of [Bytes].
+	// Size is the size in bytes that is declared to the relay (RFC 1870). It must not be negative. 0 means the size of the message where
+	// that is known beforehand, as for [Bytes]. It is left out where the relay does not offer SIZE.
 	Size int64
 
-	// RequireTLS asks every relay on the way to pass the message on over verified TLS, or not at all (RFC 8689).
-	// It is an error on a connection in the clear or with a certificate that is not verified.
+	// RequireTLS asks every relay on the way to pass the message on over verified TLS or not at all (RFC 8689). It is an error on a
+	// connection without TLS or where TLSConfig turns verification off.
 	RequireTLS bool
 
-	// UTF8 says that the header has UTF-8 in it (RFC 6531). It is set by itself where an address is not ASCII.
+	// UTF8 declares that the header contains UTF-8 (RFC 6531). The Client sets it where an envelope address is not ASCII.
 	UTF8 bool
 
-	// Return says how much of the message a delivery status notification returns (RFC 3461, 4.3). Empty leaves that to
-	// the relay.
+	// Return says how much of the message a delivery status notification contains (RFC 3461, 4.3). Empty means the relay's choice.
 	Return DSNReturn
 
-	// EnvelopeID is returned in a delivery status notification (RFC 3461, 4.4): at most 100 printable ASCII characters.
+	// EnvelopeID is repeated in delivery status notifications (RFC 3461, 4.4), so that you know which message they are about. It has at
+	// most 100 printable ASCII characters.
 	EnvelopeID string
 
-	// Auth is the address of whoever submitted the message first, without angle brackets (RFC 4954, 5). It points to ""
-	// where that is not known. It is left out where the relay does not offer AUTH.
+	// Auth points to the address of whoever submitted the message first, without angle brackets (RFC 4954, 5), or to "" if that is not
+	// known. nil leaves it out. It is also left out where the relay does not offer AUTH.
 	Auth *string
 
-	// DeliverBy is by when the message is to be delivered (RFC 2852).
+	// DeliverBy is a time limit for the delivery (RFC 2852); nil means none.
 	DeliverBy *DeliverBy
 
-	// Priority is how the message ranks with the relays on its way, from -9, the lowest, to 9 (RFC 6710).
+	// Priority points to the message's priority for the relays on its way, from -9, the lowest, to 9 (RFC 6710); nil means none. For the
+	// order within this Client see Message.Urgent.
 	Priority *int
 }
 
@@ -62,15 +63,15 @@ const (
 
 // DeliverBy is the value of BY= (RFC 2852, 4).
 type DeliverBy struct {
-	// Time is counted from now, in whole seconds: a fraction is dropped. It has at most nine digits of seconds. With
-	// DeliverByReturn it must be a second at least, and no less than the relay asks for in its reply to EHLO; with
+	// Time is the limit, counted from when the message is sent, in whole seconds: a fraction is dropped. It is at most 999,999,999
+	// seconds. With DeliverByReturn it is at least one second, and at least the minimum in the relay's EHLO reply. With
 	// DeliverByNotify it may be negative.
 	Time time.Duration
 
-	// Mode says what happens when Time is over.
+	// Mode says what happens when Time is over. It must be set.
 	Mode DeliverByMode
 
-	// Trace asks each relay for a notification when it passes the message on.
+	// Trace asks every relay for a notification when it passes the message on.
 	Trace bool
 }
 
@@ -82,22 +83,21 @@ const (
 	DeliverByReturn DeliverByMode = "R" // the message is returned to the sender
 )
 
-// RcptOptions are parameters of the RCPT command, which hold for one recipient. A zero field leaves its parameter out.
-// A parameter out of its range is an error before anything is sent. One of an extension that the relay does not offer refuses
-// its recipient ([RecipientError.Err]), and the message where it can be sent to nobody else or is for all or nobody.
+// RcptOptions are parameters of the RCPT command, which apply to one recipient. A zero field leaves its parameter out. A value out of
+// range is an error of the Send, and nothing is sent. Where the relay does not offer the extension of an option, the message is not sent
+// to that recipient (RecipientResult.Err says why); it is sent to nobody if there is no other recipient or AllOrNothing is set.
 type RcptOptions struct {
-	// Notify are the events for which the sender gets a delivery status notification (RFC 3461, 4.1): DSNNotifyNever
-	// alone, or any of the others. Empty leaves that to the relay, which notifies of failures.
+	// Notify lists the events for which the sender gets a delivery status notification (RFC 3461, 4.1): DSNNotifyNever alone, or any of
+	// the others. Empty means the relay's choice, which is to notify of failures.
 	Notify []DSNNotify
 
-	// OriginalRecipient is the address that the message was sent to first (RFC 3461, 4.2): at most 500 octets; printable
-	// ASCII, or UTF-8 (RFC 6533) where OriginalRecipientType is DSNAddressTypeUTF8. An empty type means
-	// DSNAddressTypeRFC822.
+	// OriginalRecipient is the address to which the message was sent first (RFC 3461, 4.2): at most 500 bytes of printable ASCII, or of
+	// UTF-8 (RFC 6533) with the type DSNAddressTypeUTF8. An empty type means DSNAddressTypeRFC822.
 	OriginalRecipientType DSNAddressType
 	OriginalRecipient     string
 
-	// RequireRecipientValidSince has the message delivered only if the mailbox has belonged to the same person since then
-	// (RFC 7293). It is told in whole seconds, in UTC, and its year is from 1 to 9999.
+	// RequireRecipientValidSince has the message delivered only if the mailbox has had the same owner since then (RFC 7293). It is sent
+	// in UTC with whole seconds. Its year is from 1 to 9999.
 	RequireRecipientValidSince time.Time
 }
 

@@ -631,3 +631,15 @@ func (p *pool) shut() {
 	}
 	p.running.Wait()
 }
+
+// workedSince reports whether the relay has answered since t, or taken a large part of a body, on a connection that is still good.
+func (p *pool) workedSince(t time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := range p.sessions {
+		if s.Moved().After(t) && !s.Failed() {
+			return true
+		}
+	}
+	return false
+}

@@ -10,14 +10,14 @@ import (
 	"github.com/smtprelay/smtprelay/internal/fingerprint"
 )
 
-// Registry keeps Clients by their settings, for a program that learns with each message which relay it is for: one that sends
-// for many tenants, or reads its settings anew each time. Two Sends with the same Config share one Client and its connections.
+// Registry is a set of Clients by their Config, for a program that learns only with each message which relay to use: one that sends for
+// many tenants, or reads its settings anew each time. Sends with equal Configs share one Client and its connections.
 //
-// The zero value is ready to use. It is safe for concurrent use and must not be copied.
+// The zero value is ready to use. It is safe for concurrent use and must not be copied after the first use.
 type Registry struct {
-	// Max is how many Clients are kept; 0 means 100, and it is not to be changed once Send was called. When one more is needed
-	// the one used longest ago is shut down in the background. One that has a Send under way is kept, so that there are more
-	// than Max while more are at work.
+	// Max is the number of Clients that are kept; 0 means 100. It must not be changed after the first Send. When there is one more, the
+	// least recently used Client is shut down in the background. A Client with a Send under way is kept, so that there may be more than
+	// Max for a while.
 	Max int
 
 	mu      sync.Mutex // guards the fields below; not held while a Client is called
@@ -41,11 +41,12 @@ const (
 	leaveTime         = 10 * time.Second // of a Client that nobody uses
 )
 
-// Send sends m through the Client for cfg, which is made if there is none; see [Client.Send]. A mistake in cfg is told as by [New].
+// Send sends m through the Client for cfg, as [Client.Send] does. If there is no such Client it makes one; a mistake in cfg is the error
+// of [New].
 //
-// Every field of cfg tells its Client from others. What cannot be compared is told apart by Name: a Config with a TLSConfig,
-// an Auth, a Dial or a Trace needs one, and those of the first Config of that Name and of otherwise equal fields are used.
-// Give the tenant's identifier, say, and another Name when one of those has changed.
+// Two Configs mean the same Client if all their fields are equal. TLSConfig, Auth, Dial and Trace cannot be compared, so a Config that
+// sets one of them must have a Name: the Client uses those of the first Config with that Name and otherwise equal fields. Use the
+// tenant's identifier as the Name, and another Name when one of those four has changed.
 func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, error) {
 	used, err := r.acquire(cfg)
 	if err != nil {
@@ -62,7 +63,7 @@ func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, er
 	return used.client.Send(ctx, m)
 }
 
-// Shutdown shuts all Clients down at once, as [Client.Shutdown] does, and later Sends fail with ErrClosed.
+// Shutdown shuts down all Clients at the same time, as [Client.Shutdown] does. Later Sends fail with [ErrClosed].
 func (r *Registry) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true

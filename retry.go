@@ -2,29 +2,31 @@ package smtprelay
 
 import (
 	"context"
-	"io"
 	"math/rand/v2"
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Retry says how often a message is tried again when the relay cannot have accepted it: the connection was lost before the end
-// of the message, or the relay said 421. A message that may have been accepted is never tried again.
+// Retry says how often one Send tries a message again where the relay cannot have accepted it: the connection was lost before the end of
+// the message was sent, or the relay replied 421. A message that may have been accepted is never tried again.
 type Retry struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	// MaxAttempts is how many tries a Send makes in all. 0 means 4; negative means that only the context ends it. An idle
-	// connection that turns out dead costs no attempt. Nor does a connection that cannot be opened: Timeouts.Outage and the
-	// context bound that wait. 1 means that nothing is tried again, a connection that cannot be opened included.
+	// MaxAttempts is the largest number of tries of one Send, the first one included. 0 means 4. [NoLimit] means that only the context
+	// and Timeouts.Outage end the Send. 1 means that nothing is tried again, a connection that cannot be opened included.
+	//
+	// With any other value, two failures do not count: a connection that cannot be opened (Timeouts.Outage bounds that wait), and an
+	// idle connection that the relay had closed when the message came.
 	MaxAttempts int
 
-	// Before the next try a random part, from nothing to all, is waited of a time that is MinBackoff at first and doubles
-	// each time, up to MaxBackoff. 0 means half a second and 30 seconds; neither may be negative.
+	// MinBackoff and MaxBackoff set the wait before the next try: exponential backoff with full jitter, that is, a random time
+	// between 0 and a limit that starts at MinBackoff, doubles with each try and is at most MaxBackoff. 0 means 500 ms and 30 s.
+	// Neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
-	// On4xx also tries again what the relay refused for now with a 4xx reply to MAIL, RCPT, DATA or the final dot.
-	// By default that is told to the caller, who knows better how long the message can wait.
+	// On4xx makes a Send also try again after a 4xx reply to MAIL, RCPT, DATA or the end of the message. By default the Send returns
+	// such a reply, since the caller knows how long the message can wait. Greylisting needs minutes: raise both backoffs for it.
 	On4xx bool
 }
 
@@ -61,16 +63,16 @@ const (
 	tryElsewhere             // at once and uncounted on another connection, but once for each message
 )
 
-// next tells what follows a transaction that ended in r with the error e; body is what is left to send, and moved is set where
-// the message was tried elsewhere already.
-func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next {
+// next tells what follows a transaction that ended in r with the error e. moved is set where the message was tried elsewhere
+// already. Whether the body can be written again is for the caller to see.
+func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 	switch {
 	case e.Outcome != NotAccepted:
 		return giveUp // the relay may have accepted it: only the caller can decide
 	case r.CtxErr != nil:
 		return giveUp // nobody waits for another try
-	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
-		return giveUp // the message cannot be written, or not again
+	case r.BodyErr != nil:
+		return giveUp // the message cannot be written
 	case r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail)):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"strings"
 	"testing"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
@@ -28,7 +27,6 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpEnd, Outcome: Unknown, Err: io.EOF}, true, giveUp},
 		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
 		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
-		{"the body was read, and can be read once only", first(conn.Result{BodyBegun: true}), lost(OpBody), true, giveUp},
 
 		{"lost on the way: nothing was accepted", first(mail250), lost(OpBody), false, retryLater},
 		{"lost before a word, on a new connection", conn.Result{}, lost(OpWait), false, retryLater},
@@ -66,11 +64,7 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		{"4xx, and the caller has said to try", first(mail250), refused(OpEnd, 451), true, retryLater},
 		{"5xx", first(mail250), refused(OpEnd, 554), true, giveUp},
 	} {
-		body := Bytes([]byte("x"))
-		if tt.r.BodyBegun {
-			body = Reader(strings.NewReader("x"))
-		}
-		if got := (Retry{On4xx: tt.temporary}).next(body, &tt.r, &tt.e, false); got != tt.want {
+		if got := (Retry{On4xx: tt.temporary}).next(&tt.r, &tt.e, false); got != tt.want {
 			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
 		}
 	}
@@ -81,7 +75,7 @@ func TestMessageIsTriedElsewhereOnce(t *testing.T) {
 		r := conn.Result{Seq: 2, Used: 2, Begun: true, Worked: true, Replies: conn.Replies{Mail: wireReply(code, 0, 0, 0)}}
 		e := Error{Op: OpMail, Outcome: NotAccepted, Reply: Reply{Code: code}}
 		for moved, want := range map[bool]next{false: tryElsewhere, true: giveUp} {
-			if got := (Retry{}).next(Bytes([]byte("x")), &r, &e, moved); got != want {
+			if got := (Retry{}).next(&r, &e, moved); got != want {
 				t.Errorf("%d, tried elsewhere: %t: got %d, want %d", code, moved, got, want)
 			}
 		}

@@ -7,27 +7,26 @@ import (
 	"github.com/emersion/go-smtp"
 )
 
-// Scope is what an [Error] is about: whose fault it is, as far as sending again is concerned.
+// Scope is what is at fault in an [Error], as far as sending again is concerned.
 type Scope int
 
 const (
-	// ScopeUnknown: nothing is known. No error of this package has it.
+	// ScopeUnknown is the zero value. No error of this package has it.
 	ScopeUnknown Scope = iota
-	// ScopeRecipient: the relay refused recipients, each for itself (a reply to RCPT).
+	// ScopeRecipient: the relay refused single recipients (a reply to RCPT).
 	ScopeRecipient
-	// ScopeMessage: the message as a whole is at fault: the relay refused MAIL, DATA or the end of the message, the message
-	// cannot be sent to this relay, or its Body failed.
+	// ScopeMessage: the message as a whole. The relay refused MAIL, DATA or the end of the message, the message has a mistake or needs
+	// an extension that the relay lacks, or its Body failed.
 	ScopeMessage
-	// ScopeRelay: the relay or the way to it is at fault, and the message is not: dial, greeting, TLS, EHLO, AUTH, a refusal
-	// for want of authentication (RFC 4954, 6), one connection or message too many, a connection lost or out of step (503), 421;
-	// and a wait for a connection that ended while none could be opened.
+	// ScopeRelay: the relay, the network or the credentials, and not the message. Dial, greeting, TLS, EHLO or AUTH failed; the relay
+	// wanted authentication (RFC 4954, 6) or had too many connections or messages; the connection was lost or ended with 421 or 503;
+	// or the context ended while no connection could be opened.
 	ScopeRelay
-	// ScopeCaller: the program that calls has ended it or has not begun it right: the context ended, the Client was closed,
-	// the Config is wrong.
+	// ScopeCaller: the calling program. The context ended, the Client was closed or had too many Sends waiting, or the Config is wrong.
 	ScopeCaller
 )
 
-// String returns "unknown", "recipient", "message", "relay" or "caller". It is made for the labels of metrics.
+// String returns "unknown", "recipient", "message", "relay" or "caller", for use as the label of a metric.
 func (s Scope) String() string {
 	switch s {
 	case ScopeRecipient:
@@ -65,12 +64,11 @@ func scopeOfReply(op Op, r Reply) Scope {
 	return ScopeRelay
 }
 
-// OutcomeOf returns what became of a message for which a Send, or another function that sends mail, has returned err:
+// OutcomeOf returns what became of a message for which Send, or a function of another library, has returned err:
 //
 //   - nil: [Accepted], for every recipient.
-//   - an [*Error], wrapped or not: its Outcome. Accepted means for some of the recipients.
-//   - a refusal (4xx or 5xx) that another library tells as a *textproto.Error (net/smtp) or a *smtp.SMTPError (go-smtp):
-//     [NotAccepted].
+//   - an [*Error], wrapped or not: its Outcome. Accepted means: for some of the recipients.
+//   - a 4xx or 5xx reply in an error of another library, a *textproto.Error (net/smtp) or a *smtp.SMTPError (go-smtp): [NotAccepted].
 //   - any other error: [Unknown].
 func OutcomeOf(err error) Outcome {
 	if err == nil {
@@ -85,16 +83,17 @@ func OutcomeOf(err error) Outcome {
 	return Unknown
 }
 
-// ShouldRetry reports whether a queue should keep the message for which a Send has returned err, and send it again later as
-// it is: nobody has it, so that nothing is delivered twice, and the message itself is not at fault, or only for now.
+// ShouldRetry reports whether a queue should keep the message for which Send has returned err, and send it again later as it is.
 //
-// It is true for a 4xx reply to the message, for whatever went wrong before the relay spoke about the message (no connection, no
-// TLS, refused credentials: all of that can be mended without touching the message), for [ErrClosed], for a context that
-// ended and for a Config that is wrong. It is true where all recipients were refused and one of them only for now: see [RetryTo].
+// It is true where nobody has the message and the message is not at fault, or only for now:
 //
-// It is false for nil, for a message accepted for somebody or with an unknown outcome, for a 5xx reply to MAIL, DATA, the end of
-// the message or every RCPT, and for a message that cannot be sent as it is. Of the errors of other libraries it knows those
-// that [OutcomeOf] knows: true for 4xx.
+//   - a 4xx reply to the message, or to one of its recipients where all were refused (see [RetryTo]);
+//   - whatever failed before the relay replied to the message: the connection, TLS, refused credentials;
+//   - [ErrClosed], [ErrBusy], a context that ended, a Config with mistakes.
+//
+// It is false for nil; for a message that was accepted for somebody or whose outcome is [Unknown]; for a 5xx reply to MAIL, DATA, the
+// end of the message or every RCPT; and for a message that cannot be sent as it is. Of other libraries' errors it knows those that
+// [OutcomeOf] knows, and is true for 4xx.
 func ShouldRetry(err error) bool {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.shouldRetry()
@@ -102,10 +101,10 @@ func ShouldRetry(err error) bool {
 	return foreignCode(err)/100 == 4
 }
 
-// RetryTo returns the recipients, of those of the message for which a Send has returned err, for whom sending it again is safe
-// and may help, in the envelope's order: those who were refused with 4xx, and those whom the relay was not asked about. It never
-// names one for whom the message was accepted or may have been, nor one who was refused with 5xx. Where ShouldRetry is false and
-// nobody has the message, there is none.
+// RetryTo returns the recipients to whom the message for which Send has returned err should be sent again, in the order of Message.To:
+// those who were refused with 4xx, and those whom the relay was not asked about. It never returns a recipient for whom the message was
+// or may have been accepted, or who was refused with 5xx. It returns nil for a nil err, for an err without an [*Error], and where nobody
+// has the message and ShouldRetry is false.
 func RetryTo(err error) []string {
 	e, ok := errors.AsType[*Error](err)
 	if !ok || e.Outcome == NotAccepted && !e.shouldRetry() {

@@ -7,33 +7,33 @@ import (
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Stats is a snapshot of what a Client does and has done.
+// Stats is a snapshot of a Client, as [Client.Stats] returns it. All its fields can be exported as metrics: see the example of Client.Stats.
 type Stats struct {
 	Name string // Config.Name
 
-	// Now.
-	MaxConns  int // connections that may be open, as configured or as learnt from the relay
-	OpenConns int // connections open or being opened, those that the relay has not closed yet included
-	IdleConns int // open, ready and unused
+	// Gauges: the state now.
+	MaxConns  int // the limit in force: Limits.MaxConns, or less if the relay said so
+	OpenConns int // connections that count for the limit: open, being opened, or not yet closed by the relay
+	IdleConns int // connections that are ready and unused
 	Waiting   int // Sends that wait for a connection
 
-	// Since New.
-	Accepted     int64         // messages accepted, for one recipient at least
+	// Counters since New.
+	Accepted     int64         // messages accepted for one recipient at least
 	NotAccepted  int64         // messages accepted for nobody
-	Unknown      int64         // messages whose fate is unknown
+	Unknown      int64         // messages whose outcome is Unknown
 	Refused      int64         // recipients refused
-	WaitCount    int64         // connections waited for
-	WaitDuration time.Duration // how long, all of them together
-	Retries      int64         // further tries of messages, those that a dead idle connection cost included
-	Overlapped   int64         // transactions begun before the one ahead had its final reply
-	Dials        int64         // connections tried
-	DialErrors   int64         // of these, not opened
+	WaitCount    int64         // waits for a connection
+	WaitDuration time.Duration // total time of these waits
+	Retries      int64         // further tries of messages, also those at once on another connection
+	Overlapped   int64         // transactions begun before the previous one had its final reply
+	Dials        int64         // attempts to open a connection
+	DialErrors   int64         // those of Dials that failed
 	Auths        int64         // AUTH commands sent
-	AuthErrors   int64         // of these, refused
-	ClosedFull   int64         // connections closed at the limit of messages
-	ClosedAge    int64         // connections closed at the limit of age
-	ClosedIdle   int64         // connections closed for want of use
-	ClosedFaulty int64         // connections closed by the relay or after a fault
+	AuthErrors   int64         // those of Auths that were refused
+	ClosedFull   int64         // connections closed at Limits.MaxMessagesPerConn
+	ClosedAge    int64         // connections closed at Limits.MaxConnAge
+	ClosedIdle   int64         // connections closed at Limits.MaxIdleTime
+	ClosedFaulty int64         // connections closed by the relay or after a failure
 }
 
 // counters are what Stats tells of the time since New.

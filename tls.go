@@ -19,20 +19,18 @@ import (
 type TLSMode int
 
 const (
-	// TLSByPort: TLS from the first byte on ports 465 and 2465, STARTTLS required on every other port. A relay on a
-	// loopback address that does not offer STARTTLS is talked to in the clear.
+	// TLSByPort: TLS from the first byte on ports 465 and 2465, STARTTLS required on every other port. Only a relay on a loopback
+	// address may lack STARTTLS: the connection is then in the clear.
 	TLSByPort TLSMode = iota
 	// TLSImplicit: TLS from the first byte (RFC 8314).
 	TLSImplicit
 	// TLSStartTLS: STARTTLS required (RFC 3207).
 	TLSStartTLS
-	// TLSOpportunistic: STARTTLS where the relay offers it, else the mail in the clear; TLS from the first byte on ports
-	// 465 and 2465. A handshake that fails and a certificate that does not verify are errors, not a reason to go on in the
-	// clear. Whoever is on the way can hide the offer and read the mail. Credentials have a rule of their own: see
-	// Config.AllowInsecureAuth.
+	// TLSOpportunistic: STARTTLS where the relay offers it, else mail in the clear; TLS from the first byte on ports 465 and 2465. A
+	// handshake that fails and a certificate that does not verify are errors. An attacker between here and the relay can hide the
+	// offer and read the mail. For credentials see Config.AllowInsecureAuth.
 	TLSOpportunistic
-	// TLSNone: no TLS, and the mail in the clear. For a network that can be trusted. Credentials have a rule of their own:
-	// see Config.AllowInsecureAuth.
+	// TLSNone: no TLS, mail in the clear, for a network that you trust. For credentials see Config.AllowInsecureAuth.
 	TLSNone
 )
 

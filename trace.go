@@ -11,166 +11,168 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// Trace is a set of functions that are told what a Client does, in the manner of net/http/httptrace. Any may be nil; see
-// [MultiTrace] for several. They are called from many goroutines at once and must return quickly; none may call Shutdown or
-// Close of its Client. No function is given a secret or any part of a message but its envelope, except that the Message of
-// SendStart, SendDone and Retry is the caller's own, with its Body.
+// Trace is a set of functions (hooks) that a Client calls when something happens, as in net/http/httptrace. Any may be nil. Use
+// [LogTrace] for logs and [MultiTrace] for several Traces.
 //
-// The context is the one that SendStart returned for the Send that the event belongs to. For a connection being opened it has
-// the values of the Send that the connection was begun for, and does not end with it. Where there is no such Send it is the
+// Hooks are called from many goroutines at once. They must return quickly, since they hold up what they are told about, and must not
+// call Shutdown or Close of their Client. No hook is given a secret. SendStart, SendDone and Retry are given the caller's own Message,
+// with its Body; the other hooks see of a message no more than its envelope.
+//
+// The context given to a hook is the one that SendStart returned for the Send that the event belongs to. While a connection is opened
+// it has the values of the Send that needed the connection first, and does not end with that Send. Without such a Send it is the
 // background context.
 type Trace struct {
-	// SendStart: Send was called. What it returns is the context of the whole Send from then on and is what the other hooks are
-	// given, so that a span begun here is the parent of theirs. It should be made from ctx; nil means ctx.
+	// SendStart is called when Send is called. The context that it returns is the context of the whole Send and is given to the other
+	// hooks, so that a span begun here is the parent of theirs. Derive it from ctx. A nil result means ctx.
 	SendStart func(ctx context.Context, info SendStartInfo) context.Context
 
-	// SendDone: the Send that SendStart has told of is about to return.
+	// SendDone is called just before Send returns, with its results.
 	SendDone func(ctx context.Context, info SendDoneInfo)
 
-	// DialStart: a connection is about to be opened.
+	// DialStart is called before a connection is opened.
 	DialStart func(ctx context.Context, info DialStartInfo)
 
-	// DialDone: it is ready for its first message, or failed.
+	// DialDone is called when the connection is ready for its first message, or could not be opened.
 	DialDone func(ctx context.Context, info DialDoneInfo)
 
-	// GotConn: a Send has a connection to write on.
+	// GotConn is called when a Send or Ping has a connection to write on.
 	GotConn func(ctx context.Context, info GotConnInfo)
 
-	// Command: a command was written to the connection's buffer.
+	// Command is called when a command was written to the connection's buffer. It may leave later, with others.
 	Command func(ctx context.Context, info CommandInfo)
 
-	// Reply: the relay has answered the oldest command that had no answer.
+	// Reply is called when a reply has arrived. It answers the oldest command without a reply.
 	Reply func(ctx context.Context, info ReplyInfo)
 
-	// Retry: a Send has failed without being accepted and is about to be tried again. DialDone tells of connections that could
-	// not be opened.
+	// Retry is called when a try has failed and the message will be tried again. It is not called for connections that could not be
+	// opened: see DialDone.
 	Retry func(ctx context.Context, info RetryInfo)
 
-	// ConnClosed: a connection is closed and its place is free.
+	// ConnClosed is called when a connection is closed and no longer counts for Limits.MaxConns.
 	ConnClosed func(ctx context.Context, info ConnClosedInfo)
 
-	// Learned: the Client has learnt something about its relay and acts on it from now on. Lessons are told one at a time, in
-	// their order; where the hook is 256 behind, the next ones are not told.
+	// Learned is called when the Client has found out something about its relay and acts on it from now on. Calls come one at a time
+	// and in order. If the hook is 256 calls behind, further ones are dropped.
 	Learned func(ctx context.Context, info LearnedInfo)
 }
 
-// SendStartInfo tells of a Send that begins.
+// SendStartInfo is given to [Trace].SendStart.
 type SendStartInfo struct {
 	Name    string // Config.Name
 	Addr    string // Config.Addr
 	Message Message
 }
 
-// SendDoneInfo tells how a Send has ended.
+// SendDoneInfo is given to [Trace].SendDone.
 type SendDoneInfo struct {
 	Name    string // Config.Name
 	Addr    string // Config.Addr
 	Message Message
 	Receipt Receipt
-	Err     error // nil or an *Error, as from Send
-	Took    time.Duration
+	Err     error         // nil or an *Error, as Send returns it
+	Took    time.Duration // of the whole Send, waits included
 }
 
-// DialStartInfo tells of a connection that is about to be opened.
+// DialStartInfo is given to [Trace].DialStart.
 type DialStartInfo struct {
 	Name string // Config.Name
 	Addr string // Config.Addr
-	Conn int64  // counts the Client's connections from 1
+	Conn int64  // the connection: the Client numbers its connections from 1
 }
 
-// DialDoneInfo tells how the opening of a connection has ended.
+// DialDoneInfo is given to [Trace].DialDone.
 type DialDoneInfo struct {
 	Name       string   // Config.Name
 	Addr       string   // Config.Addr
 	Remote     string   // the address that was connected to, or tried, IP and port, as far as is known
 	Conn       int64    // as in DialStartInfo
-	TLSVersion uint16   // of crypto/tls; 0 means in the clear
+	TLSVersion uint16   // a version of crypto/tls; 0 means no TLS
 	Resumed    bool     // the TLS session was resumed
-	Extensions []string // the EHLO keywords in force
+	Extensions []string // the keywords of the EHLO reply in force
 	Took       time.Duration
-	Err        error // why it is not open, an *Error; nil if it is
+	Err        error // nil if the connection is open, else an *Error
 }
 
-// GotConnInfo describes the connection a Send has got.
+// GotConnInfo is given to [Trace].GotConn.
 type GotConnInfo struct {
-	Name       string // Config.Name
-	Addr       string // Config.Addr
-	Conn       int64  // as in DialStartInfo
-	Messages   int    // transactions that were begun on it before
-	Overlapped bool   // the final reply of the one before is outstanding
-	Waited     time.Duration
+	Name       string        // Config.Name
+	Addr       string        // Config.Addr
+	Conn       int64         // as in DialStartInfo
+	Messages   int           // transactions begun on the connection before this one
+	Overlapped bool          // the previous transaction has no final reply yet
+	Waited     time.Duration // for the connection
 }
 
-// CommandInfo tells of a command.
+// CommandInfo is given to [Trace].Command.
 type CommandInfo struct {
 	Name string // Config.Name
 	Addr string // Config.Addr
 	Conn int64  // as in DialStartInfo
 	Op   Op
-	Line string // without its line end; arguments of AUTH are "[redacted]", and the end of a message by DATA is "."
+	Line string // without its line end; the arguments of AUTH are "[redacted]"; "." is the end of a message sent by DATA
 }
 
-// ReplyInfo tells of a reply.
+// ReplyInfo is given to [Trace].Reply.
 type ReplyInfo struct {
 	Name  string // Config.Name
 	Addr  string // Config.Addr
 	Conn  int64  // as in DialStartInfo
-	Op    Op     // what it answers; empty where nothing was asked
+	Op    Op     // the command that it answers; empty for a reply without a command
 	Reply Reply
 }
 
-// RetryInfo tells why a message is tried again, and when.
+// RetryInfo is given to [Trace].Retry.
 type RetryInfo struct {
 	Name    string // Config.Name
 	Addr    string // Config.Addr
 	Message Message
-	Err     error // an *Error
+	Err     error // why the try failed, an *Error
 
-	// Attempt counts what Error.Attempts counts. It does not grow, and Wait is 0, where only the connection was at fault and the
-	// message goes to another one at once.
+	// Attempt is the number of failed tries so far that count for Retry.MaxAttempts. Where only the connection was at fault, the
+	// message goes to another one at once: Attempt does not grow and Wait is 0.
 	Attempt int
-	Wait    time.Duration // until then
+	Wait    time.Duration // before the next try
 }
 
-// ConnClosedInfo tells why a connection was closed.
+// ConnClosedInfo is given to [Trace].ConnClosed.
 type ConnClosedInfo struct {
 	Name     string // Config.Name
 	Addr     string // Config.Addr
 	Conn     int64  // as in DialStartInfo
-	Messages int    // transactions begun on it
-	Reason   string // "full", "age", "idle", "closed", or "fault"
-	Err      error  // the fault; nil if there was none
+	Messages int    // transactions begun on the connection
+	Reason   string // "full" (Limits.MaxMessagesPerConn), "age", "idle", "closed" (Shutdown, Close) or "fault"
+	Err      error  // what went wrong; nil unless Reason is "fault"
 }
 
-// LearnedInfo is something that a Client has learnt about its relay.
+// LearnedInfo is given to [Trace].Learned.
 type LearnedInfo struct {
 	Name   string // Config.Name
 	Addr   string // Config.Addr
 	Lesson Lesson
-	Limit  int    // the number learnt, where the lesson is one; 0 means that there is none any more
-	Text   string // for people
-	Reply  Reply  // that has taught it; Code 0: it was not one reply
+	Limit  int    // the new limit, for a lesson that is one; 0 means that the limit is gone
+	Text   string // the lesson in words, for people
+	Reply  Reply  // the reply from which the Client learnt it; Code 0 if it was not a single reply
 }
 
-// Lesson is one short word for what a Client has learnt, made for the labels of metrics.
+// Lesson is what a Client has found out about its relay, as a short word for the label of a metric.
 type Lesson string
 
 const (
-	LessonNoOverlap      Lesson = "no_overlap"      // nothing is written behind a final dot any more
-	LessonNoRset         Lesson = "no_rset"         // EHLO takes the place of RSET
-	LessonPace           Lesson = "pace"            // messages are begun at a pace; Limit is how many a second, at least 1
-	LessonAuthAlone      Lesson = "auth_alone"      // no commands follow AUTH in one write any more
-	LessonMaxMessages    Lesson = "max_messages"    // Limit: messages on a connection
-	LessonMaxRecipients  Lesson = "max_recipients"  // Limit: recipients in a transaction
-	LessonMaxConns       Lesson = "max_conns"       // Limit: connections, for a while
-	LessonBadCredentials Lesson = "bad_credentials" // these credentials are not tried for a while
-	LessonChunks         Lesson = "chunks"          // bodies may go in chunks to one address of the relay
-	LessonAddress        Lesson = "address"         // one address of the relay is tried after its others for a while
-	LessonNoChunks       Lesson = "no_chunks"       // bodies go by DATA to one address of the relay
+	LessonNoOverlap      Lesson = "no_overlap"      // the next message is written only after the reply to the previous one
+	LessonNoRset         Lesson = "no_rset"         // EHLO is sent in place of RSET
+	LessonPace           Lesson = "pace"            // messages are begun at a limited rate; Limit is messages per second, at least 1
+	LessonAddress        Lesson = "address"         // an address of the relay is tried last for a while: it failed
+	LessonAuthAlone      Lesson = "auth_alone"      // AUTH is sent alone, and not together with the commands of the first message
+	LessonMaxMessages    Lesson = "max_messages"    // Limit is messages per connection
+	LessonMaxRecipients  Lesson = "max_recipients"  // Limit is recipients per transaction
+	LessonMaxConns       Lesson = "max_conns"       // Limit is open connections, for a while
+	LessonBadCredentials Lesson = "bad_credentials" // the relay refused the credentials: no connection is opened for a while
+	LessonChunks         Lesson = "chunks"          // one address of the relay passed the test for Config.Chunking
+	LessonNoChunks       Lesson = "no_chunks"       // one address of the relay did not: it gets bodies by DATA
 )
 
-// MultiTrace returns a Trace that tells all of traces, in their order; nil ones are left out. Each SendStart is given the context
-// that the one before has returned.
+// MultiTrace returns a Trace that calls the hooks of all traces, in their order. nil traces are left out. Each SendStart is given the
+// context that the previous one has returned.
 func MultiTrace(traces ...*Trace) *Trace {
 	all := new(Trace)
 	for _, t := range traces {
@@ -218,10 +220,10 @@ func startSend(ctx context.Context, hook func(context.Context, SendStartInfo) co
 	return ctx
 }
 
-// LogTrace returns a Trace that logs to l: what goes wrong at warning level, each message, connection and lesson at info level,
-// and each command and reply at debug level. An error is logged as its text ("err"), with its "step", "outcome", "scope", "code"
-// and "attempts" beside. Config.Name, where it is set, is the attribute "relay". No secret and no part of a message is logged;
-// addresses of the envelope are. What a relay or a user wrote is logged on one line of printable characters.
+// LogTrace returns a Trace that logs to l: failures at level Warn; messages, connections and lessons at Info; commands and replies at
+// Debug. An error is logged as its text ("err") with the attributes "step", "outcome", "scope", "code" and "attempts". Config.Name, if
+// set, is the attribute "relay". Envelope addresses are logged; secrets and bodies are not. Text from a relay or a user is logged on one
+// line of printable characters.
 func LogTrace(l *slog.Logger) *Trace {
 	log := func(ctx context.Context, level slog.Level, msg, name string, attrs ...slog.Attr) {
 		if name != "" {

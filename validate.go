@@ -9,6 +9,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
@@ -37,7 +38,7 @@ func (m *Message) check() error {
 	}
 	if m.Body == nil {
 		mistake("Body is nil")
-	} else if b, ok := m.Body.(conn.Bytes); ok && len(b) == 0 {
+	} else if b, ok := m.Body.(body.Bytes); ok && len(b) == 0 {
 		mistakes = append(mistakes, conn.ErrEmptyBody)
 	}
 	if o := m.MailOptions; o != nil {

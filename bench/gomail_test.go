@@ -1,9 +1,12 @@
 package main
 
-// Here belongs that a message of go-mail is sent with its own envelope.
+// Here belongs that a message of go-mail is sent with its own envelope, and an example of one.
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log"
 	"strings"
 	"testing"
 
@@ -49,4 +52,37 @@ func TestMessageOfGoMailIsSentToAllThatItNames(t *testing.T) {
 	if body := string(got[0].Body); !strings.Contains(body, "Subject: hi") || strings.Contains(body, "eve@example.org") {
 		t.Errorf("the relay got the body %q", body)
 	}
+}
+
+// HTML with a text alternative and an attachment: go-mail makes the mail, and smtprelay sends it with the envelope that it names.
+func Example_htmlWithAttachment() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	msg := mail.NewMsg()
+	if err := errors.Join(msg.FromFormat("The Shop", "shop@example.com"), msg.To("ann@example.org"), msg.Bcc("archive@example.com")); err != nil {
+		log.Fatal(err)
+	}
+	msg.Subject("Your invoice")
+	msg.SetMessageID()
+	msg.SetDate()
+	msg.SetBodyString(mail.TypeTextPlain, "The invoice is attached.")
+	msg.AddAlternativeString(mail.TypeTextHTML, "<p>The invoice is <b>attached</b>.</p>")
+	if err := msg.AttachReader("invoice.pdf", strings.NewReader("%PDF-1.7 …")); err != nil {
+		log.Fatal(err)
+	}
+	m, err := smtprelay.MessageOf(msg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	_, err = client.Send(context.Background(), m)
+	body := string(relay.Messages()[0].Body)
+	fmt.Println(err, m.To, strings.Contains(body, "text/html"), strings.Contains(body, `filename="invoice.pdf"`))
+	// Output:
+	// <nil> [ann@example.org archive@example.com] true true
 }

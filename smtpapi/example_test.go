@@ -120,6 +120,38 @@ func Example_unsubscribeGroup() {
 	// Output: X-SMTPAPI: {"asm_group_id":42,"asm_groups_to_display":[42,43]}
 }
 
+// Let a reader unsubscribe with one click in the mail program (RFC 8058), and by SendGrid's group.
+func Example_oneClickUnsubscribe() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	text := "From: news@example.com\r\nTo: ann@example.org\r\nSubject: News\r\n" +
+		"List-Unsubscribe: <https://example.com/unsubscribe/ann-7f3a>\r\n" + // answers POST, and needs no login
+		"List-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" +
+		"\r\nThere is news.\r\n"
+	_, err = client.Send(context.Background(), smtprelay.Message{
+		From: "news@example.com",
+		To:   []string{"ann@example.org"},
+		Body: smtpapi.Prepend(smtpapi.Header{ASMGroupID: 42}, smtprelay.Bytes([]byte(text))),
+	})
+	header, _, _ := strings.Cut(strings.ReplaceAll(string(relay.Messages()[0].Body), "\r\n", "\n"), "\n\n")
+	fmt.Println(err)
+	fmt.Println(header)
+	// Output:
+	// <nil>
+	// X-SMTPAPI: {"asm_group_id":42}
+	// From: news@example.com
+	// To: ann@example.org
+	// Subject: News
+	// List-Unsubscribe: <https://example.com/unsubscribe/ann-7f3a>
+	// List-Unsubscribe-Post: List-Unsubscribe=One-Click
+}
+
 // Turn off the tracking of clicks for a message whose links must stay as they are.
 func Example_filters() {
 	h := smtpapi.Header{Filters: smtpapi.Filters{

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 
+	bodies "github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/moving"
 )
 
@@ -16,14 +17,16 @@ var errContinued = errors.New("smtpapi: the message begins with white space, whi
 // h is marshalled at once and may be changed afterwards. If it has mistakes, writing the result fails with the error of
 // [Header.Check] before anything is written: call Check first to learn of them without a relay.
 //
-// The result is as body is. It may be written as often as body may, and it is an io.Reader, used up by writing, if and only
-// if body is one. A body that fails before its first octet, or has none, fails or is empty with its field too: a field
-// without a message is never written. A nil body gives nil.
+// The result can be written as often as body can. A body that can seek is written from where it stands now, each time, and a
+// *bytes.Buffer is read in place: see smtprelay.Reader. The result is an io.Reader, used up by writing, if and only if body is one
+// that can be read only once. Where body fails before its first byte, or has none, the field is not written either. A nil body gives
+// nil.
 func Prepend(h Header, body io.WriterTo) io.WriterTo {
 	if body == nil {
 		return nil
 	}
 	field, err := h.Marshal()
+	body = bodies.Again(body)
 	if r, ok := body.(io.Reader); ok {
 		return &readOnce{field: field, body: moving.Reader(r), err: err}
 	}

@@ -3,6 +3,7 @@ package smtpapi_test
 // Prepend: the body stays what it was, and a field without a message is never written.
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -41,7 +42,7 @@ func TestPrependedBodyCanBeWrittenAsOftenAsTheBody(t *testing.T) {
 		}
 		return n, nil
 	})
-	for _, body := range []io.WriterTo{smtprelay.Bytes([]byte(message)), inPieces} {
+	for _, body := range []io.WriterTo{smtprelay.Bytes([]byte(message)), inPieces, bytes.NewBufferString(message), smtprelay.Reader(strings.NewReader(message))} {
 		body = smtpapi.Prepend(orders, body)
 		if _, ok := body.(io.Reader); ok {
 			t.Error("it is an io.Reader, as if it were used up by writing")
@@ -58,7 +59,7 @@ func TestPrependedBodyCanBeWrittenAsOftenAsTheBody(t *testing.T) {
 func TestPrependedBodyIsUsedUpAsTheBodyIs(t *testing.T) {
 	for name, body := range map[string]func() io.WriterTo{
 		"Reader": func() io.WriterTo { return smtprelay.Reader(iotest.OneByteReader(strings.NewReader(message))) },
-		"Buffer": func() io.WriterTo { return bytes.NewBufferString(message) },
+		"bufio":  func() io.WriterTo { return bufio.NewReader(strings.NewReader(message)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b strings.Builder

@@ -5,7 +5,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -76,7 +79,7 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 				relay.Fault(fault)
 				client := newClient(t, configOf(relay))
 				body := append(bytes.Repeat([]byte("x"), size-1), '\n')
-				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(bytes.NewReader(body))})
+				_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(struct{ io.Reader }{bytes.NewReader(body)})})
 				if err != nil {
 					t.Fatalf("%d octets, %v at %v: %v", size, fault.Reply, fault.At, err)
 				}
@@ -94,7 +97,7 @@ func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 		relay := newRelay(t, inChunks)
 		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Abort: true})
 		client := newClient(t, configOf(relay))
-		body := strings.NewReader(strings.Repeat("x\r\n", 100_000))
+		body := struct{ io.Reader }{strings.NewReader(strings.Repeat("x\r\n", 100_000))}
 		_, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Reader(body)})
 		if smtprelay.OutcomeOf(err) != smtprelay.NotAccepted || len(relay.Messages()) != 0 {
 			t.Errorf("%v, and %d messages; want not accepted, and none", err, len(relay.Messages()))
@@ -115,6 +118,106 @@ func (b keptWriter) WriteTo(w io.Writer) (int64, error) {
 	*b.kept = w
 	n, err := io.WriteString(w, "Subject: x\r\n\r\nhello\r\n")
 	return int64(n), err
+}
+
+// again are bodies of 100 KB that can be written more than once.
+func again(t *testing.T) map[string]io.WriterTo {
+	text := strings.Repeat("Subject: x\r\n", 8_000)
+	path := filepath.Join(t.TempDir(), "mail")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	return map[string]io.WriterTo{
+		"bytes.Buffer":             bytes.NewBufferString(text),
+		"bytes.Reader":             bytes.NewReader([]byte(text)),
+		"strings.Reader in Reader": smtprelay.Reader(strings.NewReader(text)),
+		"file":                     file,
+		"file in Reader":           smtprelay.Reader(file),
+		"BodyFunc":                 smtprelay.BodyFunc(func(w io.Writer) error { _, err := io.WriteString(w, text); return err }),
+	}
+}
+
+func TestBodyThatCanBeHadAgainIsTriedAgainInTheMiddle(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		for name, body := range again(t) {
+			relay := newRelay(t, near)
+			client := newClient(t, configOf(relay))
+			lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 bye", Drop: true})
+			m := shortMessage("b@y.example")
+			m.Body = body
+			for range 2 { // a message that is sent again is sent whole
+				if _, err := client.Send(t.Context(), m); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			if lost.Hits() != 1 {
+				t.Errorf("%s: no try failed", name)
+			}
+			for _, got := range relay.Messages() {
+				if n := len(got.Body); n != 96_000 {
+					t.Errorf("%s: %d octets came, want 96,000", name, n)
+				}
+			}
+		}
+	})
+}
+
+// Without SIZE= a relay with a limit takes all of a body before it says no.
+func TestSizeOfBodyInMemoryIsDeclared(t *testing.T) {
+	relay := newRelay(t, func(s *smtptest.Server) { s.MaxSize = 50_000 })
+	client := newClient(t, configOf(relay))
+	bodies := again(t)
+	for _, name := range []string{"bytes.Buffer", "bytes.Reader", "strings.Reader in Reader"} {
+		m := shortMessage("b@y.example")
+		m.Body = bodies[name]
+		if _, err := client.Send(t.Context(), m); err == nil || commands(relay, "DATA")+commands(relay, "MAIL") != 0 {
+			t.Errorf("%s: got %v and %d commands, want it refused before one is sent", name, err, commands(relay, "MAIL"))
+		}
+	}
+}
+
+func TestBodyThatCannotBeHadTwiceSaysSo(t *testing.T) {
+	const words = "the Body can be read only once: use Bytes, BodyFunc or a Reader that can seek"
+	once := func() io.WriterTo {
+		return smtprelay.Reader(struct{ io.Reader }{strings.NewReader("Subject: x\r\n\r\nhi\r\n")})
+	}
+	for _, tt := range []struct {
+		why   string
+		limit int
+		fault smtptest.Fault
+		lists string // Error.Outcome, and who would be worth another try
+		mails int
+	}{
+		{"known before anything is sent: two transactions", 1, smtptest.Fault{}, "not accepted []", 0},
+		{"the connection is lost", 0, smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 bye", Drop: true}, "not accepted [b@y.example c@y.example]", 1},
+		{"the relay takes fewer recipients than it has said", 0, smtptest.Fault{At: smtptest.Rcpt, Rcpt: "c@y.example", Reply: "452 4.5.3 too many recipients"}, "accepted [c@y.example]", 1},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			relay := newRelay(t)
+			if tt.fault.At != 0 {
+				relay.Fault(tt.fault)
+			}
+			cfg := configOf(relay)
+			cfg.Limits.MaxRecipients = tt.limit
+			m := shortMessage("b@y.example", "c@y.example")
+			m.Body = once()
+			_, err := newClient(t, cfg).Send(t.Context(), m)
+			if err == nil || !strings.Contains(err.Error(), words) {
+				t.Errorf("got %v, want it to say %q", err, words)
+			}
+			if got := fmt.Sprint(smtprelay.OutcomeOf(err), " ", smtprelay.RetryTo(err)); got != tt.lists {
+				t.Errorf("got %s, want %s", got, tt.lists)
+			}
+			if n := commands(relay, "DATA"); n != tt.mails {
+				t.Errorf("%d DATA, want %d", n, tt.mails)
+			}
+		})
+	}
 }
 
 func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {

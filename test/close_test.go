@@ -298,3 +298,33 @@ func TestEndIsBoundedWhenTheRelayNeverAnswersQUIT(t *testing.T) {
 		}
 	})
 }
+
+func TestShutdownSendsWhatWaitsForAConnection(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: 500 * time.Millisecond, Count: -1})
+		cfg := configOf(relay)
+		cfg.Limits.MaxConns = 1
+		client := newClient(t, cfg)
+		var senders sync.WaitGroup
+		for i := range 30 {
+			senders.Go(func() {
+				if _, err := client.Send(t.Context(), numbered(i)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		if s := client.Stats(); s.Waiting < 25 {
+			t.Fatalf("%d wait, want most of them", s.Waiting)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if err := client.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+		senders.Wait()
+		want(t, "accepted", len(relay.Messages()), 30)
+		nothingLeft(t, relay, client)
+	})
+}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -320,4 +321,70 @@ func (w stalledWriter) Write(p []byte) (int, error) {
 	}
 	<-w
 	return len(p), nil
+}
+
+// thinks is a relay that takes so long for its final reply.
+func thinks(d time.Duration) smtptest.Fault {
+	return smtptest.Fault{At: smtptest.FinalDot, Delay: d, Count: -1}
+}
+
+// What a caller calls off while the relay thinks is not of unknown fate: its answer is awaited for Timeouts.Drain.
+func TestSendsCancelledAtRandomLeaveNothingUnknown(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		relay.Fault(thinks(100 * time.Millisecond))
+		client := newClient(t, configOf(relay))
+		outcomes := map[smtprelay.Outcome]int{}
+		var mu sync.Mutex
+		var senders sync.WaitGroup
+		for i := range 200 {
+			senders.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rand.IntN(2_500))*time.Millisecond)
+				defer cancel()
+				s := sendOne(ctx, client, i)
+				mu.Lock()
+				defer mu.Unlock()
+				outcomes[s.outcome()]++
+			})
+		}
+		senders.Wait()
+		want(t, "unknown", outcomes[smtprelay.Unknown], 0)
+		want(t, "accepted", outcomes[smtprelay.Accepted], len(relay.Messages()))
+		if outcomes[smtprelay.Accepted] == 0 || outcomes[smtprelay.NotAccepted] == 0 {
+			t.Errorf("got %v: the contexts ended too late or too soon to show anything", outcomes)
+		}
+	})
+}
+
+// Ctrl-C in the middle of a batch: no further message is begun, and those under way are finished.
+func TestSendAllFinishesWhatIsUnderWayWhenItsContextEnds(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		relay.Fault(thinks(400 * time.Millisecond)) // with 4 on each connection in chunks, the last one is answered after 1.6 s
+		client := newClient(t, configOf(relay))
+		ctx, interrupt := context.WithCancel(t.Context())
+		defer interrupt()
+		go func() { // ends with the bubble's time
+			time.Sleep(3500 * time.Millisecond)
+			interrupt()
+		}()
+		began := time.Now()
+		var taken atomic.Int64 // by an iterator that SendAll does not wait for
+		outcomes := map[smtprelay.Outcome]int{}
+		for r := range client.SendAll(ctx, func(yield func(smtprelay.Message) bool) {
+			for yield(numbered(int(taken.Add(1)))) {
+			}
+		}) {
+			outcomes[smtprelay.OutcomeOf(r.Err)]++
+			if r.Err != nil && !smtprelay.ShouldRetry(r.Err) {
+				t.Errorf("got %v, want it sent again by the next batch", r.Err)
+			}
+		}
+		if took := time.Since(began); took > 3500*time.Millisecond+2*time.Second {
+			t.Errorf("took %v, want it ended within Timeouts.Drain of the context", took)
+		}
+		want(t, "unknown", outcomes[smtprelay.Unknown], 0)
+		want(t, "accepted", outcomes[smtprelay.Accepted], len(relay.Messages()))
+		want(t, "results", outcomes[smtprelay.Accepted]+outcomes[smtprelay.NotAccepted], int(taken.Load()))
+	})
 }

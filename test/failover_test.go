@@ -171,9 +171,10 @@ func TestBodyThatWasBegunGoesNoFurther(t *testing.T) {
 		at     smtptest.Step
 		goesOn bool
 	}{
-		{"a Reader that was begun", func() io.WriterTo { return smtprelay.Reader(strings.NewReader(text)) }, smtptest.FinalDot, false},
-		{"a Buffer that was begun", func() io.WriterTo { return bytes.NewBufferString(text) }, smtptest.FinalDot, false},
-		{"a Reader that was not", func() io.WriterTo { return smtprelay.Reader(strings.NewReader(text)) }, smtptest.Mail, true},
+		{"a Reader that was begun", func() io.WriterTo { return smtprelay.Reader(struct{ io.Reader }{strings.NewReader(text)}) }, smtptest.FinalDot, false},
+		{"a Buffer that was begun", func() io.WriterTo { return bytes.NewBufferString(text) }, smtptest.FinalDot, true},
+		{"a Reader that can seek", func() io.WriterTo { return smtprelay.Reader(strings.NewReader(text)) }, smtptest.FinalDot, true},
+		{"a Reader that was not", func() io.WriterTo { return smtprelay.Reader(struct{ io.Reader }{strings.NewReader(text)}) }, smtptest.Mail, true},
 		{"a Buffer that was not", func() io.WriterTo { return bytes.NewBufferString(text) }, smtptest.Connect, true},
 	} {
 		t.Run(tt.why, func(t *testing.T) {

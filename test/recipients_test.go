@@ -4,6 +4,7 @@ package test
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"sync/atomic"
@@ -198,7 +199,7 @@ func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T)
 				m := numbered(0)
 				m.To, m.AllOrNothing = moreRecipients(tt.recipients), tt.allOrNothing
 				if tt.onceOnly {
-					m.Body = smtprelay.Reader(strings.NewReader("Subject: once\r\n\r\nonce\r\n"))
+					m.Body = smtprelay.Reader(struct{ io.Reader }{strings.NewReader("Subject: once\r\n\r\nonce\r\n")})
 				}
 				if _, err := newClient(t, cfg).Send(t.Context(), m); err != nil {
 					t.Fatal(err)

@@ -4,7 +4,7 @@ import (
 	"context"
 	"io"
 
-	"github.com/smtprelay/smtprelay/internal/moving"
+	"github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
@@ -18,8 +18,8 @@ type Message struct {
 
 	AllOrNothing bool // nothing is sent unless the relay accepts all recipients
 
-	Body io.WriterTo
-	Size int64 // of the body in its canonical form; 0: not known
+	Body io.WriterTo // as body.Again returned it
+	Size int64       // of the body in its canonical form; 0: not known
 }
 
 // recipient returns the address of the ith recipient and the parameters of its RCPT.
@@ -31,38 +31,16 @@ func (m *Message) recipient(i int) (addr string, params wire.RcptParams) {
 	return addr, params
 }
 
-// Bytes is a body of known size, which can be written any number of times.
-type Bytes []byte
-
-// WriteTo implements io.WriterTo.
-func (b Bytes) WriteTo(w io.Writer) (int64, error) {
-	n, err := w.Write(b)
-	return int64(n), err
-}
-
-// Reader returns a body that copies r, once.
-func Reader(r io.Reader) io.WriterTo { return &readerBody{r: r} }
-
-type readerBody struct{ r io.Reader }
-
-// Read makes it an io.Reader too, which is how a body says that it is used up by writing.
-func (b *readerBody) Read(p []byte) (int, error) { return b.r.Read(p) }
-
-func (b *readerBody) WriteTo(w io.Writer) (int64, error) {
-	return io.Copy(w, moving.Reader(b.r)) // not the reader's own WriteTo, which could write past the io.Writer given
-}
-
 // OneShot reports whether b is used up by writing.
 func OneShot(b io.WriterTo) bool {
 	if h, ok := b.(*headedBody); ok {
 		return h.used
 	}
-	_, ok := b.(io.Reader)
-	return ok
+	return body.Once(b)
 }
 
 func isBytes(b any) bool {
-	_, ok := b.(Bytes)
+	_, ok := b.(body.Bytes)
 	return ok
 }
 
@@ -85,7 +63,7 @@ func (b *headedBody) WriteTo(w io.Writer) (int64, error) {
 		return int64(n), err
 	}
 	b.used = true
-	k, err := (&readerBody{b.rest}).WriteTo(w)
+	k, err := body.Reader(b.rest).WriteTo(w)
 	return int64(n) + k, err
 }
 

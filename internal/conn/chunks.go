@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/moving"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -37,7 +38,7 @@ var errRefused = errors.New("refused by the relay")
 
 // chunkedBody is a transaction's body on its way in chunks.
 //
-// MAIL declares the size of the message, so the size comes first: that of [Bytes] is known, and another body is made in a
+// MAIL declares the size of the message, so the size comes first: that of [body.Bytes] is known, and another body is made in a
 // buffer before anything is written. One that outgrows the buffer goes in several chunks, of which only whole ones are
 // written, so that the connection stays in step if it fails. If the relay has not said how large a message may be, such a body
 // goes by DATA: a relay that stops reading within a chunk which is over a limit of its own would take the rest of it for
@@ -71,11 +72,11 @@ func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.re
 
 // goesByData reports whether the body goes by DATA, as far as that can be known before it is asked to write itself.
 func (t *Transaction) goesByData() bool {
-	switch body := t.m.Body.(type) {
-	case Bytes:
-		return !t.c.chunked || beginsOddly(body)
+	switch b := t.m.Body.(type) {
+	case body.Bytes:
+		return !t.c.chunked || beginsOddly(b)
 	case *headedBody:
-		return !t.c.chunked || beginsOddly(body.head)
+		return !t.c.chunked || beginsOddly(b.head)
 	}
 	return !t.c.chunked
 }
@@ -141,7 +142,7 @@ func (t *Transaction) readAhead() error {
 	case n == 0:
 		return ErrEmptyBody
 	}
-	t.m.Body, t.m.Size = Bytes(head.Bytes()), wire.CanonicalSize(head.Bytes())
+	t.m.Body, t.m.Size = body.Bytes(head.Bytes()), wire.CanonicalSize(head.Bytes())
 	if limit := t.c.ext.Size; limit > 0 && t.m.Size > limit {
 		return &SizeError{Limit: limit}
 	}

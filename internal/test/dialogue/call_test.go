@@ -213,7 +213,7 @@ func (d *dialogue) compose(c *call, o *settings) error {
 	case o.flag("writer") || b.pieces > 0:
 		m.Body = b
 	case o.flag("reader"):
-		m.Body = smtprelay.Reader(strings.NewReader(text))
+		m.Body = smtprelay.Reader(struct{ io.Reader }{strings.NewReader(text)})
 	default:
 		m.Body = smtprelay.Bytes([]byte(text))
 	}

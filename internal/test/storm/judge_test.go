@@ -371,8 +371,8 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 	if m.all && j.split(len(m.to)) {
 		return // what cannot go in one transaction cannot be all or nothing
 	}
-	if m.kind == bodyReader && (j.split(len(m.to)) || j.patient(m)) {
-		return // it can be sent once only, and that to some
+	if (m.kind == bodyReader || m.kind == bodyBadInput) && (j.split(len(m.to)) || j.patient(m)) {
+		return // it can be read once only: it is refused before it is read, or sent to some
 	}
 	if !slices.Equal(outcomes, want) {
 		j.fail(told, "in calm weather it was told %v, not %v: %v", outcomes, want, told.err)

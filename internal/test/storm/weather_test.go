@@ -321,7 +321,7 @@ func (m *stormMessage) body(cancel context.CancelFunc) io.WriterTo {
 	case bodyBytes:
 		return smtprelay.Bytes(m.raw)
 	case bodyReader:
-		return smtprelay.Reader(bytes.NewReader(m.raw))
+		return smtprelay.Reader(struct{ io.Reader }{bytes.NewReader(m.raw)})
 	case bodyBadInput:
 		return smtprelay.Reader(io.MultiReader(bytes.NewReader(m.raw[:m.failAt]), stormBadReader{}))
 	}

@@ -1,0 +1,176 @@
+// Examples of what a service needs around its mails: settings, readiness, metrics, blind copies, a rate, bodies made on the way, tests.
+package smtprelay_test
+
+import (
+	"context"
+	"encoding/json"
+	"expvar"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"text/template"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtptest"
+)
+
+// Settings from the environment: one variable for relay, key and limits.
+func ExampleParseURL_environment() {
+	os.Setenv("SMTP_URL", "smtps://apikey:SG.secret@smtp.sendgrid.net:465?max_conns=4&name=orders") // really: by whoever deploys
+	defer os.Unsetenv("SMTP_URL")
+	cfg, err := smtprelay.ParseURL(os.Getenv("SMTP_URL"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	client, err := smtprelay.New(cfg) // does not connect
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	fmt.Println(client)
+	// Output:
+	// smtprelay.Client("orders", smtp.sendgrid.net:465)
+}
+
+// A readiness probe: Ping is cheap enough for every few seconds.
+func ExampleClient_Ping_readiness() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	ready := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
+		defer cancel()
+		if err := client.Ping(ctx); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	w := httptest.NewRecorder()
+	ready.ServeHTTP(w, httptest.NewRequest("GET", "/readyz", nil))
+	fmt.Print(w.Code, " ", w.Body)
+	// Output:
+	// 200 ready
+}
+
+// Metrics: Stats is a flat struct of numbers, which expvar publishes as it is.
+func ExampleClient_Stats() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	expvar.Publish("smtprelay", expvar.Func(func() any { return client.Stats() })) // at /debug/vars
+
+	for range 3 {
+		err = client.SendMail("shop@example.com", []string{"ann@example.org"}, []byte("Subject: hello\r\n\r\nHello.\r\n"))
+		if err != nil {
+			log.Fatal(err)
+		}
+	}
+	var stats smtprelay.Stats
+	if err := json.Unmarshal([]byte(expvar.Get("smtprelay").String()), &stats); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(stats.Accepted, "accepted,", stats.Unknown, "unknown,", stats.Dials, "connection,", stats.Waiting, "waiting")
+	// Output:
+	// 3 accepted, 0 unknown, 1 connection, 0 waiting
+}
+
+// A blind copy: whoever is in To gets the message, and only the header says who the others see.
+func ExampleMessage_bcc() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	_, err = client.Send(context.Background(), smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{"ann@example.org", "archive@example.com"},
+		Body: smtprelay.Bytes([]byte("From: shop@example.com\r\nTo: ann@example.org\r\nSubject: Your order\r\n\r\nIt is ready.\r\n")),
+	})
+	fmt.Println(err, relay.Messages()[0].To, strings.Contains(string(relay.Messages()[0].Body), "archive"))
+	// Output:
+	// <nil> [ann@example.org archive@example.com] false
+}
+
+// A body that is made while it is sent. The function runs again if another try is needed.
+func ExampleBodyFunc() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 restarting", Drop: true})
+
+	order := template.Must(template.New("order").Parse("From: shop@example.com\nTo: {{.To}}\nSubject: Order {{.Number}}\n\nIt is ready.\n"))
+	data := map[string]any{"To": "ann@example.org", "Number": 17}
+	tries := 0
+	_, err = client.Send(context.Background(), smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{"ann@example.org"},
+		Body: smtprelay.BodyFunc(func(w io.Writer) error {
+			tries++
+			return order.Execute(w, data)
+		}),
+	})
+	fmt.Println(err, tries, len(relay.Messages()))
+	// Output:
+	// <nil> 2 1
+}
+
+// Ten messages a second, because the provider says so. Without a Rate the Client finds the relay's limit by itself.
+func ExampleLimits_rate() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	cfg := relay.Config()
+	cfg.Limits.Rate = 10
+	client, err := smtprelay.New(cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	fmt.Println(client.SendMail("shop@example.com", []string{"ann@example.org"}, []byte("Subject: hello\r\n\r\nHello.\r\n")))
+	// Output:
+	// <nil>
+}
+
+// A test of success and of failure. In a test, smtptest.New(t) and its Client(t) close both at the end.
+func Example_test() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	invite := func(to string) error { // what is tested
+		return client.SendMail("shop@example.com", []string{to}, []byte("Subject: Welcome\r\n\r\nHello.\r\n"))
+	}
+
+	fmt.Println(invite("ann@example.org"), len(relay.Messages()))
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"})
+	fmt.Println(invite("gone@example.org"))
+	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // lost before the relay could say yes
+	fmt.Println(smtprelay.OutcomeOf(invite("bob@example.org")))
+	// Output:
+	// <nil> 1
+	// smtprelay: RCPT TO <gone@example.org>: 550 5.1.1 "no such user"
+	// unknown
+}
