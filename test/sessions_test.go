@@ -86,7 +86,8 @@ func TestRefusedRSETFailsNoMessage(t *testing.T) {
 		for _, attempts := range []int{0, 1} {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 				relay := newRelay(t, near)
-				relay.Fault(smtptest.Fault{At: smtptest.Rset, Reply: reply, Drop: reply[0] == '4' && reply[1] == '2', Count: -1})
+				relay.Fault(smtptest.Fault{At: smtptest.Rset, Reply: reply, Drop: reply[0] == '4' && reply[1] == '2', Count: -1,
+					When: func(e smtptest.Event) bool { return e.Message > 0 }}) // and not where the question about chunks is put
 				relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "bad@example.org", Reply: "550 5.1.1 no such user", Count: -1})
 				cfg := configOf(relay)
 				cfg.Retry.MaxAttempts = attempts
