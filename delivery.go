@@ -27,17 +27,18 @@ type delivery struct {
 	todo    []int        // recipients whose fate is open, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
-	want     ask
-	round    int       // of the pace, when the transaction was begun
-	moves    int       // tries that failed and did not count
-	slowed   int       // of all tries, those that came too fast for the relay
-	slowedAt time.Time // the first of these
-	moved    bool      // it was tried on another connection since the one before refused it for now
-	failed   int       // connections that could not be opened meanwhile
-	attempts int       // tries that failed and counted
-	tries    int       // all of them
-	unknown  *Error    // of a transaction whose fate is unknown
-	refusal  *Error    // what the first recipient that was refused for itself was told
+	want      ask
+	round     int       // of the pace, when the transaction was begun
+	moves     int       // tries that failed and did not count
+	slowed    int       // of all tries, those that came too fast for the relay
+	slowedAt  time.Time // the first of these
+	elsewhere int
+	moved     bool   // it was tried on other connections often enough, since one refused it for now
+	failed    int    // connections that could not be opened meanwhile
+	attempts  int    // tries that failed and counted
+	tries     int    // all of them
+	unknown   *Error // of a transaction whose fate is unknown
+	refusal   *Error // what the first recipient that was refused for itself was told
 }
 
 // run makes transactions until nothing is left to do.
@@ -205,9 +206,9 @@ func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
 }
 
 const (
-	movesMost  = 10 // tries of a message that fail at once and do not count; the others count, whatever they are
-	slowedMost = 30 // tries that may come too fast for the relay
-	cutsMost   = 5  // of these, so many slow the others down and go before them
+	movesMost = 10 // tries of a message that fail at once and do not count; the others count, whatever they are
+	cutsMost  = 5  // tries of a message that come too fast for the relay, and slow the others down; it goes before them then
+	movedMost = 3  // tries elsewhere, since what was said may be about the connection
 )
 
 // pause waits before the next try if there is one, as what says. Else it returns e, the reason.
@@ -219,19 +220,26 @@ func (d *delivery) pause(what next, e *Error) *Error {
 			what = retryLater
 		}
 	case tryElsewhere:
-		d.moved, what = true, retryNow
+		what = retryNow
+		if d.elsewhere++; d.elsewhere >= movedMost {
+			d.moved = true
+		}
 	case waitForPace:
-		what = d.slowDown()
+		what = d.slowDown(e)
 	}
 	if what == retryNow {
 		d.traceRetry(0, e)
 		return nil
 	}
-	d.attempts++
-	if what == giveUp || d.c.cfg.Retry.exhausted(d.attempts) || d.c.pool.outage(d.want.waited) {
+	failures := d.slowed - cutsMost
+	if what != waitForPace {
+		d.attempts++
+		failures = d.attempts
+	}
+	if what == giveUp || what == retryLater && (d.c.cfg.Retry.exhausted(d.attempts) || d.c.pool.outage(d.want.waited)) {
 		return e
 	}
-	wait := d.c.cfg.Retry.backoff(d.attempts)
+	wait := d.c.cfg.Retry.backoff(failures)
 	d.traceRetry(wait, e)
 	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
 		scope := ScopeCaller // who has ended the tries
@@ -243,22 +251,22 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	return nil
 }
 
-// slowDown waits in the queue for the relay's pace. A message that the relay refuses again and again, although others are
-// accepted, goes behind them, and is given up in the end: the relay may limit its sender or its recipient.
-func (d *delivery) slowDown() next {
+// slowDown waits for the relay's pace. A message that the relay refuses again and again does not slow down the others any more, and
+// waits by itself: the relay may limit its sender or its recipient.
+func (d *delivery) slowDown(e *Error) next {
 	if d.slowed++; d.slowed == 1 {
 		d.slowedAt = time.Now()
 	}
-	cut := d.slowed <= cutsMost
 	limit := d.c.cfg.Timeouts.Outage
-	switch {
-	case !d.c.pool.slowDown(d.round, cut):
+	switch d.want.again = d.slowed <= cutsMost; {
+	case !d.c.pool.slowDown(e, d.round, d.want.again):
 		return giveUp
-	case limit > 0 && d.slowed > slowedMost && time.Since(d.slowedAt) >= limit:
-		return retryLater
+	case d.want.again:
+		return retryNow
+	case limit > 0 && time.Since(d.slowedAt) >= limit:
+		return giveUp
 	}
-	d.want.again, d.want.admitted = cut, true
-	return retryNow
+	return waitForPace
 }
 
 func (d *delivery) traceRetry(wait time.Duration, e *Error) {

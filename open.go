@@ -263,19 +263,20 @@ func (p *pool) accepted() { p.pace.recent.add(time.Now()) }
 // slowDown is told when the relay has refused a message because messages come too fast; round is that of its grant, and cut tells
 // whether it may slow the others down. It reports whether it is of use to wait: not where nothing was accepted for
 // Timeouts.Outage.
-func (p *pool) slowDown(round int, cut bool) bool {
+func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.pace.off {
 		return false
 	}
+	p.pace.said = e
 	if cut && p.pace.tooFast(round, now) {
 		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.rate)})
 		p.planLocked(now)
 	}
 	limit := p.cfg.Timeouts.Outage
-	return limit == 0 || now.Sub(p.pace.recent.last(p.pace.first)) < limit
+	return limit == 0 || now.Sub(p.throughLocked()) < limit
 }
 
 // distrust ends the sessions that have been idle for as long as one that has turned out dead without a word: the way to the
@@ -372,10 +373,18 @@ func isSilence(err error) bool {
 
 // An outage: nothing gets through.
 
+// throughLocked is when the relay did its work last. To say that messages come too fast is none.
+func (p *pool) throughLocked() time.Time {
+	if !p.pace.cutAt.IsZero() {
+		return p.pace.recent.last(p.pace.first)
+	}
+	return p.through
+}
+
 // expectOutageLocked has somebody look when w, who begins to wait, has waited for too long.
 func (p *pool) expectOutageLocked(w *waiter) {
 	if limit := p.cfg.Timeouts.Outage; limit > 0 {
-		p.outageAt = earliest(p.outageAt, latest(w.since, p.through).Add(limit))
+		p.outageAt = earliest(p.outageAt, latest(w.since, p.throughLocked()).Add(limit))
 	}
 }
 
@@ -384,7 +393,7 @@ func (p *pool) outage(waited time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	limit := p.cfg.Timeouts.Outage
-	return limit > 0 && waited >= limit && time.Since(p.through) >= limit
+	return limit > 0 && waited >= limit && time.Since(p.throughLocked()) >= limit
 }
 
 // endOutageLocked tells those who have waited for Timeouts.Outage while nothing got through.
@@ -399,7 +408,7 @@ func (p *pool) endOutageLocked(now time.Time) {
 	}
 	p.outageAt = time.Time{}
 	p.queue.all(func(w *waiter) {
-		if now.Sub(latest(w.since, p.through)) >= p.cfg.Timeouts.Outage {
+		if now.Sub(latest(w.since, p.throughLocked())) >= p.cfg.Timeouts.Outage {
 			p.failLocked(w, p.outageErrorLocked())
 		} else {
 			p.expectOutageLocked(w)
@@ -419,6 +428,9 @@ func latest(a, b time.Time) time.Time {
 func (p *pool) outageErrorLocked() *Error {
 	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
 	last := p.gate.last
+	if last == nil && !p.pace.cutAt.IsZero() {
+		last = p.pace.said
+	}
 	if last == nil {
 		return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: p.explainLocked(note)}
 	}

@@ -10,25 +10,28 @@ import (
 // guarded by the pool's lock.
 //
 // A relay that limits the rate says so in a reply, not how high the limit is. The first such reply sets the pace to what the
-// relay has accepted in the last second. Each later one slows it down by a tenth; two seconds without one, and it rises by one
-// per cent a second. After ten minutes without one there is no pace. Messages that are on their way when the pace is cut belong
+// relay has accepted in the last second. Two seconds later it rises by a quarter a second until the next one. Each later one slows
+// it down by a tenth; two seconds without one, and it rises by one per cent a second. After ten minutes without one there is no pace. Messages that are on their way when the pace is cut belong
 // to the round before: their refusals do not cut it again.
 type pace struct {
-	most   float64   // messages a second, as configured; 0 means that nothing is configured
-	off    bool      // the relay's replies are not heeded
-	rate   float64   // messages a second; 0 means any number
-	next   time.Time // no message is begun before
-	round  int       // counts the cuts
-	cutAt  time.Time // of the last one
-	first  time.Time // of the first one
-	risen  time.Time // when rate was raised last
-	recent recently  // messages that the relay has accepted
+	most      float64   // messages a second, as configured; 0 means that nothing is configured
+	off       bool      // the relay's replies are not heeded
+	rate      float64   // messages a second; 0 means any number
+	next      time.Time // no message is begun before
+	round     int       // counts the cuts
+	cutAt     time.Time // of the last one
+	first     time.Time // of the first one
+	risen     time.Time // when rate was raised last
+	searching bool      // it was cut once: nobody knows yet how low it is
+	said      *Error    // what the relay said last
+	recent    recently  // messages that the relay has accepted
 }
 
 const (
 	paceLeast  = 0.1 // messages a second, at least
 	paceCut    = 0.9
 	paceRise   = 1.01                  // in a second
+	paceSearch = 1.25                  // the same, until it has been cut for the second time
 	paceHold   = 2 * time.Second       // after a cut
 	paceSlack  = 20 * time.Millisecond // by which a message that was begun late does not delay those behind it
 	paceMemory = 10 * time.Minute
@@ -58,6 +61,9 @@ func (p *pace) begin(now time.Time) {
 
 // rise raises a pace that was cut, or forgets it.
 func (p *pace) rise(now time.Time) {
+	if p.searching && now.Sub(p.first) <= time.Second {
+		p.rate = p.within(max(p.rate, float64(p.recent.count(now)))) // of those that were under way, some were accepted
+	}
 	switch since := now.Sub(p.cutAt); {
 	case p.cutAt.IsZero() || since < paceHold || now.Sub(p.risen) < time.Second/10:
 		return
@@ -65,11 +71,20 @@ func (p *pace) rise(now time.Time) {
 		p.rate, p.cutAt = p.most, time.Time{}
 		return
 	}
-	p.rate *= math.Pow(paceRise, now.Sub(p.risen).Seconds())
-	if p.most > 0 {
-		p.rate = min(p.rate, p.most)
+	rise := paceRise
+	if p.searching {
+		rise = paceSearch
 	}
+	p.rate = p.within(p.rate * math.Pow(rise, now.Sub(p.risen).Seconds()))
 	p.risen = now
+}
+
+// within is rate, or the rate that is configured where that is less.
+func (p *pace) within(rate float64) float64 {
+	if p.most > 0 {
+		return min(rate, p.most)
+	}
+	return rate
 }
 
 // tooFast is told when the relay has refused a message of the given round because messages come too fast. It reports whether
@@ -84,7 +99,7 @@ func (p *pace) tooFast(round int, now time.Time) (cut bool) {
 	} else {
 		p.rate = max(p.rate*paceCut, paceLeast)
 	}
-	if p.cutAt.IsZero() {
+	if p.searching = p.cutAt.IsZero(); p.searching {
 		p.first = now
 	}
 	p.cutAt, p.risen = now, now.Add(paceHold)

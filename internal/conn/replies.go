@@ -35,6 +35,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		}
 		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
 			t.replies.Data = r
+			t.endsSessionLocked(StepData, r)
 		}
 	}
 	positive := 2

@@ -1,0 +1,91 @@
+package smtprelay
+
+import (
+	"testing"
+	"time"
+)
+
+// Here belongs the arithmetic of the pace, at times that a test chooses.
+
+func near(t *testing.T, what string, got, want float64) {
+	t.Helper()
+	if got < want*0.99 || got > want*1.01 {
+		t.Errorf("%s: a pace of %.3f, want %.3f", what, got, want)
+	}
+}
+
+func TestPaceIsCutOnceForARoundAndRisesAfterwards(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(0)
+	if !p.ready(now) {
+		t.Error("no pace, and not ready")
+	}
+	for i := range 20 {
+		p.recent.add(now.Add(time.Duration(i) * 50 * time.Millisecond))
+	}
+	now = now.Add(time.Second)
+	if !p.tooFast(0, now) || p.tooFast(0, now) {
+		t.Error("a round cuts once")
+	}
+	near(t, "what the relay has accepted in the last second", p.rate, 20)
+	now = now.Add(2 * time.Second)
+	p.rise(now)
+	near(t, "two seconds later", p.rate, 20)
+	now = now.Add(time.Second)
+	p.rise(now)
+	near(t, "a second later, while it searches", p.rate, 25)
+	p.tooFast(1, now)
+	near(t, "cut again", p.rate, 22.5)
+	now = now.Add(3 * time.Second)
+	p.rise(now)
+	near(t, "three seconds later", p.rate, 22.5*paceRise)
+	now = now.Add(paceMemory)
+	p.rise(now)
+	if p.rate != 0 || !p.cutAt.IsZero() {
+		t.Errorf("after ten minutes there is still a pace of %.2f", p.rate)
+	}
+}
+
+func TestPaceNeverLeavesItsBounds(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(14)
+	for round := range 200 {
+		p.tooFast(round, now)
+	}
+	near(t, "cut for ever", p.rate, paceLeast)
+	for range 3000 {
+		now = now.Add(200 * time.Millisecond)
+		p.rise(now)
+	}
+	near(t, "ten minutes later", p.rate, 14)
+	off := newPace(-1)
+	if off.tooFast(0, now) || !off.ready(now) {
+		t.Error("a pace that is off was cut")
+	}
+}
+
+// Tickets are handed out one at a time: whoever is late does not let those behind him catch up.
+func TestPaceMakesUpForNoPause(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(10)
+	begun := 0
+	for range 1000 { // a second, each millisecond of it
+		if p.ready(now) {
+			p.begin(now)
+			begun++
+		}
+		now = now.Add(time.Millisecond)
+	}
+	if begun < 10 || begun > 11 {
+		t.Errorf("%d in the first second", begun)
+	}
+	now = now.Add(time.Hour)
+	begun = 0
+	for p.ready(now) {
+		p.begin(now)
+		begun++
+	}
+	if begun > 1 {
+		t.Errorf("%d at once after a pause", begun)
+	}
+}
