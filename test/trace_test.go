@@ -223,7 +223,7 @@ func TestEachThingThatIsLearntIsTold(t *testing.T) {
 				}
 			}
 		}, "max_messages 4 0"},
-		{"connections", func(s *smtptest.Server) { s.MaxConns = 2 }, func(t *testing.T, client *smtprelay.Client) {
+		{"connections", func(s *smtptest.Server) { s.MaxConns, s.Delay = 2, 20*time.Millisecond }, func(t *testing.T, client *smtprelay.Client) {
 			sendAtOnce(t.Context(), client, 0, 20)
 		}, "max_conns 2 0"},
 		{"credentials", func(s *smtptest.Server) {
