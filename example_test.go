@@ -5,10 +5,14 @@ package smtprelay_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"expvar"
 	"fmt"
 	"log"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"time"
@@ -114,6 +118,55 @@ func ExampleClient_Ping() {
 	}
 	// Output:
 	// auth 535 relay
+}
+
+// A readiness probe: does the relay take this service's mail? An open connection is proof enough, so that a probe every few
+// seconds costs the relay nothing. Let it not end the service: mail waits for a relay that comes back.
+func ExampleClient_Ping_readiness() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	ready := func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second) // less than the probe's own time limit
+		defer cancel()
+		if err := client.Ping(ctx); err != nil {
+			http.Error(w, "mail: "+err.Error(), http.StatusServiceUnavailable)
+		}
+	}
+
+	for range 2 {
+		w := httptest.NewRecorder()
+		ready(w, httptest.NewRequest("GET", "/readyz", nil))
+		fmt.Println(w.Code, relay.Stats().Conns)
+	}
+	// Output:
+	// 200 1
+	// 200 1
+}
+
+// Stats goes into expvar as it is: a page at /debug/vars shows it as JSON.
+func ExampleClient_Stats() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	expvar.Publish("mail", expvar.Func(func() any { return client.Stats() }))
+
+	_ = client.SendMail("shop@example.com", []string{"ann@example.org"}, []byte("Subject: hello\r\n\r\nHello.\r\n"))
+	var shown struct{ Accepted, OpenConns int }
+	if err := json.Unmarshal([]byte(expvar.Get("mail").String()), &shown); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%+v\n", shown)
+	// Output:
+	// {Accepted:1 OpenConns:1}
 }
 
 // The end of a program: take no more, finish what is under way, say QUIT, and do not wait for ever.
