@@ -168,6 +168,7 @@ func TestJournalSendsTheRestAndNothingTwice(t *testing.T) {
 	write(t, filepath.Join(dir, "mails", "twin2.eml"), eml("twin@example.org", "twin"))
 	relay := relayFor(t, func(s *smtptest.Server) { s.Reject = map[string]string{"gone@example.org": "550 5.1.1 no such user"} })
 	full := relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "full@example.org", Reply: "452 4.2.2 mailbox full", Count: -1})
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "twin@example.org", Reply: "452 4.2.2 not now"}) // one of the two
 	relay.Fault(smtptest.Fault{At: smtptest.Accepted, When: func(e smtptest.Event) bool { return slices.Contains(e.To, "lost@example.org") }, Drop: true, Count: 1})
 	journal := filepath.Join(dir, "journal")
 	send := func(want int, wantOut string, flags ...string) {
@@ -180,13 +181,13 @@ func TestJournalSendsTheRestAndNothingTwice(t *testing.T) {
 		}
 	}
 	const lost = "lost shop@example.com>lost@example.org"
-	first := []string{"ann shop@example.com>ann@example.org", "bob shop@example.com>bob@example.org", lost, "some shop@example.com>dan@example.org", "twin shop@example.com>twin@example.org", "twin shop@example.com>twin@example.org"}
-	send(exitSomeUnknown, "Messages: 4 accepted, 1 refused, 2 not sent yet, 1 of unknown fate.\n")
+	first := []string{"ann shop@example.com>ann@example.org", "bob shop@example.com>bob@example.org", lost, "some shop@example.com>dan@example.org", "twin shop@example.com>twin@example.org"}
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 refused, 3 not sent yet, 1 of unknown fate.\n")
 	same(t, subjects(relay), first...)
 
 	full.Remove()
-	send(exitSomeUnknown, "Messages: 2 accepted, 1 of unknown fate, 4 accepted in earlier runs, 1 refused in earlier runs.\n")
-	same(t, subjects(relay), append([]string{first[0], first[1], "full shop@example.com>full@example.org", lost, first[3], "some shop@example.com>full@example.org"}, first[4:]...)...)
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 of unknown fate, 3 accepted in earlier runs, 1 refused in earlier runs.\n")
+	same(t, subjects(relay), []string{first[0], first[1], "full shop@example.com>full@example.org", lost, first[3], "some shop@example.com>full@example.org", first[4], first[4]}...)
 
 	n := len(relay.Messages())
 	send(exitSomeUnknown, "Messages: 1 of unknown fate, 5 accepted in earlier runs, 2 refused in earlier runs.\n")
@@ -233,7 +234,7 @@ func TestIntentIsInTheJournalBeforeTheEndOfAMessageHasLeft(t *testing.T) {
 func TestJournalThatIsTornAtItsEndIsMendedAndAnythingElseIsRefused(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "journal")
 	const whole = `{"mail":"a-1","intent":["x@example.org"]}` + "\n" + `{"mail":"a-1","result":{"x@example.org":"accepted"}}` + "\n"
-	write(t, path, whole+`{"mail":"b-1","intent":["y@exam`)
+	write(t, path, whole+`{"mail":"b-1","intent":["y@example.org","and","more","than","the","next","record","has"`)
 	j, err := openJournal(path)
 	if err != nil {
 		t.Fatal(err)
