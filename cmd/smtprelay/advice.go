@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -61,7 +62,7 @@ func (p *probe) exit() int {
 	switch {
 	case !ok:
 		return 1
-	case p.plain:
+	case p.plain, p.tls:
 		return exitTLS
 	}
 	switch e.Op {
@@ -78,7 +79,7 @@ func (p *probe) exit() int {
 }
 
 // problem says what is wrong where the probe has failed.
-func (p *probe) problem(ctx context.Context) *problem {
+func (p *probe) problem() *problem {
 	e, ok := errors.AsType[*smtprelay.Error](p.err)
 	if !ok {
 		return &problem{What: p.err.Error(), Change: "Look at the error."}
@@ -99,7 +100,7 @@ func (p *probe) problem(ctx context.Context) *problem {
 	case smtprelay.OpDial, smtprelay.OpWait:
 		about.dial(e, host, port)
 	case smtprelay.OpGreeting:
-		p.greeting(ctx, about, e, host, port, said)
+		p.greeting(about, e, host, port, said)
 	case smtprelay.OpEHLO:
 		about.What = "The relay does not like the name by which this machine greets it: " + cmp.Or(said, shortCause(e)) + "."
 		about.Change = "Add ?local_name=HOST to the relay's URL, with the full name of this machine in DNS."
@@ -112,11 +113,11 @@ func (p *probe) problem(ctx context.Context) *problem {
 			about.Change = "Try smtps:// and port 465. Else ask the relay's operator."
 		}
 	case smtprelay.OpTLS:
-		p.tls(about, e, host, port)
+		p.handshake(about, e, host, port)
 	case smtprelay.OpAuth:
 		p.auth(about, e, host, said)
 	default:
-		about.envelope(e, said, p.cfg.Username)
+		about.envelope(e, said, p.cfg.Username, p.offers("AUTH"))
 	}
 	return about
 }
@@ -136,12 +137,12 @@ func (about *problem) dial(e *smtprelay.Error, host, port string) {
 	}
 }
 
-func (p *probe) greeting(ctx context.Context, about *problem, e *smtprelay.Error, host, port, said string) {
+func (p *probe) greeting(about *problem, e *smtprelay.Error, host, port, said string) {
 	switch {
 	case said != "":
 		about.What = "The relay does not take this connection: " + said + "."
 		about.Change = "The relay says so itself: its words tell why. It may take no mail from this machine's address, or too many connections are open already."
-	case p.speaksTLS(ctx):
+	case p.tls:
 		about.What = fmt.Sprintf("Port %s speaks TLS from the first byte, and the relay's URL says that it does not.", port)
 		about.Change = "Write smtps:// in place of smtp:// in the relay's URL, and keep the port."
 	case isTimeout(e.Err):
@@ -170,7 +171,7 @@ func (p *probe) speaksTLS(ctx context.Context) bool {
 	return true
 }
 
-func (p *probe) tls(about *problem, e *smtprelay.Error, host, port string) {
+func (p *probe) handshake(about *problem, e *smtprelay.Error, host, port string) {
 	const trust = "If it is the relay's, save its certificate as a PEM file and add ?ca=FILE to the relay's URL. If not, somebody else is answering in its place."
 	_, isHeader := errors.AsType[tls.RecordHeaderError](e.Err)
 	name, isName := errors.AsType[x509.HostnameError](e.Err)
@@ -273,13 +274,16 @@ func passwordAdvice(host string) string {
 	return "Check user name and password at the relay's operator: is the user a whole address or a bare name?"
 }
 
-func (about *problem) envelope(e *smtprelay.Error, said, user string) {
+// wantsLogin is what relays say to those whom they do not know.
+var wantsLogin = regexp.MustCompile(`(?i)relay|authent|log ?in|access denied`)
+
+func (about *problem) envelope(e *smtprelay.Error, said, user string, auth bool) {
 	if e.Reply.Code == 0 {
 		about.What = "The mail could not be sent: " + e.Error() + "."
 		about.Change = "Look at the error's words."
 		return
 	}
-	login := e.Reply.Code == 530 || strings.Contains(strings.ToLower(e.Reply.Message), "relay")
+	login := e.Reply.Code == 530 || wantsLogin.MatchString(e.Reply.Message)
 	switch e.Op {
 	case smtprelay.OpMail:
 		about.What = "The relay refuses the sender: " + said + "."
@@ -294,6 +298,9 @@ func (about *problem) envelope(e *smtprelay.Error, said, user string) {
 	if login && user != "" {
 		about.Change = fmt.Sprintf("The relay knows %q, and does not let it send to others, or not from this sender: ask the relay's operator what the\n"+
 			"account may do, and use a sender that belongs to it.", user)
+	} else if user == "" && auth && e.Reply.Code/100 == 5 {
+		about.Change = "The relay offers a login, and the relay's URL has none: put user and password into it.\nIf the relay takes mail without a login: " +
+			strings.ToLower(about.Change[:1]) + about.Change[1:]
 	} else if login {
 		about.Change = "The relay wants a login, or does not know you as somebody who may send to others: put user and password into the\n" +
 			"relay's URL, or have this machine's address allowed at the relay."

@@ -155,11 +155,14 @@ func check(ctx context.Context, s setting, from, to string, send bool) *report {
 			good = a
 			r.Allows = p.allows(ctx)
 			r.Warnings = append(r.Warnings, p.expiry()...)
+			if p.state == nil && !a.IsLoopback() {
+				r.Warnings = append(r.Warnings, "There is no TLS: mail, and the password if there is one, can be read on the way.")
+			}
 			if to != "" {
 				r.Envelope = p.envelope(ctx, from, to, send)
 			}
 			if r.Envelope != nil && !r.Envelope.OK {
-				r.fail(exitRefused, p.problem(ctx))
+				r.fail(exitRefused, p.problem())
 			}
 		case p.err != nil && failed == nil:
 			failed = p
@@ -173,7 +176,7 @@ func check(ctx context.Context, s setting, from, to string, send bool) *report {
 	case good.IsValid():
 		r.Warnings = append(r.Warnings, fmt.Sprintf("The address %s does not work: %v. Others do, and are used.", failed.report.Address, failed.err))
 	default:
-		r.fail(failed.exit(), failed.problem(ctx))
+		r.fail(failed.exit(), failed.problem())
 	}
 	return r
 }
@@ -231,6 +234,7 @@ type probe struct {
 	login bool // with the credentials
 	err   error
 	plain bool // the URL says TLS from the first byte, and the relay greets in the clear
+	tls   bool // the other way round
 
 	mu     sync.Mutex // guards the fields below
 	report addressReport
@@ -398,6 +402,8 @@ func (p *probe) run(ctx context.Context) {
 	_, isHeader := errors.AsType[tls.RecordHeaderError](e.Err)
 	if tlsWords(p.cfg.TLS, portOf(p.cfg.Addr)) == tlsImplicit && (isHeader || e.Op == smtprelay.OpGreeting) {
 		p.plain = p.greets()
+	} else if e.Op == smtprelay.OpGreeting && e.Reply.Code == 0 {
+		p.tls = p.speaksTLS(ctx)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -430,7 +436,11 @@ func (p *probe) expiry() []string {
 		return nil
 	}
 	if left := time.Until(p.chain[0].NotAfter); left < 14*24*time.Hour {
-		return []string{fmt.Sprintf("The relay's certificate expires in %d days: ask its operator whether it is renewed.", int(left.Hours()/24))}
+		when := fmt.Sprintf("in %d days", int(left.Hours()/24))
+		if left < 48*time.Hour {
+			when = "on " + p.chain[0].NotAfter.UTC().Format(time.RFC1123)
+		}
+		return []string{"The relay's certificate expires " + when + ": ask its operator whether it is renewed."}
 	}
 	return nil
 }
@@ -477,28 +487,30 @@ func (m *testMail) WriteTo(w io.Writer) (int64, error) {
 
 // allows tells what the relay allows and what the library makes of it.
 func (p *probe) allows(ctx context.Context) []string {
-	has := map[string]string{}
-	for _, line := range p.ehlo {
-		keyword, args, _ := strings.Cut(line, " ")
-		has[strings.ToUpper(keyword)] = printable(args)
+	args := func(keyword string) string {
+		for _, line := range p.ehlo {
+			if word, args, _ := strings.Cut(line, " "); strings.EqualFold(word, keyword) {
+				return printable(args)
+			}
+		}
+		return ""
 	}
-	offers := func(keyword string) bool { _, ok := has[keyword]; return ok }
 	var list []string
-	if size, err := strconv.ParseInt(has["SIZE"], 10, 64); err == nil && size > 0 {
+	if size, err := strconv.ParseInt(args("SIZE"), 10, 64); err == nil && size > 0 {
 		list = append(list, fmt.Sprintf("messages of up to %.1f MB; longer ones are not sent", float64(size)/1e6))
 	} else {
 		list = append(list, "no limit of size is announced")
 	}
-	if offers("PIPELINING") {
+	if p.offers("PIPELINING") {
 		list = append(list, "PIPELINING: one round trip for each message on a busy connection; a relay that does not bear it is noticed and spared")
 	} else {
 		list = append(list, "no PIPELINING: each command waits for the reply to the one before, some four round trips for each message")
 	}
-	if offers("CHUNKING") {
+	if p.offers("CHUNKING") {
 		list = append(list, "CHUNKING: "+p.chunking(ctx))
 	}
-	if offers("LIMITS") {
-		list = append(list, "LIMITS "+has["LIMITS"]+": the library keeps to them")
+	if p.offers("LIMITS") {
+		list = append(list, "LIMITS "+args("LIMITS")+": the library keeps to them")
 	}
 	for _, e := range []struct{ keyword, yes, no string }{
 		{"8BITMIME", "8-bit text as it is", "no 8BITMIME: 8-bit text should be encoded"},
@@ -506,14 +518,22 @@ func (p *probe) allows(ctx context.Context) []string {
 		{"DSN", "delivery reports on demand", ""},
 		{"REQUIRETLS", "TLS required on the whole way", ""},
 	} {
-		if text := map[bool]string{true: e.yes, false: e.no}[offers(e.keyword)]; text != "" {
-			if offers(e.keyword) {
+		if text := map[bool]string{true: e.yes, false: e.no}[p.offers(e.keyword)]; text != "" {
+			if p.offers(e.keyword) {
 				text = e.keyword + ": " + text
 			}
 			list = append(list, text)
 		}
 	}
 	return list
+}
+
+// offers reports whether the relay has offered an extension in its last reply to EHLO.
+func (p *probe) offers(keyword string) bool {
+	return slices.ContainsFunc(p.ehlo, func(line string) bool {
+		word, _, _ := strings.Cut(line, " ")
+		return strings.EqualFold(word, keyword)
+	})
 }
 
 // chunking finds out whether bodies may go in chunks.

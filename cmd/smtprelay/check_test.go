@@ -112,7 +112,7 @@ func TestCheckGolden(t *testing.T) {
 		"plain-on-a-tls-port": {implicit: true, url: func(u *url.URL, q url.Values) {
 			u.Scheme = "smtp"
 			q.Set("greeting_timeout", "300ms") // it is silent for ever
-		}, exit: exitReach},
+		}, exit: exitTLS},
 		"no-starttls": {relay: func(s *smtptest.Server) { s.NoTLS = true }, url: func(u *url.URL, q url.Values) {
 			u.Scheme = "smtp"
 			q.Set("tls", "starttls")
@@ -130,6 +130,8 @@ func TestCheckGolden(t *testing.T) {
 		"relaying-denied": {fault: &smtptest.Fault{At: smtptest.Rcpt, Reply: "554 5.7.1 <ann@example.org>: Relay access denied"},
 			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
 		"relaying-denied-without-login": {relay: func(s *smtptest.Server) { s.NoAuth = true }, fault: &smtptest.Fault{At: smtptest.Rcpt, Reply: "554 5.7.1 <ann@example.org>: Relay access denied"},
+			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
+		"login-wanted": {url: func(u *url.URL, _ url.Values) { u.User = nil }, fault: &smtptest.Fault{At: smtptest.Mail, Reply: "550 5.7.1 Sender address rejected"},
 			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
 		"greylisted": {fault: &smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 greylisted, try again"},
 			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
@@ -222,5 +224,20 @@ func TestCheckTellsProgramsTheSameByJSON(t *testing.T) {
 	}
 	if code != exitAuth || r.Exit != code || r.Problem == nil || r.Problem.Step != "auth" || r.Problem.Change == "" || len(r.Addresses) != 1 || len(r.Addresses[0].Steps) < 6 {
 		t.Errorf("exit %d, report %s", code, out)
+	}
+}
+
+func TestCheckWarnsOfACertificateThatExpiresSoon(t *testing.T) {
+	for left, want := range map[time.Duration]string{
+		13 * 24 * time.Hour: "expires in 12 days",
+		time.Hour:           "expires on ",
+		20 * 24 * time.Hour: "",
+	} {
+		relay := smtptest.New(t, func(s *smtptest.Server) { s.CertNotAfter = time.Now().Add(left) })
+		t.Setenv("SMTP_URL", relay.URL())
+		code, out, _ := command(t, "", "smtprelay", "check")
+		if code != 0 || strings.Contains(out, "certificate expires") != (want != "") || !strings.Contains(out, want) {
+			t.Errorf("%v: exit status %d\n%s", left, code, out)
+		}
 	}
 }
