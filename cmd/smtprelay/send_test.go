@@ -123,12 +123,13 @@ func TestWhatCannotBeReadIsNamedAndTheRestIsSent(t *testing.T) {
 		write(t, filepath.Join(dir, "endless"), "From: "+strings.Repeat("a", 2*mostHeader)),
 		write(t, filepath.Join(dir, "nobody"), "From: a@example.com\n\nx\n"),
 		write(t, filepath.Join(dir, "nosender"), "To: a@example.com\n\nx\n"),
+		write(t, filepath.Join(dir, "cr"), "From: a@example.com\rBcc: eve@example.org\nTo: b@example.org\n\nx\n"),
 		filepath.Dir(write(t, filepath.Join(dir, "sub", "x.txt"), "")),
 		good)
-	if code != exitUsage || out != "Messages: 1 accepted, 7 cannot be read.\n" || len(relay.Messages()) != 1 {
+	if code != exitUsage || out != "Messages: 1 accepted, 8 cannot be read.\n" || len(relay.Messages()) != 1 {
 		t.Errorf("exit status %d, %q", code, out)
 	}
-	for _, want := range []string{"missing: no such file or directory", `text: line 1 of the header is none: "this is no mail"`, "empty: there is no header", "endless: the header is longer",
+	for _, want := range []string{"missing: no such file or directory", `text: line 1 of the header is none: "this is no mail"`, "empty: there is no header", "endless: the header is longer", "cr: line 1 of the header has a carriage return",
 		"nobody: there is no recipient", "nosender: there is no sender", "sub: there is no .eml in it"} {
 		if !strings.Contains(errs, want) {
 			t.Errorf("no %q in\n%s", want, errs)
@@ -348,4 +349,36 @@ func TestRelayThatCannotBeReachedIsToldOnce(t *testing.T) {
 	if code != exitSomeLeft || out != "" || !strings.Contains(errs, "nothing was sent") || !strings.Contains(errs, "smtprelay check") {
 		t.Error(code, out, errs)
 	}
+}
+
+// Whatever a message looks like, no line of what is sent before the text is a Bcc, by whichever line ends a relay reads it.
+func FuzzBccIsNeverSent(f *testing.F) {
+	for _, text := range []string{
+		eml("ann@example.org", "x"), "From: a@b.test\r\nBcc: c@d.test,\r\n e@f.test\r\nTo: g@h.test\r\n\r\nBcc: text\r\n",
+		"From: a@b.test\rBcc: c@d.test\nTo: g@h.test\n\n", "Bcc: c@d.test\n\nx", "From: a@b.test\nTo: g@h.test\nbCC: x@y.test", " Bcc: c@d.test\nFrom: a@b.test\n\n",
+	} {
+		f.Add(text, false)
+		f.Add(text, true)
+	}
+	f.Fuzz(func(t *testing.T, text string, sendmail bool) {
+		if sendmail {
+			text = string(new(sendmailFlags).complete([]byte(text), "cron@example.com"))
+		}
+		m := inMemory("fuzz", []byte(text))
+		if m.err() != nil || m.seal(envelope{from: "a@example.com", to: []string{"b@example.org"}}) != nil {
+			return
+		}
+		for _, line := range strings.FieldsFunc(string(m.header), func(r rune) bool { return r == '\r' || r == '\n' }) {
+			if len(line) > 4 && strings.EqualFold(line[:4], "Bcc:") {
+				t.Errorf("sent: %q of %q", line, text)
+			}
+		}
+		var sent strings.Builder
+		if _, err := (&body{m, func() error { return nil }}).WriteTo(&sent); err != nil {
+			t.Error(err)
+		}
+		if !strings.HasPrefix(sent.String(), string(m.header)) {
+			t.Errorf("%q is not sent behind its header", text)
+		}
+	})
 }

@@ -234,6 +234,8 @@ func (m *mail) readHeader(from io.Reader) (int64, error) {
 				m.header = append(m.header, line...)
 			}
 			return n, nil
+		case bytes.ContainsRune(content, '\r'): // it becomes a line end on the way, and what follows may be a Bcc
+			return 0, fmt.Errorf("line %d of the header has a carriage return in its midst: %q", fields+1, shorten(string(content)))
 		case content[0] == ' ' || content[0] == '\t':
 		default:
 			name, value, _ := bytes.Cut(content, []byte(":"))
