@@ -1,0 +1,124 @@
+// Smtprelay checks a mail relay and sends mail through it, from the command line.
+//
+//	export SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465'
+//	smtprelay check                                    # why does no mail go out?
+//	smtprelay check --from a@example.com --to b@example.org
+//	smtprelay send --journal news.journal news/*.eml   # interrupted or killed, it goes on where it was
+//	smtprelay sendmail -t < mail.eml                   # in the place of an MTA
+//
+// Check tells step by step what works, and of what does not what to change. Send reads messages from files, mailboxes and
+// folders; its journal knows what became of each, so that the same command once more sends nothing twice.
+//
+// # The relay
+//
+// The relay is one setting, a URL as smtprelay.ParseURL reads it. The first of these counts:
+//
+//	--relay-file FILE    a file that holds the URL
+//	--relay URL          without a password, since other users see the command line of a process
+//	SMTP_URL             in the environment
+//	SMTP_URL             in the file .env of the current directory (--env-file names another one)
+//	a prompt             on a terminal
+//
+// A password that the URL does not have is taken from --password-file, else from SMTP_PASSWORD, in the environment or in the file
+// .env, else a terminal is asked for it.
+//
+// # Sendmail
+//
+// Called as "sendmail", by a link of that name or as a subcommand, the program takes the options that MTAs take. It reads
+// SMTP_URL from the environment, else from /etc/smtprelay.env (SMTPRELAY_ENV names another one), and never from the current
+// directory, which may be somebody else's. It has no queue: where the relay cannot be reached it ends with 75 (EX_TEMPFAIL).
+//
+// # Exit status
+//
+//	check     0 all is well   2 usage or settings   3 not reached   4 TLS   5 AUTH   6 sender or recipient refused
+//	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
+//	sendmail  as in sysexits.h
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args, os.Stdin, os.Stdout, os.Stderr))
+}
+
+// exitUsage is the exit status of wrong usage and wrong settings, but for sendmail.
+const exitUsage = 2
+
+// An exit is an error with the exit status that it is to have. Without err all has been said.
+type exit struct {
+	code int
+	err  error
+}
+
+func (e *exit) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exit) Unwrap() error { return e.err }
+
+// run is the program with those arguments, the first of which is its name.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	args = append([]string(nil), args...)
+	if name := strings.TrimSuffix(filepath.Base(args[0]), ".exe"); name == "sendmail" {
+		args = append([]string{args[0], "sendmail"}, args[1:]...)
+	}
+	cmd := newRoot()
+	cmd.SetArgs(args[1:])
+	cmd.SetIn(stdin)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	name, code := "smtprelay", exitUsage
+	if len(args) > 1 && args[1] == "sendmail" {
+		name, code = "sendmail", exUsage
+	}
+	e, ok := errors.AsType[*exit](err)
+	if ok {
+		code = e.code
+	}
+	if !ok || e.err != nil {
+		fmt.Fprintf(stderr, "%s: %s\n", name, strings.TrimPrefix(err.Error(), "smtprelay: "))
+	}
+	return code
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "smtprelay",
+		Short:         "Check a mail relay and send mail through it",
+		Long:          "Smtprelay checks a mail relay and sends mail through it.\n\n" + relayHelp,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(newCheck(), newSend(), newSendmail(), newMan(root))
+	return root
+}
+
+func newMan(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use:   "man FOLDER",
+		Short: "Write the manual pages into a folder",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			root.DisableAutoGenTag = true
+			return doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "smtprelay"}, args[0]) // of this month, or of SOURCE_DATE_EPOCH
+		},
+	}
+}
