@@ -17,7 +17,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-var every = flag.Int("cut-every", 0, "play every nth of the dialogues with a cut; 0 is all, or every 16th under the race detector")
+var every = flag.Int("cut-every", 0, "play every nth of the dialogues with a cut; 1 is all; 0 is every 4th, and every 16th under the race detector")
 
 // said is something that crossed in a run to the script.
 type said struct {
@@ -119,7 +119,10 @@ func cuts(t *testing.T) map[*script][]*cut {
 // thin leaves every nth case in plan.
 func thin(plan map[*script][]*cut) {
 	n := *every
-	if info, ok := debug.ReadBuildInfo(); ok && n == 0 && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if n == 0 {
+		n = 4
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && *every == 0 && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		n = 16
 	}
 	if n <= 1 {
