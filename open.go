@@ -248,13 +248,6 @@ func (p *pool) workingLocked() bool {
 	return false
 }
 
-// open is how many connections are open or being opened.
-func (p *pool) open() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.slots.open
-}
-
 // Failing.
 
 // accepted notes that the relay has accepted a message.

@@ -380,7 +380,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	wasIdle := s.at.in == &p.idle
 	s.at.remove()
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust)))
-	if p.gate.failures > 0 && s.Info().Decided {
+	if p.gate.failures > 0 && s.round == p.gate.round && s.Info().Decided { // dialled since the last failure
 		p.gate.opened()
 		defer p.fillLocked(now)
 	}

@@ -352,3 +352,34 @@ func TestCallerWithoutADeadlineIsToldInTime(t *testing.T) {
 		}
 	}
 }
+
+// Connections that work do not open the gate for those that cannot be opened.
+func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relay := newRelay(t, func(s *smtptest.Server) {
+			s.InMemory, s.NoTLS, s.NoAuth, s.MaxMessages, s.Delay = true, true, true, -1, 20*time.Millisecond
+		})
+		relay.Fault(smtptest.Fault{At: smtptest.Connect, When: moreThan(2, relay), Drop: true, Count: -1})
+		cfg := configOf(relay)
+		cfg.Limits.MaxMessagesPerConn, cfg.Limits.MaxConnAge = -1, -1
+		client := newClient(t, cfg)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		var senders sync.WaitGroup
+		for i := range 20 {
+			senders.Go(func() {
+				for n := 0; ctx.Err() == nil; n++ {
+					if s := sendOne(t.Context(), client, 100_000*i+n); s.err != nil {
+						t.Error(s.err)
+						return
+					}
+				}
+			})
+		}
+		senders.Wait()
+		if n := relay.Stats().Accepted; n < 1000 {
+			t.Errorf("%d messages: this test shows nothing", n)
+		}
+		atMost(t, "connections in a minute, one behind each wait of 15 s in the mean", len(relay.Conns()), 30)
+	})
+}

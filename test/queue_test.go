@@ -141,29 +141,29 @@ func TestFailFastIsToldTheLastDialsErrorAndWaitsForAFullPool(t *testing.T) {
 		cfg.Dial = dial
 		cfg.Limits.MaxConns = 1
 		client := newClient(t, cfg)
-		fast := func(i int) (error, time.Duration) {
+		fast := func(i int) (time.Duration, error) {
 			m := numbered(i)
 			m.FailFast = true
 			began := time.Now()
 			_, err := client.Send(t.Context(), m)
-			return err, time.Since(began)
+			return time.Since(began), err
 		}
 		for i := range 50 {
-			if err, took := fast(i); !contains(err, "connection refused") || !smtprelay.ShouldRetry(err) || took > 500*time.Millisecond {
+			if took, err := fast(i); !contains(err, "connection refused") || !smtprelay.ShouldRetry(err) || took > 500*time.Millisecond {
 				t.Fatalf("while the relay is away: %v after %v", err, took)
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
 		atMost(t, "dials in 5 s", len(nobody.dials()), 20)
 		time.Sleep(20 * time.Second)
-		if err, _ := fast(99); err != nil {
+		if _, err := fast(99); err != nil {
 			t.Errorf("when the relay is back: %v", err)
 		}
 		relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Count: -1})
 		var running sync.WaitGroup
 		for i := range 5 {
 			running.Go(func() {
-				if err, took := fast(100 + i); err != nil {
+				if took, err := fast(100 + i); err != nil {
 					t.Errorf("one connection, five messages: %v after %v", err, took)
 				}
 			})
