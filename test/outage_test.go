@@ -366,7 +366,7 @@ func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		var senders sync.WaitGroup
-		for i := range 20 {
+		for i := range 5 {
 			senders.Go(func() {
 				for n := 0; ctx.Err() == nil; n++ {
 					if s := sendOne(t.Context(), client, 100_000*i+n); s.err != nil {
@@ -377,7 +377,7 @@ func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing
 			})
 		}
 		senders.Wait()
-		if n := relay.Stats().Accepted; n < 1000 {
+		if n := relay.Stats().Accepted; n < 300 {
 			t.Errorf("%d messages: this test shows nothing", n)
 		}
 		atMost(t, "connections in a minute, one behind each wait of 15 s in the mean", len(relay.Conns()), 30)
