@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"context"
 	"io"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
@@ -50,6 +51,17 @@ type Message struct {
 
 	// RcptOptions are further parameters of the RCPT command, by address as it stands in To.
 	RcptOptions map[string]*RcptOptions
+
+	// BeforeEnd, if not nil, is called once for each transaction, when the body is written and before its end may leave: the
+	// final dot, or BDAT 0 LAST. Until it returns nil the relay cannot have accepted the message; so a queue writes down
+	// there, durably, that the message may have been sent from now on. to are the recipients of the transaction; a Send makes several
+	// where recipients are split, and another one where a connection was lost. It is called in the goroutine of Send, and not
+	// after Send has returned.
+	//
+	// An error closes the connection without the end: Send does not try again, and its error has [NotAccepted], Op [OpEnd],
+	// [ScopeCaller] and the one of BeforeEnd in it, unless the relay has refused all recipients meanwhile. A connection stands still meanwhile, and nobody else can use it: ctx, that
+	// of the Send, ends also when the connection is lost, and BeforeEnd should return then.
+	BeforeEnd func(ctx context.Context, to []string) error
 
 	// Tag is the caller's: a row's number, for example. It is not looked at, and is in the Message of each [Result] and of what
 	// a [Trace] is told.

@@ -71,6 +71,8 @@ func (c Retry) next(body io.WriterTo, r *conn.Result, e *Error, moved bool) next
 		return giveUp // nobody waits for another try
 	case r.BodyErr != nil, r.BodyBegun && conn.OneShot(body):
 		return giveUp // the message cannot be written, or not again
+	case r.EndErr != nil:
+		return giveUp // the caller has said no
 	case r.LedByAuth && publicReply(r.Auth).says(saysTooManyConns, OpAuth):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:

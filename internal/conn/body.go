@@ -19,6 +19,9 @@ type Message struct {
 
 	Body io.WriterTo
 	Size int64 // of the body in its canonical form; 0: not known
+
+	// BeforeEnd, if not nil, is called when the body is written and before its end may leave. An error keeps the end back.
+	BeforeEnd func(ctx context.Context, to []string) error
 }
 
 // recipient returns the address of the ith recipient and the parameters of its RCPT.

@@ -71,6 +71,8 @@ type Conn struct {
 	deadline   time.Time // the read deadline in force
 	decided    bool      // the relay has accepted a message, or has refused one for what it is
 	overlapped bool      // the relay has answered, in full, an envelope that left in one write with the end before it
+
+	onLost func(cause error) // called when phase becomes draining; nil: nobody asks
 }
 
 // ending is how a connection came to take no further transaction, as far as it has. What is set stays as it is.
@@ -284,6 +286,17 @@ func (c *Conn) failLocked(err error) {
 	c.retireLocked(Fault)
 	c.phase = draining
 	close(c.lost)
+	if c.onLost != nil {
+		c.onLost(err)
+	}
+}
+
+// onLoss has f called when the connection is lost, with c.mu held, or nothing if it is nil. It reports false if that has happened.
+func (c *Conn) onLoss(f func(cause error)) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.onLost = f
+	return c.phase < draining
 }
 
 // stepLostLocked ends the connection because of a reply that cannot be that to its command. No final reply is awaited any

@@ -38,6 +38,8 @@ type Transaction struct {
 	sinkErr      error // why no more of the body is taken
 	lostWriting  bool  // because the connection takes no more
 	bodyErr      error // why the body was given up
+	bodyOver     bool  // in chunks: all of the body is in them, and its end may follow
+	endErr       error // why the end was kept back; see Message.BeforeEnd
 	afterIdle    bool  // the connection was idle for so long that it may be dead
 	ledByAuth    bool  // AUTH is its first command; set before that is expected
 	handedOver   bool  // somebody else has the write side already
@@ -84,7 +86,7 @@ func (t *Transaction) result() Result {
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // those that come yet are not in the result
 	r := Result{
 		Replies: t.replies,
-		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
+		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, EndErr: t.endErr, Body: t.m.Body, Size: t.m.Size,
 		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
 		OutOfStep: c.ending.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
@@ -147,8 +149,8 @@ func (t *Transaction) write() (dotted bool) {
 	}
 	completed := false
 	defer func() {
-		if !completed { // Body.WriteTo has panicked, in the middle of a message
-			c.fail(&GivenUpError{errors.New("the body panicked")})
+		if !completed { // Body.WriteTo or BeforeEnd has panicked, in the middle of a message
+			c.fail(&GivenUpError{errors.New("the body, or BeforeEnd, panicked")})
 		}
 	}()
 	dotted = t.converse()
@@ -202,6 +204,9 @@ func (t *Transaction) beginData() bool {
 // part ends the message with its final dot, or last chunk, which is all that may be left in the buffer by now. If
 // somebody waits, it leaves in one write with his envelope, out of reach of this one's context.
 func (t *Transaction) part() (due bool) {
+	if t.m.BeforeEnd != nil && !t.mayEnd() {
+		return false
+	}
 	if room := t.remaining() + endRoom; t.c.owner.Wanted() && room <= outBuffer {
 		if int64(t.c.out.Available()) < room {
 			t.c.Flush() // our context still cancels this write; with another's final dot in the buffer all has been found to fit
@@ -225,6 +230,40 @@ func (t *Transaction) part() (due bool) {
 	}
 	t.c.Flush()
 	return true
+}
+
+// mayEnd has all leave that is written, and asks whether the end of the message may follow. What is still in the buffer may
+// be the end of another message, which must not wait for the answer.
+func (t *Transaction) mayEnd() bool {
+	c := t.c
+	if !t.byData {
+		if t.bodyOver = t.lastChunks(); !t.bodyOver {
+			return false
+		}
+	}
+	if !t.send() || !t.byData && t.unwanted() {
+		return false
+	}
+	to := make([]string, len(t.m.Rcpts))
+	for i := range to {
+		to[i], _ = t.m.recipient(i)
+	}
+	ctx, cancel := context.WithCancelCause(t.ctx)
+	defer cancel(nil)
+	if !c.onLoss(cancel) {
+		return false
+	}
+	defer c.onLoss(nil)
+	err := t.m.BeforeEnd(ctx, to)
+	if err == nil {
+		return true
+	}
+	if t.ctx.Err() == nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return false // it is the connection that has ended
+	}
+	t.endErr = fmt.Errorf("BeforeEnd: %w", err)
+	c.fail(&GivenUpError{t.endErr})
+	return false
 }
 
 // endRoom is how much of the buffer the commands around the end of a message take at most: twice BDAT, and QUIT.
@@ -440,7 +479,7 @@ func (t *Transaction) end() bool {
 		if !t.finish(StepFinalDot, ".") {
 			return false
 		}
-	} else if !t.lastChunks() {
+	} else if !t.bodyOver && !t.lastChunks() || !t.finishChunks() {
 		return false
 	}
 	c.mu.Lock()
