@@ -11,13 +11,17 @@ import (
 const NoLimit = -1
 
 // Limits are what the relay allows one client. They hold for one Client in one process: where several share the
-// allowance, divide it. Where the relay announces less (LIMITS, RFC 9422), that wins.
+// allowance, divide it, or share its connections by Slots. Where the relay announces less (LIMITS, RFC 9422), that wins.
 type Limits struct {
 	_ [0]func() // not comparable, so that it may grow
 
 	// MaxConns is how many connections are open at once, each counted until the relay has closed its side too.
 	// 0 means 10, SendGrid's classic allowance; at most 10,000, and not negative.
 	MaxConns int
+
+	// Slots, if not nil, is asked for a place before each connection is opened: an allowance that is shared with other
+	// processes or machines. MaxConns holds beside it. Its places are given back as its doc says.
+	Slots Slots
 
 	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
 	// 0 means 100, SendGrid's classic allowance; [NoLimit] means no limit.

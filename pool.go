@@ -40,6 +40,7 @@ type pool struct {
 	ready      list[session] // may be overlapped; the one that has waited longest is first
 	queue      queue
 	pace       pace
+	stopAsking func() // ends the wait for a place of Limits.Slots; nil while none is asked for
 	dialling   int
 	greeted    int // of these, how many the relay has greeted
 	crowdRound int // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
@@ -63,6 +64,8 @@ type session struct {
 	pool     *pool
 	round    int                 // of the dial gate, when this one was dialled
 	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
+	slot     Slot                // of Limits.Slots; its Release is nil where there is none
+	closed   chan struct{}       // closed before slot is given back
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
 
 	// Guarded by the pool's lock.
@@ -277,6 +280,9 @@ func (p *pool) explainLocked(err error) error {
 	if last := p.gate.last; last != nil {
 		return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(last.Error(), "smtprelay: "))
 	}
+	if p.stopAsking != nil {
+		return fmt.Errorf("%w; others have all the places of Limits.Slots", err)
+	}
 	op, known := p.cfg.opening.Load().(Op)
 	if p.dialling == 0 || !known {
 		return err
@@ -361,7 +367,7 @@ func (p *pool) elsewhere() bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.idle.len > 0 || p.mayDialLocked(1, now)
+	return p.idle.len > 0 || p.cfg.Limits.Slots == nil && p.mayDialLocked(1, now)
 }
 
 // settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
@@ -493,6 +499,7 @@ func (p *pool) idleLocked(s *session, now time.Time) {
 	s.idleSince = now
 	p.idle.pushBack(s)
 	p.usedUp = 0
+	p.stopAskingLocked()
 	p.idleEnds = earliest(p.idleEnds, p.idleUntilLocked(s))
 	p.planLocked(now)
 }
@@ -548,6 +555,7 @@ func (p *pool) drain() {
 	}
 	p.draining = true
 	close(p.ending)
+	p.stopAskingLocked()
 	p.failAllLocked(errClosed())
 	if p.timer != nil {
 		p.timer.Stop()

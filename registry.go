@@ -44,7 +44,7 @@ const (
 // Send sends m through the Client for cfg, which is made if there is none; see [Client.Send]. A mistake in cfg is told as by [New].
 //
 // Every field of cfg tells its Client from others. What cannot be compared is told apart by Name: a Config with a TLSConfig,
-// an Auth, a Dial or a Trace needs one, and those of the first Config of that Name and of otherwise equal fields are used.
+// an Auth, a Dial, Slots or a Trace needs one, and those of the first Config of that Name and of otherwise equal fields are used.
 // Give the tenant's identifier, say, and another Name when one of those has changed.
 func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, error) {
 	used, err := r.acquire(cfg)
@@ -166,22 +166,24 @@ func (r *Registry) leave(key fingerprint.Sum, c *registered) {
 	}
 }
 
-var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial or a Trace needs a Name here, by which it is told from others")
+var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial, Slots or a Trace needs a Name here, by which it is told from others")
 
 // key is what a Registry knows c by.
 func (c Config) key() (fingerprint.Sum, error) {
-	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil
+	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil || c.Limits.Slots != nil
 	whole := struct {
 		comparable          Config
 		tls, auth, dial     bool
 		trace, unverified   bool
+		slots               bool
 		serverName          string
 		minVersion, maxVers uint16
-	}{comparable: c, tls: c.TLSConfig != nil, auth: c.Auth != nil, dial: c.Dial != nil, trace: c.Trace != nil}
+	}{comparable: c, tls: c.TLSConfig != nil, auth: c.Auth != nil, dial: c.Dial != nil, trace: c.Trace != nil, slots: c.Limits.Slots != nil}
 	if t := c.TLSConfig; t != nil {
 		whole.unverified, whole.serverName, whole.minVersion, whole.maxVers = t.InsecureSkipVerify, t.ServerName, t.MinVersion, t.MaxVersion
 	}
 	whole.comparable.TLSConfig, whole.comparable.Auth, whole.comparable.Dial, whole.comparable.Trace = nil, nil, nil, nil
+	whole.comparable.Limits.Slots = nil
 	sum, all := fingerprint.Of(whole)
 	if (opaque || !all) && c.Name == "" {
 		return sum, errNeedsName

@@ -137,7 +137,7 @@ type ConnClosedInfo struct {
 	Addr     string // Config.Addr
 	Conn     int64  // as in DialStartInfo
 	Messages int    // transactions begun on it
-	Reason   string // "full", "age", "idle", "closed", or "fault"
+	Reason   string // "full", "age", "idle", "closed", "shared" (others wanted its place of Limits.Slots), or "fault"
 	Err      error  // the fault; nil if there was none
 }
 

@@ -106,6 +106,7 @@ const (
 	Idle   Reason = "idle"
 	Closed Reason = "closed"
 	Fault  Reason = "fault"
+	Shared Reason = "shared"
 )
 
 // Status is what an Owner wants to know of a Conn whose write side nobody holds.
@@ -128,13 +129,14 @@ type Info struct {
 	Decided   bool       // the relay has accepted a message, or has refused one for what it is: it does its work
 	LedByAuth bool       // AUTH led its first transaction, and that came to nothing
 	Auth      wire.Reply // the refusal of the AUTH that led the first transaction
+	Killed    bool       // the relay was not waited for
 }
 
 // Info returns how the connection is now.
 func (c *Conn) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	info := Info{Used: c.used, Pending: c.pending, Reason: c.ending.reason, Auth: c.ending.auth, Decided: c.decided, LedByAuth: c.ending.ledByAuth}
+	info := Info{Used: c.used, Pending: c.pending, Reason: c.ending.reason, Auth: c.ending.auth, Decided: c.decided, LedByAuth: c.ending.ledByAuth, Killed: c.ending.killed}
 	if c.ending.reason == Fault {
 		info.Err = c.ending.cause
 	}
