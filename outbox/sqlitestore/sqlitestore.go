@@ -35,6 +35,7 @@ type Store struct {
 	dir    string
 	write  *sql.DB // one connection, for commit alone
 	read   *sql.DB
+	often  map[string]*sql.Stmt // prepared on write
 	orders chan order
 	done   chan struct{} // closed when commit has ended
 	closed chan struct{} // closed by Close
@@ -71,6 +72,19 @@ CREATE INDEX IF NOT EXISTS message_ended ON message (changed) WHERE state IN (2,
 CREATE TABLE IF NOT EXISTS body (id TEXT PRIMARY KEY, file TEXT NOT NULL, text BLOB);
 `
 
+// The statements of a message's usual way. begin and end are compare-and-set.
+const (
+	insert = `INSERT INTO message (id, state, tenant, priority, due, changed, nonce, item) VALUES (?, ?, ?, ?, ?, ?, '', ?) ON CONFLICT (id) DO NOTHING`
+
+	insertBody = `INSERT INTO body (id, file, text) VALUES (?, ?, ?)`
+
+	begin = `UPDATE message SET state = 1, nonce = ?1, changed = ?2 WHERE id = ?3 AND (state <= 0 OR state = 1 AND nonce = ?1)`
+
+	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6)`
+
+	endBody = `DELETE FROM body WHERE id = ? RETURNING file`
+)
+
 // Open opens the store in dir, which is created if it is not there.
 func Open(dir string) (*Store, error) {
 	s := &Store{dir: dir, orders: make(chan order, together), done: make(chan struct{}), closed: make(chan struct{}), claimed: map[string]string{}}
@@ -93,6 +107,12 @@ func (s *Store) open() (err error) {
 	s.write.SetMaxOpenConns(1)
 	if _, err := s.write.Exec(schema); err != nil {
 		return errors.Join(err, s.write.Close())
+	}
+	s.often = map[string]*sql.Stmt{}
+	for _, text := range []string{insert, insertBody, begin, end, endBody} {
+		if s.often[text], err = s.write.Prepare(text); err != nil {
+			return errors.Join(err, s.write.Close())
+		}
 	}
 	if s.read, err = sql.Open("sqlite", source+"&mode=ro"); err != nil {
 		return errors.Join(err, s.write.Close())
@@ -278,7 +298,7 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	added := make([]bool, len(entries))
 	for k, err := range s.each(ctx, len(good), func(tx *sql.Tx, k int) (mine, all error) {
 		i := good[k]
-		added[i], all = put(tx, &entries[i].Item, &bodies[i])
+		added[i], all = s.put(tx, &entries[i].Item, &bodies[i])
 		return nil, all
 	}) {
 		errs[good[k]] = err
@@ -291,13 +311,12 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	return errs
 }
 
-func put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error) {
+func (s *Store) put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error) {
 	text, err := json.Marshal(i)
 	if err != nil {
 		return false, err
 	}
-	added, err = affected(tx, `INSERT INTO message (id, state, tenant, priority, due, changed, nonce, item) VALUES (?, ?, ?, ?, ?, ?, '', ?) ON CONFLICT (id) DO NOTHING`,
-		i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
+	added, err = affected(tx.Stmt(s.often[insert]), i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
 	if err != nil || !added {
 		return false, err
 	}
@@ -305,7 +324,8 @@ func put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error) {
 	if b.name != "" {
 		file = filepath.Base(b.name)
 	}
-	return true, execute(tx, `INSERT INTO body (id, file, text) VALUES (?, ?, ?)`, i.ID, file, b.text)
+	_, err = tx.Stmt(s.often[insertBody]).Exec(i.ID, file, b.text)
+	return true, err
 }
 
 // Get implements [outbox.Store].
@@ -390,7 +410,7 @@ func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error)
 			ids, files = append(ids, id), append(files, file)
 		}
 		for _, id := range ids {
-			if err := errors.Join(forgetBody(tx, id), execute(tx, `DELETE FROM message WHERE id = ?`, id)); err != nil {
+			if err := errors.Join(execute(tx, `DELETE FROM body WHERE id = ?`, id), execute(tx, `DELETE FROM message WHERE id = ?`, id)); err != nil {
 				return err
 			}
 		}
@@ -408,8 +428,6 @@ func execute(tx *sql.Tx, text string, args ...any) error {
 	_, err := tx.Exec(text, args...)
 	return err
 }
-
-func forgetBody(tx *sql.Tx, id string) error { return execute(tx, `DELETE FROM body WHERE id = ?`, id) }
 
 func (s *Store) removeBodies(files []string) {
 	for _, file := range files {
@@ -529,7 +547,7 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 	if due.Valid {
 		next = time.Unix(0, due.Int64)
 	}
-	// Once around the tenants and once more, as long as the ones before have left room.
+	// Around the tenants for as long as there is room; who is alone has all of it.
 	s.mu.Lock()
 	tenant := s.last
 	s.mu.Unlock()
@@ -547,8 +565,12 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 		if !following.Valid || idle[following.String] {
 			break
 		}
+		want := n - len(claims)
+		if alone := following.String == tenant && len(claims) > 0; !alone {
+			want = min(want, max(weight(following.String), 1))
+		}
 		tenant = following.String
-		more, err := s.claimOf(ctx, tenant, min(weight(tenant), n-len(claims)))
+		more, err := s.claimOf(ctx, tenant, want)
 		claims = append(claims, more...)
 		if err != nil {
 			return claims, next, err
@@ -573,16 +595,18 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 		}
 	}
 	s.mu.Unlock()
-	rows, err := s.read.QueryContext(ctx, `SELECT `+columns+`, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.state = 0 AND m.tenant = ? ORDER BY m.priority DESC, m.seq LIMIT ?`, tenant, n+had)
+	free, err := s.free(ctx, tenant, n, had)
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
-	for rows.Next() && len(claims) < n {
+	for _, seq := range free {
 		var m row
 		var text []byte
 		var file string
-		if err := m.scan(rows.Scan, &file, &text); err != nil {
+		err := m.scan(s.read.QueryRowContext(ctx, `SELECT `+columns+`, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`, seq).Scan, &file, &text)
+		if errors.Is(err, sql.ErrNoRows) {
+			continue // cancelled and forgotten meanwhile
+		} else if err != nil {
 			return claims, err
 		}
 		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: smtprelay.Bytes(text)}
@@ -590,16 +614,34 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 			c.Body = fileBody(filepath.Join(s.bodies(), file))
 		}
 		s.mu.Lock()
-		_, taken := s.claimed[c.ID]
-		if !taken {
-			s.claimed[c.ID] = tenant
+		s.claimed[c.ID] = tenant
+		s.mu.Unlock()
+		claims = append(claims, c)
+	}
+	return claims, nil
+}
+
+// free returns up to n messages of a tenant that are not claimed, where it has so many that are.
+func (s *Store) free(ctx context.Context, tenant string, n, claimed int) (free []int64, err error) {
+	rows, err := s.read.QueryContext(ctx, `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`, tenant, n+claimed)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() && len(free) < n {
+		var seq int64
+		var id string
+		if err := rows.Scan(&seq, &id); err != nil {
+			return nil, err
 		}
+		s.mu.Lock()
+		_, taken := s.claimed[id]
 		s.mu.Unlock()
 		if !taken {
-			claims = append(claims, c)
+			free = append(free, seq)
 		}
 	}
-	return claims, rows.Err()
+	return free, rows.Err()
 }
 
 // Release implements [outbox.Store].
@@ -618,8 +660,7 @@ func (s *Store) Release(ids ...string) {
 // Begin implements [outbox.Store].
 func (s *Store) Begin(ctx context.Context, intents []outbox.Intent) []error {
 	return s.each(ctx, len(intents), func(tx *sql.Tx, k int) (mine, all error) {
-		changed, err := affected(tx, `UPDATE message SET state = 1, nonce = ?1, changed = ?2 WHERE id = ?3 AND (state <= 0 OR state = 1 AND nonce = ?1)`,
-			intents[k].Nonce, time.Now().UnixNano(), intents[k].ID)
+		changed, err := affected(tx.Stmt(s.often[begin]), intents[k].Nonce, time.Now().UnixNano(), intents[k].ID)
 		if err == nil && !changed {
 			return outbox.ErrConflict, nil
 		}
@@ -628,8 +669,8 @@ func (s *Store) Begin(ctx context.Context, intents []outbox.Intent) []error {
 }
 
 // affected reports whether a statement has changed a row.
-func affected(tx *sql.Tx, text string, args ...any) (bool, error) {
-	r, err := tx.Exec(text, args...)
+func affected(stmt *sql.Stmt, args ...any) (bool, error) {
+	r, err := stmt.Exec(args...)
 	if err != nil {
 		return false, err
 	}
@@ -641,28 +682,24 @@ func affected(tx *sql.Tx, text string, args ...any) (bool, error) {
 func (s *Store) End(ctx context.Context, ends []outbox.End) []error {
 	files := make([]string, len(ends))
 	errs := s.each(ctx, len(ends), func(tx *sql.Tx, k int) (mine, all error) {
-		m, err := load(tx.QueryRow(byID, ends[k].ID))
+		i := &ends[k].Item
+		text, err := json.Marshal(i)
+		if err != nil {
+			return nil, err
+		}
+		changed, err := affected(tx.Stmt(s.often[end]), stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), text, i.ID, ends[k].Nonce)
 		switch {
-		case errors.Is(err, outbox.ErrNotFound):
-			return outbox.ErrConflict, nil
 		case err != nil:
 			return nil, err
-		case m.State != outbox.Queued && (m.State != outbox.Sending || m.nonce != ends[k].Nonce):
+		case !changed:
 			return outbox.ErrConflict, nil
-		}
-		if err := save(tx, &ends[k].Item, ""); err != nil {
-			return nil, err
-		}
-		if ends[k].State != outbox.Accepted {
+		case i.State != outbox.Accepted:
 			return nil, nil
 		}
-		switch err := tx.QueryRow(`SELECT file FROM body WHERE id = ?`, m.ID).Scan(&files[k]); {
-		case errors.Is(err, sql.ErrNoRows):
-			return nil, nil
-		case err != nil:
+		if err := tx.Stmt(s.often[endBody]).QueryRow(i.ID).Scan(&files[k]); !errors.Is(err, sql.ErrNoRows) {
 			return nil, err
 		}
-		return nil, forgetBody(tx, m.ID)
+		return nil, nil
 	})
 	for k, err := range errs {
 		if err == nil {

@@ -33,7 +33,8 @@ func (b *bed) serve(relay *smtptest.Server, set ...func(*outbox.Config)) *servic
 	b.t.Helper()
 	s := &service{bed: b, relay: relay}
 	s.change.L = &s.mu
-	cfg := outbox.Config{Store: b.store, Client: relay.Client(b.t, func(c *smtprelay.Config) { c.Retry.MaxAttempts, c.Retry.MaxBackoff = 2, time.Millisecond }),
+	client := relay.Client(b.t, func(c *smtprelay.Config) { c.Retry.MaxAttempts, c.Retry.MaxBackoff = 2, time.Millisecond })
+	cfg := outbox.Config{Store: b.store, Client: client,
 		Retry: outbox.Retry{First: time.Millisecond, Most: time.Millisecond}, Ended: s.end}
 	for _, f := range set {
 		f(&cfg)
@@ -44,7 +45,11 @@ func (b *bed) serve(relay *smtptest.Server, set ...func(*outbox.Config)) *servic
 	ctx, cancel := context.WithCancel(b.t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- box.Run(ctx) }()
-	s.stop = sync.OnceValue(func() error { cancel(); return <-ended })
+	s.stop = sync.OnceValue(func() error {
+		cancel()
+		defer client.Close() // the next one needs the relay's connections
+		return <-ended
+	})
 	b.t.Cleanup(func() { b.must(s.stop()) })
 	return s
 }
