@@ -61,8 +61,8 @@ type Config struct {
 	// Tenants is how many messages a tenant may have sent in each of its turns; nil means 1 for all. Less than 1 is 1.
 	Tenants func(tenant string) int
 
-	// InHand is how many messages are being sent at once; their bodies are in memory where they are small. 0 means 64. Four for each
-	// connection are plenty.
+	// InHand is how many messages are being sent at once; as many more may be claimed. Their bodies are in memory where they are
+	// small. 0 means 64. Four for each connection are plenty.
 	InHand int
 
 	// Remember is how long an ID is known after its message was accepted or cancelled. 0 means 24 hours.

@@ -38,19 +38,15 @@ func (o *Outbox) Run(ctx context.Context) error {
 				n, err = o.cfg.Store.Forget(ctx, now.Add(-o.cfg.Remember))
 			}
 		}
-		room := o.cfg.InHand - len(free)
-		if room == 0 {
-			select {
-			case free <- struct{}{}: // somebody has ended
-				<-free
-			case <-ctx.Done():
-			}
-			continue
-		}
-		claims, next, err := o.cfg.Store.Claim(ctx, o.now(), room, o.weight)
+		claims, next, err := o.cfg.Store.Claim(ctx, o.now(), o.cfg.InHand, o.weight)
 		if err == nil && len(claims) > 0 {
 			for _, c := range claims {
-				free <- struct{}{}
+				select {
+				case free <- struct{}{}:
+				case <-ctx.Done():
+					o.cfg.Store.Release(c.ID)
+					continue
+				}
 				all.Go(func() {
 					defer func() { <-free }()
 					o.deliver(ctx, c)

@@ -35,7 +35,7 @@ type Store struct {
 	dir    string
 	write  *sql.DB // one connection, for commit alone
 	read   *sql.DB
-	often  map[string]*sql.Stmt // prepared on write
+	often  map[string]*sql.Stmt // prepared, on write or on read
 	orders chan order
 	done   chan struct{} // closed when commit has ended
 	closed chan struct{} // closed by Close
@@ -82,6 +82,12 @@ const (
 
 	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6)`
 
+	nextDue     = `SELECT min(due) FROM message WHERE state = -1`
+	tenantAfter = `SELECT min(tenant) FROM message WHERE state = 0 AND tenant > ?`
+	firstTenant = `SELECT min(tenant) FROM message WHERE state = 0`
+	ready       = `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
+	whole       = `SELECT ` + columns + `, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`
+
 	endBody = `DELETE FROM body WHERE id = ? RETURNING file`
 )
 
@@ -118,6 +124,12 @@ func (s *Store) open() (err error) {
 		return errors.Join(err, s.write.Close())
 	}
 	s.read.SetMaxOpenConns(4)
+	s.read.SetMaxIdleConns(4)
+	for _, text := range []string{nextDue, tenantAfter, firstTenant, ready, whole} {
+		if s.often[text], err = s.read.Prepare(text); err != nil {
+			return errors.Join(err, s.write.Close(), s.read.Close())
+		}
+	}
 	return nil
 }
 
@@ -528,10 +540,7 @@ func (s *Store) Claim(ctx context.Context, now time.Time, n int, weight func(ten
 
 func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []outbox.Claim, next time.Time, err error) {
 	var due sql.NullInt64
-	nextDue := func() error {
-		return s.read.QueryRowContext(ctx, `SELECT min(due) FROM message WHERE state = -1`).Scan(&due)
-	}
-	if err := nextDue(); err != nil {
+	if err := s.often[nextDue].QueryRowContext(ctx).Scan(&due); err != nil {
 		return nil, time.Time{}, err
 	}
 	if due.Valid && due.Int64 <= now.UnixNano() {
@@ -540,7 +549,7 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 		}); err != nil {
 			return nil, time.Time{}, err
 		}
-		if err := nextDue(); err != nil {
+		if err := s.often[nextDue].QueryRowContext(ctx).Scan(&due); err != nil {
 			return nil, time.Time{}, err
 		}
 	}
@@ -554,11 +563,11 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 	idle := map[string]bool{}
 	for len(claims) < n {
 		var following sql.NullString
-		if err := s.read.QueryRowContext(ctx, `SELECT min(tenant) FROM message WHERE state = 0 AND tenant > ?`, tenant).Scan(&following); err != nil {
+		if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
 			return claims, next, err
 		}
 		if !following.Valid {
-			if err := s.read.QueryRowContext(ctx, `SELECT min(tenant) FROM message WHERE state = 0`).Scan(&following); err != nil {
+			if err := s.often[firstTenant].QueryRowContext(ctx).Scan(&following); err != nil {
 				return claims, next, err
 			}
 		}
@@ -603,7 +612,7 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 		var m row
 		var text []byte
 		var file string
-		err := m.scan(s.read.QueryRowContext(ctx, `SELECT `+columns+`, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`, seq).Scan, &file, &text)
+		err := m.scan(s.often[whole].QueryRowContext(ctx, seq).Scan, &file, &text)
 		if errors.Is(err, sql.ErrNoRows) {
 			continue // cancelled and forgotten meanwhile
 		} else if err != nil {
@@ -623,7 +632,7 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 
 // free returns up to n messages of a tenant that are not claimed, where it has so many that are.
 func (s *Store) free(ctx context.Context, tenant string, n, claimed int) (free []int64, err error) {
-	rows, err := s.read.QueryContext(ctx, `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`, tenant, n+claimed)
+	rows, err := s.often[ready].QueryContext(ctx, tenant, n+claimed)
 	if err != nil {
 		return nil, err
 	}
