@@ -20,7 +20,7 @@ type Limits struct {
 	MaxConns int
 
 	// Slots, if not nil, is asked for a place before each connection is opened: an allowance that is shared with other
-	// processes or machines. MaxConns holds beside it. Its places are given back as its doc says.
+	// processes or machines. MaxConns holds beside it. A connection that is idle keeps its place, for MaxIdleTime at most, unless that is wanted back.
 	Slots Slots
 
 	// MaxMessagesPerConn is how many transactions are made on a connection before it is replaced; refused ones count.
