@@ -20,7 +20,8 @@ type Limits struct {
 	MaxConns int
 
 	// Slots, if not nil, is an allowance of connections that is shared with other processes or machines: the Client acquires a place
-	// from it before it dials. MaxConns is in force too. See [Slots].
+	// from it before it dials. MaxConns is in force too. An idle connection keeps its place until MaxIdleTime, or until another
+	// process wants it. See [Slots].
 	Slots Slots
 
 	// MaxMessagesPerConn is the largest number of messages on a connection before it is replaced; refused messages count.

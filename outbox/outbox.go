@@ -122,8 +122,7 @@ type Message struct {
 type Outbox struct {
 	cfg   Config
 	news  chan struct{} // told of something new; has room for one
-	now   func() time.Time
-	mu    sync.Mutex // guards the fields below
+	mu    sync.Mutex    // guards the fields below
 	hands map[*delivery]struct{}
 	ends  bool // Run is to stop
 }
@@ -151,7 +150,7 @@ func New(cfg Config) (*Outbox, error) {
 	setDefault(&cfg.Retry.First, time.Minute)
 	setDefault(&cfg.Retry.Most, time.Hour)
 	setDefault(&cfg.Retry.For, 5*24*time.Hour)
-	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), now: time.Now, hands: map[*delivery]struct{}{}}, nil
+	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), hands: map[*delivery]struct{}{}}, nil
 }
 
 func setDefault[T int | time.Duration](v *T, def T) {
@@ -227,7 +226,7 @@ func (o *Outbox) entry(m Message) (Entry, error) {
 	case m.Body == nil:
 		return Entry{}, fmt.Errorf("outbox: message %q has no body", m.ID)
 	}
-	now := o.now()
+	now := time.Now()
 	due := now
 	if m.NotBefore.After(now) {
 		due = m.NotBefore
@@ -256,7 +255,7 @@ func (o *Outbox) Cancel(ctx context.Context, id string) (cancelled bool, err err
 		if i.State != Queued {
 			return ErrConflict
 		}
-		i.State, i.Changed = Cancelled, o.now()
+		i.State, i.Changed = Cancelled, time.Now()
 		return nil
 	})
 	if errors.Is(err, ErrConflict) {
@@ -277,7 +276,7 @@ const (
 // Resolve decides about a message that is Unknown or Dead; [ErrConflict] means that it is neither.
 func (o *Outbox) Resolve(ctx context.Context, id string, v Verdict) error {
 	err := o.cfg.Store.Change(ctx, id, func(i *Item) error {
-		now := o.now()
+		now := time.Now()
 		switch {
 		case i.State != Unknown && i.State != Dead:
 			return ErrConflict

@@ -32,13 +32,13 @@ func (o *Outbox) Run(ctx context.Context) error {
 	var all sync.WaitGroup
 	forgotten := time.Time{}
 	for ctx.Err() == nil {
-		if now := o.now(); now.Sub(forgotten) > time.Minute {
+		if now := time.Now(); now.Sub(forgotten) > time.Minute {
 			forgotten = now
 			for n, err := 1, error(nil); n > 0 && err == nil; { // else the next time
 				n, err = o.cfg.Store.Forget(ctx, now.Add(-o.cfg.Remember))
 			}
 		}
-		claims, next, err := o.cfg.Store.Claim(ctx, o.now(), o.cfg.InHand, o.weight)
+		claims, next, err := o.cfg.Store.Claim(ctx, time.Now(), o.cfg.InHand, o.weight)
 		if err == nil && len(claims) > 0 {
 			for _, c := range claims {
 				select {
@@ -76,7 +76,7 @@ func (o *Outbox) weight(tenant string) int { return max(o.cfg.Tenants(tenant), 1
 func (o *Outbox) rest(ctx context.Context, next time.Time) {
 	wait := poll
 	if !next.IsZero() {
-		wait = min(wait, max(next.Sub(o.now()), time.Millisecond))
+		wait = min(wait, max(time.Until(next), time.Millisecond))
 	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
@@ -133,7 +133,7 @@ func (o *Outbox) stopping() bool {
 
 // deliver sends a message and writes down what became of it.
 func (o *Outbox) deliver(ctx context.Context, c Claim) {
-	if !c.NotAfter.IsZero() && o.now().After(c.NotAfter) {
+	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
 		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
 		o.end(c)
 		return
@@ -160,7 +160,7 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 			return
 		}
 	}
-	c.settle(err, o.now(), o.cfg.Retry)
+	c.settle(err, time.Now(), o.cfg.Retry)
 	o.end(c)
 }
 

@@ -305,6 +305,8 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 		bodies[i].dir = s.bodies()
 		if errs[i] = bodies[i].take(e.Body); errs[i] == nil {
 			good = append(good, i)
+		} else {
+			bodies[i].remove()
 		}
 	}
 	added := make([]bool, len(entries))
@@ -315,8 +317,8 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	}) {
 		errs[good[k]] = err
 	}
-	for i := range bodies {
-		if !added[i] || errs[i] != nil {
+	for _, i := range good {
+		if errs[i] == nil && !added[i] { // where there is an error, the message may be there all the same: else Attach removes it
 			bodies[i].remove()
 		}
 	}
