@@ -347,7 +347,7 @@ func (d *delivery) begin() *Error {
 	} else if i := slices.IndexFunc(d.m.To, func(to string) bool { return !isASCII(to) }); i >= 0 {
 		d.utf8 = d.m.To[i]
 	}
-	d.msg = conn.Message{From: d.m.From, To: d.m.To, AllOrNothing: d.m.AllOrNothing, Body: checked.Body, Size: body.Size(checked.Body)}
+	d.msg = conn.Message{From: d.m.From, To: d.m.To, AllOrNothing: d.m.AllOrNothing, Body: checked.Body, Size: body.Size(checked.Body), BeforeEnd: d.m.BeforeEnd}
 	if options := d.m.RcptOptions; len(options) > 0 {
 		d.msg.Params = func(addr string) wire.RcptParams { return options[addr].params() }
 	}

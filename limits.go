@@ -11,13 +11,18 @@ import (
 const NoLimit = -1
 
 // Limits are what the relay allows one client. They hold for one [Client] in one process: where several processes share an account,
-// divide its allowance among them. A lower limit that the relay announces (LIMITS, RFC 9422) wins.
+// divide its allowance among them, or share its connections with Slots. A lower limit that the relay announces (LIMITS, RFC 9422) wins.
 type Limits struct {
 	_ [0]func() // not comparable, so that it may grow
 
 	// MaxConns is the largest number of open connections. Each counts from before it is dialled until the relay has closed its side.
 	// 0 means 10, SendGrid's classic allowance. The range is 1 to 10,000.
 	MaxConns int
+
+	// Slots, if not nil, is an allowance of connections that is shared with other processes or machines: the Client acquires a place
+	// from it before it dials. MaxConns is in force too. An idle connection keeps its place until MaxIdleTime, or until another
+	// process wants it. See [Slots].
+	Slots Slots
 
 	// MaxMessagesPerConn is the largest number of messages on a connection before it is replaced; refused messages count.
 	// 0 means 100, SendGrid's classic allowance. [NoLimit] means no limit.

@@ -1,6 +1,7 @@
 package smtprelay
 
 import (
+	"context"
 	"io"
 
 	"github.com/smtprelay/smtprelay/internal/body"
@@ -52,6 +53,18 @@ type Message struct {
 
 	// RcptOptions are parameters of the RCPT command, by address as it is written in To. An address that is not in To is an error.
 	RcptOptions map[string]*RcptOptions
+
+	// BeforeEnd, if not nil, is called when the body is written and before its end leaves: the final dot, or BDAT 0 LAST. The relay
+	// cannot accept the message before BeforeEnd has returned nil. A queue records there, durably, that the message may be sent from
+	// now on. to lists the recipients of the transaction. Send calls BeforeEnd once per transaction: several times where it splits the
+	// recipients, and again where it retries. It calls it in its own goroutine and never after it has returned.
+	//
+	// Nobody else can use the connection meanwhile, so BeforeEnd should be quick. Its ctx is derived from that of Send and also ends
+	// when the connection is lost; BeforeEnd should return then.
+	//
+	// An error from BeforeEnd closes the connection without the end of the message, and Send does not retry. The error of Send wraps
+	// it and has [NotAccepted], Op [OpEnd] and [ScopeCaller]; if the relay has refused all recipients meanwhile, it is that refusal.
+	BeforeEnd func(ctx context.Context, to []string) error
 
 	// Tag is a value of yours, such as the key of a database row. The Client does not look at it. You find it in the Message of a
 	// [Result] and of a [Trace]'s Infos.

@@ -14,7 +14,7 @@ import (
 // mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
 	waiting := p.queue.len() + more
-	return !p.draining && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
+	return !p.draining && p.stopAsking == nil && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
 }
 
 // slowDial is how long a dial may take before others are begun in its place.
@@ -56,13 +56,15 @@ func (p *pool) countRoomLocked(now time.Time) {
 // fillLocked opens connections for those who wait, as far as the cap and the gate allow, and serves the others with what there
 // is. It is called whenever one of these may have changed.
 func (p *pool) fillLocked(now time.Time) {
-	for p.queue.len() > 0 && p.mayDialLocked(0, now) && p.slots.take() {
-		ctx := context.WithoutCancel(p.queue.next().ctx)
-		p.dialling++
-		p.lastID++
-		s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round, dialled: now}, p.usedUp
-		p.dials.pushBack(s)
-		p.running.Go(func() { p.openSession(ctx, s, usedUp) })
+	for p.queue.len() > 0 && p.mayDialLocked(0, now) {
+		if p.cfg.Limits.Slots != nil {
+			p.askLocked()
+			break
+		}
+		if !p.slots.take() {
+			break
+		}
+		p.dialLocked(context.WithoutCancel(p.queue.next().ctx), Slot{}, now)
 	}
 	for p.queue.len() > 0 && !p.draining && p.pace.ready(now) {
 		s := p.idle.last
@@ -80,6 +82,18 @@ func (p *pool) fillLocked(now time.Time) {
 	p.planLocked(now)
 }
 
+// dialLocked begins to open a connection, for which a slot was taken; shared is its place of Limits.Slots, if there is that.
+func (p *pool) dialLocked(ctx context.Context, shared Slot, now time.Time) {
+	p.dialling++
+	p.lastID++
+	s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round, slot: shared, dialled: now}, p.usedUp
+	p.dials.pushBack(s)
+	if shared.Release != nil {
+		s.closed = make(chan struct{})
+	}
+	p.running.Go(func() { p.openSession(ctx, s, usedUp) })
+}
+
 // openSession opens a connection, for which a slot was taken. It goes on if the Send it was begun for gives up, and serves
 // whoever waits longest when it is done.
 func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
@@ -93,6 +107,7 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 		p.failedLocked(err, s.round, slow)
 		p.mu.Unlock()
 		leave()
+		s.giveBack(ctx.Err() == nil)
 		p.mu.Lock()
 		p.freeSlotLocked()
 		p.mu.Unlock()
@@ -108,6 +123,9 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	s.held = true
 	p.sessions[s] = struct{}{}
 	p.running.Go(s.ReadLoop)
+	if shared := &s.slot; shared.Retire != nil || shared.Lost != nil {
+		p.running.Go(func() { p.watchSlot(s) })
+	}
 	p.gate.dialled(time.Now())
 	alone := s.PendingAuth() && p.queue.len() == 0 && !p.draining
 	if !alone {
@@ -167,6 +185,7 @@ func spread(limit, usedUp, conns int) int {
 // sessionClosed is told by a session that the relay has closed it.
 func (p *pool) sessionClosed(s *session) {
 	info := s.Info()
+	s.giveBack(!info.Killed)
 	p.mu.Lock()
 	s.at.remove()
 	p.roomLocked(s, 0)

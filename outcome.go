@@ -38,6 +38,8 @@ func scopeOf(e *Error, r *conn.Result) Scope {
 
 func judge(m *Message, rcpts []int, r *conn.Result) *Error {
 	switch {
+	case r.EndErr != nil:
+		return &Error{Op: OpEnd, Outcome: NotAccepted, Scope: ScopeCaller, Err: r.EndErr}
 	case doubtful(r):
 		return &Error{Op: OpEnd, Reply: publicReply(r.Final), Outcome: Unknown}
 	case r.Final.Class() == 2 && r.Accepted() > 0:

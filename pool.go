@@ -41,6 +41,7 @@ type pool struct {
 	ready      list[session] // may be overlapped; the one that has waited longest is first
 	queue      queue
 	pace       pace
+	stopAsking func() // ends the wait for a place of Limits.Slots; nil while none is asked for
 	dialling   int
 	dials      list[session] // of these, the ones that are not slow yet, oldest first
 	slow       int           // the others, which nobody counts on
@@ -69,6 +70,8 @@ type session struct {
 	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
 	node     netip.AddrPort      // of several addresses, the one tried last; owned by the dial, as is remote
 	remote   string              // the address that it was dialled at, as far as is known
+	slot     Slot                // of Limits.Slots; its Release is nil where there is none
+	closed   chan struct{}       // closed before slot is given back
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
 
 	// Guarded by the pool's lock.
@@ -284,6 +287,9 @@ func (p *pool) explainLocked(err error) error {
 	if last := p.gate.last; last != nil {
 		return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(last.Error(), "smtprelay: "))
 	}
+	if p.stopAsking != nil {
+		return fmt.Errorf("%w; others have all the places of Limits.Slots", err)
+	}
 	op, known := p.cfg.opening.Load().(Op)
 	if p.dialling == 0 || !known {
 		return err
@@ -368,7 +374,7 @@ func (p *pool) elsewhere() bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.idle.len > 0 || p.mayDialLocked(1, now)
+	return p.idle.len > 0 || p.cfg.Limits.Slots == nil && p.mayDialLocked(1, now)
 }
 
 // settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
@@ -504,6 +510,7 @@ func (p *pool) idleLocked(s *session, now time.Time) {
 	s.idleSince = now
 	p.idle.pushBack(s)
 	p.usedUp = 0
+	p.stopAskingLocked()
 	p.idleEnds = earliest(p.idleEnds, p.idleUntilLocked(s))
 	p.planLocked(now)
 }
@@ -559,6 +566,7 @@ func (p *pool) drain() {
 	}
 	p.draining = true
 	close(p.ending)
+	p.stopAskingLocked()
 	p.failAllLocked(errClosed())
 	if p.timer != nil {
 		p.timer.Stop()

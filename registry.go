@@ -44,9 +44,9 @@ const (
 // Send sends m through the Client for cfg, as [Client.Send] does. If there is no such Client it makes one; a mistake in cfg is the error
 // of [New].
 //
-// Two Configs mean the same Client if all their fields are equal. TLSConfig, Auth, Dial and Trace cannot be compared, so a Config that
-// sets one of them must have a Name: the Client uses those of the first Config with that Name and otherwise equal fields. Use the
-// tenant's identifier as the Name, and another Name when one of those four has changed.
+// Two Configs mean the same Client if all their fields are equal. TLSConfig, Auth, Dial, Limits.Slots and Trace cannot be compared, so a
+// Config that sets one of them must have a Name: the Client uses those of the first Config with that Name and otherwise equal fields.
+// Use the tenant's identifier as the Name, and another Name when one of those five has changed.
 func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, error) {
 	used, err := r.acquire(cfg)
 	if err != nil {
@@ -167,22 +167,24 @@ func (r *Registry) leave(key fingerprint.Sum, c *registered) {
 	}
 }
 
-var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial or a Trace needs a Name here, by which it is told from others")
+var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial, Limits.Slots or a Trace needs a Name here, by which it is told from others")
 
 // key is what a Registry knows c by.
 func (c Config) key() (fingerprint.Sum, error) {
-	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil
+	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil || c.Limits.Slots != nil
 	whole := struct {
 		comparable          Config
 		tls, auth, dial     bool
 		trace, unverified   bool
+		slots               bool
 		serverName          string
 		minVersion, maxVers uint16
-	}{comparable: c, tls: c.TLSConfig != nil, auth: c.Auth != nil, dial: c.Dial != nil, trace: c.Trace != nil}
+	}{comparable: c, tls: c.TLSConfig != nil, auth: c.Auth != nil, dial: c.Dial != nil, trace: c.Trace != nil, slots: c.Limits.Slots != nil}
 	if t := c.TLSConfig; t != nil {
 		whole.unverified, whole.serverName, whole.minVersion, whole.maxVers = t.InsecureSkipVerify, t.ServerName, t.MinVersion, t.MaxVersion
 	}
 	whole.comparable.TLSConfig, whole.comparable.Auth, whole.comparable.Dial, whole.comparable.Trace = nil, nil, nil, nil
+	whole.comparable.Limits.Slots = nil
 	sum, all := fingerprint.Of(whole)
 	if (opaque || !all) && c.Name == "" {
 		return sum, errNeedsName

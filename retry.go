@@ -73,6 +73,8 @@ func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 		return giveUp // nobody waits for another try
 	case r.BodyErr != nil:
 		return giveUp // the message cannot be written
+	case r.EndErr != nil:
+		return giveUp // the caller's BeforeEnd has failed
 	case r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail)):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:

@@ -140,7 +140,7 @@ type ConnClosedInfo struct {
 	Addr     string // Config.Addr
 	Conn     int64  // as in DialStartInfo
 	Messages int    // transactions begun on the connection
-	Reason   string // "full" (Limits.MaxMessagesPerConn), "age", "idle", "closed" (Shutdown, Close) or "fault"
+	Reason   string // "full" (Limits.MaxMessagesPerConn), "age", "idle", "shared" (others wait for its place in Limits.Slots), "closed" (Shutdown, Close) or "fault"
 	Err      error  // what went wrong; nil unless Reason is "fault"
 }
 

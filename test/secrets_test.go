@@ -318,6 +318,8 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"Retry":           cfg.Retry,
 		"Scope":           smtprelay.ScopeRelay,
 		"ServerInfo":      smtprelay.ServerInfo{Name: "relay.example.com", Mechanisms: []string{"PLAIN"}},
+		"Slot":            smtprelay.Slot{},
+		"Slots":           smtprelay.Slots(nil), // what is in one is its maker's
 		"Stats":           client.Stats(),
 		"TLSMode":         cfg.TLS,
 		"Timeouts":        cfg.Timeouts,

@@ -20,6 +20,10 @@ type Message struct {
 
 	Body io.WriterTo // as body.Again returned it
 	Size int64       // of the body in its canonical form; 0: not known
+
+	// BeforeEnd, if not nil, is called once the body is written and before the end of the message may leave. After an error the end
+	// does not leave.
+	BeforeEnd func(ctx context.Context, to []string) error
 }
 
 // recipient returns the address of the ith recipient and the parameters of its RCPT.

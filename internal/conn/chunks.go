@@ -91,7 +91,7 @@ func beginsOddly(body []byte) bool {
 // remaining is how much part has to write, but for the commands.
 func (t *Transaction) remaining() int64 {
 	switch {
-	case t.byData:
+	case t.byData, t.bodyOver:
 		return 0
 	case isBytes(t.m.Body):
 		return t.m.Size
@@ -279,10 +279,10 @@ func (t *Transaction) writeChunk() bool {
 	return err == nil || t.explained()
 }
 
-// lastChunks writes what is left of the body, and the empty chunk that ends it.
+// lastChunks writes what is left of the body.
 func (t *Transaction) lastChunks() bool {
 	if t.chunked.buffer != nil {
-		return t.writeChunk() && t.finishChunks()
+		return t.writeChunk()
 	}
 	t.chunked.left = t.m.Size
 	t.c.body.Reset((*chunkSplitter)(t), false)
@@ -293,9 +293,10 @@ func (t *Transaction) lastChunks() bool {
 		t.giveUp(err)
 		return false
 	}
-	return t.finishChunks()
+	return true
 }
 
+// finishChunks writes the empty chunk that ends the body.
 func (t *Transaction) finishChunks() bool {
 	return !t.unwanted() && t.finish(StepBdat, "BDAT 0 LAST")
 }

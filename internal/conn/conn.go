@@ -74,6 +74,8 @@ type Conn struct {
 	deadline   time.Time // the read deadline in force
 	decided    bool      // the relay has accepted a message, or has refused one for what it is
 	overlapped bool      // the relay has answered in full an envelope that left in one write with the end of the message before it
+
+	onLost func(cause error) // called with mu held when phase becomes draining; may be nil
 }
 
 // ending is how a connection ended, as far as it has. Each field is set once.
@@ -108,6 +110,7 @@ const (
 	Idle   Reason = "idle"
 	Closed Reason = "closed"
 	Fault  Reason = "fault"
+	Shared Reason = "shared"
 )
 
 // Status is what may be done with a Conn whose write side nobody holds.
@@ -130,13 +133,14 @@ type Info struct {
 	Decided   bool       // the relay has accepted a message, or has refused one for what it is: it does its work
 	LedByAuth bool       // AUTH led its first transaction, and that came to nothing
 	Auth      wire.Reply // the refusal of the AUTH that led the first transaction
+	Killed    bool       // by Kill: the relay's close was not waited for
 }
 
 // Info returns how the connection is now.
 func (c *Conn) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	info := Info{Used: c.used, Pending: c.pending, Reason: c.ending.reason, Auth: c.ending.auth, Decided: c.decided, LedByAuth: c.ending.ledByAuth}
+	info := Info{Used: c.used, Pending: c.pending, Reason: c.ending.reason, Auth: c.ending.auth, Decided: c.decided, LedByAuth: c.ending.ledByAuth, Killed: c.ending.killed}
 	if c.ending.reason == Fault {
 		if info.Err = c.ending.fault; info.Err == nil {
 			info.Err = c.ending.cause
@@ -299,6 +303,18 @@ func (c *Conn) failLocked(err error) {
 	c.phase = draining
 	c.doomed.Store(true)
 	close(c.lost)
+	if c.onLost != nil {
+		c.onLost(err)
+	}
+}
+
+// onLoss sets the function that is called, with c.mu held, when the connection is lost; nil means none. It returns false if the
+// connection is lost already.
+func (c *Conn) onLoss(f func(cause error)) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.onLost = f
+	return c.phase < draining
 }
 
 // stepLostLocked ends the connection because of a reply that is not possible for its command. No final reply is read any more: it

@@ -51,6 +51,7 @@ type Result struct {
 	Overlapped bool        // begun behind a final dot that had no reply yet
 	BodyBegun  bool        // the body was asked to write itself
 	BodyErr    error       // why the body could not be completed
+	EndErr     error       // the error of Message.BeforeEnd, for which the end of the message did not leave
 	Body       io.WriterTo // what is left to send to others: one that was read ahead can be written again
 	Size       int64       // of the message in its canonical form; 0: not known
 

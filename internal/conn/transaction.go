@@ -39,6 +39,8 @@ type Transaction struct {
 	sinkErr      error // why no more of the body is taken
 	lostWriting  bool  // because the connection takes no more
 	bodyErr      error // why the body was given up
+	bodyOver     bool  // all of the body is written in chunks; only its end is missing
+	endErr       error // the error of Message.BeforeEnd, for which the end did not leave
 	afterIdle    bool  // the connection was idle for so long that it may be dead
 	ledByAuth    bool  // AUTH is its first command; set before that is expected
 	worked       bool  // before the reply to MAIL the relay had decided about another message on this connection
@@ -86,7 +88,7 @@ func (t *Transaction) result() Result {
 	t.taken = append(t.taken[:0], t.replies.Rcpt...) // replies that arrive later are not part of the result
 	r := Result{
 		Replies: t.replies,
-		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, Body: t.m.Body, Size: t.m.Size,
+		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, EndErr: t.endErr, Body: t.m.Body, Size: t.m.Size,
 		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, Worked: t.worked, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
 		OutOfStep: c.ending.outOfStep, Contradicted: t.contradicted, After421: t.after421,
 	}
@@ -149,8 +151,8 @@ func (t *Transaction) write() (dotted bool) {
 	}
 	completed := false
 	defer func() {
-		if !completed { // Body.WriteTo has panicked, in the middle of a message
-			c.fail(&GivenUpError{errors.New("the body panicked")})
+		if !completed { // Body.WriteTo or BeforeEnd has panicked, in the middle of a message
+			c.fail(&GivenUpError{errors.New("the body, or BeforeEnd, panicked")})
 		}
 	}()
 	dotted = t.converse()
@@ -204,6 +206,9 @@ func (t *Transaction) beginData() bool {
 // part writes the end of the message: the final dot or the last chunk. If another message waits for the connection, the end stays
 // in the buffer and leaves in one write with that message's envelope; our context does not cancel that write.
 func (t *Transaction) part() (due bool) {
+	if t.m.BeforeEnd != nil && !t.mayEnd() {
+		return false
+	}
 	if room := t.remaining() + endRoom; t.c.owner.Wanted() && room <= outBuffer {
 		if int64(t.c.out.Available()) < room {
 			t.c.Flush() // our context still cancels this write; if the buffer held another message's final dot, fitsBuffer has checked the room
@@ -227,6 +232,40 @@ func (t *Transaction) part() (due bool) {
 	}
 	t.c.Flush()
 	return true
+}
+
+// mayEnd writes the rest of the body, flushes the buffer and calls BeforeEnd. It reports whether the end of the message may follow. The
+// flush comes first because the buffer may hold the end of another message, which must not wait for BeforeEnd.
+func (t *Transaction) mayEnd() bool {
+	c := t.c
+	if !t.byData {
+		if t.bodyOver = t.lastChunks(); !t.bodyOver {
+			return false
+		}
+	}
+	if !t.send() || !t.byData && t.unwanted() {
+		return false
+	}
+	to := make([]string, len(t.m.Rcpts))
+	for i := range to {
+		to[i], _ = t.m.recipient(i)
+	}
+	ctx, cancel := context.WithCancelCause(t.ctx)
+	defer cancel(nil)
+	if !c.onLoss(cancel) {
+		return false
+	}
+	defer c.onLoss(nil)
+	err := t.m.BeforeEnd(ctx, to)
+	if err == nil {
+		return true
+	}
+	if t.ctx.Err() == nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return false // BeforeEnd returned because the connection was lost
+	}
+	t.endErr = fmt.Errorf("BeforeEnd: %w", err)
+	c.fail(&GivenUpError{t.endErr})
+	return false
 }
 
 // endRoom is how much of the buffer the commands around the end of a message take at most: twice BDAT, and QUIT.
@@ -489,7 +528,7 @@ func (t *Transaction) end() bool {
 		if !t.finish(StepFinalDot, ".") {
 			return false
 		}
-	} else if !t.lastChunks() {
+	} else if !t.bodyOver && !t.lastChunks() || !t.finishChunks() {
 		return false
 	}
 	c.mu.Lock()

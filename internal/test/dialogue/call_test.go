@@ -28,8 +28,11 @@ type call struct {
 	wire    string // the body as DATA must carry it
 	chunks  string // the body as BDAT must carry it
 	cancel  context.CancelFunc
+	asks    bool // it has a BeforeEnd
 
 	// Guarded by the dialogue's lock.
+	asked    int            // times that BeforeEnd was called
+	allowed  map[string]int // times that it has said yes for a recipient
 	returned int
 	when     int // it returned, by the dialogue's count of events
 	receipt  smtprelay.Receipt
@@ -217,7 +220,47 @@ func (d *dialogue) compose(c *call, o *settings) error {
 	default:
 		m.Body = smtprelay.Bytes([]byte(text))
 	}
+	if v, ok := o.take("before-end"); ok {
+		c.asks, c.allowed = true, map[string]int{}
+		m.BeforeEnd = d.beforeEnd(c, v)
+	}
 	return o.err
+}
+
+var errBeforeEnd = errors.New("the intent cannot be written")
+
+// beforeEnd is the BeforeEnd of c: "" says yes; "fail" says no, "fail-at-2" the second time; "wait" waits for the end of its
+// context, and "30s" for as long before it says yes.
+func (d *dialogue) beforeEnd(c *call, how string) func(context.Context, []string) error {
+	return func(ctx context.Context, to []string) error {
+		d.mu.Lock()
+		c.asked++
+		n := c.asked
+		d.log = append(d.log, fmt.Sprintf("%8s    ? %s %d", time.Since(d.began), c.name, n))
+		d.mu.Unlock()
+		if how == "fail" || how == fmt.Sprintf("fail-at-%d", n) {
+			return errBeforeEnd
+		}
+		var elapsed <-chan time.Time
+		if how == "wait" {
+			elapsed = make(chan time.Time)
+		} else if wait, err := time.ParseDuration(how); err == nil {
+			elapsed = time.After(wait)
+		}
+		if elapsed != nil {
+			select {
+			case <-elapsed:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		for _, to := range to {
+			c.allowed[to]++
+		}
+		return nil
+	}
 }
 
 var errBody = errors.New("the template failed")
@@ -376,6 +419,10 @@ func (c *call) check(ws []word) error {
 			err = is(context.DeadlineExceeded)
 		case "body-failed":
 			err = is(errBody)
+		case "kept-back":
+			err = is(errBeforeEnd)
+		case "asked":
+			bad = strconv.Itoa(c.asked) != w.value
 		case "op":
 			bad = e == nil || string(e.Op) != w.value
 		case "text":

@@ -175,6 +175,7 @@ func (d *dialogue) truths() error {
 		}
 		taken := map[string]bool{} // recipients for whom the message is not to be offered again
 		accepted, open := map[string]bool{}, map[string]bool{}
+		ends := map[string]int{} // times that the end of the message may have left for a recipient
 		for _, x := range d.offered() {
 			var offered []string
 			for i, to := range x.to {
@@ -195,6 +196,11 @@ func (d *dialogue) truths() error {
 			}
 			if !ended {
 				continue
+			}
+			for _, to := range x.to {
+				if ends[to]++; c.asks && ends[to] > c.allowed[to] {
+					wrong(c, "its end left for %s, and BeforeEnd has said yes %d times", to, c.allowed[to])
+				}
 			}
 			if !c.whole {
 				wrong(c, "a message whose body fails got its final dot")

@@ -1,0 +1,31 @@
+module github.com/smtprelay/smtprelay/examples/outbox
+
+go 1.26.0
+
+require (
+	github.com/smtprelay/smtprelay v0.0.0
+	github.com/smtprelay/smtprelay/outbox v0.0.0
+	github.com/smtprelay/smtprelay/outbox/sqlitestore v0.0.0
+)
+
+require (
+	github.com/dustin/go-humanize v1.1.0 // indirect
+	github.com/emersion/go-sasl v0.0.0-20241020182733-b788ff22d5a6 // indirect
+	github.com/emersion/go-smtp v0.25.1 // indirect
+	github.com/google/uuid v1.6.0 // indirect
+	github.com/mattn/go-isatty v0.0.24 // indirect
+	github.com/ncruces/go-strftime v1.1.0 // indirect
+	github.com/remyoudompheng/bigfft v0.0.0-20230129092748-24d4a6f8daec // indirect
+	golang.org/x/sync v0.25.0 // indirect
+	golang.org/x/sys v0.49.0 // indirect
+	modernc.org/libc v1.80.1 // indirect
+	modernc.org/mathutil v1.7.1 // indirect
+	modernc.org/memory v1.12.1 // indirect
+	modernc.org/sqlite v1.62.0 // indirect
+)
+
+replace (
+	github.com/smtprelay/smtprelay => ../..
+	github.com/smtprelay/smtprelay/outbox => ../../outbox
+	github.com/smtprelay/smtprelay/outbox/sqlitestore => ../../outbox/sqlitestore
+)

@@ -1,0 +1,299 @@
+// Package outbox keeps messages in a store until the relay has them: nothing that was enqueued is lost, and nothing is sent
+// twice, whenever the process dies.
+//
+//	store, err := sqlitestore.Open("/var/lib/shop/outbox")
+//	…
+//	box, err := outbox.New(outbox.Config{Store: store, Client: client})
+//	go box.Run(ctx)
+//	err = box.Enqueue(ctx, outbox.Message{ID: "order-1234", From: …, To: …, Body: …}) // nil: it is durable
+//
+// # When you need it
+//
+// A service that may tell its caller "it did not work, try again" needs none: it calls Send. One that has promised a message
+// (the order is placed, the response is written) and then dies would lose it.
+//
+// # What is promised
+//
+// The state of a message is durable before what it stands for can happen. Before the end of a message leaves for the relay, the
+// store says [Sending] ([smtprelay.Message].BeforeEnd). A worker that dies leaves some messages so: nobody can tell whether
+// the relay has them. They become [Unknown], are listed, and are sent again only if [Outbox.Resolve] says so. In the mean there are a
+// few for each crash: as many as are between their intent and the relay's reply. A Run whose context ends leaves none,
+// where the relay answers within Drain.
+//
+//	dies at                             then
+//	before Enqueue has returned         the message may be queued; to enqueue the same ID again adds nothing
+//	claimed, and no intent written      it is sent again
+//	between intent and reply            Unknown, though perhaps never sent
+//	reply is in, End not yet durable    Unknown; the relay has it
+//	the relay is lost after the end     Unknown
+//	the disk is full, or the store away Enqueue fails; intents fail, so that nothing is sent
+//
+// An ID is remembered for Config.Remember after its message has ended. The same ID is a new message after that.
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// Config is what an [Outbox] is made of.
+type Config struct {
+	// Store keeps the messages. It is the caller's to close, after Run has returned.
+	Store Store
+
+	// Client sends. Where there are several relays, Route chooses one for each message instead.
+	Client *smtprelay.Client
+	Route  func(Item) *smtprelay.Client
+
+	// Retry says when a message that was not accepted is tried again.
+	Retry Retry
+
+	// Intent says when the store is told that a message is being sent.
+	Intent IntentTime
+
+	// Tenants is how many messages a tenant may have sent in each of its turns; nil means 1 for all. Less than 1 is 1.
+	Tenants func(tenant string) int
+
+	// InHand is how many messages are being sent at once; as many more may be claimed. Their bodies are in memory where they are
+	// small. 0 means 64. Four for each connection are plenty.
+	InHand int
+
+	// Remember is how long an ID is known after its message was accepted or cancelled. 0 means 24 hours.
+	Remember time.Duration
+
+	// Drain is how long Run waits for the relay's replies after its context has ended. 0 means 30 seconds.
+	Drain time.Duration
+
+	// Ended, if not nil, is told of each delivery that has come to an end, once that is durable: one more attempt, or
+	// the last. It is called from several goroutines at once, and what it does holds up the next messages.
+	Ended func(Item)
+}
+
+// IntentTime says when the store is told that a message is being sent.
+type IntentTime int
+
+const (
+	// AtEnd, the default: when the body is written. A connection stands still until that is durable; at a crash the messages
+	// become Unknown that were between there and the relay's reply, or had one that was not durable yet.
+	AtEnd IntentTime = iota
+	// Early: when Send begins, which costs no time on the way; at a crash all messages in hand become Unknown, InHand at most.
+	Early
+)
+
+// Retry says when a message that was not accepted, and that smtprelay.ShouldRetry or RetryTo would send again, is tried again:
+// after First, then after twice that and so on up to Most, each less a random part of up to a quarter, until it has been there
+// for For. Then it is [Dead].
+type Retry struct {
+	First time.Duration // 0 means a minute
+	Most  time.Duration // 0 means an hour
+	For   time.Duration // 0 means 5 days (RFC 5321, 4.5.4.1)
+}
+
+// Message is a mail to be enqueued. The fields that are not explained here are those of [smtprelay.Message].
+type Message struct {
+	// ID tells the message from others: an order's number, for example. To enqueue the same one again adds nothing.
+	ID string
+
+	From         string
+	To           []string
+	Body         io.WriterTo // is written once, within Enqueue
+	AllOrNothing bool
+	MailOptions  *smtprelay.MailOptions
+	RcptOptions  map[string]*smtprelay.RcptOptions
+
+	// Tenant is whose message it is: tenants take turns, however many messages one has.
+	Tenant string
+	// Priority: of one tenant's messages that are due, those of the highest are first.
+	Priority int
+
+	// NotBefore is when it is sent at the earliest; zero means at once. After NotAfter it is not begun any more, and is [Dead]; zero
+	// means never.
+	NotBefore, NotAfter time.Time
+}
+
+// Outbox sends what is in a store. It is safe for concurrent use.
+type Outbox struct {
+	cfg   Config
+	news  chan struct{} // told of something new; has room for one
+	mu    sync.Mutex    // guards the fields below
+	hands map[*delivery]struct{}
+	ends  bool // Run is to stop
+}
+
+// New returns an Outbox; Run makes it send.
+func New(cfg Config) (*Outbox, error) {
+	switch {
+	case cfg.Store == nil:
+		return nil, errors.New("outbox: Config.Store is nil")
+	case (cfg.Client == nil) == (cfg.Route == nil):
+		return nil, errors.New("outbox: want one of Config.Client and Config.Route")
+	case cfg.InHand < 0, cfg.Remember < 0, cfg.Drain < 0, cfg.Retry.First < 0, cfg.Retry.Most < 0, cfg.Retry.For < 0:
+		return nil, errors.New("outbox: a negative number in Config")
+	}
+	if cfg.Route == nil {
+		client := cfg.Client
+		cfg.Route = func(Item) *smtprelay.Client { return client }
+	}
+	if cfg.Tenants == nil {
+		cfg.Tenants = func(string) int { return 1 }
+	}
+	setDefault(&cfg.InHand, 64)
+	setDefault(&cfg.Remember, 24*time.Hour)
+	setDefault(&cfg.Drain, 30*time.Second)
+	setDefault(&cfg.Retry.First, time.Minute)
+	setDefault(&cfg.Retry.Most, time.Hour)
+	setDefault(&cfg.Retry.For, 5*24*time.Hour)
+	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), hands: map[*delivery]struct{}{}}, nil
+}
+
+func setDefault[T int | time.Duration](v *T, def T) {
+	if *v == 0 {
+		*v = def
+	}
+}
+
+// Enqueue adds a message. Where it returns nil the message is durable; else it may be, and may be enqueued again with the same ID.
+func (o *Outbox) Enqueue(ctx context.Context, m Message) error {
+	e, err := o.entry(m)
+	if err != nil {
+		return err
+	}
+	if err := o.cfg.Store.Put(ctx, []Entry{e})[0]; err != nil {
+		return err
+	}
+	o.tell()
+	return nil
+}
+
+// enqueueTogether is how many messages of EnqueueAll are made durable together.
+const enqueueTogether = 64
+
+// EnqueueAll adds many messages, some of which are made durable together, and yields the ID of each and whether it is.
+func (o *Outbox) EnqueueAll(ctx context.Context, messages iter.Seq[Message]) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		var batch []Entry
+		flush := func() bool {
+			if len(batch) == 0 {
+				return true
+			}
+			errs := o.cfg.Store.Put(ctx, batch)
+			o.tell()
+			for i, e := range batch {
+				if !yield(e.ID, errs[i]) {
+					return false
+				}
+			}
+			batch = batch[:0]
+			return true
+		}
+		for m := range messages {
+			e, err := o.entry(m)
+			if err != nil {
+				if !yield(m.ID, err) {
+					return
+				}
+				continue
+			}
+			if batch = append(batch, e); len(batch) == enqueueTogether && !flush() {
+				return
+			}
+		}
+		flush()
+	}
+}
+
+func (o *Outbox) tell() {
+	select {
+	case o.news <- struct{}{}:
+	default:
+	}
+}
+
+// entry checks m.
+func (o *Outbox) entry(m Message) (Entry, error) {
+	switch {
+	case m.ID == "":
+		return Entry{}, errors.New("outbox: a message without ID")
+	case len(m.To) == 0:
+		return Entry{}, fmt.Errorf("outbox: message %q has no recipients", m.ID)
+	case m.Body == nil:
+		return Entry{}, fmt.Errorf("outbox: message %q has no body", m.ID)
+	}
+	now := time.Now()
+	due := now
+	if m.NotBefore.After(now) {
+		due = m.NotBefore
+	}
+	return Entry{Body: m.Body, Item: Item{
+		ID: m.ID, Tenant: m.Tenant, Priority: m.Priority, From: m.From, To: m.To, AllOrNothing: m.AllOrNothing,
+		MailOptions: m.MailOptions, RcptOptions: m.RcptOptions,
+		Created: now, NotBefore: m.NotBefore, NotAfter: m.NotAfter, Due: due, Changed: now,
+	}}, nil
+}
+
+// Status returns how a message stands; [ErrNotFound] if its ID is not known, or not any more.
+func (o *Outbox) Status(ctx context.Context, id string) (Item, error) {
+	return o.cfg.Store.Get(ctx, id)
+}
+
+// List yields the messages in a state, oldest first.
+func (o *Outbox) List(ctx context.Context, state State) iter.Seq2[Item, error] {
+	return o.cfg.Store.List(ctx, state)
+}
+
+// Cancel keeps a message that is Queued from being sent, and reports whether it could: it is too late once the message is
+// Sending.
+func (o *Outbox) Cancel(ctx context.Context, id string) (cancelled bool, err error) {
+	err = o.cfg.Store.Change(ctx, id, func(i *Item) error {
+		if i.State != Queued {
+			return ErrConflict
+		}
+		i.State, i.Changed = Cancelled, time.Now()
+		return nil
+	})
+	if errors.Is(err, ErrConflict) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Verdict is what is to be done with a message that is Unknown or Dead.
+type Verdict int
+
+const (
+	SendAgain  Verdict = iota // to all who have not certainly got it: those who may have it may get it twice
+	TakeAsSent                // it is Accepted
+	Drop                      // it is Cancelled
+)
+
+// Resolve decides about a message that is Unknown or Dead; [ErrConflict] means that it is neither.
+func (o *Outbox) Resolve(ctx context.Context, id string, v Verdict) error {
+	err := o.cfg.Store.Change(ctx, id, func(i *Item) error {
+		now := time.Now()
+		switch {
+		case i.State != Unknown && i.State != Dead:
+			return ErrConflict
+		case v == TakeAsSent:
+			i.State = Accepted
+		case v == Drop:
+			i.State = Cancelled
+		case v == SendAgain:
+			i.State, i.Due, i.Created, i.NotAfter = Queued, now, now, time.Time{}
+		default:
+			return fmt.Errorf("outbox: verdict %d is none", v)
+		}
+		i.Changed = now
+		return nil
+	})
+	if err == nil {
+		o.tell()
+	}
+	return err
+}

@@ -1,0 +1,313 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// poll is how often Run looks for messages that other processes have enqueued.
+const poll = time.Second
+
+// Run sends what is due, until ctx ends. Then it waits for the relay's replies to what it has sent, and returns nil where each
+// message is in a state that holds. It returns an error where the store has a worker already, or cannot be used from the start;
+// a store that fails later is asked again.
+//
+// Messages that a worker which died was sending are Unknown from the start of Run on.
+func (o *Outbox) Run(ctx context.Context) error {
+	detach, _, err := o.cfg.Store.Attach(ctx)
+	if err != nil {
+		return err
+	}
+	o.mu.Lock()
+	o.ends = false
+	o.mu.Unlock()
+	free := make(chan struct{}, o.cfg.InHand) // has one for each message in hand
+	var all sync.WaitGroup
+	forgotten := time.Time{}
+	for ctx.Err() == nil {
+		if now := time.Now(); now.Sub(forgotten) > time.Minute {
+			forgotten = now
+			for n, err := 1, error(nil); n > 0 && err == nil; { // else the next time
+				n, err = o.cfg.Store.Forget(ctx, now.Add(-o.cfg.Remember))
+			}
+		}
+		claims, next, err := o.cfg.Store.Claim(ctx, time.Now(), o.cfg.InHand, o.weight)
+		if err == nil && len(claims) > 0 {
+			for _, c := range claims {
+				select {
+				case free <- struct{}{}:
+				case <-ctx.Done():
+					o.cfg.Store.Release(c.ID)
+					continue
+				}
+				all.Go(func() {
+					defer func() { <-free }()
+					o.deliver(ctx, c)
+				})
+			}
+			continue
+		}
+		o.rest(ctx, next)
+	}
+	o.stop()
+	ended := make(chan struct{})
+	go func() { all.Wait(); close(ended) }()
+	drain := time.NewTimer(o.cfg.Drain)
+	defer drain.Stop()
+	select {
+	case <-ended:
+	case <-drain.C:
+		o.giveUp()
+		<-ended
+	}
+	return detach()
+}
+
+func (o *Outbox) weight(tenant string) int { return max(o.cfg.Tenants(tenant), 1) }
+
+// rest waits for something new, for the time when the next message is due, or for the next look.
+func (o *Outbox) rest(ctx context.Context, next time.Time) {
+	wait := poll
+	if !next.IsZero() {
+		wait = min(wait, max(time.Until(next), time.Millisecond))
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-o.news:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// delivery is one Send of a message.
+type delivery struct {
+	o      *Outbox
+	claim  Claim
+	cancel context.CancelCauseFunc
+
+	// Of the intent. They are for the goroutine of Send, but for err, which is valid once begun is closed.
+	started bool
+	begun   chan struct{}
+	err     error
+
+	passed bool // the end of the message may have left; guarded by o.mu
+}
+
+// errStopping ends a delivery where Run is to stop.
+var errStopping = errors.New("outbox: stopping")
+
+// stop ends the deliveries whose end has not left.
+func (o *Outbox) stop() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.ends = true
+	for d := range o.hands {
+		if !d.passed {
+			d.cancel(errStopping)
+		}
+	}
+}
+
+// giveUp ends all others.
+func (o *Outbox) giveUp() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for d := range o.hands {
+		d.cancel(errStopping)
+	}
+}
+
+func (o *Outbox) stopping() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.ends
+}
+
+// deliver sends a message and writes down what became of it.
+func (o *Outbox) deliver(ctx context.Context, c Claim) {
+	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
+		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
+		o.end(c)
+		return
+	}
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	d := &delivery{o: o, claim: c, cancel: cancel, begun: make(chan struct{})}
+	if !d.enter() {
+		o.cfg.Store.Release(c.ID)
+		return
+	}
+	defer d.leave()
+	if o.cfg.Intent == Early {
+		d.start()
+	}
+	_, err := o.cfg.Route(c.Item).Send(ctx, smtprelay.Message{
+		From: c.From, To: c.To, Body: c.Body, AllOrNothing: c.AllOrNothing, MailOptions: c.MailOptions, RcptOptions: c.RcptOptions,
+		BeforeEnd: d.beforeEnd,
+	})
+	if d.started {
+		<-d.begun // else the intent might be written down behind the end
+		if errors.Is(d.err, ErrConflict) {
+			o.cfg.Store.Release(c.ID) // cancelled meanwhile; without an intent nothing has left
+			return
+		}
+	}
+	c.settle(err, time.Now(), o.cfg.Retry)
+	o.end(c)
+}
+
+// enter reports false where Run is to stop.
+func (d *delivery) enter() bool {
+	d.o.mu.Lock()
+	defer d.o.mu.Unlock()
+	if !d.o.ends {
+		d.o.hands[d] = struct{}{}
+	}
+	return !d.o.ends
+}
+
+func (d *delivery) leave() {
+	d.o.mu.Lock()
+	defer d.o.mu.Unlock()
+	delete(d.o.hands, d)
+}
+
+// start has the intent written down.
+func (d *delivery) start() {
+	if d.started {
+		return
+	}
+	d.started = true
+	go func() { // ends with the store's answer, for which deliver waits
+		defer close(d.begun)
+		d.err = d.o.cfg.Store.Begin(context.Background(), []Intent{{ID: d.claim.ID, Nonce: d.claim.Nonce}})[0]
+	}()
+}
+
+// beforeEnd lets the end of the message leave once its intent is durable.
+func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
+	d.start()
+	select {
+	case <-d.begun:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if d.err != nil {
+		return d.err
+	}
+	d.o.mu.Lock()
+	defer d.o.mu.Unlock()
+	if d.o.ends && !d.passed {
+		return errStopping
+	}
+	d.passed = true
+	return nil
+}
+
+// storePause is how long a message waits that could not be sent for a reason of ours.
+const storePause = time.Second
+
+// settle takes in what a Send has returned.
+func (c *Claim) settle(err error, now time.Time, retry Retry) {
+	c.Changed = now
+	var results []smtprelay.RecipientResult
+	e, ok := errors.AsType[*smtprelay.Error](err)
+	if ok {
+		results = e.Recipients
+	}
+	for _, to := range c.To {
+		fate := Fate{To: to, Outcome: smtprelay.OutcomeOf(err)}
+		if i := slices.IndexFunc(results, func(r smtprelay.RecipientResult) bool { return r.To == to }); i >= 0 {
+			r := results[i]
+			fate.Outcome, fate.Code, fate.QueueID = r.Outcome, r.Reply.Code, r.QueueID
+			if r.Reply.Code != 0 {
+				fate.Reply = r.Reply.String()
+			}
+		}
+		if i := slices.IndexFunc(c.Fates, func(f Fate) bool { return f.To == to }); i >= 0 {
+			c.Fates[i] = fate
+		} else {
+			c.Fates = append(c.Fates, fate)
+		}
+	}
+	if err != nil {
+		c.Reason = err.Error()
+	}
+	again := smtprelay.RetryTo(err)
+	if len(again) == 0 && smtprelay.ShouldRetry(err) {
+		again = c.To
+	}
+	outcome := smtprelay.OutcomeOf(err)
+	switch ours := ok && e.Scope == smtprelay.ScopeCaller; {
+	case outcome == smtprelay.Unknown:
+		c.State, c.To = Unknown, c.missing()
+		c.Attempts++
+	case len(again) > 0 && ours:
+		c.State, c.To, c.Due = Queued, again, now.Add(storePause)
+	case len(again) > 0:
+		c.Attempts++
+		c.To, c.Due = again, now.Add(retry.wait(c.Attempts))
+		first := c.Created
+		if c.NotBefore.After(first) {
+			first = c.NotBefore
+		}
+		c.State = Queued
+		if c.Due.Sub(first) > retry.For || !c.NotAfter.IsZero() && c.Due.After(c.NotAfter) {
+			c.State, c.To = Dead, c.missing()
+			c.Reason = fmt.Sprintf("given up after %d attempts: %s", c.Attempts, c.Reason)
+		}
+	default:
+		c.Attempts++
+		c.State, c.To = Accepted, c.missing()
+		if len(c.To) > 0 {
+			c.State = Dead
+		}
+	}
+}
+
+// missing returns those who have not certainly got the message.
+func (i *Item) missing() (to []string) {
+	for _, f := range i.Fates {
+		if f.Outcome != smtprelay.Accepted {
+			to = append(to, f.To)
+		}
+	}
+	return to
+}
+
+// wait is how long to wait after so many attempts.
+func (r Retry) wait(attempts int) time.Duration {
+	wait := r.Most
+	if shift := attempts - 1; shift < 32 && r.First < r.Most>>shift {
+		wait = r.First << shift
+	}
+	return wait - rand.N(wait/4+1)
+}
+
+// end writes down what became of c. A store that does not take it is asked again: until it does, the message is Sending. Where
+// Run is to stop, it is left so after a while, and is Unknown from the next Run on.
+func (o *Outbox) end(c Claim) {
+	for wait, tries := 10*time.Millisecond, 0; ; wait = min(2*wait, storePause) {
+		err := o.cfg.Store.End(context.Background(), []End{{Nonce: c.Nonce, Item: c.Item}})[0]
+		if err == nil {
+			break
+		}
+		if errors.Is(err, ErrConflict) || o.stopping() && tries > 10 {
+			o.cfg.Store.Release(c.ID)
+			return
+		}
+		tries++
+		time.Sleep(wait)
+	}
+	if o.cfg.Ended != nil {
+		o.cfg.Ended(c.Item)
+	}
+}

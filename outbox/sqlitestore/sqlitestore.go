@@ -1,0 +1,807 @@
+// Package sqlitestore keeps the messages of an outbox in a folder: an SQLite database, and large bodies beside it.
+//
+// What a nil error says is durable is behind an fsync: the database has a write-ahead log and synchronous=FULL, and what
+// many ask for at once is committed together, with one fsync. A body of more than 64 KiB is a file of its own, which is synced, and its
+// folder too, before the message that names it is committed. That holds as far as the disk keeps what it has said it
+// has written.
+//
+// Several processes may open a folder and enqueue; one of them at a time is the worker. It must be on a disk of this machine: SQLite's
+// locks do not work on network file systems.
+package sqlitestore
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/outbox"
+)
+
+// Store is an [outbox.Store] in a folder.
+type Store struct {
+	dir    string
+	write  *sql.DB // one connection, for commit alone
+	read   *sql.DB
+	often  map[string]*sql.Stmt // prepared, on write or on read
+	orders chan order
+	done   chan struct{} // closed when commit has ended
+	closed chan struct{} // closed by Close
+
+	closing  sync.Once
+	mu       sync.Mutex        // guards the fields below
+	claimed  map[string]string // the tenant, by ID
+	claiming bool
+	released []string // while claiming: what it reads may be older
+	last     string   // the tenant that had its turn last
+}
+
+var _ outbox.Store = (*Store)(nil)
+
+// A message that is Queued is ready, or waits for its time: messages that wait are not looked at when others are claimed.
+const waiting = -1
+
+const schema = `
+CREATE TABLE IF NOT EXISTS message (
+	seq INTEGER PRIMARY KEY,
+	id TEXT NOT NULL UNIQUE,
+	state INTEGER NOT NULL,
+	tenant TEXT NOT NULL,
+	priority INTEGER NOT NULL,
+	due INTEGER NOT NULL,
+	changed INTEGER NOT NULL,
+	nonce TEXT NOT NULL,
+	item BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS message_ready ON message (tenant, priority DESC, seq) WHERE state = 0;
+CREATE INDEX IF NOT EXISTS message_waiting ON message (due) WHERE state = -1;
+CREATE INDEX IF NOT EXISTS message_state ON message (state, seq);
+CREATE INDEX IF NOT EXISTS message_ended ON message (changed) WHERE state IN (2, 5);
+CREATE TABLE IF NOT EXISTS body (id TEXT PRIMARY KEY, file TEXT NOT NULL, text BLOB);
+`
+
+// The statements of a message's usual way. begin and end are compare-and-set.
+const (
+	insert = `INSERT INTO message (id, state, tenant, priority, due, changed, nonce, item) VALUES (?, ?, ?, ?, ?, ?, '', ?) ON CONFLICT (id) DO NOTHING`
+
+	insertBody = `INSERT INTO body (id, file, text) VALUES (?, ?, ?)`
+
+	begin = `UPDATE message SET state = 1, nonce = ?1, changed = ?2 WHERE id = ?3 AND (state <= 0 OR state = 1 AND nonce = ?1)`
+
+	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6)`
+
+	nextDue     = `SELECT min(due) FROM message WHERE state = -1`
+	tenantAfter = `SELECT min(tenant) FROM message WHERE state = 0 AND tenant > ?`
+	firstTenant = `SELECT min(tenant) FROM message WHERE state = 0`
+	ready       = `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
+	whole       = `SELECT ` + columns + `, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`
+
+	endBody = `DELETE FROM body WHERE id = ? RETURNING file`
+)
+
+// Open opens the store in dir, which is created if it is not there.
+func Open(dir string) (*Store, error) {
+	s := &Store{dir: dir, orders: make(chan order, together), done: make(chan struct{}), closed: make(chan struct{}), claimed: map[string]string{}}
+	if err := s.open(); err != nil {
+		return nil, fmt.Errorf("sqlitestore: %w", err)
+	}
+	go s.commit()
+	return s, nil
+}
+
+func (s *Store) open() (err error) {
+	if err := os.MkdirAll(s.bodies(), 0o700); err != nil {
+		return err
+	}
+	source := "file:" + (&url.URL{Path: filepath.Join(s.dir, "outbox.db")}).EscapedPath() +
+		"?_pragma=busy_timeout(60000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"
+	if s.write, err = sql.Open("sqlite", source); err != nil {
+		return err
+	}
+	s.write.SetMaxOpenConns(1)
+	if _, err := s.write.Exec(schema); err != nil {
+		return errors.Join(err, s.write.Close())
+	}
+	s.often = map[string]*sql.Stmt{}
+	for _, text := range []string{insert, insertBody, begin, end, endBody} {
+		if s.often[text], err = s.write.Prepare(text); err != nil {
+			return errors.Join(err, s.write.Close())
+		}
+	}
+	if s.read, err = sql.Open("sqlite", source+"&mode=ro"); err != nil {
+		return errors.Join(err, s.write.Close())
+	}
+	s.read.SetMaxOpenConns(4)
+	s.read.SetMaxIdleConns(4)
+	for _, text := range []string{nextDue, tenantAfter, firstTenant, ready, whole} {
+		if s.often[text], err = s.read.Prepare(text); err != nil {
+			return errors.Join(err, s.write.Close(), s.read.Close())
+		}
+	}
+	return nil
+}
+
+func (s *Store) bodies() string { return filepath.Join(s.dir, "bodies") }
+
+// Close implements [outbox.Store].
+func (s *Store) Close() error {
+	s.closing.Do(func() { close(s.closed) })
+	<-s.done
+	return errors.Join(s.write.Close(), s.read.Close())
+}
+
+// Committing.
+
+// order is something to be done in a transaction; several share one.
+type order struct {
+	do   func(*sql.Tx) error // an error of the database: all of the transaction is undone
+	done chan error          // has room for one
+}
+
+// together is how many orders share a transaction at most.
+const together = 256
+
+var errClosed = errors.New("sqlitestore: closed")
+
+// commit carries out orders until the store is closed: all that have come meanwhile in one transaction.
+func (s *Store) commit() {
+	defer close(s.done)
+	for {
+		var batch []order
+		select {
+		case o := <-s.orders:
+			batch = append(batch, o)
+		case <-s.closed:
+			return
+		}
+		for more := true; more && len(batch) < together; {
+			select {
+			case o := <-s.orders:
+				batch = append(batch, o)
+			default:
+				more = false
+			}
+		}
+		err := s.transact(func(tx *sql.Tx) error {
+			for _, o := range batch {
+				if err := o.do(tx); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		for _, o := range batch {
+			o.done <- err
+		}
+	}
+}
+
+func (s *Store) transact(f func(*sql.Tx) error) error {
+	tx, err := s.write.Begin()
+	if err != nil {
+		return err
+	}
+	if err := f(tx); err != nil {
+		return errors.Join(err, tx.Rollback())
+	}
+	return tx.Commit()
+}
+
+// durably has do carried out, and returns when that is durable. The end of ctx ends the wait before it is begun only.
+func (s *Store) durably(ctx context.Context, do func(*sql.Tx) error) error {
+	o := order{do: do, done: make(chan error, 1)}
+	select {
+	case s.orders <- o:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.closed:
+		return errClosed
+	}
+	select {
+	case err := <-o.done:
+		return err
+	case <-s.done:
+		select {
+		case err := <-o.done:
+			return err
+		default:
+			return errClosed
+		}
+	}
+}
+
+// each has do carried out for each of n, in one transaction. An error of do is that of one; an error of the database is that of all.
+func (s *Store) each(ctx context.Context, n int, do func(tx *sql.Tx, i int) (mine, all error)) []error {
+	errs := make([]error, n)
+	err := s.durably(ctx, func(tx *sql.Tx) (err error) {
+		for i := range n {
+			if errs[i], err = do(tx, i); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		for i := range errs {
+			errs[i] = fmt.Errorf("sqlitestore: %w", err)
+		}
+	}
+	return errs
+}
+
+// Messages.
+
+// stateOf is the state of i as it stands in the table.
+func stateOf(i *outbox.Item, now time.Time) int {
+	if i.State == outbox.Queued && i.Due.After(now) {
+		return waiting
+	}
+	return int(i.State)
+}
+
+// save writes i, which is there.
+func save(tx *sql.Tx, i *outbox.Item, nonce string) error {
+	text, err := json.Marshal(i)
+	if err != nil {
+		return err
+	}
+	_, err = tx.Exec(`UPDATE message SET state = ?, due = ?, changed = ?, nonce = ?, item = ? WHERE id = ?`,
+		stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), nonce, text, i.ID)
+	return err
+}
+
+// columns are what scan reads. State, Changed and nonce are in the table, and not in the item: an intent changes nothing else.
+const columns = `m.seq, m.item, m.state, m.changed, m.nonce`
+
+// row is a message of the table.
+type row struct {
+	outbox.Item
+	seq   int64
+	nonce string
+}
+
+func (r *row) scan(scan func(...any) error, more ...any) error {
+	var item []byte
+	var changed int64
+	if err := scan(append([]any{&r.seq, &item, &r.State, &changed, &r.nonce}, more...)...); err != nil {
+		return err
+	}
+	state := max(r.State, outbox.Queued)
+	if err := json.Unmarshal(item, &r.Item); err != nil {
+		return err
+	}
+	r.State, r.Changed = state, time.Unix(0, changed)
+	return nil
+}
+
+// load reads a message; ErrNotFound if there is none.
+func load(r *sql.Row) (m row, err error) {
+	if err = m.scan(r.Scan); errors.Is(err, sql.ErrNoRows) {
+		err = outbox.ErrNotFound
+	}
+	return m, err
+}
+
+const byID = `SELECT ` + columns + ` FROM message m WHERE m.id = ?`
+
+// Put implements [outbox.Store].
+func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
+	errs := make([]error, len(entries))
+	bodies := make([]spool, len(entries))
+	var good []int
+	for i, e := range entries {
+		bodies[i].dir = s.bodies()
+		if errs[i] = bodies[i].take(e.Body); errs[i] == nil {
+			good = append(good, i)
+		} else {
+			bodies[i].remove()
+		}
+	}
+	added := make([]bool, len(entries))
+	for k, err := range s.each(ctx, len(good), func(tx *sql.Tx, k int) (mine, all error) {
+		i := good[k]
+		added[i], all = s.put(tx, &entries[i].Item, &bodies[i])
+		return nil, all
+	}) {
+		errs[good[k]] = err
+	}
+	for _, i := range good {
+		if errs[i] == nil && !added[i] { // where there is an error, the message may be there all the same: else Attach removes it
+			bodies[i].remove()
+		}
+	}
+	return errs
+}
+
+func (s *Store) put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error) {
+	text, err := json.Marshal(i)
+	if err != nil {
+		return false, err
+	}
+	added, err = affected(tx.Stmt(s.often[insert]), i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
+	if err != nil || !added {
+		return false, err
+	}
+	file := ""
+	if b.name != "" {
+		file = filepath.Base(b.name)
+	}
+	_, err = tx.Stmt(s.often[insertBody]).Exec(i.ID, file, b.text)
+	return true, err
+}
+
+// Get implements [outbox.Store].
+func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
+	m, err := load(s.read.QueryRowContext(ctx, byID, id))
+	return m.Item, err
+}
+
+// page is how many messages List holds in memory.
+const page = 100
+
+// List implements [outbox.Store].
+func (s *Store) List(ctx context.Context, state outbox.State) iter.Seq2[outbox.Item, error] {
+	return func(yield func(outbox.Item, error) bool) {
+		least := int(state)
+		if state == outbox.Queued {
+			least = waiting
+		}
+		for after, more := int64(0), true; more; {
+			items, last, err := s.page(ctx, least, int(state), after)
+			if err != nil {
+				yield(outbox.Item{}, fmt.Errorf("sqlitestore: %w", err))
+				return
+			}
+			for _, i := range items {
+				if !yield(i, nil) {
+					return
+				}
+			}
+			after, more = last, len(items) == page
+		}
+	}
+}
+
+func (s *Store) page(ctx context.Context, least, most int, after int64) (items []outbox.Item, last int64, err error) {
+	rows, err := s.read.QueryContext(ctx, `SELECT `+columns+` FROM message m WHERE m.state BETWEEN ? AND ? AND m.seq > ? ORDER BY m.seq LIMIT ?`, least, most, after, page)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var m row
+		if err := m.scan(rows.Scan); err != nil {
+			return nil, 0, err
+		}
+		items, last = append(items, m.Item), m.seq
+	}
+	return items, last, rows.Err()
+}
+
+// Change implements [outbox.Store].
+func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) error) error {
+	return s.each(ctx, 1, func(tx *sql.Tx, _ int) (mine, all error) {
+		m, err := load(tx.QueryRow(byID, id))
+		if errors.Is(err, outbox.ErrNotFound) {
+			return err, nil
+		} else if err != nil {
+			return nil, err
+		}
+		if err := f(&m.Item); err != nil {
+			return err, nil
+		}
+		return nil, save(tx, &m.Item, "")
+	})[0]
+}
+
+// Forget implements [outbox.Store].
+func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
+	var files []string
+	err = s.durably(ctx, func(tx *sql.Tx) error {
+		rows, err := tx.Query(`SELECT m.id, coalesce(b.file, '') FROM message m LEFT JOIN body b ON b.id = m.id WHERE m.state IN (2, 5) AND m.changed < ? LIMIT 1000`, before.UnixNano())
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		var ids []string
+		for rows.Next() {
+			var id, file string
+			if err := rows.Scan(&id, &file); err != nil {
+				return err
+			}
+			ids, files = append(ids, id), append(files, file)
+		}
+		for _, id := range ids {
+			if err := errors.Join(execute(tx, `DELETE FROM body WHERE id = ?`, id), execute(tx, `DELETE FROM message WHERE id = ?`, id)); err != nil {
+				return err
+			}
+		}
+		n = len(ids)
+		return rows.Err()
+	})
+	if err != nil {
+		return 0, fmt.Errorf("sqlitestore: %w", err)
+	}
+	s.removeBodies(files)
+	return n, nil
+}
+
+func execute(tx *sql.Tx, text string, args ...any) error {
+	_, err := tx.Exec(text, args...)
+	return err
+}
+
+func (s *Store) removeBodies(files []string) {
+	for _, file := range files {
+		if file != "" {
+			_ = os.Remove(filepath.Join(s.bodies(), file)) // else Attach does
+		}
+	}
+}
+
+// Working.
+
+// Attach implements [outbox.Store].
+func (s *Store) Attach(ctx context.Context) (detach func() error, parked int, err error) {
+	file, err := os.OpenFile(filepath.Join(s.dir, "worker"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, 0, fmt.Errorf("sqlitestore: %w", err)
+	}
+	if err := lock(file); err != nil {
+		_ = file.Close()
+		return nil, 0, err
+	}
+	err = s.durably(ctx, func(tx *sql.Tx) error {
+		rows, err := tx.Query(`SELECT `+columns+` FROM message m WHERE m.state = ?`, int(outbox.Sending))
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		var items []outbox.Item
+		for rows.Next() {
+			var m row
+			if err := m.scan(rows.Scan); err != nil {
+				return err
+			}
+			items = append(items, m.Item)
+		}
+		for _, i := range items {
+			i.State, i.Changed, i.Reason = outbox.Unknown, time.Now(), "the worker died while it was sent"
+			if err := save(tx, &i, ""); err != nil {
+				return err
+			}
+		}
+		parked = len(items)
+		return rows.Err()
+	})
+	if err == nil {
+		err = s.sweep(ctx)
+	}
+	if err != nil {
+		_ = file.Close()
+		return nil, 0, fmt.Errorf("sqlitestore: %w", err)
+	}
+	return file.Close, parked, nil
+}
+
+// sweepAge is how old a body must be that no message names, to be removed: a younger one may be that of a Put under way.
+const sweepAge = time.Hour
+
+// sweep removes bodies that no message names: their process has died on the way.
+func (s *Store) sweep(ctx context.Context) error {
+	files, err := os.ReadDir(s.bodies())
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		var n int
+		if err := s.read.QueryRowContext(ctx, `SELECT count(*) FROM body WHERE file = ?`, f.Name()).Scan(&n); err != nil {
+			return err
+		}
+		if info, err := f.Info(); n == 0 && err == nil && time.Since(info.ModTime()) > sweepAge {
+			s.removeBodies([]string{f.Name()})
+		}
+	}
+	return nil
+}
+
+// Claim implements [outbox.Store].
+func (s *Store) Claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []outbox.Claim, next time.Time, err error) {
+	s.mu.Lock()
+	s.claiming = true
+	s.mu.Unlock()
+	claims, next, err = s.claim(ctx, now, n, weight)
+	s.mu.Lock()
+	s.claiming = false
+	released := s.released
+	s.released = nil
+	s.mu.Unlock()
+	s.Release(released...)
+	if err != nil {
+		var ids []string
+		for _, c := range claims {
+			ids = append(ids, c.ID)
+		}
+		s.Release(ids...)
+		return nil, time.Time{}, fmt.Errorf("sqlitestore: %w", err)
+	}
+	return claims, next, nil
+}
+
+func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []outbox.Claim, next time.Time, err error) {
+	var due sql.NullInt64
+	if err := s.often[nextDue].QueryRowContext(ctx).Scan(&due); err != nil {
+		return nil, time.Time{}, err
+	}
+	if due.Valid && due.Int64 <= now.UnixNano() {
+		if err := s.durably(ctx, func(tx *sql.Tx) error {
+			return execute(tx, `UPDATE message SET state = 0 WHERE seq IN (SELECT seq FROM message WHERE state = -1 AND due <= ? LIMIT 1000)`, now.UnixNano())
+		}); err != nil {
+			return nil, time.Time{}, err
+		}
+		if err := s.often[nextDue].QueryRowContext(ctx).Scan(&due); err != nil {
+			return nil, time.Time{}, err
+		}
+	}
+	if due.Valid {
+		next = time.Unix(0, due.Int64)
+	}
+	// Around the tenants for as long as there is room; who is alone has all of it.
+	s.mu.Lock()
+	tenant := s.last
+	s.mu.Unlock()
+	idle := map[string]bool{}
+	for len(claims) < n {
+		var following sql.NullString
+		if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
+			return claims, next, err
+		}
+		if !following.Valid {
+			if err := s.often[firstTenant].QueryRowContext(ctx).Scan(&following); err != nil {
+				return claims, next, err
+			}
+		}
+		if !following.Valid || idle[following.String] {
+			break
+		}
+		want := n - len(claims)
+		if alone := following.String == tenant && len(claims) > 0; !alone {
+			want = min(want, max(weight(following.String), 1))
+		}
+		tenant = following.String
+		more, err := s.claimOf(ctx, tenant, want)
+		claims = append(claims, more...)
+		if err != nil {
+			return claims, next, err
+		}
+		if len(more) == 0 {
+			idle[tenant] = true
+		}
+		s.mu.Lock()
+		s.last = tenant
+		s.mu.Unlock()
+	}
+	return claims, next, nil
+}
+
+// claimOf claims up to n messages of a tenant.
+func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []outbox.Claim, err error) {
+	s.mu.Lock()
+	had := 0 // those are skipped
+	for _, t := range s.claimed {
+		if t == tenant {
+			had++
+		}
+	}
+	s.mu.Unlock()
+	free, err := s.free(ctx, tenant, n, had)
+	if err != nil {
+		return nil, err
+	}
+	for _, seq := range free {
+		var m row
+		var text []byte
+		var file string
+		err := m.scan(s.often[whole].QueryRowContext(ctx, seq).Scan, &file, &text)
+		if errors.Is(err, sql.ErrNoRows) {
+			continue // cancelled and forgotten meanwhile
+		} else if err != nil {
+			return claims, err
+		}
+		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: smtprelay.Bytes(text)}
+		if file != "" {
+			c.Body = fileBody(filepath.Join(s.bodies(), file))
+		}
+		s.mu.Lock()
+		s.claimed[c.ID] = tenant
+		s.mu.Unlock()
+		claims = append(claims, c)
+	}
+	return claims, nil
+}
+
+// free returns up to n messages of a tenant that are not claimed, where it has so many that are.
+func (s *Store) free(ctx context.Context, tenant string, n, claimed int) (free []int64, err error) {
+	rows, err := s.often[ready].QueryContext(ctx, tenant, n+claimed)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() && len(free) < n {
+		var seq int64
+		var id string
+		if err := rows.Scan(&seq, &id); err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		_, taken := s.claimed[id]
+		s.mu.Unlock()
+		if !taken {
+			free = append(free, seq)
+		}
+	}
+	return free, rows.Err()
+}
+
+// Release implements [outbox.Store].
+func (s *Store) Release(ids ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.claiming {
+		s.released = append(s.released, ids...)
+		return
+	}
+	for _, id := range ids {
+		delete(s.claimed, id)
+	}
+}
+
+// Begin implements [outbox.Store].
+func (s *Store) Begin(ctx context.Context, intents []outbox.Intent) []error {
+	return s.each(ctx, len(intents), func(tx *sql.Tx, k int) (mine, all error) {
+		changed, err := affected(tx.Stmt(s.often[begin]), intents[k].Nonce, time.Now().UnixNano(), intents[k].ID)
+		if err == nil && !changed {
+			return outbox.ErrConflict, nil
+		}
+		return nil, err
+	})
+}
+
+// affected reports whether a statement has changed a row.
+func affected(stmt *sql.Stmt, args ...any) (bool, error) {
+	r, err := stmt.Exec(args...)
+	if err != nil {
+		return false, err
+	}
+	n, err := r.RowsAffected()
+	return n > 0, err
+}
+
+// End implements [outbox.Store].
+func (s *Store) End(ctx context.Context, ends []outbox.End) []error {
+	files := make([]string, len(ends))
+	errs := s.each(ctx, len(ends), func(tx *sql.Tx, k int) (mine, all error) {
+		i := &ends[k].Item
+		text, err := json.Marshal(i)
+		if err != nil {
+			return nil, err
+		}
+		changed, err := affected(tx.Stmt(s.often[end]), stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), text, i.ID, ends[k].Nonce)
+		switch {
+		case err != nil:
+			return nil, err
+		case !changed:
+			return outbox.ErrConflict, nil
+		case i.State != outbox.Accepted:
+			return nil, nil
+		}
+		if err := tx.Stmt(s.often[endBody]).QueryRow(i.ID).Scan(&files[k]); !errors.Is(err, sql.ErrNoRows) {
+			return nil, err
+		}
+		return nil, nil
+	})
+	for k, err := range errs {
+		if err == nil {
+			s.Release(ends[k].ID)
+			s.removeBodies(files[k : k+1])
+		}
+	}
+	return errs
+}
+
+// Bodies.
+
+// inline is how large a body in the database may be.
+const inline = 64 << 10
+
+// spool takes a body: into memory, or into a file once it is large.
+type spool struct {
+	dir  string
+	text []byte
+	name string // of the file; "": none
+	file *os.File
+}
+
+// take has body write itself, durably where that is to a file.
+func (s *spool) take(body io.WriterTo) error {
+	if s.text = []byte{}; body == nil {
+		return errors.New("sqlitestore: a message without body")
+	}
+	if _, err := body.WriteTo(s); err != nil {
+		s.close()
+		return err
+	}
+	if s.file == nil {
+		return nil
+	}
+	if err := errors.Join(s.file.Sync(), s.file.Close(), syncDir(s.dir)); err != nil {
+		return fmt.Errorf("sqlitestore: %w", err)
+	}
+	s.text = []byte{}
+	return nil
+}
+
+// Write implements io.Writer.
+func (s *spool) Write(p []byte) (int, error) {
+	if s.file == nil && len(s.text)+len(p) <= inline {
+		s.text = append(s.text, p...)
+		return len(p), nil
+	}
+	if s.file == nil {
+		s.name = filepath.Join(s.dir, rand.Text())
+		file, err := os.OpenFile(s.name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return 0, err
+		}
+		s.file = file
+		if _, err := file.Write(s.text); err != nil {
+			return 0, err
+		}
+	}
+	return s.file.Write(p)
+}
+
+func (s *spool) close() {
+	if s.file != nil {
+		_ = s.file.Close() // it is given up
+	}
+}
+
+func (s *spool) remove() {
+	if s.name != "" {
+		_ = os.Remove(s.name) // else Attach does
+	}
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// fileBody is a body in a file of that name.
+type fileBody string
+
+// WriteTo implements io.WriterTo.
+func (name fileBody) WriteTo(w io.Writer) (int64, error) {
+	file, err := os.Open(string(name))
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	return io.Copy(w, file)
+}

@@ -1,0 +1,136 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"io"
+	"iter"
+	"time"
+
+	"github.com/smtprelay/smtprelay"
+)
+
+// Store keeps the messages of an [Outbox]. Package storetest has the tests that one must pass. All methods are safe for
+// concurrent use; what is called by many at once should be made durable together.
+type Store interface {
+	// Put adds messages. A nil error means that the message is durable, or that its ID was there already.
+	Put(ctx context.Context, entries []Entry) []error
+
+	// Attach makes the caller the one worker of the store, until it calls detach; ErrWorking means that there is one. Messages
+	// that a worker which died was sending become Unknown: it returns how many.
+	Attach(ctx context.Context) (detach func() error, parked int, err error)
+
+	// Claim returns up to n messages that are due at now and that nobody has claimed, and when the next one is due, zero if none is.
+	// Tenants take turns, weight(tenant) messages in each; of a tenant's, those of the highest Priority are first, and of these
+	// the oldest. A claim is not durable: it ends with End or Release, or with the worker.
+	Claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []Claim, next time.Time, err error)
+
+	// Begin makes a message Sending, durably. It is compare-and-set: [ErrConflict] means that it is not Queued any more; a message that
+	// is Sending with the same Nonce is no conflict.
+	Begin(ctx context.Context, intents []Intent) []error
+
+	// End writes down what became of a claimed message, durably, and ends the claim. It is compare-and-set like Begin: the message is
+	// Queued, or Sending with the same Nonce.
+	End(ctx context.Context, ends []End) []error
+
+	// Release ends claims on messages of which nothing was begun.
+	Release(ids ...string)
+
+	// Get returns a message; [ErrNotFound] if there is none.
+	Get(ctx context.Context, id string) (Item, error)
+
+	// List yields the messages in a state, oldest first. It holds few of them in memory, and no lock while it yields.
+	List(ctx context.Context, state State) iter.Seq2[Item, error]
+
+	// Change calls f with a message and writes down what f has made of it, durably, unless f returns an error, which is returned.
+	// No other change comes in between.
+	Change(ctx context.Context, id string, f func(*Item) error) error
+
+	// Forget removes messages that were Accepted or Cancelled before then, some thousand at most, and returns how many.
+	Forget(ctx context.Context, before time.Time) (int, error)
+
+	Close() error
+}
+
+// Entry is a message to put into a Store.
+type Entry struct {
+	Item
+	Body io.WriterTo
+}
+
+// Claim is a message that a worker has in hand.
+type Claim struct {
+	Item
+	Nonce string      // of this delivery; no other one has the same
+	Body  io.WriterTo // can be written any number of times, until the claim ends
+}
+
+// Intent says that a message may have been sent from now on.
+type Intent struct{ ID, Nonce string }
+
+// End is what became of a delivery.
+type End struct {
+	Nonce string
+	Item
+}
+
+var (
+	// ErrConflict is returned where a message is not in the state that was expected.
+	ErrConflict = errors.New("outbox: the message is in another state")
+	// ErrNotFound is returned where there is no message of the ID.
+	ErrNotFound = errors.New("outbox: no such message")
+	// ErrWorking is returned by Run where the store has a worker already.
+	ErrWorking = errors.New("outbox: another worker has the store")
+)
+
+// State is where a message is on its way.
+type State int
+
+const (
+	Queued    State = iota // it waits for its turn, or for its time; the Attempts tell whether it was tried
+	Sending                // the relay may have it: its end may leave from now on
+	Accepted               // all recipients were accepted
+	Dead                   // the relay has refused it, or some of its recipients, for good; or its time has passed
+	Unknown                // the relay may have it or not: it is not sent again unless Resolve says so
+	Cancelled              // by Cancel, or Resolve with Drop
+)
+
+var states = []string{"queued", "sending", "accepted", "dead", "unknown", "cancelled"}
+
+// String returns the state in lower case.
+func (s State) String() string {
+	if s < 0 || int(s) >= len(states) {
+		return "?"
+	}
+	return states[s]
+}
+
+// Item is a message as it stands, without its body.
+type Item struct {
+	ID           string
+	Tenant       string
+	Priority     int
+	From         string
+	To           []string // who is still to get it
+	AllOrNothing bool
+	MailOptions  *smtprelay.MailOptions
+	RcptOptions  map[string]*smtprelay.RcptOptions
+
+	Created, NotBefore, NotAfter time.Time
+
+	State    State
+	Due      time.Time // Queued: when it is tried next
+	Changed  time.Time // when it came into this state
+	Attempts int       // that came to an end
+	Fates    []Fate    // of the recipients that were tried, as the relay has told it last
+	Reason   string    // why it was not accepted, in one line, with the relay's words in quotes
+}
+
+// Fate is what became of a message for one recipient.
+type Fate struct {
+	To      string
+	Outcome smtprelay.Outcome
+	Code    int    // of the relay's reply; 0: none
+	Reply   string // its words, on one line of printable characters
+	QueueID string // the relay's
+}
