@@ -70,6 +70,7 @@ CREATE INDEX IF NOT EXISTS message_waiting ON message (due) WHERE state = -1;
 CREATE INDEX IF NOT EXISTS message_state ON message (state, seq);
 CREATE INDEX IF NOT EXISTS message_ended ON message (changed) WHERE state IN (2, 5);
 CREATE TABLE IF NOT EXISTS body (id TEXT PRIMARY KEY, file TEXT NOT NULL, text BLOB);
+CREATE INDEX IF NOT EXISTS body_file ON body (file) WHERE file <> '';
 `
 
 // The statements of a message's usual way. begin and end are compare-and-set.
@@ -82,9 +83,10 @@ const (
 
 	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6)`
 
-	nextDue     = `SELECT min(due) FROM message WHERE state = -1`
-	tenantAfter = `SELECT min(tenant) FROM message WHERE state = 0 AND tenant > ?`
-	firstTenant = `SELECT min(tenant) FROM message WHERE state = 0`
+	// Without statistics SQLite would take the index of the state, and read all that is queued.
+	nextDue     = `SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1`
+	tenantAfter = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0 AND tenant > ?`
+	firstTenant = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0`
 	ready       = `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
 	whole       = `SELECT ` + columns + `, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`
 
@@ -410,7 +412,7 @@ func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) erro
 func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
 	var files []string
 	err = s.durably(ctx, func(tx *sql.Tx) error {
-		rows, err := tx.Query(`SELECT m.id, coalesce(b.file, '') FROM message m LEFT JOIN body b ON b.id = m.id WHERE m.state IN (2, 5) AND m.changed < ? LIMIT 1000`, before.UnixNano())
+		rows, err := tx.Query(`SELECT m.id, coalesce(b.file, '') FROM message m INDEXED BY message_ended LEFT JOIN body b ON b.id = m.id WHERE m.state IN (2, 5) AND m.changed < ? LIMIT 1000`, before.UnixNano())
 		if err != nil {
 			return err
 		}
@@ -507,7 +509,7 @@ func (s *Store) sweep(ctx context.Context) error {
 	}
 	for _, f := range files {
 		var n int
-		if err := s.read.QueryRowContext(ctx, `SELECT count(*) FROM body WHERE file = ?`, f.Name()).Scan(&n); err != nil {
+		if err := s.read.QueryRowContext(ctx, `SELECT count(*) FROM body INDEXED BY body_file WHERE file = ? AND file <> ''`, f.Name()).Scan(&n); err != nil {
 			return err
 		}
 		if info, err := f.Info(); n == 0 && err == nil && time.Since(info.ModTime()) > sweepAge {
