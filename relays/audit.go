@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -48,7 +49,7 @@ func (s *sending) lastLine() []byte {
 }
 
 func (s *sending) message() smtprelay.Message {
-	return smtprelay.Message{From: s.from, To: s.to, Body: s.body, AllOrNothing: s.allOrNothing, MailOptions: s.options}
+	return smtprelay.Message{From: cmp.Or(s.from, smtprelay.NullSender), To: s.to, Body: s.body, AllOrNothing: s.allOrNothing, MailOptions: s.options}
 }
 
 // outcome is what the client was told, as one word.

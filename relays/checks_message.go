@@ -31,8 +31,8 @@ func oneBusy(b *bench) error {
 	if err := expect(err, smtprelay.Accepted, 0, "busy@relay.example "+b.busyCode); err != nil {
 		return err
 	}
-	if e := err.(*smtprelay.Error); !e.Temporary() {
-		return fmt.Errorf("not temporary, although the only refusal is: %w", err)
+	if to := smtprelay.RetryTo(err); len(to) != 1 || to[0] != "busy@relay.example" {
+		return fmt.Errorf("to be sent again to %q; the only refusal is: %w", to, err)
 	}
 	return b.send(c, b.mail())
 }
