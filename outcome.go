@@ -221,7 +221,7 @@ func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) 
 		return fateOpen
 	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0:
 		return fateOpen
-	case reply.throttles(OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked):
+	case reply.throttles(OpRcpt), r.Seq > 1 && reply.says(tooManyMessages, OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked):
 		return fateOpen
 	case temporary && class == 4:
 		return fateLater

@@ -85,6 +85,8 @@ func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
+	case r.Seq > 1 && e.Reply.says(tooManyMessages, e.Op):
+		return retryNow // the connection has had its share; another one may have this message
 	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq, r.Worked):
 		return tryElsewhere
 	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
