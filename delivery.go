@@ -39,6 +39,7 @@ type delivery struct {
 	tries     int    // all of them
 	unknown   *Error // of a transaction whose fate is unknown
 	refusal   *Error // what the first recipient that was refused for itself was told
+	failure   *Error // why the last transaction is to be tried again
 }
 
 // run makes transactions until nothing is left to do.
@@ -55,7 +56,7 @@ func (d *delivery) run() (Receipt, error) {
 		d.failed += g.failed
 		d.want.waited += g.waited
 		if err != nil {
-			return d.end(err)
+			return d.end(d.lastWords(err))
 		}
 		s := g.session
 		d.round, d.want.again, d.want.admitted = g.round, false, true
@@ -213,6 +214,7 @@ const (
 
 // pause waits before the next try if there is one, as what says. Else it returns e, the reason.
 func (d *delivery) pause(what next, e *Error) *Error {
+	d.failure = e
 	switch what {
 	case waitForSlot, retryNow:
 		what = retryNow // the others work, or the gate is closed, and whoever waits is served in turn
@@ -246,9 +248,17 @@ func (d *delivery) pause(what next, e *Error) *Error {
 		if e.Scope == ScopeRelay {
 			scope = ScopeRelay
 		}
-		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: scope, Err: err}
+		return d.lastWords(&Error{Op: e.Op, subject: e.subject, Outcome: NotAccepted, Scope: scope, Err: err})
 	}
 	return nil
+}
+
+// lastWords adds to e, which ends the tries without a word of the relay's, what the relay said to the last one.
+func (d *delivery) lastWords(e *Error) *Error {
+	if last := d.failure; last != nil && last.Reply.Code != 0 && e.Reply.Code == 0 {
+		e.Op, e.subject, e.Reply = last.Op, last.subject, last.Reply
+	}
+	return e
 }
 
 // slowDown waits for the relay's pace. A message that the relay refuses again and again does not slow down the others any more, and

@@ -7,6 +7,7 @@ type gate struct {
 	failures  int       // of dials, one after another; those that failed together count once
 	round     int       // counts failures: a dial that was begun in an earlier round failed together with others
 	notBefore time.Time // no dial before
+	showUntil time.Time // nor before this, while a new connection is to show that the relay works; zero: none is
 	last      *Error    // of the last dial; nil once one has succeeded
 	paused    bool      // last is about the credentials: whoever needs a new connection is told at once
 }
@@ -20,18 +21,21 @@ const (
 
 // open reports whether a dial may be begun while so many are under way. After a failure one is tried at a time.
 func (g *gate) open(now time.Time, dialling int) bool {
-	return g.failures == 0 || (dialling == 0 && !now.Before(g.notBefore))
+	return g.failures == 0 || (dialling == 0 && !now.Before(g.opens()))
 }
 
 // opened notes that the relay does its work.
 func (g *gate) opened() { g.failures, g.last, g.paused = 0, nil, false }
 
-// dialled notes that a dial has succeeded. After a failure the next one waits until the relay has shown that it does its work on
-// this connection, but not for long.
+// dialled notes that a dial has succeeded. After a failure the next one waits until the relay has shown that it works on this
+// connection, but not for long.
 func (g *gate) dialled(now time.Time) {
 	g.paused = false
-	g.notBefore = latest(g.notBefore, now.Add(showingTime))
+	g.showUntil = now.Add(showingTime)
 }
+
+// notShown notes that such a connection has ended and it was not the relay's fault: nothing more is to be expected of it.
+func (g *gate) notShown() { g.showUntil = time.Time{} }
 
 // failed notes that a dial of the given round has failed with e, and that none is to be begun before notBefore.
 func (g *gate) failed(e *Error, round int, notBefore time.Time, paused bool) {
@@ -42,6 +46,7 @@ func (g *gate) failed(e *Error, round int, notBefore time.Time, paused bool) {
 	g.failures++
 	g.last = e.clone()
 	g.notBefore, g.paused = notBefore, paused
+	g.notShown()
 }
 
 func backoffUpTo(least, most time.Duration, failures int) time.Duration {
@@ -64,5 +69,5 @@ func (g *gate) opens() time.Time {
 	if g.failures == 0 {
 		return time.Time{}
 	}
-	return g.notBefore
+	return latest(g.notBefore, g.showUntil)
 }

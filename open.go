@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
 // When the pool opens a connection, what happens when one is open, and what happens when one fails.
@@ -127,6 +128,7 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 		p.running.Go(func() { p.watchSlot(s) })
 	}
 	p.gate.dialled(time.Now())
+	s.round = p.gate.round
 	alone := s.PendingAuth() && p.queue.len() == 0 && !p.draining
 	if !alone {
 		p.releaseLocked(s) // at once: between, whoever it is for would seem to need one more dial
@@ -214,25 +216,20 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 		}
 		return
 	}
-	if info.Decided || info.LedByAuth || p.draining || info.Used == 0 && s.lostIdle || errors.As(info.Err, &ours) {
+	byRule := info.Reason != conn.Fault && (info.Reason != conn.Full || info.Used == 0)
+	if info.Decided || info.LedByAuth || p.draining || info.Used == 0 && s.lostIdle || byRule || errors.As(info.Err, &ours) {
+		if s.round == p.gate.round {
+			p.gate.notShown()
+		}
 		return
 	}
-	if info.Reason != conn.Fault && (info.Reason != conn.Full || info.Used == 0) {
-		return // it has ended by a rule of ours
-	}
-	e := &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: info.Err}
-	switch cause := info.Err.(type) {
-	case *conn.ReplyError:
-		e.Op, e.Reply, e.Err = opOf(cause.Step), publicReply(cause.Reply), nil
-	case *conn.UnexpectedReply:
-		e.Reply, e.Err = publicReply(cause.Reply), nil
-	case *conn.AuthError:
-		e = p.cfg.refusedAuth(cause.Reply)
-	case nil:
-		e.Err = errNoWork
+	e := p.endOf(info)
+	crowd := false
+	if cause, ok := info.Err.(*conn.ReplyError); ok {
+		crowd = publicReply(cause.Reply).says(tooManyConns, opOf(cause.Step))
 	}
 	now := time.Now()
-	if e.Reply.says(tooManyConns, e.Op) && p.workingLocked() {
+	if crowd && p.workingLocked() {
 		p.crowdedLocked()
 	} else {
 		p.gateFailedLocked(e, s.round, now)
@@ -240,7 +237,41 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 	p.fillLocked(now)
 }
 
+// endOf is what other messages may be told of the end of a connection.
+func (p *pool) endOf(info conn.Info) *Error {
+	e := &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: errNoWork}
+	switch cause := info.Err.(type) {
+	case nil:
+	case *conn.AuthError:
+		return p.cfg.refusedAuth(cause.Reply)
+	case *conn.ReplyError:
+		e.Reply, e.Err = toOthers(publicReply(cause.Reply))
+	case *conn.UnexpectedReply:
+		e.Reply, e.Err = toOthers(publicReply(cause.Reply))
+	case *wire.MalformedError:
+		e.Err = errors.New("the last connection ended: a malformed reply")
+	default:
+		e.Err = info.Err
+	}
+	return e
+}
+
 var errNoWork = errors.New("the relay accepts nothing and refuses no recipient")
+
+// toOthers is what other messages may be told of r, the reply to a command of one message: 421, which is about the connection (RFC
+// 5321, 3.8), and else the codes of a refusal alone, since its words may name addresses.
+func toOthers(r Reply) (Reply, error) {
+	switch {
+	case r.Code == 421:
+		return r, nil
+	case r.Code < 400:
+		return Reply{}, fmt.Errorf("the relay is out of step: it said %d to another message", r.Code)
+	}
+	r.Message = ""
+	return r, errToOther
+}
+
+var errToOther = errors.New("the relay said so to another message")
 
 // freeSlotLocked gives back the slot of a connection that is no more.
 func (p *pool) freeSlotLocked() {
@@ -282,7 +313,7 @@ func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	if p.pace.off {
 		return false
 	}
-	p.pace.said = e
+	p.pace.said = e.Reply
 	if cut && p.pace.tooFast(round, now) {
 		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.rate)})
 		p.planLocked(now)
@@ -441,7 +472,8 @@ func (p *pool) outageErrorLocked() *Error {
 	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
 	last := p.gate.last
 	if last == nil && !p.pace.cutAt.IsZero() {
-		last = p.pace.said
+		last = &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay}
+		last.Reply, last.Err = toOthers(p.pace.said)
 	}
 	if last == nil {
 		return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: p.explainLocked(note)}

@@ -23,7 +23,7 @@ type pace struct {
 	first     time.Time // of the first one
 	risen     time.Time // when rate was raised last
 	searching bool      // it was cut once: nobody knows yet how low it is
-	said      *Error    // what the relay said last
+	said      Reply     // how the relay said so last
 	recent    recently  // messages that the relay has accepted
 }
 

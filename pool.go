@@ -66,7 +66,7 @@ type session struct {
 	*conn.Conn
 	id       int64
 	pool     *pool
-	round    int                 // of the dial gate, when this one was dialled
+	round    int                 // of the dial gate, when this one was dialled, and from then on when it was open
 	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
 	node     netip.AddrPort      // of several addresses, the one tried last; owned by the dial, as is remote
 	remote   string              // the address that it was dialled at, as far as is known
@@ -386,7 +386,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	wasIdle := s.at.in == &p.idle
 	s.at.remove()
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust)))
-	if p.gate.failures > 0 && s.round == p.gate.round && s.Info().Decided { // dialled since the last failure
+	if p.gate.failures > 0 && s.round == p.gate.round && s.Info().Decided { // opened since the last failure
 		p.gate.opened()
 		defer p.fillLocked(now)
 	}

@@ -383,3 +383,31 @@ func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing
 		atMost(t, "connections in a minute, one behind each wait of 15 s in the mean", len(relay.Conns()), 30)
 	})
 }
+
+// After a failure one connection has to show that the relay works before others are opened. Where the caller gives that one up,
+// nobody waits for what it would have shown.
+func TestCallerWhoGivesUpAfterAFailureHoldsNobodyUp(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		relay.Fault(smtptest.Fault{At: smtptest.Connect, Drop: true})
+		silent := relay.Fault(smtptest.Fault{At: smtptest.Mail, Stall: true})
+		client := newClient(t, configOf(relay))
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		var first sent
+		var callers sync.WaitGroup
+		callers.Go(func() { first = sendOne(ctx, client, 0) })
+		if err := silent.Wait(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		second := sendOne(t.Context(), client, 1)
+		callers.Wait()
+		if first.outcome() != smtprelay.NotAccepted || second.err != nil {
+			t.Errorf("the first: %v, the second: %v; want the first given up and the second accepted", first.err, second.err)
+		}
+		if took := time.Since(began); took > 3*time.Second {
+			t.Errorf("the second took %v; want it sent when the first is given up, 2 s after it began", took)
+		}
+	})
+}

@@ -83,8 +83,12 @@ func (t *Transaction) authLocked(r wire.Reply) {
 // rsetLocked handles the reply to RSET.
 func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	t.replies.Rset = r
-	if r.Class() == 2 || x.first && r.Code == 503 && t.byData {
-		return // for 503 see overlapRefused
+	if r.Class() == 2 {
+		return
+	}
+	if x.first && r.Code == 503 && t.byData { // see overlapRefused
+		t.c.hastenLocked(t, StepMail)
+		return
 	}
 	if !x.first && (r.Code == 500 || r.Code == 502) {
 		t.c.o.Profile.RsetFailed()
@@ -99,6 +103,9 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
 	t.replies.Mail, t.worked = r, c.decided
+	if t.overlapped && t.replies.Rset.Code == 503 && r.Code == 503 {
+		c.hastenLocked(t, StepRcpt, StepData)
+	}
 	switch {
 	case t.ledByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
 		c.ending.ledByAuth = true

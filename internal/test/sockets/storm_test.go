@@ -13,7 +13,7 @@ import (
 
 // The storm on sockets: rounds of all kinds until enough messages were sent.
 var (
-	stormSends = flag.Int("sockets.sends", 400, "how many messages TestStorm sends, at least")
+	stormSends = flag.Int("sockets.sends", 2000, "how many messages TestStorm sends, at least")
 	stormSeed  = flag.Uint64("sockets.seed", 0, "the seed of TestStorm; 0 means a new one")
 	stormRound = flag.Int("sockets.round", -1, "the one round of the seed that TestStorm runs")
 	stormOnly  = flag.String("sockets.only", "", `the kinds of rounds that TestStorm runs, as a regular expression, such as "strict.*/chunks"`)

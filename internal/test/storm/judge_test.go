@@ -275,6 +275,9 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 			return
 		}
 		said := stormUnderstood(r)
+		if said.text == "" && j.relay.saidCode(said.code) {
+			return // others may be told the code, not the words
+		}
 		if !j.relay.said[said] {
 			if !j.relay.garbled(said) {
 				j.fail(told, "%s: the relay has never said %v", to, said)
@@ -329,6 +332,16 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 	if len(last) > 0 && !slices.ContainsFunc(last, ofThat) {
 		j.fail(told, "the receipt says %v, queued as %q, which is the reply to none of its transactions", told.receipt.Reply, told.receipt.QueueID)
 	}
+}
+
+// saidCode tells whether the relay has given a reply with this code.
+func (r *stormRelay) saidCode(code int) bool {
+	for said := range r.said {
+		if said.code == code {
+			return true
+		}
+	}
+	return false
 }
 
 // garbled tells whether a reply may stem from a fault that sends replies of no known text.
