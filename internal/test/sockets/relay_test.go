@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"log"
 	"math/big"
@@ -184,10 +185,11 @@ func serveGoSMTP(t testing.TB, l net.Listener, h habits, led *ledger) (end func(
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	return func() {
-		if err := s.Shutdown(context.Background()); err != nil {
+		l.Close()
+		<-served // before Shutdown, which waits for connections while Serve would still add some
+		if err := s.Shutdown(context.Background()); err != nil && !errors.Is(err, net.ErrClosed) {
 			t.Error(err)
 		}
-		<-served
 		b.reading.Wait()
 	}
 }
