@@ -113,7 +113,7 @@ func TestRelayThatFailsIsAskedSeldomWhereverItFails(t *testing.T) {
 
 // A relay is restarted under load: whoever has time waits for it, and no message fails for it.
 func TestRestartFailsNoMessageThatHasTime(t *testing.T) {
-	const messages = 10_000
+	messages := fewer(10_000)
 	for _, away := range []time.Duration{5 * time.Second, 20 * time.Second} {
 		for _, greets := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v, greets: %t", away, greets), func(t *testing.T) {
@@ -408,6 +408,27 @@ func TestCallerWhoGivesUpAfterAFailureHoldsNobodyUp(t *testing.T) {
 		}
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("the second took %v; want it sent when the first is given up, 2 s after it began", took)
+		}
+	})
+}
+
+// The reply to a command of one message may name addresses: others are told its code alone.
+func TestMessageIsNotToldTheWordsToAnotherOne(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		for _, reply := range []string{"354 somebody@example.com is odd", "503 5.5.1 somebody@example.com is odd"} {
+			relay := newRelay(t, near)
+			relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: reply, Count: -1})
+			cfg := configOf(relay)
+			cfg.Retry.MaxAttempts = 1
+			client := newClient(t, cfg)
+			sendOne(t.Context(), client, 0)
+			synctest.Wait() // for the end of the connection
+			m := numbered(1)
+			m.FailFast = true
+			_, err := client.Send(t.Context(), m)
+			if e := failure(err); e.Op != smtprelay.OpWait || strings.Contains(e.Error(), "odd") || !strings.Contains(e.Error(), reply[:3]) {
+				t.Errorf("after %q to another message: %v; want the code and not the words", reply, err)
+			}
 		}
 	})
 }

@@ -211,5 +211,5 @@ func (c *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) 
 	t.guard()
 	defer func() { t.unguard() }()
 	authenticated = t.writeAuth() && t.sendNow() && t.awaitEnvelope()
-	return t.result(), authenticated
+	return t.conclude(), authenticated
 }

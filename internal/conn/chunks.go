@@ -60,7 +60,7 @@ func (t *Transaction) mustHoldLocked() bool {
 	case t.clearing: // if RSET is refused, the message would go to the recipients of the envelope that is still open
 	case t.waitsForRcpts():
 	case !c.inStep:
-	case t.overlapped && !c.overlapped:
+	case t.result.Overlapped && !c.overlapped:
 	default:
 		return false
 	}
@@ -68,17 +68,17 @@ func (t *Transaction) mustHoldLocked() bool {
 }
 
 // waitsForRcpts reports whether the body is held back until each recipient has its reply.
-func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.replies.Rcpt) > 1 }
+func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.result.Rcpt) > 1 }
 
-// goesByData reports whether the body goes by DATA, as far as that can be known before it is asked to write itself.
-func (t *Transaction) goesByData() bool {
+// goesInChunks reports whether the body goes in chunks, as far as that can be known before it is asked to write itself.
+func (t *Transaction) goesInChunks() bool {
 	switch b := t.m.Body.(type) {
 	case body.Bytes:
-		return !t.c.chunked || beginsOddly(b)
+		return t.c.chunked && !beginsOddly(b)
 	case *headedBody:
-		return !t.c.chunked || beginsOddly(b.head)
+		return t.c.chunked && !beginsOddly(b.head)
 	}
-	return !t.c.chunked
+	return t.c.chunked
 }
 
 // beginsOddly reports whether a body begins with a line that is no header field: Postfix takes an envelope line of a mailbox
@@ -91,12 +91,12 @@ func beginsOddly(body []byte) bool {
 // remaining is how much part has to write, but for the commands.
 func (t *Transaction) remaining() int64 {
 	switch {
-	case t.byData, t.bodyOver:
+	case !t.result.Chunked, t.bodyOver:
 		return 0
 	case isBytes(t.m.Body):
 		return t.m.Size
 	}
-	return int64(t.chunked.used)
+	return int64(t.chunks.used)
 }
 
 // converseInChunks writes the envelope, and of the body what part leaves over. It reports whether that is due.
@@ -104,7 +104,7 @@ func (t *Transaction) converseInChunks() bool {
 	if isBytes(t.m.Body) {
 		return t.beginChunks(t.m.Size)
 	}
-	b := &t.chunked
+	b := &t.chunks
 	b.buffer = chunkPool.Get().(*[maxChunk]byte)
 	t.c.body.Reset((*chunkSink)(t), false)
 	err := t.writeBody()
@@ -114,11 +114,11 @@ func (t *Transaction) converseInChunks() bool {
 	switch {
 	case err == errRefused:
 		return false
-	case err != nil && t.byData:
+	case err != nil && !t.result.Chunked:
 		t.giveUp(err)
 		return false
 	case err != nil:
-		t.bodyErr = err // only whole chunks were written: the connection is in step
+		t.result.BodyErr = err // only whole chunks were written: the connection is in step
 		if b.begun {
 			t.c.Retire(Full)
 		}
@@ -163,14 +163,14 @@ func (t *Transaction) beginChunks(size int64) bool {
 	if size > 0 {
 		t.declare(size)
 	}
-	t.chunked.begun = true
+	t.chunks.begun = true
 	if !t.envelope() {
 		return false
 	}
 	if !t.held {
 		return true
 	}
-	together := t.overlapped && t.holdsPrevDot // with the end of the message before, in one write
+	together := t.result.Overlapped && t.holdsPrevDot // with the end of the message before, in one write
 	if !t.send() || !t.awaitEnvelope() || !t.dataIsDue() {
 		return false
 	}
@@ -193,10 +193,10 @@ type chunkSink Transaction
 // Write implements io.Writer.
 func (cs *chunkSink) Write(p []byte) (int, error) {
 	t := (*Transaction)(cs)
-	b := &t.chunked
+	b := &t.chunks
 	n := 0
 	for {
-		if t.byData {
+		if !t.result.Chunked {
 			k, err := b.dots.Write(p[n:])
 			return n + k, err
 		}
@@ -213,7 +213,7 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 
 // overflow makes room in the buffer: it writes a chunk, or goes over to DATA.
 func (t *Transaction) overflow() error {
-	b := &t.chunked
+	b := &t.chunks
 	if !b.begun && (t.c.ext.Size == 0 || beginsOddly(b.buffer[:b.used])) {
 		return t.goByData()
 	}
@@ -228,8 +228,8 @@ func (t *Transaction) overflow() error {
 
 // goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
 func (t *Transaction) goByData() error {
-	b := &t.chunked
-	b.begun, t.byData = true, true
+	b := &t.chunks
+	b.begun, t.result.Chunked = true, false
 	if !t.beginData() {
 		return errRefused
 	}
@@ -243,7 +243,7 @@ func (t *Transaction) goByData() error {
 func (t *Transaction) unwanted() bool {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
-	step, _ := t.replies.Refusal(t.m.AllOrNothing)
+	step, _ := t.result.Refusal(t.m.AllOrNothing)
 	return step != ""
 }
 
@@ -267,7 +267,7 @@ func (t *Transaction) startChunk(n int) bool {
 
 // writeChunk writes what is in the buffer as a chunk.
 func (t *Transaction) writeChunk() bool {
-	b := &t.chunked
+	b := &t.chunks
 	if b.used == 0 {
 		return true
 	}
@@ -281,10 +281,10 @@ func (t *Transaction) writeChunk() bool {
 
 // lastChunks writes what is left of the body.
 func (t *Transaction) lastChunks() bool {
-	if t.chunked.buffer != nil {
+	if t.chunks.buffer != nil {
 		return t.writeChunk()
 	}
-	t.chunked.left = t.m.Size
+	t.chunks.left = t.m.Size
 	t.c.body.Reset((*chunkSplitter)(t), false)
 	switch err := t.writeBody(); {
 	case err == errRefused:
@@ -307,7 +307,7 @@ type chunkSplitter Transaction
 // Write implements io.Writer.
 func (cs *chunkSplitter) Write(p []byte) (int, error) {
 	t := (*Transaction)(cs)
-	b := &t.chunked
+	b := &t.chunks
 	n := 0
 	for n < len(p) {
 		if b.room == 0 {

@@ -25,11 +25,11 @@ func (t *Transaction) envelope() bool {
 	rset := t.begin()
 	command := c.o.Timeouts.Command
 	mailLimit := command
-	if first := c.o.Timeouts.First; t.seq == 1 && first > 0 && (mailLimit == 0 || first < mailLimit) {
+	if first := c.o.Timeouts.First; t.result.Seq == 1 && first > 0 && (mailLimit == 0 || first < mailLimit) {
 		mailLimit = first
 	}
 	if c.pendingAuth != nil {
-		t.ledByAuth = true
+		t.result.LedByAuth = true
 		if mailLimit == 0 || mailLimit > authSilence {
 			mailLimit = authSilence
 		}
@@ -38,8 +38,8 @@ func (t *Transaction) envelope() bool {
 		}
 	}
 	if rset {
-		x := exchange{op: StepRset, limit: command, first: t.overlapped}
-		if t.overlapped && (t.byData || t.held) { // the message has not left: it is safe to be impatient
+		x := exchange{op: StepRset, limit: command, first: t.result.Overlapped}
+		if t.result.Overlapped && (!t.result.Chunked || t.held) { // the message has not left: it is safe to be impatient
 			x.limit = c.o.Timeouts.Overlap
 		}
 		if !t.reset(x) {
@@ -50,8 +50,8 @@ func (t *Transaction) envelope() bool {
 	if !t.askLine(exchange{op: StepMail, limit: mailLimit}) {
 		return false
 	}
-	for i := range t.replies.Rcpt {
-		if !c.pipelining() && t.replies.MailRefused() {
+	for i := range t.result.Rcpt {
+		if !c.pipelining() && t.result.MailRefused() {
 			break
 		}
 		addr, rcpt := t.m.recipient(i)
@@ -69,21 +69,21 @@ func (t *Transaction) begin() (rset bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	rset = c.open
-	t.overlapped = c.pending > 0
-	t.afterIdle = !t.overlapped && time.Since(later(c.born, c.heard)) >= LongIdle
+	t.result.Overlapped = c.pending > 0
+	t.result.AfterIdle = !t.result.Overlapped && time.Since(later(c.born, c.heard)) >= LongIdle
 	// A refused chunk leaves the envelope open (RFC 3030, 2); a refused final dot does not.
-	t.clearing, c.unended = rset && (c.unended || !t.byData && !t.overlapped), true
-	t.held = !t.byData && (t.afterIdle || t.mustHoldLocked())
-	if c.failed++; t.overlapped || !rset {
+	t.clearing, c.unended = rset && (c.unended || t.result.Chunked && !t.result.Overlapped), true
+	t.held = t.result.Chunked && (t.result.AfterIdle || t.mustHoldLocked())
+	if c.failed++; t.result.Overlapped || !rset {
 		c.failed = 0
 	}
 	c.open = true
 	c.used++
-	t.seq = c.used
+	t.result.Seq = c.used
 	if c.limit > 0 && c.used >= c.limit || c.failed >= maxFailed {
 		c.retireLocked(Full)
 	}
-	if t.overlapped {
+	if t.result.Overlapped {
 		c.o.Profile.Overlapped()
 	}
 	return rset
@@ -99,7 +99,7 @@ func later(a, b time.Time) time.Time {
 
 // reset writes the command that clears an open envelope.
 func (t *Transaction) reset(x exchange) bool {
-	if t.overlapped || !t.c.o.Profile.ResetsByEHLO() {
+	if t.result.Overlapped || !t.c.o.Profile.ResetsByEHLO() {
 		return t.ask(x, "RSET")
 	}
 	// RFC 5321, 4.1.4. EHLO is the last of its group (RFC 2920, 3.1).
@@ -111,7 +111,7 @@ func (t *Transaction) writeAuth() bool {
 	c := t.c
 	c.line, c.pendingAuth = append(c.line[:0], c.pendingAuth...), nil
 	limit := c.o.openingLimit()
-	if t.ledByAuth && (limit == 0 || limit > ledAuthSilence) {
+	if t.result.LedByAuth && (limit == 0 || limit > ledAuthSilence) {
 		limit = ledAuthSilence
 	}
 	if !t.expect(exchange{op: StepAuth, limit: limit, end: c.position() + int64(len(c.line))}) {
@@ -131,7 +131,7 @@ func (t *Transaction) ask(x exchange, command string) bool {
 // askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
 func (t *Transaction) askLine(x exchange) bool {
 	c := t.c
-	if t.afterIdle && t.asked == 0 && (x.limit == 0 || x.limit > idleReply) {
+	if t.result.AfterIdle && t.asked == 0 && (x.limit == 0 || x.limit > idleReply) {
 		x.limit = idleReply
 	}
 	x.end = c.position() + int64(len(c.line))
@@ -168,14 +168,14 @@ func (t *Transaction) startData() bool {
 		return false
 	}
 	switch {
-	case t.replies.Data.Class() != 3:
+	case t.result.Data.Class() != 3:
 		return false
-	case t.replies.MailRefused() || t.clearing && t.replies.Accepted() == 0:
+	case t.result.MailRefused() || t.clearing && t.result.Accepted() == 0:
 		// The relay refused our envelope and waits for a message all the same: it may have kept another envelope. Even a final dot
 		// alone would send an empty message to its recipients.
-		t.c.fail(&ReplyError{Step: StepData, Reply: t.replies.Data})
+		t.c.fail(&ReplyError{Step: StepData, Reply: t.result.Data})
 		return false
-	case t.replies.Accepted() == 0:
+	case t.result.Accepted() == 0:
 		t.loneDot()
 		return false
 	}
@@ -185,12 +185,12 @@ func (t *Transaction) startData() bool {
 // dataIsDue reports whether DATA, or a held body in chunks, is to be sent now: the relay has accepted a recipient, or all of them
 // where AllOrNothing is set.
 func (t *Transaction) dataIsDue() bool {
-	if t.replies.Data.Code != 0 || t.replies.AuthRefused() || t.replies.MailRefused() {
+	if t.result.Data.Code != 0 || t.result.AuthRefused() || t.result.MailRefused() {
 		return false
 	}
-	accepted := t.replies.Accepted()
+	accepted := t.result.Accepted()
 	if t.m.AllOrNothing {
-		return accepted == len(t.replies.Rcpt)
+		return accepted == len(t.result.Rcpt)
 	}
 	return accepted > 0
 }
@@ -198,7 +198,7 @@ func (t *Transaction) dataIsDue() bool {
 // loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). Nothing is sent to anybody, whatever the relay replies, so
 // the reply is not waited for.
 func (t *Transaction) loneDot() {
-	if !t.c.expect(exchange{op: StepFinalDot, final: true, left: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, seq: -1}}) {
+	if !t.c.expect(exchange{op: StepFinalDot, final: true, left: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, result: Result{Seq: -1}}}) {
 		return
 	}
 	t.c.out.WriteString(".\r\n")
@@ -213,7 +213,7 @@ func (t *Transaction) loneDot() {
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
 	var stalled <-chan time.Time
-	if t.overlapped {
+	if t.result.Overlapped {
 		if c.stall == nil {
 			c.stall = time.NewTimer(stallLimit)
 		} else {
@@ -254,14 +254,14 @@ var errStalled = &GivenUpError{errors.New("the relay does not answer the message
 // the transaction can start again: nothing was accepted, replies are in step, and the connection may have one MAIL more. If TCP
 // delivered only RSET together with the dot, the relay has accepted the rest, and the transaction goes on.
 func (t *Transaction) overlapRefused() bool {
-	if !t.overlapped || t.replies.Rset.Code != 503 {
+	if !t.result.Overlapped || t.result.Rset.Code != 503 {
 		return false
 	}
 	c := t.c
 	c.o.Profile.OverlapFailed()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return t.replies.Mail.Code == 503 && t.replies.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
+	return t.result.Mail.Code == 503 && t.result.Data.Class() != 3 && (c.limit == 0 || c.used < c.limit)
 }
 
 // repeat resets t so that it can start again on the same connection.
@@ -270,6 +270,6 @@ func (t *Transaction) repeat() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t.asked, t.answered = 0, 0
-	clear(t.replies.Rcpt)
-	t.replies = Replies{Rcpt: t.replies.Rcpt}
+	clear(t.result.Rcpt)
+	t.result.Replies = Replies{Rcpt: t.result.Rcpt}
 }

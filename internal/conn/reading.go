@@ -97,7 +97,7 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	switch {
 	case x.tx != nil:
 		if x.final && r.Code == 421 && c.replies.HadYes() {
-			x.tx.contradicted = true // a 2xx that turned into a 421 before its last line
+			x.tx.result.Contradicted = true // a 2xx that turned into a 421 before its last line
 		}
 		x.tx.replyLocked(x, r)
 	case x.first && r.Code == 503:
@@ -142,18 +142,18 @@ func decides(x exchange, r wire.Reply) bool {
 	case r.Class() < 4:
 		return false
 	case x.op == StepMail:
-		return r.Class() == 5 && r.Code != 503 && r.Code != 530 && x.tx.seq > 1
+		return r.Class() == 5 && r.Code != 503 && r.Code != 530 && x.tx.result.Seq > 1
 	}
-	return (x.op == StepRcpt || x.op == StepData) && !x.tx.replies.MailRefused()
+	return (x.op == StepRcpt || x.op == StepData) && !x.tx.result.MailRefused()
 }
 
 // learnLimit learns from r, the reply to x, how many transactions the relay allows on a connection.
 func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
-		c.o.Profile.SessionGoesOn(x.tx.seq)
-	case (mail || x.op == StepRset) && x.tx.seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.seq, c.decided)):
-		c.o.Profile.SessionFull(x.tx.seq-1, c.born, r)
+		c.o.Profile.SessionGoesOn(x.tx.result.Seq)
+	case (mail || x.op == StepRset) && x.tx.result.Seq > 1 && (r.Code == 421 || mail && c.o.Profile.EndsSession(x.op, r, x.tx.result.Seq, c.decided)):
+		c.o.Profile.SessionFull(x.tx.result.Seq-1, c.born, r)
 	}
 }
 
@@ -162,7 +162,7 @@ func (c *Conn) peekLocked(x exchange, r wire.Reply) {
 	switch next := c.replies.Peek(); {
 	case next == 0:
 	case x.final && next/100 != r.Class() && next != 421 && next != 221:
-		x.tx.contradicted = true
+		x.tx.result.Contradicted = true
 	case !x.final && next < 400:
 		c.failLocked(errExtraReply) // before anybody acts on replies that may belong to other commands
 	}
@@ -288,7 +288,7 @@ func (c *Conn) hurryLocked(d time.Duration) {
 // lossLocked turns err, with which reading ended, into the reason why the connection is lost.
 func (c *Conn) lossLocked(err error) error {
 	if c.ending.cause == nil && !c.waiting.empty() {
-		if x := c.waiting.oldest(); x.tx != nil && x.tx.ledByAuth && x.op != StepRcpt && x.op != StepData {
+		if x := c.waiting.oldest(); x.tx != nil && x.tx.result.LedByAuth && x.op != StepRcpt && x.op != StepData {
 			c.ending.ledByAuth = true
 			c.o.Profile.AuthFollowedFailed(wire.Reply{}) // it hangs up, or is silent, when commands follow AUTH
 		}

@@ -24,17 +24,17 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	case StepMail:
 		t.mailLocked(r)
 	case StepRcpt:
-		t.replies.Rcpt[x.rcpt] = r
+		t.result.Rcpt[x.rcpt] = r
 		t.endsSessionLocked(x.op, r)
 	case StepData:
-		t.replies.Data = r
+		t.result.Data = r
 		t.endsSessionLocked(x.op, r)
 	case StepBdat:
-		if t.replies.Data.Class() == 2 && r.Class() >= 4 {
+		if t.result.Data.Class() == 2 && r.Class() >= 4 {
 			c.retireLocked(Full) // the relay has a part of the body and will not get the rest
 		}
-		if t.replies.Data.Class() < 4 { // the first refusal is the reason for those that follow
-			t.replies.Data = r
+		if t.result.Data.Class() < 4 { // the first refusal is the reason for those that follow
+			t.result.Data = r
 			t.endsSessionLocked(StepData, r)
 		}
 	}
@@ -43,7 +43,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		positive = 3
 	}
 	if r.Class() < 4 && r.Class() != positive { // not a possible reply to this command
-		if t.overlapped {
+		if t.result.Overlapped {
 			c.o.Profile.OverlapFailed()
 		}
 		c.stepLostLocked(&ReplyError{Step: x.op, Reply: r})
@@ -53,10 +53,10 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 // finalLocked handles the final reply. The sender is told after the Owner; see deliver.
 func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 	c := t.c
-	t.replies.Final = r
+	t.result.Final = r
 	switch r.Class() {
 	case 2:
-		if t.after421 = c.ending.said421; t.seq == c.used {
+		if t.result.After421 = c.ending.said421; t.result.Seq == c.used {
 			c.open = false
 		}
 	case 3:
@@ -67,13 +67,13 @@ func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 // authLocked handles the reply to AUTH.
 func (t *Transaction) authLocked(r wire.Reply) {
 	c := t.c
-	t.replies.Auth = r
-	c.o.Profile.AuthAnswered(c.authMark, r, t.ledByAuth)
+	t.result.Auth = r
+	c.o.Profile.AuthAnswered(c.authMark, r, t.result.LedByAuth)
 	if r.Class() == 2 {
 		return
 	}
 	c.ending.auth = r
-	if t.ledByAuth {
+	if t.result.LedByAuth {
 		c.ending.ledByAuth = true
 		c.o.Profile.AuthFollowedFailed(r)
 	}
@@ -82,11 +82,11 @@ func (t *Transaction) authLocked(r wire.Reply) {
 
 // rsetLocked handles the reply to RSET.
 func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
-	t.replies.Rset = r
+	t.result.Rset = r
 	if r.Class() == 2 {
 		return
 	}
-	if x.first && r.Code == 503 && t.byData { // see overlapRefused
+	if x.first && r.Code == 503 && !t.result.Chunked { // see overlapRefused
 		t.c.hastenLocked(t, StepMail)
 		return
 	}
@@ -102,24 +102,24 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 // mailLocked handles the reply to MAIL.
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
-	t.replies.Mail, t.worked = r, c.decided
-	if t.overlapped && t.replies.Rset.Code == 503 && r.Code == 503 {
+	t.result.Mail, t.result.Worked = r, c.decided
+	if t.result.Overlapped && t.result.Rset.Code == 503 && r.Code == 503 {
 		c.hastenLocked(t, StepRcpt, StepData)
 	}
 	switch {
-	case t.ledByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
+	case t.result.LedByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
 		c.ending.ledByAuth = true
 		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r})
-	case c.o.Profile.EndsSession(StepMail, r, t.seq, t.worked):
+	case c.o.Profile.EndsSession(StepMail, r, t.result.Seq, t.result.Worked):
 		c.retireLocked(Full)
-	case r.Code == 503 && t.replies.Rset.Code != 503, r.Code == 530:
+	case r.Code == 503 && t.result.Rset.Code != 503, r.Code == 530:
 		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r}) // the relay sees this connection in another state than we do
 	}
 }
 
 // endsSessionLocked retires the connection if r is about the connection and not about the message.
 func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
-	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.seq, t.worked) {
+	if r.Class() >= 4 && t.c.o.Profile.EndsSession(op, r, t.result.Seq, t.result.Worked) {
 		t.c.retireLocked(Full)
 	}
 }

@@ -26,39 +26,29 @@ type Transaction struct {
 	m    Message
 	mail wire.MailParams // as they are sent
 
+	// result is what has become of it so far. The replies, Worked, Cancelled, After421 and Contradicted are guarded by c.mu, the
+	// others owned by whoever has the write side.
+	result Result
+
 	signal       chan struct{} // buffered, size 1: a reply has arrived
-	seq          int           // 1-based number of this transaction on its connection; 0: not begun
-	overlapped   bool          // begun while the final reply of the previous transaction was outstanding
 	clearing     bool          // RSET must succeed: the relay has another envelope open
 	holdsPrevDot bool          // the previous transaction's final dot is still in the write buffer
 	held         bool          // chunks: the body waits for the replies to the envelope
 	endAt        int64         // once this position is written the relay may have the message; 0: its end is not in the buffer yet
-	byData       bool          // the body goes by DATA, and not in chunks
-	chunked      chunkedBody
-	bodyBegun    bool  // Body.WriteTo was called
+	chunks       chunkedBody
 	sinkErr      error // why no more of the body is taken
 	lostWriting  bool  // because the connection takes no more
-	bodyErr      error // why the body was given up
 	bodyOver     bool  // all of the body is written in chunks; only its end is missing
-	endErr       error // the error of Message.BeforeEnd, for which the end did not leave
-	afterIdle    bool  // the connection was idle for so long that it may be dead
-	ledByAuth    bool  // AUTH is its first command; set before that is expected
-	worked       bool  // before the reply to MAIL the relay had decided about another message on this connection
 	handedOver   bool  // the write side is another transaction's already
 	shared       bool  // guard's function may still be running and read this transaction
+	known        bool  // set by conclude: the read loop or guard's function may still read this transaction
 
-	unguard func() bool // ends what guard has begun
-
-	known bool         // set by result: the read loop or guard's function may still read this transaction
-	taken []wire.Reply // to RCPT, of the result
+	unguard func() bool  // ends what guard has begun
+	taken   []wire.Reply // to RCPT, of the result
 
 	// Guarded by c.mu.
-	asked, answered int // commands of the envelope, and replies to them
-	replies         Replies
+	asked, answered int  // commands of the envelope, and replies to them
 	notified        bool // the final reply is in, and the Owner was told
-	cancelled       bool // the end of ctx is why the connection was lost
-	after421        bool // the final reply is 2xx, and 421 was said before it
-	contradicted    bool // the final reply came together with another one that says the contrary
 }
 
 // NewTransaction prepares a transaction for m. The caller holds the write side of c, and calls Run once, then Recycle.
@@ -67,9 +57,9 @@ func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	if !ok {
 		t = &Transaction{signal: make(chan struct{}, 1)}
 	}
-	*t = Transaction{ctx: ctx, c: c, m: m, mail: m.Mail, signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0], unguard: unguarded}
+	*t = Transaction{ctx: ctx, c: c, m: m, mail: m.Mail, signal: t.signal, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0], unguard: unguarded}
 	for range m.Rcpts {
-		t.replies.Rcpt = append(t.replies.Rcpt, wire.Reply{})
+		t.result.Rcpt = append(t.result.Rcpt, wire.Reply{})
 	}
 	select {
 	case <-t.signal:
@@ -78,21 +68,18 @@ func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	return t
 }
 
-// result returns what became of t. It is called once, when nothing more of t will be written.
-func (t *Transaction) result() Result {
+// conclude returns what became of t. It is called once, when nothing more of t will be written.
+func (t *Transaction) conclude() Result {
 	c := t.c
 	ctxErr := ContextError(t.ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t.known = t.shared || t.asked != t.answered || t.endAt > 0 && !t.notified
-	t.taken = append(t.taken[:0], t.replies.Rcpt...) // replies that arrive later are not part of the result
-	r := Result{
-		Replies: t.replies,
-		Begun:   t.asked > 0, Chunked: !t.byData, Overlapped: t.overlapped, BodyBegun: t.bodyBegun, BodyErr: t.bodyErr, EndErr: t.endErr, Body: t.m.Body, Size: t.m.Size,
-		Seq: t.seq, Used: c.used, LedByAuth: t.ledByAuth, Worked: t.worked, AfterIdle: t.afterIdle, CtxErr: ctxErr, Cancelled: t.cancelled, Lost: c.ending.cause, Left421: c.ending.left421,
-		OutOfStep: c.ending.outOfStep, Contradicted: t.contradicted, After421: t.after421,
-	}
+	t.taken = append(t.taken[:0], t.result.Rcpt...) // replies that arrive later are not part of the result
+	r := t.result
 	r.Rcpt = t.taken
+	r.Begun, r.Used, r.Body, r.Size, r.CtxErr = t.asked > 0, c.used, t.m.Body, t.m.Size, ctxErr
+	r.Lost, r.Left421, r.OutOfStep = c.ending.cause, c.ending.left421, c.ending.outOfStep
 	switch {
 	case t.endAt == 0:
 	case c.attempted >= t.endAt:
@@ -119,12 +106,12 @@ func (t *Transaction) Recycle() {
 		return
 	}
 	o := t.c.o
-	if t.chunked.buffer != nil {
-		chunkPool.Put(t.chunked.buffer)
+	if t.chunks.buffer != nil {
+		chunkPool.Put(t.chunks.buffer)
 	}
-	clear(t.replies.Rcpt) // the relay's words are not kept for the next one
+	clear(t.result.Rcpt) // the relay's words are not kept for the next one
 	clear(t.taken)
-	*t = Transaction{signal: t.signal, replies: Replies{Rcpt: t.replies.Rcpt[:0]}, taken: t.taken[:0]}
+	*t = Transaction{signal: t.signal, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0]}
 	o.transactions.Put(t)
 }
 
@@ -134,7 +121,7 @@ func (t *Transaction) Run() Result {
 	if t.write() {
 		t.awaitFinal()
 	}
-	return t.result()
+	return t.conclude()
 }
 
 // write performs the transaction up to its final dot, returns the write side, and reports whether to wait for a final reply.
@@ -162,7 +149,7 @@ func (t *Transaction) write() (dotted bool) {
 
 func (t *Transaction) converse() (due bool) {
 	defer func() { t.unguard() }()
-	t.byData = t.goesByData()
+	t.result.Chunked = t.goesInChunks()
 	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Our
 	// context ends whatever blocks here.
 	if !t.holdsPrevDot {
@@ -170,13 +157,13 @@ func (t *Transaction) converse() (due bool) {
 	} else if !t.fitsBuffer() && !t.send() {
 		return false
 	}
-	if !t.byData && OneShot(t.m.Body) {
-		if t.bodyErr = t.readAhead(); t.bodyErr != nil {
+	if t.result.Chunked && OneShot(t.m.Body) {
+		if t.result.BodyErr = t.readAhead(); t.result.BodyErr != nil {
 			return false
 		}
-		t.byData = t.goesByData()
+		t.result.Chunked = t.goesInChunks()
 	}
-	if !t.byData {
+	if t.result.Chunked {
 		return t.converseInChunks() && t.part()
 	}
 	if !t.beginData() {
@@ -238,12 +225,12 @@ func (t *Transaction) part() (due bool) {
 // flush comes first because the buffer may hold the end of another message, which must not wait for BeforeEnd.
 func (t *Transaction) mayEnd() bool {
 	c := t.c
-	if !t.byData {
+	if t.result.Chunked {
 		if t.bodyOver = t.lastChunks(); !t.bodyOver {
 			return false
 		}
 	}
-	if !t.send() || !t.byData && t.unwanted() {
+	if !t.send() || t.result.Chunked && t.unwanted() {
 		return false
 	}
 	to := make([]string, len(t.m.Rcpts))
@@ -263,8 +250,8 @@ func (t *Transaction) mayEnd() bool {
 	if t.ctx.Err() == nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		return false // BeforeEnd returned because the connection was lost
 	}
-	t.endErr = fmt.Errorf("BeforeEnd: %w", err)
-	c.fail(&GivenUpError{t.endErr})
+	t.result.EndErr = fmt.Errorf("BeforeEnd: %w", err)
+	c.fail(&GivenUpError{t.result.EndErr})
 	return false
 }
 
@@ -275,7 +262,7 @@ const endRoom = 64
 func (t *Transaction) fitsBuffer() bool {
 	room := int64(t.c.out.Available()) - t.envelopeRoom()
 	switch {
-	case t.byData:
+	case !t.result.Chunked:
 		return room >= 0
 	case !isBytes(t.m.Body):
 		return false // the body is produced before its envelope is written
@@ -292,7 +279,7 @@ func (t *Transaction) envelopeRoom() int64 {
 	if t.mail.Auth != nil {
 		n += coded * len(*t.mail.Auth)
 	}
-	for i := range t.replies.Rcpt {
+	for i := range t.result.Rcpt {
 		addr, p := t.m.recipient(i)
 		n += len("RCPT TO:<>\r\n") + len(addr)
 		if p.Notify != nil || p.Orcpt != "" || !p.Since.IsZero() {
@@ -326,7 +313,7 @@ func (t *Transaction) giveUp(err error) {
 		t.explained() // it is the connection that failed, not the body
 		return
 	}
-	t.bodyErr = err
+	t.result.BodyErr = err
 	t.c.fail(&GivenUpError{fmt.Errorf("body given up: %w", err)})
 }
 
@@ -345,7 +332,7 @@ func (t *Transaction) guard() {
 	c, ctx := t.c, t.ctx
 	cancel := func() {
 		c.mu.Lock()
-		t.cancelled = t.cancelled || c.ending.cause == nil
+		t.result.Cancelled = t.result.Cancelled || c.ending.cause == nil
 		c.failLocked(errGivenUp) // the cause that other transactions see
 		c.armLocked()
 		c.mu.Unlock()
@@ -396,7 +383,7 @@ func (t *Transaction) expect(x exchange) bool {
 // writeBody writes the body through c.body, without the final dot.
 func (t *Transaction) writeBody() error {
 	c := t.c
-	t.bodyBegun = true
+	t.result.BodyBegun = true
 	n, err := t.bodyTo(t.m.Body)
 	if t.sinkErr != nil {
 		err = t.sinkErr // whatever WriteTo returned
@@ -524,7 +511,7 @@ func (t *Transaction) Write(p []byte) (n int, err error) {
 // transaction.
 func (t *Transaction) end() bool {
 	c := t.c
-	if t.byData {
+	if !t.result.Chunked {
 		if !t.finish(StepFinalDot, ".") {
 			return false
 		}
