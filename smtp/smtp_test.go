@@ -172,6 +172,12 @@ func (a *loginAuth) Next(_ []byte, more bool) ([]byte, error) {
 
 func TestAuthThatKeepsStateIsNotShared(t *testing.T) {
 	relay, _ := newRelay(t)
+	send := func(a smtp.Auth, i int) {
+		if err := smtp.SendMail(relay.Addr(), a, "a@x.example", []string{"b@y.example"}, fmt.Appendf(nil, "Subject: %d\r\n\r\nhi\r\n", i)); err != nil {
+			t.Errorf("message %d: %v", i, err)
+		}
+	}
+	send(&loginAuth{username: "ann", password: "s3cret"}, 0) // credentials that were never accepted are tried on one connection at a time
 	arrived := make(chan struct{})
 	var n atomic.Int32
 	relay.Fault(smtptest.Fault{At: smtptest.Auth, Count: -1, When: func(smtptest.Event) bool {
@@ -182,12 +188,8 @@ func TestAuthThatKeepsStateIsNotShared(t *testing.T) {
 		return true
 	}})
 	shared := &loginAuth{username: "ann", password: "s3cret"}
-	together(100, 20, func(i int) {
-		if err := smtp.SendMail(relay.Addr(), shared, "a@x.example", []string{"b@y.example"}, fmt.Appendf(nil, "Subject: %d\r\n\r\nhi\r\n", i)); err != nil {
-			t.Errorf("message %d: %v", i, err)
-		}
-	})
-	if got := len(relay.Messages()); got != 100 || relay.Stats().Auths > 10 || shared.step != 0 {
+	together(100, 20, func(i int) { send(shared, 1+i) })
+	if got := len(relay.Messages()); got != 101 || relay.Stats().Auths > 10 || shared.step != 0 {
 		t.Errorf("got %d messages by %d AUTHs, and the caller's own was asked %d times", got, relay.Stats().Auths, shared.step)
 	}
 }

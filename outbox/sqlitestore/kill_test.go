@@ -25,7 +25,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-var kills = flag.Int("kills", 100, "how often the worker is killed in each way of writing intents")
+var kills = flag.Int("kills", 30, "how often the worker is killed in each way of writing intents")
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("OUTBOX_DIR"); dir != "" {

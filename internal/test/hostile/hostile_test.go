@@ -327,7 +327,7 @@ func openFiles(t *testing.T) int {
 
 // A relay that refuses each of 5,000 recipients in 64 KB of words, no two alike.
 func TestLongRefusalsOfManyRecipientsAreKeptInPart(t *testing.T) {
-	const recipients, most = 5000, 20 << 20
+	const recipients, most = manyRecipients, 20 << 20
 	line := strings.Repeat("x", 15<<10)
 	refused := 0
 	r := &relay{at: rcpt, offers: "PIPELINING", patience: time.Minute, act: func(c *conn, _ string) {
