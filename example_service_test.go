@@ -231,6 +231,16 @@ func ExampleFailover() {
 	// Output: <nil> 0 1
 }
 
+// goMail stands for a *mail.Msg of go-mail.
+type goMail struct{ from, to, text string }
+
+func (m *goMail) WriteTo(w io.Writer) (int64, error) {
+	n, err := io.WriteString(w, m.text)
+	return int64(n), err
+}
+func (m *goMail) GetSender(bool) (string, error)   { return m.from, nil }
+func (m *goMail) GetRecipients() ([]string, error) { return []string{m.to}, nil }
+
 func ExampleMessageOf() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -240,7 +250,7 @@ func ExampleMessageOf() {
 	}
 	defer client.Close()
 
-	var msg smtprelay.GoMail = &goMail{from: "<shop@example.com>", to: []string{"<ann@example.org>"}} // a *mail.Msg of go-mail
+	var msg smtprelay.GoMail = &goMail{from: "<shop@example.com>", to: "<ann@example.org>", text: "Subject: hello\r\n\r\nHi!\r\n"} // a *mail.Msg of go-mail
 	m, err := smtprelay.MessageOf(msg)
 	if err != nil {
 		log.Fatal(err)
@@ -248,4 +258,10 @@ func ExampleMessageOf() {
 	_, err = client.Send(context.Background(), m)
 	fmt.Println(m.From, m.To, err)
 	// Output: shop@example.com [ann@example.org] <nil>
+}
+
+func ExampleParseAddresses() {
+	to, err := smtprelay.ParseAddresses(`"Smith, Ann" <ann@example.org>`, "bob@example.org, Carol <carol@example.org>")
+	fmt.Println(to, err)
+	// Output: [ann@example.org bob@example.org carol@example.org] <nil>
 }

@@ -15,7 +15,7 @@ import (
 // mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
 	waiting := p.queue.len() + more
-	return !p.draining && p.stopAsking == nil && p.idle.len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
+	return !p.draining && p.stopAsking == nil && p.idle.Len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
 }
 
 // slowDial is how long a dial may take before others are begun in its place.
@@ -23,8 +23,8 @@ const slowDial = 10 * time.Second
 
 // slowDialsLocked notes which dials take long: nobody counts on them.
 func (p *pool) slowDialsLocked(now time.Time) {
-	for s := p.dials.first; s != nil && now.Sub(s.dialled) >= slowDial; s = p.dials.first {
-		s.at.remove()
+	for s := p.dials.First; s != nil && now.Sub(s.dialled) >= slowDial; s = p.dials.First {
+		s.at.Remove()
 		p.slow++
 	}
 }
@@ -68,7 +68,7 @@ func (p *pool) fillLocked(now time.Time) {
 		p.dialLocked(context.WithoutCancel(p.queue.next().ctx), Slot{}, now)
 	}
 	for p.queue.len() > 0 && !p.draining && p.pace.ready(now) {
-		s := p.idle.last
+		s := p.idle.Last
 		if s != nil || p.queue.len() > p.dialling-p.slow {
 			s = p.freeLocked(0, now)
 		}
@@ -88,7 +88,7 @@ func (p *pool) dialLocked(ctx context.Context, shared Slot, now time.Time) {
 	p.dialling++
 	p.lastID++
 	s, usedUp := &session{id: p.lastID, pool: p, round: p.gate.round, slot: shared, dialled: now}, p.usedUp
-	p.dials.pushBack(s)
+	p.dials.PushBack(s)
 	if shared.Release != nil {
 		s.closed = make(chan struct{})
 	}
@@ -149,10 +149,10 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 // dialledLocked notes that the dial of s is over, and reports whether it was slow.
 func (p *pool) dialledLocked(s *session) (slow bool) {
 	p.dialling--
-	if slow = s.at.in == nil; slow {
+	if slow = s.at.In == nil; slow {
 		p.slow--
 	}
-	s.at.remove()
+	s.at.Remove()
 	if s.greeted {
 		p.greeted--
 	}
@@ -189,7 +189,7 @@ func (p *pool) sessionClosed(s *session) {
 	info := s.Info()
 	s.giveBack(!info.Killed)
 	p.mu.Lock()
-	s.at.remove()
+	s.at.Remove()
 	p.roomLocked(s, 0)
 	delete(p.sessions, s)
 	s.gone = true
@@ -328,7 +328,7 @@ func (p *pool) distrust(longIdle time.Duration) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for s := p.idle.first; s != nil && now.Sub(s.idleSince) >= longIdle; s = p.idle.first {
+	for s := p.idle.First; s != nil && now.Sub(s.idleSince) >= longIdle; s = p.idle.First {
 		s.Retire(conn.Idle)
 		p.settleLocked(s, now)
 	}

@@ -4,11 +4,20 @@ package smtprelay
 // relays that are known, make of it.
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"net"
+	"net/textproto"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/emersion/go-smtp"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -197,4 +206,268 @@ func TestTooManyRecipientsIsTheirNumberOnlyWhereThatIsSaid(t *testing.T) {
 // wireReply is a reply with an enhanced code.
 func wireReply(code int, enhanced ...int) wire.Reply {
 	return wire.Reply{Code: code, Enhanced: [3]int(enhanced)}
+}
+
+// What is done after a transaction that ended in an error.
+
+func TestResultDecidesWhatIsDoneNext(t *testing.T) {
+	first := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 1, 1, true; return r }
+	later := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 2, 2, true; return r }
+	refused := func(op Op, code int) Error { return Error{Op: op, Outcome: NotAccepted, Reply: Reply{Code: code}} }
+	lost := func(op Op) Error { return Error{Op: op, Outcome: NotAccepted, Err: io.EOF} }
+	mail250 := conn.Result{Replies: replies(250, 0, 0, 0)}
+	for _, tt := range []struct {
+		why       string
+		r         conn.Result
+		e         Error
+		temporary bool // Retry.On4xx
+		want      next
+	}{
+		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpEnd, Outcome: Unknown, Err: io.EOF}, true, giveUp},
+		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
+		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
+
+		{"lost on the way: nothing was accepted", first(mail250), lost(OpBody), false, retryLater},
+		{"lost before a word, on a new connection", conn.Result{}, lost(OpWait), false, retryLater},
+		{"lost before a word, on one that had a message before: it was idle", conn.Result{Used: 2}, lost(OpWait), false, retryNow},
+		{"lost before MAIL was answered, on such a one", later(conn.Result{}), lost(OpMail), false, retryNow},
+		{"lost behind MAIL's reply: it cost the relay an attempt", later(mail250), lost(OpRcpt), false, retryLater},
+		{"421 in place of MAIL's reply, on such a one (RFC 5321, 3.8)", later(conn.Result{}), refused(OpMail, 421), false, retryNow},
+		{"421 to the first message", first(conn.Result{}), refused(OpMail, 421), false, retryLater},
+		{"Gmail has ended the idle connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(451, 4, 4, 2)}}), refused(OpMail, 451), false, retryNow},
+		{"OpenSMTPD wants another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
+		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
+
+		{"Microsoft 365: too many connections", first(mail250), refused(OpEnd, 432), false, waitForSlot},
+		{"AUTH with commands behind it refused: it goes alone from now on", first(conn.Result{LedByAuth: true}), refused(OpAuth, 535), false, retryNow},
+		{"hung up at AUTH with commands behind it", first(conn.Result{LedByAuth: true}), lost(OpAuth), false, retryNow},
+		{"hung up behind it", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235)}}), lost(OpMail), false, retryNow},
+		{"MAIL refused behind AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235), Mail: code(550)}}), refused(OpMail, 550), false, retryNow},
+		{"a recipient refused behind both is refused", first(conn.Result{LedByAuth: true, Replies: replies(250, 0, 0, 0)}), refused(OpRcpt, 550), false, giveUp},
+
+		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
+		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
+		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Worked: true, Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
+		{"4xx to MAIL where nothing else came to anything either", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
+		{"4xx to the first MAIL is not", first(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
+		{"the login is forgotten (RFC 4954, 6)", later(conn.Result{Replies: conn.Replies{Mail: code(530)}}), refused(OpMail, 530), false, tryElsewhere},
+
+		{"RSET refused behind a final dot: no more overlap", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpRset, 503), false, retryNow},
+		{"RSET refused: the message was not offered yet", later(mail250), refused(OpRset, 500), false, retryNow},
+		{"a reply that cannot be, behind a final dot", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpData, 250), false, retryNow},
+		{"a reply that cannot be", first(mail250), refused(OpData, 250), false, retryLater},
+		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, tryElsewhere},
+		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
+
+		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpEnd, 451), false, giveUp},
+		{"4xx, and the caller has said to try", first(mail250), refused(OpEnd, 451), true, retryLater},
+		{"5xx", first(mail250), refused(OpEnd, 554), true, giveUp},
+	} {
+		if got := (Retry{On4xx: tt.temporary}).next(&tt.r, &tt.e, false); got != tt.want {
+			t.Errorf("%s: got %d, want %d", tt.why, got, tt.want)
+		}
+	}
+}
+
+func TestMessageIsTriedElsewhereOnce(t *testing.T) {
+	for _, code := range []int{451, 503, 530} {
+		r := conn.Result{Seq: 2, Used: 2, Begun: true, Worked: true, Replies: conn.Replies{Mail: wireReply(code, 0, 0, 0)}}
+		e := Error{Op: OpMail, Outcome: NotAccepted, Reply: Reply{Code: code}}
+		for moved, want := range map[bool]next{false: tryElsewhere, true: giveUp} {
+			if got := (Retry{}).next(&r, &e, moved); got != want {
+				t.Errorf("%d, tried elsewhere: %t: got %d, want %d", code, moved, got, want)
+			}
+		}
+	}
+}
+
+// What OutcomeOf, ShouldRetry and RetryTo make of errors that no relay is needed for.
+
+func TestErrorsOfOtherLibraries(t *testing.T) {
+	for _, tt := range []struct {
+		err   error
+		want  Outcome
+		retry bool
+	}{
+		{nil, Accepted, false},
+		{&textproto.Error{Code: 451, Msg: "later"}, NotAccepted, true},
+		{&textproto.Error{Code: 550, Msg: "never"}, NotAccepted, false},
+		{&textproto.Error{Code: 250, Msg: "what?"}, Unknown, false},
+		{&smtp.SMTPError{Code: 452}, NotAccepted, true},
+		{&smtp.SMTPError{Code: 554}, NotAccepted, false},
+		{fmt.Errorf("job 7: %w", &smtp.SMTPError{Code: 452}), NotAccepted, true},
+		{textproto.ProtocolError("short response"), Unknown, false},
+		{io.ErrUnexpectedEOF, Unknown, false},
+		{context.DeadlineExceeded, Unknown, false},
+		{&net.OpError{Op: "dial", Err: errors.New("refused")}, Unknown, false},
+		{errors.New("anything"), Unknown, false},
+	} {
+		if got, retry := OutcomeOf(tt.err), ShouldRetry(tt.err); got != tt.want || retry != tt.retry {
+			t.Errorf("%v: got %v, retry %t, want %v, %t", tt.err, got, retry, tt.want, tt.retry)
+		}
+		if to := RetryTo(tt.err); to != nil {
+			t.Errorf("%v: RetryTo is %v", tt.err, to)
+		}
+	}
+}
+
+func TestErrorThatWasPutTogetherDecidesLikeOneOfTheClient(t *testing.T) {
+	a := func(o Outcome, code int) RecipientResult {
+		return RecipientResult{To: "a@y.example", Outcome: o, Reply: Reply{Code: code}}
+	}
+	b := func(o Outcome, code int) RecipientResult {
+		return RecipientResult{To: "b@y.example", Outcome: o, Reply: Reply{Code: code}}
+	}
+	for _, tt := range []struct {
+		why       string
+		err       Error
+		retry     bool
+		to        []string
+		temporary bool
+	}{
+		{"nothing but a code, for now", Error{Reply: Reply{Code: 451}, Outcome: NotAccepted}, true, nil, true},
+		{"nothing but a code, for good", Error{Reply: Reply{Code: 550}, Outcome: NotAccepted}, false, nil, false},
+		{"the zero value", Error{}, false, nil, false},
+		{"a wrong key", Error{Op: OpAuth, Scope: ScopeRelay, Reply: Reply{Code: 535}, Outcome: NotAccepted,
+			Recipients: []RecipientResult{a(NotAccepted, 535), b(NotAccepted, 535)}}, true, []string{"a@y.example", "b@y.example"}, false},
+		{"a wrong key, after one was refused for itself", Error{Op: OpAuth, Scope: ScopeRelay, Reply: Reply{Code: 535}, Outcome: NotAccepted,
+			Recipients: []RecipientResult{a(NotAccepted, 550), b(NotAccepted, 535)}}, true, []string{"b@y.example"}, false},
+		{"552 to RCPT: too many recipients (RFC 5321, 4.5.3.1.10)", Error{Op: OpRcpt, Scope: ScopeRecipient, Reply: Reply{Code: 552}, Outcome: NotAccepted,
+			Recipients: []RecipientResult{a(NotAccepted, 552)}}, true, []string{"a@y.example"}, true},
+		{"one has it, and one was never asked about", Error{Op: OpMail, Scope: ScopeRelay, Reply: Reply{Code: 421}, Outcome: Accepted,
+			Recipients: []RecipientResult{a(Accepted, 250), b(NotAccepted, 421)}}, false, []string{"b@y.example"}, false},
+		{"one may have it", Error{Op: OpEnd, Scope: ScopeRelay, Outcome: Unknown,
+			Recipients: []RecipientResult{a(Unknown, 250), b(NotAccepted, 450)}}, false, []string{"b@y.example"}, false},
+		{"the relay has lost the connection", Error{Op: OpBody, Scope: ScopeRelay, Outcome: NotAccepted, Err: io.EOF,
+			Recipients: []RecipientResult{a(NotAccepted, 250)}}, true, []string{"a@y.example"}, true},
+		{"closed", Error{Op: OpWait, Scope: ScopeCaller, Outcome: NotAccepted, Err: ErrClosed, Recipients: []RecipientResult{a(NotAccepted, 0)}},
+			true, []string{"a@y.example"}, false},
+	} {
+		err := &tt.err
+		if retry, to := ShouldRetry(err), RetryTo(err); retry != tt.retry || !slices.Equal(to, tt.to) || err.Temporary() != tt.temporary {
+			t.Errorf("%s: ShouldRetry %t, RetryTo %v, temporary %t; want %t, %v, %t", tt.why, retry, to, err.Temporary(), tt.retry, tt.to, tt.temporary)
+		}
+	}
+}
+
+func TestOpsAreShortStableWordsWithATextEach(t *testing.T) {
+	words := []Op{"config", "check", "wait", "dial", "greeting", "ehlo", "starttls", "tls", "auth", "rset", "mail", "rcpt", "data", "body", "end", "quit"}
+	if len(opTexts) != len(words) {
+		t.Errorf("there are %d, want %d", len(opTexts), len(words))
+	}
+	for _, op := range words {
+		if _, ok := opTexts[op]; !ok {
+			t.Errorf("%q has no text", op)
+		}
+	}
+	for line, want := range map[string]Op{
+		"EHLO client.example": OpEHLO, "HELO client.example": OpEHLO, "STARTTLS": OpSTARTTLS, "AUTH PLAIN [redacted]": OpAuth, "[redacted]": OpAuth, "*": OpAuth,
+		"RSET": OpRset, "MAIL FROM:<LAST@x.example>": OpMail, "RCPT TO:<. LAST>": OpRcpt, "DATA": OpData, "BDAT 5": OpData, "BDAT 0 LAST": OpEnd, ".": OpEnd, "QUIT": OpQuit,
+	} {
+		if got := opOfCommand(line); got != want {
+			t.Errorf("%s: got %q, want %q", line, got, want)
+		}
+	}
+}
+
+func TestReplyTellsWhoseFaultItWas(t *testing.T) {
+	for _, tt := range []struct {
+		op   Op
+		r    Reply
+		want Scope
+	}{
+		{OpRcpt, Reply{Code: 550}, ScopeRecipient},
+		{OpRcpt, Reply{Code: 452}, ScopeRecipient},
+		{OpRcpt, Reply{Code: 421}, ScopeRelay},
+		{OpMail, Reply{Code: 501}, ScopeMessage},
+		{OpMail, Reply{Code: 552, EnhancedCode: EnhancedCode{5, 3, 4}}, ScopeMessage},
+		{OpMail, Reply{Code: 452, EnhancedCode: EnhancedCode{4, 5, 3}, Message: "Too many messages sent"}, ScopeRelay},
+		{OpMail, Reply{Code: 451, EnhancedCode: EnhancedCode{4, 4, 2}, Message: "Timeout - closing connection"}, ScopeRelay},
+		{OpMail, Reply{Code: 503, Message: "need AUTH first"}, ScopeRelay},
+		{OpMail, Reply{Code: 530}, ScopeRelay},
+		{OpMail, Reply{Code: 250}, ScopeRelay}, // and yet it failed
+		{OpData, Reply{Code: 554}, ScopeMessage},
+		{OpData, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, ScopeRelay},
+		{OpBody, Reply{Code: 552}, ScopeMessage},
+		{OpEnd, Reply{Code: 550}, ScopeMessage},
+		{OpEnd, Reply{Code: 354}, ScopeRelay},
+		{OpRset, Reply{Code: 500}, ScopeRelay},
+		{OpAuth, Reply{Code: 535}, ScopeRelay},
+		{OpGreeting, Reply{Code: 554}, ScopeRelay},
+	} {
+		if got := scopeOfReply(tt.op, tt.r); got != tt.want {
+			t.Errorf("%v to %s: got %v, want %v", tt.r, tt.op.Text(), got, tt.want)
+		}
+	}
+}
+
+// What a Message, a Receipt, a Result and an Error show when they are printed or logged.
+
+const bodyNobodyPrints = "a word in confidence"
+
+func aResult() (Message, Receipt, *Error) {
+	m := Message{From: "shop@x.example", To: []string{"a@y.example", "b@y.example"}, Body: Bytes([]byte(bodyNobodyPrints)), Tag: 7}
+	rcpts := []RecipientResult{
+		{To: "a@y.example", Reply: Reply{Code: 250, Message: "ok"}, Outcome: Accepted, QueueID: "Q1"},
+		{To: "b@y.example", Reply: Reply{Code: 550, Message: "no\none"}, Outcome: NotAccepted},
+	}
+	r := Receipt{Reply: Reply{Code: 250, Message: "queued as Q1"}, QueueID: "Q1", Recipients: rcpts}
+	return m, r, &Error{Op: OpRcpt, subject: "<b@y.example>", Reply: rcpts[1].Reply, Outcome: Accepted, Scope: ScopeRecipient, Recipients: rcpts, Attempts: 1}
+}
+
+func TestWhatIsPrintedShowsAddressesAndOutcome(t *testing.T) {
+	m, r, e := aResult()
+	for _, tt := range []struct {
+		got  any
+		want string
+	}{
+		{m, `from <shop@x.example> to <a@y.example>, <b@y.example>`},
+		{Message{From: NullSender, To: []string{"1@y.example", "2@y.example", "3@y.example", "4@y.example"}}, `from <> to <1@y.example>, <2@y.example>, <3@y.example>, and 1 more`},
+		{r, `250 "queued as Q1"; queue ID Q1; accepted for <a@y.example>; not accepted for <b@y.example>`},
+		{r.Recipients[1], `<b@y.example> not accepted: 550 "no\none"`},
+		{e, `smtprelay: accepted, but not for <b@y.example>: RCPT TO <b@y.example>: 550 "no\none"`},
+		{Result{Message: m, Receipt: r}, `from <shop@x.example> to <a@y.example>, <b@y.example>: 250 "queued as Q1"; queue ID Q1; accepted for <a@y.example>; not accepted for <b@y.example>`},
+		{Result{Message: m, Receipt: r, Err: e}, `from <shop@x.example> to <a@y.example>, <b@y.example>: smtprelay: accepted, but not for <b@y.example>: RCPT TO <b@y.example>: 550 "no\none"`},
+	} {
+		for _, verb := range []string{"%v", "%+v", "%s"} {
+			if got := fmt.Sprintf(verb, tt.got); got != tt.want {
+				t.Errorf("%T by %s: got %s, want %s", tt.got, verb, got, tt.want)
+			}
+		}
+	}
+}
+
+func TestBodyIsInNothingThatIsPrintedOrLogged(t *testing.T) {
+	m, r, e := aResult()
+	var out bytes.Buffer
+	text := slog.New(slog.NewTextHandler(&out, nil))
+	json := slog.New(slog.NewJSONHandler(&out, nil))
+	for _, v := range []any{m, &m, Result{Message: m, Receipt: r, Err: e}, &Result{Message: m}, SendDoneInfo{Message: m}, []Message{m}} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d", "%T"} {
+			fmt.Fprintf(&out, verb+"\n", v)
+		}
+	}
+	for _, v := range []any{m, Result{Message: m, Receipt: r, Err: e}, r, e} {
+		text.Info("x", "v", v)
+		json.Info("x", "v", v)
+	}
+	for _, secret := range []string{bodyNobodyPrints, fmt.Sprintf("%x", bodyNobodyPrints), strings.Trim(fmt.Sprint([]byte(bodyNobodyPrints)), "[]")} {
+		if strings.Contains(out.String(), secret) {
+			t.Errorf("the body is in %s", out.String())
+		}
+	}
+	for _, want := range []string{"v.step=rcpt", "v.outcome=accepted", "v.scope=recipient", "v.code=550", `"not_accepted":1`, `"from":"<shop@x.example>"`} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%s is not logged", want)
+		}
+	}
+}
+
+// Structs of options may grow a field that cannot be compared, so that none of them can be now.
+func TestOptionsCannotBeCompared(t *testing.T) {
+	for _, options := range []any{Config{}, Limits{}, Retry{}, Timeouts{}, Message{}, Trace{}} {
+		if reflect.TypeOf(options).Comparable() {
+			t.Errorf("%T can be compared", options)
+		}
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/list"
 )
 
 // pool keeps the sessions of a Client and hands them out, first come first served. When to open one is in open.go.
@@ -37,16 +38,16 @@ type pool struct {
 	slots      *slots
 	gate       gate
 	sessions   map[*session]struct{}
-	idle       list[session] // free; the one used last is at the end
-	ready      list[session] // may be overlapped; the one that has waited longest is first
+	idle       list.List[session] // free; the one used last is at the end
+	ready      list.List[session] // may be overlapped; the one that has waited longest is first
 	queue      queue
 	pace       pace
 	stopAsking func() // ends the wait for a place of Limits.Slots; nil while none is asked for
 	dialling   int
-	dials      list[session] // of these, the ones that are not slow yet, oldest first
-	slow       int           // the others, which nobody counts on
-	greeted    int           // of these, how many the relay has greeted
-	crowdRound int           // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
+	dials      list.List[session] // of these, the ones that are not slow yet, oldest first
+	slow       int                // the others, which nobody counts on
+	greeted    int                // of these, how many the relay has greeted
+	crowdRound int                // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
 	lastID     int64
 	usedUp     int           // sessions that were full when they ended, since one was last idle
 	lastRoom   int           // the sum of session.lastRoom
@@ -75,10 +76,10 @@ type session struct {
 	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
 
 	// Guarded by the pool's lock.
-	held      bool           // somebody has the write side
-	gone      bool           // the relay has closed it
-	at        links[session] // in idle or ready, while nobody holds it; in dials before
-	dialled   time.Time      // when the dial was begun
+	held      bool                // somebody has the write side
+	gone      bool                // the relay has closed it
+	at        list.Links[session] // in idle or ready, while nobody holds it; in dials before
+	dialled   time.Time           // when the dial was begun
 	idleSince time.Time
 	greeted   bool // by the relay, while it is being opened
 	lostIdle  bool // it was lost while it was idle
@@ -110,14 +111,14 @@ func (s *session) Elsewhere() bool { return s.pool.elsewhere() }
 func (s *session) Closed() { s.pool.sessionClosed(s) }
 
 func newPool(cfg *settings) *pool {
-	place := func(s *session) *links[session] { return &s.at }
+	place := func(s *session) *list.Links[session] { return &s.at }
 	p := &pool{
 		cfg:      cfg,
 		slots:    newSlots(cfg.Limits.MaxConns),
 		sessions: make(map[*session]struct{}),
-		idle:     list[session]{links: place},
-		ready:    list[session]{links: place},
-		dials:    list[session]{links: place},
+		idle:     list.New(place),
+		ready:    list.New(place),
+		dials:    list.New(place),
 		queue:    newQueue(),
 		pace:     newPace(cfg.Limits.Rate),
 		left:     make(chan struct{}),
@@ -233,8 +234,8 @@ func (p *pool) refusalLocked(want ask, now time.Time) *Error {
 // freeLocked returns a session for one message: an idle one or, if no connection would be opened for so many more than wait,
 // one to overlap on; nil if there is none.
 func (p *pool) freeLocked(more int, now time.Time) *session {
-	for s := p.idle.last; s != nil; s = p.idle.last {
-		s.at.remove()
+	for s := p.idle.Last; s != nil; s = p.idle.Last {
+		s.at.Remove()
 		if p.spentLocked(s, now.Round(0)) {
 			s.Retire(conn.Idle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
 		}
@@ -251,8 +252,8 @@ func (p *pool) freeLocked(more int, now time.Time) *session {
 
 // overlapLocked returns a session that may be overlapped, nil if there is none.
 func (p *pool) overlapLocked(now time.Time) *session {
-	for s := p.ready.first; s != nil; s = p.ready.first {
-		s.at.remove()
+	for s := p.ready.First; s != nil; s = p.ready.First {
+		s.at.Remove()
 		if st := s.Status(now); st == conn.Overlappable || st == conn.Free {
 			return s
 		}
@@ -264,7 +265,7 @@ func (p *pool) overlapLocked(now time.Time) *session {
 func (p *pool) forget(w *waiter) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if w.at.in == nil {
+	if w.at.In == nil {
 		return nil
 	}
 	p.leaveLocked(w)
@@ -277,7 +278,7 @@ func (p *pool) forget(w *waiter) *Error {
 
 // leaveLocked takes w out of the queue.
 func (p *pool) leaveLocked(w *waiter) {
-	w.at.remove()
+	w.at.Remove()
 	p.waiting.Add(-1)
 }
 
@@ -374,7 +375,7 @@ func (p *pool) elsewhere() bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.idle.len > 0 || p.cfg.Limits.Slots == nil && p.mayDialLocked(1, now)
+	return p.idle.Len > 0 || p.cfg.Limits.Slots == nil && p.mayDialLocked(1, now)
 }
 
 // settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
@@ -383,8 +384,8 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	if s.gone || s.held {
 		return
 	}
-	wasIdle := s.at.in == &p.idle
-	s.at.remove()
+	wasIdle := s.at.In == &p.idle
+	s.at.Remove()
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust)))
 	if p.gate.failures > 0 && s.round == p.gate.round && s.Info().Decided { // opened since the last failure
 		p.gate.opened()
@@ -405,7 +406,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	case st == conn.Free:
 		p.idleLocked(s, now)
 	default:
-		p.ready.pushBack(s)
+		p.ready.PushBack(s)
 	}
 }
 
@@ -467,8 +468,8 @@ func (p *pool) nextWakeLocked(now time.Time) time.Time {
 	}
 	at = earliest(at, p.trustUntil)
 	at = earliest(at, p.outageAt)
-	if p.dials.first != nil {
-		at = earliest(at, p.dials.first.dialled.Add(slowDial))
+	if p.dials.First != nil {
+		at = earliest(at, p.dials.First.dialled.Add(slowDial))
 	}
 	for _, t := range []time.Time{p.gate.opens(), p.pace.next} {
 		if t.After(now) {
@@ -508,7 +509,7 @@ const sweepPause = 50 * time.Millisecond
 // idleLocked puts s, which is free, to the idle ones.
 func (p *pool) idleLocked(s *session, now time.Time) {
 	s.idleSince = now
-	p.idle.pushBack(s)
+	p.idle.PushBack(s)
 	p.usedUp = 0
 	p.stopAskingLocked()
 	p.idleEnds = earliest(p.idleEnds, p.idleUntilLocked(s))
@@ -536,8 +537,8 @@ func (p *pool) sweepLocked(now time.Time) {
 		return
 	}
 	var ends time.Time
-	for s := p.idle.first; s != nil; {
-		next := s.at.next
+	for s := p.idle.First; s != nil; {
+		next := s.at.Next
 		if p.spentLocked(s, now) {
 			if s.Status(now) != conn.Retired { // not by age
 				s.Retire(conn.Idle)
@@ -617,8 +618,8 @@ func (p *pool) shut() {
 	p.closed.Store(true)
 	p.mu.Lock()
 	var idle []*session
-	for s := p.idle.first; s != nil; s = p.idle.first {
-		s.at.remove()
+	for s := p.idle.First; s != nil; s = p.idle.First {
+		s.at.Remove()
 		s.held = true
 		idle = append(idle, s)
 	}

@@ -162,3 +162,159 @@ func TestContextThatEndsMeanwhileHasNotEndedYet(t *testing.T) {
 		t.Errorf("got %v, want both errors", err)
 	}
 }
+
+// The order in which those who wait are served, and what it costs to leave.
+
+func TestQueueServesUrgentOnesFirstButForEveryEighthTurn(t *testing.T) {
+	q := newQueue()
+	add := func(n int, a ask) (all []*waiter) {
+		for range n {
+			w := &waiter{ask: a}
+			q.add(w)
+			all = append(all, w)
+		}
+		return all
+	}
+	others, urgent := add(3, ask{}), add(20, ask{urgent: true})
+	again := add(1, ask{again: true})[0]
+	others = append([]*waiter{again}, others...) // one that was throttled goes before its kind
+	for turn := range 24 {
+		want := &urgent
+		if len(urgent) == 0 || turn%othersTurn == othersTurn-1 {
+			want = &others
+		}
+		if w := q.serve(); w != (*want)[0] {
+			t.Fatalf("turn %d went to the wrong one", turn)
+		}
+		*want = (*want)[1:]
+	}
+	if q.len() != 0 || q.next() != nil {
+		t.Errorf("%d are left", q.len())
+	}
+}
+
+func TestAllWhoWaitAreVisitedThoughTheyLeave(t *testing.T) {
+	q := newQueue()
+	for i := range 10 {
+		q.add(&waiter{ask: ask{urgent: i%3 == 0}})
+	}
+	visited := 0
+	q.all(func(w *waiter) {
+		visited++
+		w.at.Remove()
+	})
+	if visited != 10 || q.len() != 0 {
+		t.Errorf("%d were visited, %d are left", visited, q.len())
+	}
+}
+
+// BenchmarkCancelWaiting is the cost of one that leaves a queue of 100,000, in random order.
+func BenchmarkCancelWaiting(b *testing.B) {
+	const waiting = 100_000
+	c, err := New(Config{Addr: "relay.example:25", TLS: TLSNone})
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(b.Context())
+	cancel()
+	b.ReportAllocs()
+	for n := 0; n < b.N; n += waiting {
+		b.StopTimer()
+		all := make([]*waiter, waiting)
+		for i := range all {
+			all[i] = &waiter{ctx: ctx}
+			c.pool.queue.add(all[i])
+		}
+		c.pool.waiting.Store(waiting)
+		rand.Shuffle(waiting, func(i, j int) { all[i], all[j] = all[j], all[i] })
+		b.StartTimer()
+		for _, w := range all {
+			c.pool.forget(w)
+		}
+	}
+}
+
+// The arithmetic of the pace, at times that a test chooses.
+
+func near(t *testing.T, what string, got, want float64) {
+	t.Helper()
+	if got < want*0.99 || got > want*1.01 {
+		t.Errorf("%s: a pace of %.3f, want %.3f", what, got, want)
+	}
+}
+
+func TestPaceIsCutOnceForARoundAndRisesAfterwards(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(0)
+	if !p.ready(now) {
+		t.Error("no pace, and not ready")
+	}
+	for i := range 20 {
+		p.recent.add(now.Add(time.Duration(i) * 50 * time.Millisecond))
+	}
+	now = now.Add(time.Second)
+	if !p.tooFast(0, now) || p.tooFast(0, now) {
+		t.Error("a round cuts once")
+	}
+	near(t, "what the relay has accepted in the last second", p.rate, 20)
+	now = now.Add(2 * time.Second)
+	p.rise(now)
+	near(t, "two seconds later", p.rate, 20)
+	now = now.Add(time.Second)
+	p.rise(now)
+	near(t, "a second later, while it searches", p.rate, 25)
+	p.tooFast(1, now)
+	near(t, "cut again", p.rate, 22.5)
+	now = now.Add(3 * time.Second)
+	p.rise(now)
+	near(t, "three seconds later", p.rate, 22.5*paceRise)
+	now = now.Add(paceMemory)
+	p.rise(now)
+	if p.rate != 0 || !p.cutAt.IsZero() {
+		t.Errorf("after ten minutes there is still a pace of %.2f", p.rate)
+	}
+}
+
+func TestPaceNeverLeavesItsBounds(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(14)
+	for round := range 200 {
+		p.tooFast(round, now)
+	}
+	near(t, "cut for ever", p.rate, paceLeast)
+	for range 3000 {
+		now = now.Add(200 * time.Millisecond)
+		p.rise(now)
+	}
+	near(t, "ten minutes later", p.rate, 14)
+	off := newPace(-1)
+	if off.tooFast(0, now) || !off.ready(now) {
+		t.Error("a pace that is off was cut")
+	}
+}
+
+// Tickets are handed out one at a time: whoever is late does not let those behind him catch up.
+func TestPaceMakesUpForNoPause(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := newPace(10)
+	begun := 0
+	for range 1000 { // a second, each millisecond of it
+		if p.ready(now) {
+			p.begin(now)
+			begun++
+		}
+		now = now.Add(time.Millisecond)
+	}
+	if begun < 10 || begun > 11 {
+		t.Errorf("%d in the first second", begun)
+	}
+	now = now.Add(time.Hour)
+	begun = 0
+	for p.ready(now) {
+		p.begin(now)
+		begun++
+	}
+	if begun > 1 {
+		t.Errorf("%d at once after a pause", begun)
+	}
+}

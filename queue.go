@@ -3,6 +3,8 @@ package smtprelay
 import (
 	"context"
 	"time"
+
+	"github.com/smtprelay/smtprelay/internal/list"
 )
 
 // ask is what a Send asks the pool for.
@@ -29,7 +31,7 @@ type waiter struct {
 	ask
 	grant
 	ctx    context.Context
-	at     links[waiter]
+	at     list.Links[waiter]
 	since  time.Time
 	served chan struct{} // has room for one; told when session or err is set
 	err    *Error
@@ -37,19 +39,19 @@ type waiter struct {
 
 // queue is those who wait, first come first served. Urgent ones go before the others, but for every eighth turn.
 type queue struct {
-	urgent, other list[waiter]
+	urgent, other list.List[waiter]
 	turn          int
 }
 
 const othersTurn = 8
 
 func newQueue() queue {
-	place := func(w *waiter) *links[waiter] { return &w.at }
-	return queue{urgent: list[waiter]{links: place}, other: list[waiter]{links: place}}
+	place := func(w *waiter) *list.Links[waiter] { return &w.at }
+	return queue{urgent: list.New(place), other: list.New(place)}
 }
 
 // len is how many wait.
-func (q *queue) len() int { return q.urgent.len + q.other.len }
+func (q *queue) len() int { return q.urgent.Len + q.other.Len }
 
 // add puts w behind those that wait, or before them if it was throttled.
 func (q *queue) add(w *waiter) {
@@ -58,95 +60,37 @@ func (q *queue) add(w *waiter) {
 		l = &q.urgent
 	}
 	if w.again {
-		l.pushFront(w)
+		l.PushFront(w)
 	} else {
-		l.pushBack(w)
+		l.PushBack(w)
 	}
 }
 
 // next is whose turn it is; nil if nobody waits.
 func (q *queue) next() *waiter {
-	if q.urgent.len == 0 || q.other.len > 0 && q.turn%othersTurn == othersTurn-1 {
-		return q.other.first
+	if q.urgent.Len == 0 || q.other.Len > 0 && q.turn%othersTurn == othersTurn-1 {
+		return q.other.First
 	}
-	return q.urgent.first
+	return q.urgent.First
 }
 
 // serve takes the one whose turn it is out of the queue.
 func (q *queue) serve() *waiter {
 	w := q.next()
-	if q.urgent.len > 0 && q.other.len > 0 {
+	if q.urgent.Len > 0 && q.other.Len > 0 {
 		q.turn++
 	}
-	w.at.remove()
+	w.at.Remove()
 	return w
 }
 
 // all calls f for each of those who wait; f may take it out.
 func (q *queue) all(f func(*waiter)) {
-	for _, l := range []*list[waiter]{&q.urgent, &q.other} {
-		for w := l.first; w != nil; {
-			next := w.at.next
+	for _, l := range []*list.List[waiter]{&q.urgent, &q.other} {
+		for w := l.First; w != nil; {
+			next := w.at.Next
 			f(w)
 			w = next
 		}
 	}
-}
-
-// list is a doubly linked list. The links are part of its elements, so that putting one in and taking one out costs the same
-// however long the list is, and allocates nothing. An element is in one list at a time.
-type list[T any] struct {
-	first, last *T
-	len         int
-	links       func(*T) *links[T] // of an element
-}
-
-// links are an element's place in a list.
-type links[T any] struct {
-	prev, next *T
-	in         *list[T] // nil: none
-}
-
-// pushBack puts e, which is in no list, behind all others.
-func (l *list[T]) pushBack(e *T) {
-	*l.links(e) = links[T]{prev: l.last, in: l}
-	if l.last == nil {
-		l.first = e
-	} else {
-		l.links(l.last).next = e
-	}
-	l.last = e
-	l.len++
-}
-
-// pushFront puts e, which is in no list, before all others.
-func (l *list[T]) pushFront(e *T) {
-	*l.links(e) = links[T]{next: l.first, in: l}
-	if l.first == nil {
-		l.last = e
-	} else {
-		l.links(l.first).prev = e
-	}
-	l.first = e
-	l.len++
-}
-
-// remove takes e out of the list that it is in.
-func (at *links[T]) remove() {
-	l := at.in
-	if l == nil {
-		return
-	}
-	if at.prev == nil {
-		l.first = at.next
-	} else {
-		l.links(at.prev).next = at.next
-	}
-	if at.next == nil {
-		l.last = at.prev
-	} else {
-		l.links(at.next).prev = at.prev
-	}
-	l.len--
-	*at = links[T]{}
 }

@@ -95,6 +95,6 @@ func (p *pool) stats() Stats {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s.MaxConns, s.OpenConns, s.IdleConns, s.Waiting = p.slots.limit(), p.slots.open, p.idle.len, p.queue.len()
+	s.MaxConns, s.OpenConns, s.IdleConns, s.Waiting = p.slots.limit(), p.slots.open, p.idle.Len, p.queue.len()
 	return s
 }

@@ -1,5 +1,5 @@
 // Here belongs how addresses in header form, and messages that know their envelope, become a Message.
-package smtprelay_test
+package test
 
 import (
 	"errors"
@@ -100,10 +100,4 @@ func TestMessageWithABadAddressNamesTheStepOnce(t *testing.T) {
 	if err == nil || err.Error() != bad.Error() || smtprelay.ShouldRetry(err) {
 		t.Errorf("got %v, want %v", err, bad)
 	}
-}
-
-func ExampleParseAddresses() {
-	to, err := smtprelay.ParseAddresses(`"Smith, Ann" <ann@example.org>`, "bob@example.org, Carol <carol@example.org>")
-	fmt.Println(to, err)
-	// Output: [ann@example.org bob@example.org carol@example.org] <nil>
 }
