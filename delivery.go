@@ -94,19 +94,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
 	d.msg.Body, d.msg.Size = r.Body, r.Size
-	if e == nil {
-		d.c.pool.accepted()
-	} else {
-		d.c.cfg.explainAuth(e)
-		d.c.cfg.explainRefusal(e, s.Extensions(), s.TLS() == nil)
-		d.c.cfg.explainSilence(e, s.Extensions())
-		if e.Reply.Code == 432 {
-			d.c.pool.crowd()
-		}
-	}
-	if e != nil && r.AfterIdle && r.Mail.Code == 0 && conn.IsTimeout(r.Lost) {
-		d.c.pool.distrust(conn.LongIdle)
-	}
+	d.tellPool(s, &r, e)
 	wait := d.note(rcpts, &r, e)
 	d.c.cfg.explainRefusal(d.refusal, s.Extensions(), s.TLS() == nil)
 	d.learnRcpts(&r, e)
@@ -132,6 +120,23 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 		return d.pause(retryLater, wait)
 	}
 	return nil
+}
+
+// tellPool tells the others of a transaction on s that ended in r with e, and completes the words of e.
+func (d *delivery) tellPool(s *session, r *conn.Result, e *Error) {
+	if e == nil {
+		d.c.pool.accepted()
+		return
+	}
+	d.c.cfg.explainAuth(e)
+	d.c.cfg.explainRefusal(e, s.Extensions(), s.TLS() == nil)
+	d.c.cfg.explainSilence(e, s.Extensions())
+	if e.Reply.Code == 432 {
+		d.c.pool.crowd()
+	}
+	if r.AfterIdle && r.Mail.Code == 0 && conn.IsTimeout(r.Lost) {
+		d.c.pool.distrust(conn.LongIdle)
+	}
 }
 
 // For a message that needs its body another time.
@@ -285,23 +290,29 @@ func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 	}
 }
 
+// shareReply gives the reply of e to the recipients still in d.todo, but for those that were refused for themselves.
+func (d *delivery) shareReply(e *Error) {
+	for _, to := range d.todo {
+		if r := &d.receipt.Recipients[to]; r.Reply.Code/100 < 4 || e.Op != OpRcpt && e.Reply.Code/100 >= 4 {
+			r.Reply = e.Reply
+		}
+	}
+}
+
 // end makes the receipt and the error of the whole. Recipients still in d.todo share the fate that e tells.
 func (d *delivery) end(e *Error) (Receipt, error) {
 	if e != nil {
-		for _, to := range d.todo {
-			if r := &d.receipt.Recipients[to]; r.Reply.Code/100 < 4 || e.Op != OpRcpt && e.Reply.Code/100 >= 4 {
-				r.Reply = e.Reply
-			}
-		}
+		d.shareReply(e)
 	}
-	some, all, lasting := false, true, false
+	accepted, lasting := 0, false
 	for i := range d.receipt.Recipients {
 		r := &d.receipt.Recipients[i]
-		some = some || r.Outcome == Accepted
-		all = all && r.Outcome == Accepted
+		if r.Outcome == Accepted {
+			accepted++
+		}
 		lasting = lasting || r.Reply.Code >= 400 && !onlyForNow(r.Reply)
 	}
-	if e == nil && all {
+	if e == nil && accepted == len(d.receipt.Recipients) {
 		return d.receipt, nil
 	}
 	switch {
@@ -317,7 +328,7 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	switch {
 	case d.unknown != nil:
 		e.Outcome = Unknown
-	case some:
+	case accepted > 0:
 		e.Outcome = Accepted
 	default:
 		e.Outcome = NotAccepted

@@ -215,14 +215,12 @@ func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) 
 		return fateUnknown
 	case e == nil && class == 2:
 		return fateAccepted
-	case class == 0 || class == 2 || !mailed(r):
+	case m.AllOrNothing, class < 4, reply.Code == 421, !mailed(r):
 		return fateOpen
-	case m.AllOrNothing || reply.Code == 421 || class == 3:
+	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0, reply.throttles(OpRcpt):
 		return fateOpen
-	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0:
-		return fateOpen
-	case reply.throttles(OpRcpt), r.Seq > 1 && reply.says(tooManyMessages, OpRcpt), !moved && r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked):
-		return fateOpen
+	case r.Seq > 1 && (reply.says(tooManyMessages, OpRcpt) || !moved && reply.endsSession(OpRcpt, r.Seq, r.Worked)):
+		return fateOpen // the connection has had its share
 	case temporary && class == 4:
 		return fateLater
 	}

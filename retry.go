@@ -67,28 +67,29 @@ const (
 // already. Whether the body can be written again is for the caller to see.
 func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 	switch {
-	case e.Outcome != NotAccepted:
-		return giveUp // the relay may have accepted it: only the caller can decide
-	case r.CtxErr != nil:
-		return giveUp // nobody waits for another try
-	case r.BodyErr != nil:
-		return giveUp // the message cannot be written
-	case r.EndErr != nil:
-		return giveUp // the caller's BeforeEnd has failed
-	case r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail)):
+	case e.Outcome != NotAccepted: // the relay may have accepted it: only the caller can decide
+		return giveUp
+	case r.CtxErr != nil, r.BodyErr != nil, r.EndErr != nil: // the caller has ended it: the context, the message or BeforeEnd
+		return giveUp
+	case crowded(r, e):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
 		return retryNow // the relay does not take commands behind AUTH, which goes alone from now on
 	case e.Reply.throttles(e.Op):
 		return waitForPace
-	case e.Reply.Code == 432:
-		return waitForSlot // Microsoft 365: "Concurrent connections limit exceeded"
 	case late(r, e):
 		return retryNow // the connection was used up or dead before this message came
 	case r.Seq > 1 && e.Reply.says(tooManyMessages, e.Op):
 		return retryNow // the connection has had its share; another one may have this message
 	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq, r.Worked):
 		return tryElsewhere
+	}
+	return c.nextByReply(r, e, moved)
+}
+
+// nextByReply tells what follows a refusal, or a loss, that is about the message or the relay as a whole.
+func (c Retry) nextByReply(r *conn.Result, e *Error, moved bool) next {
+	switch {
 	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
 	case e.Op == OpRset, e.Reply.Code < 400 && r.Overlapped:
@@ -101,6 +102,15 @@ func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 		return retryLater
 	}
 	return giveUp // when in doubt, tell the caller
+}
+
+// crowded reports whether the relay says that there are too many connections: behind AUTH, where its words would be taken for a
+// refusal of the credentials, or by the code that Microsoft 365 has for it ("Concurrent connections limit exceeded").
+func crowded(r *conn.Result, e *Error) bool {
+	if e.Reply.Code == 432 {
+		return true
+	}
+	return r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail))
 }
 
 // late reports whether a transaction was not even begun for the relay, on a connection that had dealt with another message
