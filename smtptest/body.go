@@ -259,16 +259,7 @@ func (c *conn) bdat(line, arg string) ending {
 		return c.answer(b, nil)
 	}
 	if b.refuses() || len(c.env.to) == 0 {
-		if !c.s.KeepRefusedChunks {
-			if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
-				return lost
-			}
-		}
-		if b.refuses() && (c.env.chunks > 0 || !c.s.KeepRefusedChunks) { // a message without this chunk is no message (RFC 3030, 2)
-			c.ask("RSET")
-			c.env = envelope{}
-		}
-		return c.answer(b, func() string { return "503 5.5.1 Missing RCPT TO command" })
+		return c.refuseChunk(b, size)
 	}
 
 	if c.env.chunks == 0 {
@@ -300,6 +291,20 @@ func (c *conn) bdat(line, arg string) ending {
 		return goOn
 	}
 	return c.answer(b, func() string { return "250 2.0.0 Continue" })
+}
+
+// refuseChunk refuses a chunk, as b says or because there is no recipient.
+func (c *conn) refuseChunk(b blow, size int64) ending {
+	if !c.s.KeepRefusedChunks {
+		if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
+			return lost
+		}
+	}
+	if b.refuses() && (c.env.chunks > 0 || !c.s.KeepRefusedChunks) { // a message without this chunk is no message (RFC 3030, 2)
+		c.ask("RSET")
+		c.env = envelope{}
+	}
+	return c.answer(b, func() string { return "503 5.5.1 Missing RCPT TO command" })
 }
 
 // chunked returns how much of the message has come in chunks before this one.

@@ -8,6 +8,18 @@ var commands = map[string]Step{
 	"RSET": Rset, "NOOP": Noop, "QUIT": Quit, "VRFY": Other, "EXPN": Other, "HELP": Other,
 }
 
+// rcpt carries out RCPT.
+func (c *conn) rcpt(line, arg string) ending {
+	c.path = path(arg)
+	return c.answer(c.meet(Event{Step: Rcpt, Line: line, Rcpt: c.path}), func() string {
+		_, params := c.cutPath(line)
+		if _, misplaced := c.cutUrgency(params); len(misplaced) > 0 {
+			return "555 5.5.4 Not a parameter of RCPT: " + misplaced[0]
+		}
+		return c.askAbout(line, "250 Recipient address accepted")
+	})
+}
+
 // do carries out a command.
 func (c *conn) do(line string) ending {
 	line = strings.TrimRight(line, " \t")
@@ -42,15 +54,7 @@ func (c *conn) do(line string) ending {
 	case Mail:
 		return c.mail(line, arg)
 	case Rcpt:
-		c.path = path(arg)
-		b := c.meet(Event{Step: Rcpt, Line: line, Rcpt: c.path})
-		return c.answer(b, func() string {
-			_, params := c.cutPath(line)
-			if _, misplaced := c.cutUrgency(params); len(misplaced) > 0 {
-				return "555 5.5.4 Not a parameter of RCPT: " + misplaced[0]
-			}
-			return c.askAbout(line, "250 Recipient address accepted")
-		})
+		return c.rcpt(line, arg)
 	case Data:
 		return c.data(line)
 	case Bdat:
