@@ -343,3 +343,7 @@ func opOfCommand(line string) Op {
 	}
 	return OpQuit
 }
+
+func errClosed() *Error {
+	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: ErrClosed, permanent: true}
+}

@@ -1,6 +1,9 @@
 package smtprelay
 
-import "time"
+import (
+	"fmt"
+	"time"
+)
 
 // gate keeps new connections back where the relay, or the way to it, says "not now". It is guarded by the pool's lock.
 type gate struct {
@@ -70,4 +73,76 @@ func (g *gate) opens() time.Time {
 		return time.Time{}
 	}
 	return latest(g.notBefore, g.showUntil)
+}
+
+// An outage: nothing gets through.
+
+// throughLocked is when the relay did its work last. To say that messages come too fast is none.
+func (p *pool) throughLocked() time.Time {
+	if !p.pace.cutAt.IsZero() {
+		return p.pace.recent.last(p.pace.first)
+	}
+	return p.through
+}
+
+// expectOutageLocked has somebody look when w, who begins to wait, has waited for too long.
+func (p *pool) expectOutageLocked(w *waiter) {
+	if limit := p.cfg.Timeouts.Outage; limit > 0 {
+		p.outageAt = earliest(p.outageAt, latest(w.since, p.throughLocked()).Add(limit))
+	}
+}
+
+// outage reports whether nothing has got through for Timeouts.Outage, and a message has waited for so long.
+func (p *pool) outage(waited time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	limit := p.cfg.Timeouts.Outage
+	return limit > 0 && waited >= limit && time.Since(p.throughLocked()) >= limit
+}
+
+// endOutageLocked tells those who have waited for Timeouts.Outage while nothing got through.
+func (p *pool) endOutageLocked(now time.Time) {
+	if p.outageAt.IsZero() || now.Before(p.outageAt) {
+		return
+	}
+	for s := range p.sessions {
+		if s.Info().Decided {
+			p.through = latest(p.through, s.Moved())
+		}
+	}
+	p.outageAt = time.Time{}
+	p.queue.all(func(w *waiter) {
+		if now.Sub(latest(w.since, p.throughLocked())) >= p.cfg.Timeouts.Outage {
+			p.failLocked(w, p.outageErrorLocked())
+		} else {
+			p.expectOutageLocked(w)
+		}
+	})
+}
+
+// latest returns the later of two times.
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// outageErrorLocked is the error of a Send that has waited for Timeouts.Outage.
+func (p *pool) outageErrorLocked() *Error {
+	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
+	last := p.gate.last
+	if last == nil && !p.pace.cutAt.IsZero() {
+		last = &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay}
+		last.Reply, last.Err = toOthers(p.pace.said)
+	}
+	if last == nil {
+		return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: p.explainLocked(note)}
+	}
+	e := last.clone()
+	if e.Err != nil {
+		note = fmt.Errorf("%w; %v", e.Err, note)
+	}
+	e.Err = note
+	return e
 }

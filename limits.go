@@ -4,6 +4,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/conn"
 	"golang.org/x/sync/semaphore"
 )
 
@@ -177,4 +178,46 @@ func (s *slots) raiseDue(now time.Time) {
 	} else {
 		s.raiseAt, s.raiseAfter = time.Time{}, 0
 	}
+}
+
+// How long a connection may be idle.
+
+// idleUntilLocked is when s, which is idle, must end; zero means never.
+func (p *pool) idleUntilLocked(s *session) time.Time {
+	at := s.Expires()
+	if limit := p.cfg.Limits.MaxIdleTime; limit > 0 {
+		at = earliest(at, s.idleSince.Add(limit))
+	}
+	return at
+}
+
+// spentLocked reports whether the time of s, which is idle, has come.
+func (p *pool) spentLocked(s *session, now time.Time) bool {
+	at := p.idleUntilLocked(s)
+	return !at.IsZero() && !now.Before(at)
+}
+
+// sweepLocked ends the idle sessions whose time has come.
+func (p *pool) sweepLocked(now time.Time) {
+	if p.idleEnds.IsZero() || now.Before(p.idleEnds) {
+		return
+	}
+	var ends time.Time
+	for s := p.idle.First; s != nil; {
+		next := s.at.Next
+		if p.spentLocked(s, now) {
+			if s.Status(now) != conn.Retired { // not by age
+				s.Retire(conn.Idle)
+			}
+			p.settleLocked(s, now)
+		} else {
+			ends = earliest(ends, p.idleUntilLocked(s))
+		}
+		s = next
+	}
+	if soon := now.Add(sweepPause); !ends.IsZero() && ends.Before(soon) {
+		ends = soon
+	}
+	p.idleEnds = ends
+	p.planLocked(now)
 }

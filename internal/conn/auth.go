@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/emersion/go-sasl"
+
 	"github.com/smtprelay/smtprelay/internal/scrub"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )

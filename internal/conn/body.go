@@ -2,7 +2,10 @@ package conn
 
 import (
 	"context"
+	"errors"
 	"io"
+	"sync"
+	"sync/atomic"
 
 	"github.com/smtprelay/smtprelay/internal/body"
 	"github.com/smtprelay/smtprelay/internal/wire"
@@ -82,4 +85,131 @@ func (u readerUntil) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	return u.r.Read(p)
+}
+
+// writeBody writes the body through c.body, without the final dot.
+func (t *Transaction) writeBody() error {
+	c := t.c
+	t.result.BodyBegun = true
+	n, err := t.bodyTo(t.m.Body)
+	if t.sinkErr != nil {
+		err = t.sinkErr // whatever WriteTo returned
+	}
+	if err == nil && n > c.body.Taken() {
+		err = io.ErrShortWrite
+	}
+	if err == nil && c.body.Taken() == 0 {
+		err = ErrEmptyBody
+	}
+	if err == nil {
+		if err = c.body.Close(); err != nil {
+			t.lostWriting = true
+		}
+	}
+	return err
+}
+
+// bodyTo calls body.WriteTo.
+func (t *Transaction) bodyTo(body io.WriterTo) (int64, error) {
+	if isBytes(body) {
+		return body.WriteTo(t)
+	}
+	w := &bodySink{c: t.c, t: t}
+	n, err := body.WriteTo(w)
+	w.end()
+	return n, err
+}
+
+// bodySink is what a Body writes to while it is asked to. A Body may keep it and write from a goroutine that it has left
+// behind, when the transaction is that of another message already: that write fails.
+//
+// Small writes are gathered, so that a body that is written octet by octet costs one lock for each bufferful. The buffer is
+// touched without a lock, by the one goroutine that the Body writes from. It belongs to this sink and is never used again, and its
+// way into the transaction is locked: what a Body that writes from two goroutines at once spoils is its own message.
+type bodySink struct {
+	c    *Conn
+	over atomic.Bool // WriteTo has returned; set under mu
+	used int         // octets in buf
+	buf  []byte      // nil until the second write: most bodies are written at once
+	any  bool        // there was a write
+
+	mu sync.Mutex   // held while t is written to
+	t  *Transaction // nil once WriteTo has returned
+}
+
+var errBodyOver = errors.New("the body was written after its WriteTo had returned")
+
+// Write implements io.Writer.
+func (w *bodySink) Write(p []byte) (int, error) {
+	used := w.used
+	if len(p) > len(w.buf)-used || w.over.Load() || w.c.doomed.Load() {
+		if w.any && w.buf == nil && len(p) < gather {
+			w.buf = make([]byte, gather)
+		}
+		w.any = true
+		return w.pass(p)
+	}
+	if len(p) == 1 {
+		w.buf[used] = p[0]
+	} else {
+		copy(w.buf[used:], p)
+	}
+	w.used = used + len(p)
+	return len(p), nil
+}
+
+// gather is how much of a body is gathered from small writes.
+const gather = 512
+
+// pass hands what was gathered and p to the transaction.
+func (w *bodySink) pass(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.t == nil {
+		return 0, errBodyOver
+	}
+	if err := w.emptyLocked(); err != nil {
+		return 0, err
+	}
+	return w.t.Write(p)
+}
+
+// emptyLocked hands what was gathered to the transaction.
+func (w *bodySink) emptyLocked() error {
+	used := w.used
+	w.used = 0
+	if used == 0 {
+		return nil
+	}
+	_, err := w.t.Write(w.buf[:used])
+	return err
+}
+
+// end is called once WriteTo has returned. What fails here is in t.sinkErr.
+func (w *bodySink) end() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.over.Store(true)
+	w.emptyLocked()
+	w.t = nil
+}
+
+// Write takes a part of the body. After an error it takes no more.
+func (t *Transaction) Write(p []byte) (n int, err error) {
+	c := t.c
+	switch {
+	case t.sinkErr != nil:
+		return 0, t.sinkErr
+	case t.ctx.Err() != nil:
+		t.sinkErr = ContextError(t.ctx)
+		return 0, t.sinkErr
+	}
+	n, err = c.body.Write(p)
+	if err != nil {
+		t.lostWriting = true
+	} else if c.ext.Size > 0 && c.body.Size() > c.ext.Size {
+		err = &SizeError{Limit: c.ext.Size}
+	}
+	t.sinkErr = err
+	return n, err
 }
