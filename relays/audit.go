@@ -19,6 +19,7 @@ type sending struct {
 	to   []string
 	body io.WriterTo
 	want string // the body as it must arrive, with LF line ends
+	json string // the X-SMTPAPI field as it must arrive, unfolded; "": there is none
 
 	allOrNothing bool
 	options      *smtprelay.MailOptions
@@ -157,6 +158,9 @@ func audit(prefix string, sent []*sending, ledger []entry) error {
 			if got := e.body(); got != s.want {
 				report(s, "the body arrived as %s, not as %s", short(got), short(s.want))
 			}
+			if got := e.unfolded("X-SMTPAPI"); got != s.json {
+				report(s, "the X-SMTPAPI field arrived as %s, not as %s", short(got), short(s.json))
+			}
 		}
 		for to, o := range fates {
 			n := copies[to]
@@ -185,6 +189,27 @@ func (e entry) header(name string) string {
 		}
 	}
 	return ""
+}
+
+// unfolded returns the text of a header field without what folded it: each line end, and the white space behind it.
+func (e entry) unfolded(name string) string {
+	header, _, _ := bytes.Cut(e.data, []byte("\n\n"))
+	var text []byte
+	inside := false
+	for line := range bytes.Lines(header) {
+		rest, begins := bytes.CutPrefix(line, []byte(name+": "))
+		switch folded := line[0] == ' ' || line[0] == '\t'; {
+		case begins:
+			inside = true
+		case inside && folded:
+			rest = bytes.TrimLeft(line, " \t")
+		default:
+			inside = false
+			continue
+		}
+		text = append(text, bytes.TrimRight(rest, "\n")...)
+	}
+	return string(text)
 }
 
 func (e entry) body() string {

@@ -31,6 +31,13 @@ func queued(s *sending, to ...string) entry {
 	return entry{from: s.from, to: to, data: []byte("Received: by relay\n" + strings.ReplaceAll(s.header(), "\r\n", "\n") + s.want)}
 }
 
+// withField is queued with an X-SMTPAPI field.
+func withField(s *sending, text string, to ...string) entry {
+	e := queued(s, to...)
+	e.data = append([]byte("X-SMTPAPI: "+strings.TrimSuffix(text, "\n")+"\n"), e.data...)
+	return e
+}
+
 func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
 	const accepted, notAccepted, unknown = smtprelay.Accepted, smtprelay.NotAccepted, smtprelay.Unknown
 	ann, bob := "ann@relay.example", "bob@relay.example"
@@ -72,6 +79,16 @@ func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
 				e.data = e.data[:len(e.data)-4]
 				return []entry{e}
 			}, "the body arrived as"},
+		{"a folded field arrives as it is", func() *sending {
+			s := told(newSending("c/1"), accepted, accepted, accepted)
+			s.json = `{"to":["a","b"]}`
+			return s
+		}(), func(s *sending) []entry { return []entry{withField(s, "{\"to\":[\"a\",\n \t\"b\"]}", ann, bob)} }, ""},
+		{"a folded field is cut", func() *sending {
+			s := told(newSending("c/1"), accepted, accepted, accepted)
+			s.json = `{"to":["a","b"]}`
+			return s
+		}(), func(s *sending) []entry { return []entry{withField(s, "{\"to\":[\"a\",\n", ann, bob)} }, "the X-SMTPAPI field arrived as"},
 		{"another reverse-path", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry {
 				e := queued(s, ann, bob)

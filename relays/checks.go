@@ -46,6 +46,7 @@ var checks = []check{
 	{"8-bit body", eightBit},
 	{"null reverse-path", nullReversePath},
 	{"SMTPUTF8", utf8Address},
+	{"X-SMTPAPI with 1,000 substitutions", substitutions},
 	{"STARTTLS, AUTH PLAIN", startTLS},
 	{"TLS, AUTH LOGIN", implicitTLS},
 	{"TLS promised and broken", brokenTLS},

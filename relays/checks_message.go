@@ -3,11 +3,15 @@ package main
 // What is in an envelope and a body, and what relays refuse of it.
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/smtpapi"
 )
 
 func oneRefused(b *bench) error {
@@ -206,4 +210,35 @@ func utf8Address(b *bench) error {
 		return errors.New("SMTPUTF8 is not offered, and an address that needs it was sent")
 	}
 	return expectPermanent(err)
+}
+
+// substitutions sends the longest header field that a program writes: the names of a thousand readers for SendGrid to put in. It is
+// folded for the way there, which the relay must not notice.
+func substitutions(b *bench) error {
+	c, err := b.client()
+	if err != nil {
+		return err
+	}
+	var to, names []string
+	for i := range 1000 {
+		to = append(to, fmt.Sprintf("reader%d@example.org", i))
+		names = append(names, fmt.Sprintf(`Zoë "%d" \ Smith`, i))
+	}
+	h := smtpapi.Header{To: to, Sub: map[string][]string{"-name-": names}}
+	field, err := h.Marshal()
+	if err != nil {
+		return err
+	}
+	text := regexp.MustCompile(`\r\n[ \t]+`).ReplaceAllString(strings.TrimSpace(string(field)), "")
+	s := b.mail()
+	s.json = strings.TrimPrefix(text, "X-SMTPAPI: ")
+	var got struct {
+		To  []string
+		Sub map[string][]string
+	}
+	if err := json.Unmarshal([]byte(s.json), &got); err != nil || !slices.Equal(got.To, to) || !slices.Equal(got.Sub["-name-"], names) {
+		return fmt.Errorf("the field does not hold what was put in: %v", err)
+	}
+	s.body = smtpapi.Prepend(h, s.body)
+	return b.send(c, s)
 }
