@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"go/types"
 	"maps"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/tools/go/packages"
 
@@ -109,5 +111,64 @@ func TestURLsInPagesAreUnderstood(t *testing.T) {
 	}
 	if slices.Sort(seen); len(slices.Compact(seen)) < 20 {
 		t.Error(fmt.Sprint("only these were found: ", seen))
+	}
+}
+
+// Each row of the table in docs/limits.md names a field of Limits, and the parameter of a URL that sets it.
+func TestTableOfLimitsHasEachFieldAndItsParameter(t *testing.T) {
+	rows := map[string]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| [^|]+ \\| (?:`(\\w+)` )?\\|").FindAllStringSubmatch(forUsers(t)["docs/limits.md"], -1) {
+		rows[m[1]] = m[2]
+	}
+	limits := reflect.TypeFor[smtprelay.Limits]()
+	for i := range limits.NumField() {
+		field := limits.Field(i)
+		if !field.IsExported() {
+			continue
+		}
+		param, ok := rows[field.Name]
+		delete(rows, field.Name)
+		switch {
+		case !ok:
+			t.Errorf("there is no row for %s", field.Name)
+		case param != "":
+			value := "7"
+			if field.Type == reflect.TypeFor[time.Duration]() {
+				value = "7s"
+			}
+			cfg, err := smtprelay.ParseURL("smtp://mail.example.com?" + param + "=" + value)
+			if err != nil || reflect.ValueOf(cfg.Limits).Field(i).IsZero() {
+				t.Errorf("%s does not set %s: %v", param, field.Name, err)
+			}
+		}
+	}
+	for name := range rows {
+		t.Errorf("Limits has no field %s", name)
+	}
+}
+
+func TestTableOfTLSModesHasEachModeAndItsURL(t *testing.T) {
+	modes := map[string]smtprelay.TLSMode{}
+	for m := smtprelay.TLSByPort; !strings.HasPrefix(m.String(), "TLSMode("); m++ {
+		modes[m.String()] = m
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `TLS(\\w+)`[^|]* \\| `([^`]+)` \\|").FindAllStringSubmatch(forUsers(t)["docs/security.md"], -1) {
+		name, url := strings.ToLower(m[1]), m[2]
+		if name == "byport" {
+			name = "by port"
+		}
+		mode, ok := modes[name]
+		delete(modes, name)
+		if strings.HasSuffix(url, "://") {
+			url += "mail.example.com"
+		} else {
+			url = "smtp://mail.example.com?" + url
+		}
+		if cfg, err := smtprelay.ParseURL(url); !ok || err != nil || cfg.TLS != mode {
+			t.Errorf("%s: %s is %v, %v", m[1], m[2], cfg.TLS, err)
+		}
+	}
+	for name := range modes {
+		t.Errorf("docs/security.md has no row for the mode %s", name)
 	}
 }
