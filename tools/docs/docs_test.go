@@ -302,7 +302,7 @@ func TestGoInPagesCompiles(t *testing.T) {
 		}
 	}
 	slices.Sort(paths)
-	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps}, slices.Compact(paths)...)
+	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps | packages.NeedExportFile}, slices.Compact(paths)...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,7 @@ func forUsers(t *testing.T) map[string]string {
 var dotted = regexp.MustCompile(`^(?:Config\.)?(\w+)(?:\(\))?\.([A-Z]\w*)(?:$|[^\w.])`)
 
 func TestNamesInPagesExist(t *testing.T) {
-	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps},
+	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps | packages.NeedExportFile},
 		module, module+"/preset", module+"/smtp", module+"/smtpapi", module+"/smtptest", module+"/outbox",
 		module+"/adapters/relaygomail", module+"/adapters/relaymail")
 	if err != nil {
