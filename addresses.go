@@ -50,8 +50,8 @@ type GoMail interface {
 	GetRecipients() ([]string, error)           // all that are to get the message, blind copies included
 }
 
-// MessageOf returns a Message with m as its Body and m's own envelope: its sender, and each of its recipients (To, Cc, Bcc) once. The
-// error is m's, if it has no sender or no recipients. m must not change until the Message was sent.
+// MessageOf returns a Message with m as its Body and m's own envelope: its sender, and each of its recipients (To, Cc, Bcc) once. m
+// must not change until Send has returned. The error is an *[Error] with [OpCheck] that wraps m's, if it has no sender or no recipients.
 func MessageOf(m GoMail) (Message, error) {
 	from, err := m.GetSender(false)
 	if err == nil {

@@ -318,6 +318,7 @@ func (c *Client) result(ctx context.Context, m Message) Result {
 
 // SendMail has the signature of net/smtp's function without its first two arguments. It sends msg to all of to or, if the relay refuses
 // one of them, to nobody. It has no context: Timeouts bound it. The empty envelope sender is [NullSender], and not "" as in net/smtp.
+// The error is an *[Error]. msg must not change until SendMail has returned.
 func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})
 	return err
@@ -370,7 +371,8 @@ func (c *Client) Stats() Stats { return c.pool.stats() }
 
 // Shutdown ends the Client gracefully. Calls that began before it are finished, those that wait for a connection included; later calls
 // fail with [ErrClosed], for which [ShouldRetry] is true. Then the connections are closed with QUIT. If ctx ends first, Shutdown closes
-// what is left as [Client.Close] does, and returns the error of ctx. Otherwise it returns nil.
+// what is left as [Client.Close] does, and returns the error of ctx. Otherwise it returns nil. Calling it again, or after Close, waits
+// for the same end.
 func (c *Client) Shutdown(ctx context.Context) error {
 	err := c.pool.shutdown(ctx)
 	c.cfg.profile.told()

@@ -262,7 +262,7 @@ func within(ctx context.Context, limit time.Duration) (context.Context, context.
 // DialControl returns a function for the Control of the net.Dialer behind a [Config].Dial: the kernel gives a connection up once
 // what was sent has had no acknowledgement for that long. It is needed where Dial returns a connection that hides its
 // socket, such as one through a proxy: where that is a *net.TCPConn, or has a SyscallConn of its own, Timeouts.Unacked does the same.
-// It does nothing on systems other than Linux, and for networks other than TCP.
+// It does nothing on systems other than Linux, for networks other than TCP, and where unacked is 0 or less.
 func DialControl(unacked time.Duration) func(network, address string, c syscall.RawConn) error {
 	return func(network, _ string, c syscall.RawConn) error {
 		if !strings.HasPrefix(network, "tcp") || unacked <= 0 {

@@ -55,9 +55,9 @@ type Reply struct {
 	Code         int          // the three digits; 0 where there was no reply
 	EnhancedCode EnhancedCode // zero where the relay gave none
 
-	// Message is the text without the codes. The lines of a multiline reply are joined by "\n". Where the relay repeats a part of
-	// the credentials, that is replaced by "[redacted]". Otherwise the text is as the relay sent it, control characters included: use
-	// String for logs.
+	// Message is the text without the codes, its first 2 KB. The lines of a multiline reply are joined by "\n". Where the relay
+	// repeats a part of the credentials, that is replaced by "[redacted]". Otherwise the text is as the relay sent it, control
+	// characters included: use String for logs.
 	Message string
 }
 

@@ -51,7 +51,8 @@ func NewFailover(clients ...*Client) *Failover {
 	return f
 }
 
-// Send sends m as [Client.Send] does, through the first relay that works. Receipt and error are those of the last relay that was tried.
+// Send sends m as [Client.Send] does, through the first relay that works. All but the last one are asked as with Message.FailFast: none
+// of them is waited for while it cannot be reached. Receipt and error are those of the last relay that was tried.
 // A message whose Body can be read only once goes no further once its Body was begun.
 func (f *Failover) Send(ctx context.Context, m Message) (Receipt, error) {
 	used := func() bool { return false }

@@ -142,6 +142,7 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 }
 
 // ErrBusy is found by errors.Is in the error of a Send for which there was no room in the queue; see [Limits.MaxWaiting].
+// [ShouldRetry] is true for it.
 var ErrBusy = errors.New("too many messages wait already (Limits.MaxWaiting)")
 
 // takeLocked returns a session, or an error, if there is one for somebody who comes now.

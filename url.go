@@ -46,7 +46,8 @@ import (
 //	server_name                                                            the name in the relay's certificate
 //	local_name, name                                                       Config.LocalName and Config.Name
 //
-// ParseURL reads the file of ca, and nothing else. All mistakes are reported at once; the error never shows the password.
+// ParseURL reads the file of ca, and nothing else. It reports all mistakes at once, in one *[Error] with [OpConfig] that never shows the
+// password.
 func ParseURL(rawURL string) (Config, error) {
 	var wrong mistakes
 	fail := func() (Config, error) {

@@ -62,6 +62,8 @@ type Slots struct {
 //
 // A process that is killed frees its locks before the relay has seen the ends of its connections: a place that was not given back in
 // order is held back for grace before it is used again. 0 means 2 seconds; negative means not at all.
+//
+// It is an error where n is less than 1, and where dir cannot be created, written or locked.
 func New(dir string, n int, grace time.Duration) (*Slots, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("fileslots: %d places: want 1 or more", n)

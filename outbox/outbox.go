@@ -127,7 +127,8 @@ type Outbox struct {
 	ends  bool // Run is to stop
 }
 
-// New returns an Outbox; Run makes it send.
+// New returns an Outbox; Run makes it send. It is an error where Store is missing, where not exactly one of Client and Route is given, and
+// where a number is negative.
 func New(cfg Config) (*Outbox, error) {
 	switch {
 	case cfg.Store == nil:

@@ -1,12 +1,14 @@
-// Here belongs what package preset says of each relay: that New takes it, that the README and ParseURL say the same.
+// Here belongs what package preset says of each relay: that New takes it, that the README, docs/relays.md and ParseURL say the same.
 package preset_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -143,6 +145,112 @@ func checkFigures(t *testing.T, name, cell string, cfgs []smtprelay.Config) {
 				t.Errorf("%s: %d %s, and %q in the README", name, n, what, documented[what])
 			}
 		}
+	}
+}
+
+// sections are those of docs/relays.md, by the name of the relay: the lines of its list by their first word.
+func sections(t *testing.T) map[string]map[string]string {
+	text, err := os.ReadFile("../docs/relays.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make(map[string]map[string]string)
+	for _, section := range strings.Split(string(text), "\n## ")[1:] {
+		lines := make(map[string]string)
+		for line := range strings.Lines(section) {
+			if what, said, ok := strings.Cut(strings.TrimPrefix(line, "- "), ": "); ok && strings.HasPrefix(line, "- ") {
+				lines[what] = said
+			}
+		}
+		if name, _, _ := strings.Cut(section, "\n"); len(lines) > 0 {
+			all[name] = lines
+		}
+	}
+	return all
+}
+
+// spans returns what stands in code in a line.
+func spans(line string) (all []string) {
+	for _, m := range inCode.FindAllStringSubmatch(line, -1) {
+		all = append(all, m[1])
+	}
+	return all
+}
+
+func TestPageOfRelaysSaysOfEachWhatItsPresetDoes(t *testing.T) {
+	all, functions := sections(t), make(map[string][]smtprelay.Config)
+	for _, p := range presets {
+		name := cmp.Or(p.row, "Mailpit")
+		functions[name] = append(functions[name], p.cfg)
+	}
+	for name, cfgs := range functions {
+		section := all[name]
+		if section == nil {
+			t.Errorf("docs/relays.md has no section on %s", name)
+			continue
+		}
+		var addrs []string
+		for _, cfg := range cfgs {
+			addrs = append(addrs, cfg.Addr)
+			said := make(map[string]string)
+			for _, m := range figures.FindAllStringSubmatch(section["Limits of the preset"], -1) {
+				said[m[2]] = strings.ReplaceAll(m[1], ",", "")
+			}
+			for what, n := range map[string]int{"connections": cfg.Limits.MaxConns, "messages": cfg.Limits.MaxMessagesPerConn, "recipients": cfg.Limits.MaxRecipients} {
+				if got := cmp.Or(said[what], "0"); got != fmt.Sprint(n) {
+					t.Errorf("%s: %d %s, and %s in docs/relays.md", name, n, what, got)
+				}
+			}
+			if user := cfg.Username; user != "" && user != "user" && user != "pass" && !slices.Contains(spans(section["Credentials"]), user) {
+				t.Errorf("%s: docs/relays.md does not tell the user name %s", name, user)
+			}
+		}
+		if got := spans(section["Address"]); !slices.Equal(got, addrs) {
+			t.Errorf("%s: the presets are for %q, docs/relays.md is for %q", name, addrs, got)
+		}
+		for i, url := range spans(section["URL"]) {
+			if got, err := smtprelay.ParseURL(url); err != nil || got.Addr != addrs[i] || !reflect.DeepEqual(got.Limits, cfgs[i].Limits) {
+				t.Errorf("%s: got %+v, %v, want %s", url, got, err, addrs[i])
+			}
+		}
+		if section["Source"] == "" {
+			t.Errorf("%s: docs/relays.md names no source", name)
+		}
+	}
+}
+
+func TestPageOfRelaysNamesEachFunctionAndSource(t *testing.T) {
+	page, err := os.ReadFile("../docs/relays.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("preset.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^func ([A-Z]\w*)\(`).FindAllStringSubmatch(string(source), -1) {
+		if !strings.Contains(string(page), "`preset."+m[1]+"(") {
+			t.Errorf("docs/relays.md does not name %s", m[1])
+		}
+	}
+	table, err := os.ReadFile("../internal/preset/preset.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	comments := strings.ReplaceAll(string(table), "\n\t// ", " ")
+	for name, section := range sections(t) {
+		for _, m := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(section["Source"], -1) {
+			if !strings.Contains(comments, `"`+m[1]+`"`) {
+				t.Errorf("%s: the table of presets has no source %q", name, m[1])
+			}
+		}
+	}
+}
+
+func TestPortOfImplicitTLSCanBeAddedToAPresetsURL(t *testing.T) {
+	cfg, err := smtprelay.ParseURL("resend://:KEY@:465")
+	if err != nil || cfg.Addr != "smtp.resend.com:465" || cfg.TLS != smtprelay.TLSByPort {
+		t.Errorf("got %+v, %v", cfg, err)
 	}
 }
 

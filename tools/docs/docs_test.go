@@ -302,7 +302,7 @@ func TestGoInPagesCompiles(t *testing.T) {
 		}
 	}
 	slices.Sort(paths)
-	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps}, slices.Compact(paths)...)
+	loaded, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps | packages.NeedExportFile}, slices.Compact(paths)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -316,6 +316,26 @@ func TestGoInPagesCompiles(t *testing.T) {
 	for _, b := range all {
 		if err := known.check(b); err != nil {
 			t.Errorf("%s: %v", b.name, err)
+		}
+	}
+	t.Logf("%d blocks", len(all))
+}
+
+func TestIndexLeadsToEachPageOfDocs(t *testing.T) {
+	all := read(t)
+	if !strings.Contains(all.pages["README.md"], "](docs/README.md)") {
+		t.Error("README.md does not link docs/README.md")
+	}
+	for page, text := range all.pages {
+		name, ok := strings.CutPrefix(page, "docs/")
+		if !ok || name == "README.md" {
+			continue
+		}
+		if !strings.Contains(all.pages["docs/README.md"], "]("+name+")") {
+			t.Errorf("docs/README.md does not link %s", name)
+		}
+		if !regexp.MustCompile(`\A# .+\n\n\w`).MatchString(text) {
+			t.Errorf("%s does not begin with a heading and what it is for", page)
 		}
 	}
 }
