@@ -39,7 +39,7 @@ func (t *Transaction) envelope() bool {
 	}
 	if rset {
 		x := exchange{op: StepRset, limit: command, first: t.result.Overlapped}
-		if t.result.Overlapped && (!t.result.Chunked || t.held) { // the message has not left: it is safe to be impatient
+		if t.result.Overlapped && (!t.result.Chunked || t.held) {
 			x.limit = c.o.Timeouts.Overlap
 		}
 		if !t.reset(x) {
@@ -131,8 +131,9 @@ func (t *Transaction) ask(x exchange, command string) bool {
 // askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
 func (t *Transaction) askLine(x exchange) bool {
 	c := t.c
-	if t.result.AfterIdle && t.asked == 0 && (x.limit == 0 || x.limit > idleReply) {
-		x.limit = idleReply
+	x.behind = t.result.Overlapped && (!t.result.Chunked || t.held)
+	if (t.result.AfterIdle && t.asked == 0 || x.behind) && (x.limit == 0 || x.limit > impatient) {
+		x.limit = impatient // the message has not left: it is safe to give up
 	}
 	x.end = c.position() + int64(len(c.line))
 	if !t.expect(x) {
@@ -244,7 +245,7 @@ func (t *Transaction) awaitEnvelope() bool {
 
 const (
 	LongIdle   = 10 * time.Second // after this long without traffic the path may be dead without notice
-	idleReply  = 30 * time.Second // limit for the first reply after that
+	impatient  = 30 * time.Second // limit for the first reply after that, and for those to commands that the relay may have thrown away
 	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
 )
 

@@ -6,14 +6,15 @@ import (
 
 // exchange is a command whose reply is outstanding.
 type exchange struct {
-	op    Step
-	final bool          // the end of a message: its reply accepts or refuses it
-	end   int64         // the position that must be written before a reply can come
-	tx    *Transaction  // told of the reply; nil for QUIT
-	rcpt  int           // which recipient, for StepRcpt
-	limit time.Duration // for the reply, counted from when it is the oldest and end is written; 0 means none
-	first bool          // the first command behind an unanswered final dot
-	left  bool          // nobody waits for the reply any more
+	op     Step
+	final  bool          // the end of a message: its reply accepts or refuses it
+	end    int64         // the position that must be written before a reply can come
+	tx     *Transaction  // told of the reply; nil for QUIT
+	rcpt   int           // which recipient, for StepRcpt
+	limit  time.Duration // for the reply, counted from when it is the oldest and end is written; 0 means none
+	first  bool          // the first command behind an unanswered final dot
+	behind bool          // behind that one, and its message has not left
+	left   bool          // nobody waits for the reply any more
 }
 
 // exchanges are the commands whose reply is outstanding. Replies come in the order of commands, so each belongs to the oldest.

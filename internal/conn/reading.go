@@ -243,17 +243,6 @@ func (c *Conn) armLocked() {
 	}
 }
 
-// hastenLocked allows only Timeouts.Overlap for the replies to these commands of t. What stands behind a final dot seems to be refused,
-// which takes no time: where nothing comes, the relay has thrown some of it away.
-func (c *Conn) hastenLocked(t *Transaction, commands ...Step) {
-	all := c.waiting.all()
-	for i := range all {
-		if x := &all[i]; x.tx == t && slices.Contains(commands, x.op) {
-			x.first, x.limit = true, c.o.Timeouts.Overlap
-		}
-	}
-}
-
 // dueLocked reports whether a final reply is still to come on a failed connection, and somebody waits for it: the end of the message
 // has left in full.
 func (c *Conn) dueLocked() bool {
@@ -303,7 +292,7 @@ func (c *Conn) lossLocked(err error) error {
 	if !isOver(err) {
 		return err
 	}
-	if x.first && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
+	if (x.first || x.behind) && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
 		// The relay discarded what followed the final dot; see Profile.OverlapFailed.
 		c.o.Profile.OverlapFailed()
 	}

@@ -83,12 +83,8 @@ func (t *Transaction) authLocked(r wire.Reply) {
 // rsetLocked handles the reply to RSET.
 func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	t.result.Rset = r
-	if r.Class() == 2 {
-		return
-	}
-	if x.first && r.Code == 503 && !t.result.Chunked { // see overlapRefused
-		t.c.hastenLocked(t, StepMail)
-		return
+	if r.Class() == 2 || x.first && r.Code == 503 && !t.result.Chunked {
+		return // for 503 see overlapRefused
 	}
 	if !x.first && (r.Code == 500 || r.Code == 502) {
 		t.c.o.Profile.RsetFailed()
@@ -103,9 +99,6 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 func (t *Transaction) mailLocked(r wire.Reply) {
 	c := t.c
 	t.result.Mail, t.result.Worked = r, c.decided
-	if t.result.Overlapped && t.result.Rset.Code == 503 && r.Code == 503 {
-		c.hastenLocked(t, StepRcpt, StepData)
-	}
 	switch {
 	case t.result.LedByAuth && r.Class() != 2 && c.o.Profile.AuthFollowedFailed(r):
 		c.ending.ledByAuth = true

@@ -305,7 +305,7 @@ var mutants = []mutant{
 	{"the words to one message are told to others", "open.go",
 		"	r.Message = \"\"\n	return r, errToOther",
 		"	return r, errToOther"},
-	{"replies that were thrown away are waited for as long as others", "internal/conn/reading.go",
-		"x.first, x.limit = true, c.o.Timeouts.Overlap",
-		"x.first = true"},
+	{"replies that were thrown away are waited for as long as others", "internal/conn/envelope.go",
+		"x.behind = t.result.Overlapped && (!t.result.Chunked || t.held)",
+		"x.behind = false"},
 }
