@@ -13,36 +13,36 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// delivery is one Send: the transactions that it takes until each recipient's fate is known.
+// delivery is one Send: it runs transactions until the outcome for each recipient is known.
 type delivery struct {
 	c       *Client
 	ctx     context.Context
 	m       Message
-	msg     conn.Message // what the next transaction sends of it
-	mail    MailOptions  // what the caller asks for
+	msg     conn.Message // the next transaction's part of m
+	mail    MailOptions  // the caller's options
 	utf8    string       // the first address that is not ASCII
 	dsnFor  string       // the first recipient whose options need DSN; "" if there is none
-	rrvsFor string       // the same for RRVS
-	rcpts   rcptLimit    // how many recipients go into one transaction
-	todo    []int        // recipients whose fate is open, as indexes into m.To, in the envelope's order
+	rrvsFor string       // the first recipient whose options need RRVS; "" if there is none
+	rcpts   rcptLimit    // maximum number of recipients in one transaction
+	todo    []int        // recipients without an outcome, as indexes into m.To, in the envelope's order
 	receipt Receipt
 
 	want      ask
-	round     int       // of the pace, when the transaction was begun
-	moves     int       // tries that failed and did not count
-	slowed    int       // of all tries, those that came too fast for the relay
-	slowedAt  time.Time // the first of these
-	elsewhere int
-	moved     bool   // it was tried on other connections often enough, since one refused it for now
-	failed    int    // connections that could not be opened meanwhile
-	attempts  int    // tries that failed and counted
-	tries     int    // all of them
-	unknown   *Error // of a transaction whose fate is unknown
-	refusal   *Error // what the first recipient that was refused for itself was told
-	failure   *Error // why the last transaction is to be tried again
+	round     int       // pace.round when the transaction began
+	moves     int       // failed attempts that did not count
+	slowed    int       // attempts that came too fast for the relay
+	slowedAt  time.Time // time of the first of these attempts
+	elsewhere int       // attempts that ended with tryElsewhere
+	moved     bool      // elsewhere has reached movedMost
+	failed    int       // dials that failed while the message waited
+	attempts  int       // failed attempts that counted
+	tries     int       // all attempts
+	unknown   *Error    // the error of a transaction with unknown outcome
+	refusal   *Error    // the error of the first recipient that was refused
+	failure   *Error    // why the last transaction is retried
 }
 
-// run makes transactions until nothing is left to do.
+// run runs transactions until no recipient is left to try.
 func (d *delivery) run() (Receipt, error) {
 	if err := d.begin(); err != nil {
 		return d.end(err)
@@ -65,7 +65,7 @@ func (d *delivery) run() (Receipt, error) {
 			d.c.pool.release(s)
 			return d.end(err)
 		}
-		if len(rcpts) == 0 { // no more domains on this session
+		if len(rcpts) == 0 { // the session has reached the relay's limit of domains
 			s.Retire(conn.Full)
 			d.c.pool.release(s)
 			continue
@@ -77,7 +77,7 @@ func (d *delivery) run() (Receipt, error) {
 		began := time.Now()
 		r := t.Run()
 		if r.Mail.Code == 0 && r.Lost != nil {
-			d.want.waited += time.Since(began) // for nothing
+			d.want.waited += time.Since(began) // the attempt achieved nothing, so its time counts as waiting
 		}
 		err = d.settle(s, rcpts, r)
 		t.Recycle()
@@ -88,8 +88,8 @@ func (d *delivery) run() (Receipt, error) {
 	return d.end(nil)
 }
 
-// settle takes in what became of a transaction on s for rcpts, and waits where another one is due after a while. An error
-// ends the Send.
+// settle evaluates r, the result of a transaction on s for rcpts, and waits if the next transaction is due later. An error ends
+// the Send.
 func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	e := verdict(&d.m, rcpts, &r)
 	r = believed(r)
@@ -100,7 +100,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	d.learnRcpts(&r, e)
 	throttled := slices.ContainsFunc(r.Rcpt, func(reply wire.Reply) bool { return publicReply(reply).throttles(OpRcpt) })
 	if e != nil && e.Op == OpRcpt && e.Reply.Code >= 400 && e.Reply.Code != 421 && !d.m.AllOrNothing && !throttled && !(r.Seq > 1 && e.Reply.endsSession(OpRcpt, r.Seq, r.Worked)) {
-		e = nil // each of these recipients was refused for itself; the others have not been tried
+		e = nil // the relay refused each of these recipients; the other recipients were not tried yet
 	}
 	used := r.BodyBegun && conn.OneShot(d.msg.Body)
 	switch {
@@ -122,7 +122,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 	return nil
 }
 
-// tellPool tells the others of a transaction on s that ended in r with e, and completes the words of e.
+// tellPool reports to the pool how a transaction on s ended, and completes the text of e.
 func (d *delivery) tellPool(s *session, r *conn.Result, e *Error) {
 	if e == nil {
 		d.c.pool.accepted()
@@ -139,13 +139,13 @@ func (d *delivery) tellPool(s *session, r *conn.Result, e *Error) {
 	}
 }
 
-// For a message that needs its body another time.
+// Errors for a message whose one-shot Body is needed again.
 var (
 	errBodyOnce = errors.New("the Body can be read only once: use Bytes, BodyFunc or a Reader that can seek")
 	errBodyUsed = fmt.Errorf("the body was needed again, for the recipients that the first transaction did not have; %w", errBodyOnce)
 )
 
-// bodyUsed adds to e, after which the message would be tried again, why it is not.
+// bodyUsed adds to e that the message cannot be retried, because its Body is used up.
 func bodyUsed(e *Error) *Error {
 	if e.Err == nil {
 		e.Err = errBodyOnce
@@ -155,8 +155,8 @@ func bodyUsed(e *Error) *Error {
 	return e
 }
 
-// note writes down the fate of each of rcpts, the recipients of a transaction that ended in r with the verdict e. Those that
-// wait for another transaction stay in d.todo; if that is because the relay refused them for now, the error says so.
+// note records the outcome for each of rcpts, the recipients of a transaction that ended in r with the verdict e. Recipients
+// that need another transaction stay in d.todo. If the relay refused one of these temporarily, note returns the refusal.
 func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 	queueID := ""
 	if e == nil {
@@ -168,7 +168,7 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 	for i, to := range rcpts {
 		rcpt := &d.receipt.Recipients[to]
 		if mailed(r) {
-			rcpt.Reply = publicReply(r.Rcpt[i]) // else it is a consequence of what was refused before
+			rcpt.Reply = publicReply(r.Rcpt[i]) // otherwise the reply is a consequence of an earlier refusal
 		}
 		refusal := func() *Error {
 			return &Error{Op: OpRcpt, subject: printable.Address(rcpt.To), Reply: rcpt.Reply, Outcome: NotAccepted, Scope: ScopeRecipient}
@@ -188,17 +188,17 @@ func (d *delivery) note(rcpts []int, r *conn.Result, e *Error) (wait *Error) {
 			open = append(open, to)
 			wait = refusal()
 		case fateRefused:
-			if d.refusal == nil || d.refusal.Op == OpCheck { // the relay's words go before ours
+			if d.refusal == nil || d.refusal.Op == OpCheck { // prefer the relay's error to ours
 				d.refusal = refusal()
 			}
 		}
 	}
-	d.todo = d.todo[len(rcpts)-len(open):] // in place: there may be thousands, and a transaction for each
+	d.todo = d.todo[len(rcpts)-len(open):] // in place: there may be thousands of recipients, with a transaction for each
 	copy(d.todo, open)
 	return wait
 }
 
-// learnRcpts takes in what a transaction tells of how many recipients the relay takes in one.
+// learnRcpts learns from a transaction how many recipients the relay accepts in one transaction.
 func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
 	tooMany, sure := countTooMany(r)
 	if !mailed(r) || tooMany == 0 && (e != nil || d.rcpts.most == 0) {
@@ -212,17 +212,17 @@ func (d *delivery) learnRcpts(r *conn.Result, e *Error) {
 }
 
 const (
-	movesMost = 10 // tries of a message that fail at once and do not count; the others count, whatever they are
-	cutsMost  = 5  // tries of a message that come too fast for the relay, and slow the others down; it goes before them then
-	movedMost = 3  // tries elsewhere, since what was said may be about the connection
+	movesMost = 10 // attempts of a message that may fail at once without counting; later ones count
+	cutsMost  = 5  // attempts of a message that, if throttled, lower the pace and go to the front of the queue
+	movedMost = 3  // attempts on other connections, because the refusal may be about the connection
 )
 
-// pause waits before the next try if there is one, as what says. Else it returns e, the reason.
+// pause waits before the next attempt, according to what. If there is no further attempt, it returns e.
 func (d *delivery) pause(what next, e *Error) *Error {
 	d.failure = e
 	switch what {
 	case waitForSlot, retryNow:
-		what = retryNow // the others work, or the gate is closed, and whoever waits is served in turn
+		what = retryNow // without a backoff here: other connections work, or the closed gate makes the message wait in the queue
 		if d.moves++; d.moves > movesMost {
 			what = retryLater
 		}
@@ -249,7 +249,7 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	wait := d.c.cfg.Retry.backoff(failures)
 	d.traceRetry(wait, e)
 	if err := sleep(d.ctx, wait, d.c.pool.ending); err != nil {
-		scope := ScopeCaller // who has ended the tries
+		scope := ScopeCaller // the caller has ended the retries
 		if e.Scope == ScopeRelay {
 			scope = ScopeRelay
 		}
@@ -258,7 +258,7 @@ func (d *delivery) pause(what next, e *Error) *Error {
 	return nil
 }
 
-// lastWords adds to e, which ends the tries without a word of the relay's, what the relay said to the last one.
+// lastWords adds the relay's reply to the last attempt to e, which ends the retries without a reply.
 func (d *delivery) lastWords(e *Error) *Error {
 	if last := d.failure; last != nil && last.Reply.Code != 0 && e.Reply.Code == 0 {
 		e.Op, e.subject, e.Reply = last.Op, last.subject, last.Reply
@@ -266,8 +266,8 @@ func (d *delivery) lastWords(e *Error) *Error {
 	return e
 }
 
-// slowDown waits for the relay's pace. A message that the relay refuses again and again does not slow down the others any more, and
-// waits by itself: the relay may limit its sender or its recipient.
+// slowDown lowers the pace and says what to do with a throttled message. After cutsMost refusals the message no longer slows
+// down the others and backs off by itself: the relay may limit its sender or its recipient.
 func (d *delivery) slowDown(e *Error) next {
 	if d.slowed++; d.slowed == 1 {
 		d.slowedAt = time.Now()
@@ -290,7 +290,7 @@ func (d *delivery) traceRetry(wait time.Duration, e *Error) {
 	}
 }
 
-// shareReply gives the reply of e to the recipients still in d.todo, but for those that were refused for themselves.
+// shareReply copies the reply of e to the recipients still in d.todo, except to recipients that the relay has refused individually.
 func (d *delivery) shareReply(e *Error) {
 	for _, to := range d.todo {
 		if r := &d.receipt.Recipients[to]; r.Reply.Code/100 < 4 || e.Op != OpRcpt && e.Reply.Code/100 >= 4 {
@@ -299,7 +299,7 @@ func (d *delivery) shareReply(e *Error) {
 	}
 }
 
-// end makes the receipt and the error of the whole. Recipients still in d.todo share the fate that e tells.
+// end returns the receipt and the error of the Send. e is the error of the recipients still in d.todo.
 func (d *delivery) end(e *Error) (Receipt, error) {
 	if e != nil {
 		d.shareReply(e)
@@ -322,7 +322,7 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 		e = d.refusal
 	}
 	if d.m.AllOrNothing && lasting && e.Scope == ScopeRecipient {
-		e.permanent = true // the others cannot get it without that one
+		e.permanent = true // the other recipients cannot get the message without the refused one
 	}
 	e.Recipients = d.receipt.Recipients
 	switch {
@@ -339,7 +339,7 @@ func (d *delivery) end(e *Error) (Receipt, error) {
 	return d.receipt, e
 }
 
-// begin checks the message and fills in what the delivery needs to know of it.
+// begin checks the message and initializes the delivery.
 func (d *delivery) begin() *Error {
 	d.todo = make([]int, len(d.m.To))
 	d.receipt.Recipients = make([]RecipientResult, len(d.m.To))

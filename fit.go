@@ -10,8 +10,9 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// fit makes d.msg fit what the relay offers on s: the parameters of MAIL, and which of d.todo go into one transaction, none if
-// s can take no more domains. It fails where the relay lacks what the message needs; nothing has been written then.
+// fit adapts d.msg to the extensions that the relay offers on s: the parameters of MAIL, and the recipients of the next
+// transaction. It returns these recipients, none if s can take no more domains. It fails, before anything is written, if the
+// relay lacks an extension that the message needs.
 func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 	ext := s.Extensions()
 	d.sift(ext)
@@ -25,14 +26,14 @@ func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 		if n := s.admitDomains(d.m.To, d.todo[:most], limit); n < most {
 			most = n
 			if !fresh {
-				most = 0 // another session has room for more of them
+				most = 0 // a fresh session has room for more of the domains
 			}
 		}
 	}
 	if d.m.AllOrNothing && most < len(d.todo) && most > 0 {
 		return nil, unfit("AllOrNothing: %d recipients, and the relay takes %d in one transaction", len(d.todo), most)
 	}
-	if most < len(d.todo) && most > 0 && conn.OneShot(d.msg.Body) && !(d.c.cfg.Chunking && ext.Has("CHUNKING")) { // in chunks the body is read ahead
+	if most < len(d.todo) && most > 0 && conn.OneShot(d.msg.Body) && !(d.c.cfg.Chunking && ext.Has("CHUNKING")) { // with chunks the body is read ahead
 		return nil, unfit("%d recipients, and %d go into one transaction; %w", len(d.todo), most, errBodyOnce)
 	}
 	mail := d.params(ext)
@@ -40,8 +41,8 @@ func (d *delivery) fit(s *session) (rcpts []int, err *Error) {
 	return d.msg.Rcpts, nil
 }
 
-// params are the parameters of MAIL for a relay that offers ext: what only helps is left out where it is not offered, and
-// added where it is.
+// params returns the parameters of MAIL for a relay that offers ext. Optional parameters are added if the relay offers their
+// extension, and left out otherwise.
 func (d *delivery) params(ext *wire.Extensions) MailOptions {
 	mail := d.mail
 	switch {
@@ -60,22 +61,22 @@ func (d *delivery) params(ext *wire.Extensions) MailOptions {
 		mail.UTF8 = true
 	}
 	if !ext.Has("AUTH") {
-		mail.Auth = nil // may be left out (RFC 4954, 5)
+		mail.Auth = nil // optional (RFC 4954, 5)
 	}
 	return mail
 }
 
-// unfit is the error of a message that the relay cannot take.
+// unfit returns the error of a message that the relay cannot take.
 func unfit(format string, args ...any) *Error {
 	return &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, permanent: true, Err: fmt.Errorf(format, args...)}
 }
 
-// notOffered is the error of a message that needs an extension which the relay does not have.
+// notOffered returns the error of a message that needs an extension which the relay does not offer.
 func notOffered(keyword, what string) *Error {
 	return unfit("%s: the relay does not offer %s", what, keyword)
 }
 
-// notASCII is the error of an address that needs SMTPUTF8, which the relay does not have.
+// notASCII returns the error of an address that needs SMTPUTF8, which the relay does not offer.
 func notASCII(addr string) *Error {
 	cure := "another relay has to take it"
 	if isASCII(addr[:max(strings.LastIndexByte(addr, '@'), 0)]) {
@@ -84,8 +85,8 @@ func notASCII(addr string) *Error {
 	return unfit("address %s is not ASCII: the relay does not offer SMTPUTF8; %s", printable.Address(addr), cure)
 }
 
-// sift takes those recipients out of d.todo who cannot be named to this relay, so that the others are served. It leaves all where
-// the message is for all or nobody, or can be sent to none: that is an error of the message.
+// sift removes the recipients from d.todo whose RCPT needs an extension that the relay does not offer, so that the others get
+// the message. With AllOrNothing, or if no recipient would be left, sift removes none, and the message as a whole fails.
 func (d *delivery) sift(ext *wire.Extensions) {
 	if d.m.AllOrNothing || len(d.todo) < 2 || d.lacksForRcpts(ext) == nil && (d.utf8 == "" || ext.Has("SMTPUTF8")) {
 		return
@@ -104,7 +105,7 @@ func (d *delivery) sift(ext *wire.Extensions) {
 			d.receipt.Recipients[i].Err = e.Err
 			if d.refusal == nil {
 				d.refusal = e
-				e.permanent = false // each recipient tells for itself
+				e.permanent = false // each recipient has its own error
 			}
 		}
 	}
@@ -120,7 +121,7 @@ func (d *delivery) sift(ext *wire.Extensions) {
 	}
 }
 
-// lacksForRcpt returns what one recipient needs and the relay does not offer; nil if there is nothing.
+// lacksForRcpt returns an error if recipient to needs an extension that the relay does not offer.
 func (d *delivery) lacksForRcpt(ext *wire.Extensions, to string) *Error {
 	o := d.m.RcptOptions[to]
 	switch {
@@ -134,7 +135,7 @@ func (d *delivery) lacksForRcpt(ext *wire.Extensions, to string) *Error {
 	return nil
 }
 
-// lacks returns what the message and its options need and the relay does not offer; nil if there is nothing.
+// lacks returns an error if the message or its options need an extension that the relay does not offer.
 func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	mail := &d.mail
 	size := mail.Size
@@ -160,7 +161,7 @@ func (d *delivery) lacks(ext *wire.Extensions) *Error {
 	return nil
 }
 
-// lacksTLS is lacks for RequireTLS (RFC 8689).
+// lacksTLS is like lacks, for RequireTLS (RFC 8689).
 func (d *delivery) lacksTLS(s *session) *Error {
 	switch {
 	case !d.mail.RequireTLS:
@@ -174,7 +175,7 @@ func (d *delivery) lacksTLS(s *session) *Error {
 	return nil
 }
 
-// lacksForDelivery is lacks for when the message is delivered (RFC 2852, RFC 6710).
+// lacksForDelivery is like lacks, for DeliverBy (RFC 2852) and Priority (RFC 6710).
 func (d *delivery) lacksForDelivery(ext *wire.Extensions) *Error {
 	by := d.mail.DeliverBy
 	switch {
@@ -188,7 +189,7 @@ func (d *delivery) lacksForDelivery(ext *wire.Extensions) *Error {
 	return nil
 }
 
-// lacksForRcpts is lacks for RcptOptions.
+// lacksForRcpts is like lacks, for RcptOptions.
 func (d *delivery) lacksForRcpts(ext *wire.Extensions) *Error {
 	switch {
 	case d.dsnFor != "" && !ext.Has("DSN"):
@@ -203,7 +204,7 @@ func rcptNotOffered(keyword, to, options string) *Error {
 	return notOffered(keyword, fmt.Sprintf("RcptOptions of %s: %s", printable.Address(to), options))
 }
 
-// mostRcpts is how many of d.todo go into one transaction, as the settings, the relay's offer and its profile say.
+// mostRcpts returns how many of d.todo go into one transaction, limited by the settings, the relay's EHLO and its profile.
 func (d *delivery) mostRcpts(ext *wire.Extensions) int {
 	most := len(d.todo)
 	for _, limit := range []int{d.c.cfg.Limits.MaxRecipients, ext.Limits.RcptMax} {
@@ -220,8 +221,8 @@ func (d *delivery) mostRcpts(ext *wire.Extensions) int {
 	return d.rcpts.offer(most)
 }
 
-// admitDomains tells how many of rcpts may be named before the session has seen more than limit different domains
-// (RFC 9422, 4.3), and notes theirs.
+// admitDomains returns how many of rcpts fit before the session exceeds limit different domains (RFC 9422, 4.3). It adds their
+// domains to s.domains.
 func (s *session) admitDomains(to []string, rcpts []int, limit int) (n int) {
 	if s.domains == nil {
 		s.domains = make(map[string]struct{})

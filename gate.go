@@ -5,42 +5,42 @@ import (
 	"time"
 )
 
-// gate keeps new connections back where the relay, or the way to it, says "not now". It is guarded by the pool's lock.
+// gate is the circuit breaker for dials: it backs off after failures. It is guarded by the pool's lock.
 type gate struct {
-	failures  int       // of dials, one after another; those that failed together count once
-	round     int       // counts failures: a dial that was begun in an earlier round failed together with others
-	notBefore time.Time // no dial before
-	showUntil time.Time // nor before this, while a new connection is to show that the relay works; zero: none is
-	last      *Error    // of the last dial; nil once one has succeeded
-	paused    bool      // last is about the credentials: whoever needs a new connection is told at once
+	failures  int       // consecutive failures of dials; dials that fail together count once
+	round     int       // number of failures so far; dials of the same round fail together
+	notBefore time.Time // no dial begins before this time
+	showUntil time.Time // no dial begins before this time, while a new connection shows that the relay works; zero: no such connection
+	last      *Error    // the last dial's error; nil once the relay works again
+	paused    bool      // last is a refusal of the credentials: a request that needs a new connection fails at once
 }
 
 const (
-	authPause      = 30 * time.Second // without AUTH after credentials were refused; doubles
+	authPause      = 30 * time.Second // pause of AUTH after the relay has refused credentials; doubles
 	authPauseMost  = 5 * time.Minute
-	freshPauseMost = time.Minute     // the same, where others are given each time
-	showingTime    = 5 * time.Second // for a new connection to show that the relay does its work
+	freshPauseMost = time.Minute     // the maximum if each attempt uses different credentials
+	showingTime    = 5 * time.Second // how long dials wait for a new connection to show that the relay works
 )
 
-// open reports whether a dial may be begun while so many are under way. After a failure one is tried at a time.
+// open reports whether a dial may begin while dialling others are in progress. After a failure there is one dial at a time.
 func (g *gate) open(now time.Time, dialling int) bool {
 	return g.failures == 0 || (dialling == 0 && !now.Before(g.opens()))
 }
 
-// opened notes that the relay does its work.
+// opened resets the gate: the relay has accepted or refused a message.
 func (g *gate) opened() { g.failures, g.last, g.paused = 0, nil, false }
 
-// dialled notes that a dial has succeeded. After a failure the next one waits until the relay has shown that it works on this
-// connection, but not for long.
+// dialled records that a dial has succeeded. After a failure, the next dial waits until the relay has accepted or refused a
+// message on this connection, for showingTime at most.
 func (g *gate) dialled(now time.Time) {
 	g.paused = false
 	g.showUntil = now.Add(showingTime)
 }
 
-// notShown notes that such a connection has ended and it was not the relay's fault: nothing more is to be expected of it.
+// notShown ends the wait that dialled has begun: the connection has ended, and not by the relay's fault.
 func (g *gate) notShown() { g.showUntil = time.Time{} }
 
-// failed notes that a dial of the given round has failed with e, and that none is to be begun before notBefore.
+// failed records that a dial of the given round has failed with e. No dial begins before notBefore.
 func (g *gate) failed(e *Error, round int, notBefore time.Time, paused bool) {
 	if round != g.round && g.last != nil {
 		return // it failed together with others
@@ -59,7 +59,7 @@ func backoffUpTo(least, most time.Duration, failures int) time.Duration {
 	return most
 }
 
-// refusal is what to tell somebody who needs a new connection while the credentials are paused; nil if they are not.
+// refusal returns the error for a request that needs a new connection while AUTH is paused; nil if AUTH is not paused.
 func (g *gate) refusal(now time.Time) *Error {
 	if !g.paused || !now.Before(g.notBefore) {
 		return nil
@@ -67,7 +67,7 @@ func (g *gate) refusal(now time.Time) *Error {
 	return g.last.clone()
 }
 
-// opens is when the next dial may be begun; it may be in the past.
+// opens returns when the next dial may begin; the time may be in the past.
 func (g *gate) opens() time.Time {
 	if g.failures == 0 {
 		return time.Time{}
@@ -75,9 +75,9 @@ func (g *gate) opens() time.Time {
 	return latest(g.notBefore, g.showUntil)
 }
 
-// An outage: nothing gets through.
+// Outages: the relay accepts nothing.
 
-// throughLocked is when the relay did its work last. To say that messages come too fast is none.
+// throughLocked returns when the relay last accepted or refused a message. A reply that messages come too fast does not count.
 func (p *pool) throughLocked() time.Time {
 	if !p.pace.cutAt.IsZero() {
 		return p.pace.recent.last(p.pace.first)
@@ -85,14 +85,14 @@ func (p *pool) throughLocked() time.Time {
 	return p.through
 }
 
-// expectOutageLocked has somebody look when w, who begins to wait, has waited for too long.
+// expectOutageLocked schedules endOutageLocked for when w may have waited for Timeouts.Outage.
 func (p *pool) expectOutageLocked(w *waiter) {
 	if limit := p.cfg.Timeouts.Outage; limit > 0 {
 		p.outageAt = earliest(p.outageAt, latest(w.since, p.throughLocked()).Add(limit))
 	}
 }
 
-// outage reports whether nothing has got through for Timeouts.Outage, and a message has waited for so long.
+// outage reports whether the relay has accepted nothing for Timeouts.Outage, and a message has waited for as long.
 func (p *pool) outage(waited time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -100,7 +100,7 @@ func (p *pool) outage(waited time.Duration) bool {
 	return limit > 0 && waited >= limit && time.Since(p.throughLocked()) >= limit
 }
 
-// endOutageLocked tells those who have waited for Timeouts.Outage while nothing got through.
+// endOutageLocked fails the waiters that have waited for Timeouts.Outage without any message getting through.
 func (p *pool) endOutageLocked(now time.Time) {
 	if p.outageAt.IsZero() || now.Before(p.outageAt) {
 		return
@@ -128,7 +128,7 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// outageErrorLocked is the error of a Send that has waited for Timeouts.Outage.
+// outageErrorLocked returns the error of a Send that has waited for Timeouts.Outage.
 func (p *pool) outageErrorLocked() *Error {
 	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
 	last := p.gate.last

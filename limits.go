@@ -81,22 +81,22 @@ func orDefault[T int | time.Duration](v, def T) T {
 	return v
 }
 
-// slots counts open connections against the cap. Some may be held back while the relay says that there are too many. It
-// is guarded by the pool's lock.
+// slots counts open connections against the limit. While the relay replies that there are too many connections, the limit is
+// lowered. slots is guarded by the pool's lock.
 type slots struct {
 	sem  *semaphore.Weighted
 	max  int
-	open int // taken for connections
-	held int // taken by nobody, so that the cap is lower
-	owed int // to be held back once they are freed
+	open int // acquired for connections
+	held int // acquired without a connection, to lower the limit
+	owed int // to be held once they are freed
 
-	raiseAfter time.Duration // how long the cap stays as low as it is
-	raiseAt    time.Time     // when it goes up by one; zero means that it is not lowered
-	raised     bool          // since it was lowered last
+	raiseAfter time.Duration // how long the limit stays lowered before it is raised by one
+	raiseAt    time.Time     // when to raise the limit by one; zero means that it is not lowered
+	raised     bool          // the limit was raised since it was last lowered
 }
 
 const (
-	crowdWait     = 30 * time.Second // before a connection more is tried after "too many connections"; doubles
+	crowdWait     = 30 * time.Second // wait before another connection is tried after "too many connections"; doubles
 	crowdWaitMost = 10 * time.Minute
 )
 
@@ -104,10 +104,10 @@ func newSlots(max int) *slots {
 	return &slots{sem: semaphore.NewWeighted(int64(max)), max: max}
 }
 
-// limit is the cap in force.
+// limit returns the current limit.
 func (s *slots) limit() int { return s.max - s.held - s.owed }
 
-// take takes a slot for a connection that is about to be dialled.
+// take acquires a slot for a connection that is about to be dialled. It returns false if there is none.
 func (s *slots) take() bool {
 	if !s.sem.TryAcquire(1) {
 		return false
@@ -116,7 +116,7 @@ func (s *slots) take() bool {
 	return true
 }
 
-// free gives back the slot of a connection that the relay has closed, or that was never opened.
+// free releases the slot of a connection that the relay has closed, or that was never opened.
 func (s *slots) free() {
 	if s.open--; s.open < 0 {
 		panic("smtprelay: bug: slot freed twice")
@@ -129,7 +129,7 @@ func (s *slots) free() {
 	s.sem.Release(1)
 }
 
-// lower brings the cap down to limit, at least 1, where it is above.
+// lower reduces the limit to limit, but not below 1.
 func (s *slots) lower(limit int) {
 	for limit = max(limit, 1); s.limit() > limit; {
 		if s.sem.TryAcquire(1) {
@@ -140,7 +140,7 @@ func (s *slots) lower(limit int) {
 	}
 }
 
-// raise brings the cap up by one and reports whether it is still below the configured one.
+// raise raises the limit by one and reports whether it is still below the configured limit.
 func (s *slots) raise() (lowered bool) {
 	switch {
 	case s.owed > 0:
@@ -152,26 +152,26 @@ func (s *slots) raise() (lowered bool) {
 	return s.held+s.owed > 0
 }
 
-// crowded lowers the cap for a while to the number of connections that work or may yet: the relay has said that there are too
-// many. It reports false if that is no news.
+// crowded lowers the limit for a while to working, the number of connections that work or are being opened, because the relay
+// has replied that there are too many. It returns false if the limit is that low already.
 func (s *slots) crowded(working int, now time.Time) bool {
 	if s.limit() <= max(working, 1) && !s.raiseAt.IsZero() {
-		return false // one of several that were refused together
+		return false // one of several connections that were refused together
 	}
 	s.lower(working)
 	switch {
 	case s.raiseAfter == 0:
 		s.raiseAfter = crowdWait
-	case s.raised: // too soon
+	case s.raised: // the limit was raised too soon
 		s.raiseAfter = min(2*s.raiseAfter, crowdWaitMost)
 	}
 	s.raised = false
-	// A random part more, so that clients that share an allowance do not come back together.
+	// Add jitter, so that clients that share an allowance do not retry together.
 	s.raiseAt = now.Add(s.raiseAfter + rand.N(s.raiseAfter/4))
 	return true
 }
 
-// raiseDue brings a cap that was lowered up by one if its time has come.
+// raiseDue raises a lowered limit by one if raiseAt has passed.
 func (s *slots) raiseDue(now time.Time) {
 	if s.raiseAt.IsZero() || now.Before(s.raiseAt) {
 		return
@@ -186,7 +186,7 @@ func (s *slots) raiseDue(now time.Time) {
 
 // How long a connection may be idle.
 
-// idleUntilLocked is when s, which is idle, must end; zero means never.
+// idleUntilLocked returns when s, which is idle, must end; zero means never.
 func (p *pool) idleUntilLocked(s *session) time.Time {
 	at := s.Expires()
 	if limit := p.cfg.Limits.MaxIdleTime; limit > 0 {
@@ -195,13 +195,13 @@ func (p *pool) idleUntilLocked(s *session) time.Time {
 	return at
 }
 
-// spentLocked reports whether the time of s, which is idle, has come.
+// spentLocked reports whether s, which is idle, must end now.
 func (p *pool) spentLocked(s *session, now time.Time) bool {
 	at := p.idleUntilLocked(s)
 	return !at.IsZero() && !now.Before(at)
 }
 
-// sweepLocked ends the idle sessions whose time has come.
+// sweepLocked ends the idle sessions that have expired.
 func (p *pool) sweepLocked(now time.Time) {
 	if p.idleEnds.IsZero() || now.Before(p.idleEnds) {
 		return
@@ -210,7 +210,7 @@ func (p *pool) sweepLocked(now time.Time) {
 	for s := p.idle.First; s != nil; {
 		next := s.at.Next
 		if p.spentLocked(s, now) {
-			if s.Status(now) != conn.Retired { // not by age
+			if s.Status(now) != conn.Retired { // Status has not retired s by age
 				s.Retire(conn.Idle)
 			}
 			p.settleLocked(s, now)
@@ -250,11 +250,11 @@ type Slot struct {
 	Release func(clean bool)
 }
 
-// errSlotLost ends a connection whose place belongs to another process. The relay has no part in that.
+// errSlotLost ends a connection whose place belongs to another process. It is not the relay's fault.
 var errSlotLost = &conn.GivenUpError{Err: errors.New("the place of the connection was lost (Limits.Slots)")}
 
-// askLocked acquires a place for one more connection in the background. Only one is asked for at a time. Meanwhile waiters are served
-// with the connections that are open.
+// askLocked acquires a place for another connection in the background. There is one Acquire at a time. Meanwhile open
+// connections serve the waiters.
 func (p *pool) askLocked() {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(p.queue.next().ctx))
 	stop := context.AfterFunc(p.closing, cancel)
@@ -270,7 +270,7 @@ func (p *pool) askLocked() {
 	})
 }
 
-// asked takes the answer of Limits.Slots.
+// asked handles the result of Slots.Acquire.
 func (p *pool) asked(ctx context.Context, slot Slot, err error) {
 	now := time.Now()
 	p.mu.Lock()
@@ -280,7 +280,7 @@ func (p *pool) asked(ctx context.Context, slot Slot, err error) {
 	case err != nil && !cancelled:
 		p.failedLocked(&Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: fmt.Errorf("Limits.Slots: %w", err)}, p.gate.round, false)
 	case err != nil:
-	case !cancelled && p.mayDialLocked(1, now) && p.slots.take(): // the waiter that it was for may be served by now; the next one uses it
+	case !cancelled && p.mayDialLocked(1, now) && p.slots.take(): // if its waiter was served meanwhile, the next waiter uses the connection
 		p.dialLocked(context.WithoutCancel(ctx), slot, now)
 		slot.Release = nil
 	}
@@ -291,14 +291,14 @@ func (p *pool) asked(ctx context.Context, slot Slot, err error) {
 	}
 }
 
-// stopAskingLocked ends the wait for a place: there are sessions to spare.
+// stopAskingLocked cancels the call of Slots.Acquire in progress, because no further connection is needed.
 func (p *pool) stopAskingLocked() {
 	if p.stopAsking != nil {
 		p.stopAsking()
 	}
 }
 
-// watchSlot ends s when its place is wanted or lost. It returns when s is closed.
+// watchSlot ends s when Slot.Retire or Slot.Lost is closed. It returns when s is closed.
 func (p *pool) watchSlot(s *session) {
 	retire := s.slot.Retire
 	for {
@@ -318,7 +318,7 @@ func (p *pool) watchSlot(s *session) {
 	}
 }
 
-// giveBack gives back the place of s, if it has one.
+// giveBack releases the place of s, if it has one.
 func (s *session) giveBack(clean bool) {
 	if s.slot.Release == nil {
 		return

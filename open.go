@@ -10,18 +10,18 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// When the pool opens a connection, what happens when one is open, and what happens when one fails.
+// Opening connections: when the pool dials, what follows success, and what follows failure.
 
-// mayDialLocked reports whether a connection would be opened if there were more waiters than there are.
+// mayDialLocked reports whether to dial a connection if the queue had more waiters in addition.
 func (p *pool) mayDialLocked(more int, now time.Time) bool {
 	waiting := p.queue.len() + more
 	return !p.draining && p.stopAsking == nil && p.idle.Len == 0 && p.slots.open < p.slots.limit() && waiting > p.dialling-p.slow+p.lastRoom && p.gate.open(now, p.dialling)
 }
 
-// slowDial is how long a dial may take before others are begun in its place.
+// slowDial is how long a dial may take before another dial is started in its place.
 const slowDial = 10 * time.Second
 
-// slowDialsLocked notes which dials take long: nobody counts on them.
+// slowDialsLocked marks dials as slow, so that waiters no longer rely on them.
 func (p *pool) slowDialsLocked(now time.Time) {
 	for s := p.dials.First; s != nil && now.Sub(s.dialled) >= slowDial; s = p.dials.First {
 		s.at.Remove()
@@ -29,21 +29,21 @@ func (p *pool) slowDialsLocked(now time.Time) {
 	}
 }
 
-// Sessions near their last transaction are counted: while they have room for everyone who waits, one more connection would
-// hardly be used. At the end of a burst, ten sessions that are almost used up are not followed by an eleventh. A session that
-// has said nothing for a while is not relied on.
+// p.lastRoom counts the transactions left on sessions near their limit. While these are enough for all waiters, a new connection
+// would hardly be used: the end of a burst, with ten sessions almost used up, needs no eleventh. A session that has received no
+// reply for endingTrust is not counted.
 
-// endingTrust is how long somebody may wait for a session near its end, rather than for a new connection.
+// endingTrust is how long a waiter may wait for a session near its limit before a new connection is opened.
 const endingTrust = time.Second
 
-// roomLocked notes how many transactions s has room for, if it is near its last.
+// roomLocked sets how many transactions s has left, if it is near its limit.
 func (p *pool) roomLocked(s *session, room int) {
 	room = max(room, 0)
 	p.lastRoom += room - s.lastRoom
 	s.lastRoom = room
 }
 
-// countRoomLocked counts anew, where somebody has waited for long enough.
+// countRoomLocked recounts p.lastRoom once a waiter has waited for endingTrust.
 func (p *pool) countRoomLocked(now time.Time) {
 	if p.trustUntil.IsZero() || now.Before(p.trustUntil) {
 		return
@@ -54,8 +54,8 @@ func (p *pool) countRoomLocked(now time.Time) {
 	}
 }
 
-// fillLocked opens connections for those who wait, as far as the cap and the gate allow, and serves the others with what there
-// is. It is called whenever one of these may have changed.
+// fillLocked opens connections for waiters, within the connection limit and the gate, and serves the other waiters with existing
+// sessions. It must be called whenever the queue, the limit, the gate or the sessions may have changed.
 func (p *pool) fillLocked(now time.Time) {
 	for p.queue.len() > 0 && p.mayDialLocked(0, now) {
 		if p.cfg.Limits.Slots != nil {
@@ -83,7 +83,7 @@ func (p *pool) fillLocked(now time.Time) {
 	p.planLocked(now)
 }
 
-// dialLocked begins to open a connection, for which a slot was taken; shared is its place of Limits.Slots, if there is that.
+// dialLocked starts to open a connection, for which the caller has taken a slot. shared is the place from Limits.Slots, if any.
 func (p *pool) dialLocked(ctx context.Context, shared Slot, now time.Time) {
 	p.dialling++
 	p.lastID++
@@ -95,8 +95,8 @@ func (p *pool) dialLocked(ctx context.Context, shared Slot, now time.Time) {
 	p.running.Go(func() { p.openSession(ctx, s, usedUp) })
 }
 
-// openSession opens a connection, for which a slot was taken. It goes on if the Send it was begun for gives up, and serves
-// whoever waits longest when it is done.
+// openSession opens a connection, for which the caller has taken a slot. The dial continues if the Send that caused it is
+// cancelled; the new session goes to the oldest waiter.
 func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -131,7 +131,7 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	s.round = p.gate.round
 	alone := s.PendingAuth() && p.queue.len() == 0 && !p.draining
 	if !alone {
-		p.releaseLocked(s) // at once: between, whoever it is for would seem to need one more dial
+		p.releaseLocked(s) // before unlocking: otherwise the waiter for s would seem to need another dial
 	}
 	p.mu.Unlock()
 	if p.closing.Err() != nil { // Close may have swept p.sessions before this one was added
@@ -143,10 +143,10 @@ func (p *pool) openSession(ctx context.Context, s *session, usedUp int) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.fillLocked(time.Now()) // only one dial ran while the gate was closed
+	p.fillLocked(time.Now()) // only one dial ran while the gate was closed; start the others
 }
 
-// dialledLocked notes that the dial of s is over, and reports whether it was slow.
+// dialledLocked records that the dial of s has ended, and reports whether it was slow.
 func (p *pool) dialledLocked(s *session) (slow bool) {
 	p.dialling--
 	if slow = s.at.In == nil; slow {
@@ -159,7 +159,7 @@ func (p *pool) dialledLocked(s *session) (slow bool) {
 	return slow
 }
 
-// hasGreeted is told that the relay has greeted s.
+// hasGreeted is called when the relay has greeted s.
 func (p *pool) hasGreeted(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -167,16 +167,18 @@ func (p *pool) hasGreeted(s *session) {
 		s.greeted = true
 		p.greeted++
 	}
-	if p.crowdRound == s.round+1 { // so it was a crowd
+	if p.crowdRound == s.round+1 { // the relay refused another dial of this round, so it did not refuse all connections
 		p.crowdRound = 0
 		p.crowdedLocked()
 	}
 }
 
-// spread returns how many of limit transactions a session has that was begun when usedUp others had been used up without a
-// pause, conns of them at a time. Sessions that are opened together are used up together under load, and so would be those
-// that follow them, for ever: so those that follow the second conns have from half to all of the limit. The earlier ones
-// have all of it, since a burst that ends soon would pay for the spread and have nothing of it.
+// spread returns the transaction limit of a new session, at most limit. usedUp is the number of sessions that were used up
+// without a pause, conns of them at a time.
+//
+// Under load, sessions that are opened together are used up together, and so would be their successors. To spread the
+// replacements over time, the second generation of conns sessions gets from half to all of limit. Earlier sessions get all of
+// limit, because a short burst would not benefit from spreading.
 func spread(limit, usedUp, conns int) int {
 	if n := usedUp - conns; n > 0 && n < conns {
 		return max(limit*(conns+n)/(2*conns), min(limit, 1))
@@ -184,7 +186,7 @@ func spread(limit, usedUp, conns int) int {
 	return limit
 }
 
-// sessionClosed is told by a session that the relay has closed it.
+// sessionClosed is called when the relay has closed the connection of s.
 func (p *pool) sessionClosed(s *session) {
 	info := s.Info()
 	s.giveBack(!info.Killed)
@@ -196,7 +198,7 @@ func (p *pool) sessionClosed(s *session) {
 	if info.Reason == conn.Full {
 		p.usedUp++
 	}
-	p.lostLocked(s, info) // before its place is free: its Send, which is told too, may be later
+	p.lostLocked(s, info) // before the slot is free, so that the next dial sees this failure
 	p.freeSlotLocked()
 	if err := p.gate.refusal(time.Now()); err != nil && !p.workingLocked() {
 		p.failAllLocked(err)
@@ -205,8 +207,9 @@ func (p *pool) sessionClosed(s *session) {
 	p.traceClosed(s, info)
 }
 
-// lostLocked takes the end of s for a failed dial, if it has ended before the relay did any work on it: a relay that hangs up at
-// AUTH or at MAIL, or refuses each message there, is not dialled more often than one that cannot be reached.
+// lostLocked counts the end of s as a failed dial if the relay has not accepted or refused a message on s. So the pool backs off
+// from a relay that closes connections at AUTH or MAIL, or refuses every message there, as it does from one that cannot be
+// reached.
 func (p *pool) lostLocked(s *session, info conn.Info) {
 	var ours *conn.GivenUpError
 	if info.LedByAuth && publicReply(info.Auth).says(saysTooManyConns, OpAuth) {
@@ -237,7 +240,7 @@ func (p *pool) lostLocked(s *session, info conn.Info) {
 	p.fillLocked(now)
 }
 
-// endOf is what other messages may be told of the end of a connection.
+// endOf returns the error for waiting messages after a connection has ended.
 func (p *pool) endOf(info conn.Info) *Error {
 	e := &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: errNoWork}
 	switch cause := info.Err.(type) {
@@ -258,8 +261,8 @@ func (p *pool) endOf(info conn.Info) *Error {
 
 var errNoWork = errors.New("the relay accepts nothing and refuses no recipient")
 
-// toOthers is what other messages may be told of r, the reply to a command of one message: 421, which is about the connection (RFC
-// 5321, 3.8), and else the codes of a refusal alone, since its words may name addresses.
+// toOthers returns the part of r, a reply to one message, that the errors of other messages may contain. That is all of a 421,
+// which is about the connection (RFC 5321, 3.8), and only the codes of another refusal, because its text may name addresses.
 func toOthers(r Reply) (Reply, error) {
 	switch {
 	case r.Code == 421:
@@ -273,7 +276,7 @@ func toOthers(r Reply) (Reply, error) {
 
 var errToOther = errors.New("the relay said so to another message")
 
-// freeSlotLocked gives back the slot of a connection that is no more.
+// freeSlotLocked frees the slot of a connection that is closed or was never opened.
 func (p *pool) freeSlotLocked() {
 	p.slots.free()
 	if p.draining && p.slots.open == 0 {
@@ -282,7 +285,7 @@ func (p *pool) freeSlotLocked() {
 	p.fillLocked(time.Now())
 }
 
-// workingLocked reports whether a session is open that may serve somebody yet.
+// workingLocked reports whether an open session may take a transaction, now or later.
 func (p *pool) workingLocked() bool {
 	now := time.Now()
 	for s := range p.sessions {
@@ -300,12 +303,12 @@ func (p *pool) workingLocked() bool {
 
 // Failing.
 
-// accepted notes that the relay has accepted a message.
+// accepted records that the relay has accepted a message.
 func (p *pool) accepted() { p.pace.recent.add(time.Now()) }
 
-// slowDown is told when the relay has refused a message because messages come too fast; round is that of its grant, and cut tells
-// whether it may slow the others down. It reports whether it is of use to wait: not where nothing was accepted for
-// Timeouts.Outage.
+// slowDown is called when the relay has refused a message because messages come too fast. round is the round of the message's
+// grant; cut says whether to lower the pace. slowDown reports whether to retry the message, which it does not if nothing was
+// accepted for Timeouts.Outage.
 func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	now := time.Now()
 	p.mu.Lock()
@@ -322,8 +325,8 @@ func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	return limit == 0 || now.Sub(p.throughLocked()) < limit
 }
 
-// distrust ends the sessions that have been idle for as long as one that has turned out dead without a word: the way to the
-// relay may have forgotten them all.
+// distrust ends the sessions that have been idle for longIdle, because a session that was idle for so long turned out to be dead: a
+// firewall may have dropped the others too.
 func (p *pool) distrust(longIdle time.Duration) {
 	now := time.Now()
 	p.mu.Lock()
@@ -334,15 +337,14 @@ func (p *pool) distrust(longIdle time.Duration) {
 	}
 }
 
-// crowd is told that the relay has said on s that there are too many connections.
+// crowd is called when the relay has replied that there are too many connections.
 func (p *pool) crowd() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.crowdedLocked()
 }
 
-// authenticate sends the AUTH that was to lead the first transaction on s alone, if that is still to be sent. The write side
-// is the caller's.
+// authenticate sends the pending AUTH of s without a transaction, if it was not sent yet. The caller holds the write side.
 func (p *pool) authenticate(ctx context.Context, s *session) *Error {
 	r, ok := s.Authenticate(ctx)
 	if ok {
@@ -358,17 +360,17 @@ func (p *pool) authenticate(ctx context.Context, s *session) *Error {
 	return e
 }
 
-// failedLocked takes the failure of a dial, or of the AUTH that was part of it. While another session works, nobody hears of
-// it. Else those are told whom no other dial can help, and those who do not want to wait. Those that were begun in place of a
-// slow one do not count.
+// failedLocked handles the failure of a dial, or of the AUTH that belongs to it. While another session works, no waiter sees the
+// error. Otherwise the waiters fail that do not want to wait, or that another dial cannot help. While a dial is in progress that
+// is not slow, the waiters wait for it, unless the failed dial was slow itself.
 func (p *pool) failedLocked(e *Error, round int, slow bool) {
 	now := time.Now()
 	p.slowDialsLocked(now)
 	working := p.workingLocked()
-	if e.Reply.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // beside the one that was refused
+	if e.Reply.says(tooManyConns, e.Op) && (working || p.greeted > 0) { // the relay accepts another connection
 		p.crowdedLocked()
 		if !working {
-			p.gateFailedLocked(e, round, now) // the others may be refused yet
+			p.gateFailedLocked(e, round, now) // the other dials may still be refused
 		}
 		p.fillLocked(now)
 		return
@@ -377,7 +379,7 @@ func (p *pool) failedLocked(e *Error, round int, slow bool) {
 		p.crowdRound = round + 1
 	}
 	p.gateFailedLocked(e, round, now)
-	if !working && (slow || p.dialling == p.slow) { // else one of those under way may serve them
+	if !working && (slow || p.dialling == p.slow) { // otherwise a dial in progress may serve the waiters
 		p.queue.all(func(w *waiter) {
 			if w.failed++; w.failFast || w.once || e.lasting() && !p.forNow(e) {
 				p.failLocked(w, e)
@@ -387,7 +389,8 @@ func (p *pool) failedLocked(e *Error, round int, slow bool) {
 	p.fillLocked(now)
 }
 
-// forNow reports whether e is a refusal of credentials that the relay has accepted before: it is out of order, not they.
+// forNow reports whether e is a refusal of credentials that the relay has accepted before: the fault is likely the relay's and
+// temporary.
 func (p *pool) forNow(e *Error) bool {
 	return e.Op == OpAuth && e.Reply.Code != 0 && p.cfg.profile.proven.Load()
 }
@@ -400,27 +403,27 @@ func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
 	case auth && e.Reply.says(tooManyLogins, e.Op):
 		wait = backoffUpTo(authPause, authPauseMost, failures)
 	case auth && failures > 1 && !p.cfg.profile.proven.Load() && isSilence(e.Err):
-		wait = authPause // it may be the answer to wrong credentials
+		wait = authPause // the relay may be silent because the credentials are wrong
 	case auth && e.Reply.Code/100 == 5 && p.cfg.Auth == nil && !p.forNow(e):
-		// The same credentials again: no use, and some relays lock the account.
+		// Repeating the same credentials cannot help, and some relays lock the account.
 		wait, paused = backoffUpTo(authPause, authPauseMost, failures), true
 	}
 	p.gate.failed(e, round, now.Add(wait), paused)
 }
 
-// isSilence reports whether err tells that a reply did not come in time.
+// isSilence reports whether err means that a reply did not arrive in time.
 func isSilence(err error) bool {
 	_, silent := errors.AsType[*conn.TimeoutError](err)
 	return silent
 }
 
-// failAllLocked tells e to everybody who waits.
+// failAllLocked fails every waiter with e.
 func (p *pool) failAllLocked(e *Error) {
 	p.queue.all(func(w *waiter) { p.failLocked(w, e) })
 }
 
-// crowdedLocked holds slots back for a while: the relay says that there are too many connections. Those that are open go
-// on, and so do those being opened: if there are too many of them too, the relay will say so to each.
+// crowdedLocked lowers the connection limit for a while, because the relay has replied that there are too many connections. Open
+// connections continue, and so do dials in progress: if they are too many as well, the relay will refuse each of them.
 func (p *pool) crowdedLocked() {
 	if p.draining {
 		return

@@ -8,13 +8,13 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// What became of a message. These are functions of a transaction's Result: they ask no connection and take no lock.
+// The outcome of a message. These are pure functions of a transaction's Result: they use no connection and take no lock.
 //
-// Until the end of the message (the final dot, or the last chunk) has left, the relay has accepted nothing. Once it may have
-// left, only the relay's reply tells, and without one the outcome is unknown.
+// Before the end of the message (the final dot or the last chunk) is sent, the relay has accepted nothing. Once it may have been
+// sent, only the relay's reply decides; without a reply the outcome is unknown.
 
-// verdict returns what became of the transaction of m for rcpts that ended in r; nil if the relay has accepted the message,
-// for the recipients that it has accepted.
+// verdict returns the error of the transaction of m for rcpts that ended in r; nil if the relay has accepted the message for at
+// least one recipient.
 func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
 	e := judge(m, rcpts, r)
 	if e != nil && e.Scope == ScopeUnknown {
@@ -23,7 +23,7 @@ func verdict(m *Message, rcpts []int, r *conn.Result) *Error {
 	return e
 }
 
-// scopeOf is what e, the verdict on r, is about.
+// scopeOf returns the Scope of e, the verdict on r.
 func scopeOf(e *Error, r *conn.Result) Scope {
 	switch {
 	case e.Reply.Code != 0:
@@ -63,7 +63,7 @@ func judge(m *Message, rcpts []int, r *conn.Result) *Error {
 	return unsent(m, rcpts, r)
 }
 
-// refusal is the error of the relay's first refusal in the envelope; nil if there is none.
+// refusal returns the error for the relay's first refusal in the envelope; nil if there is none.
 func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 	step, i := r.Refusal(m.AllOrNothing)
 	e := &Error{Op: opOf(step), Outcome: NotAccepted}
@@ -84,24 +84,24 @@ func refusal(m *Message, rcpts []int, r *conn.Result) *Error {
 	return e
 }
 
-// decides reports whether e, a refusal in the envelope, means that what was sent behind it is not accepted, although there is
-// no reply to its end. A refused RSET says nothing of what stands behind it, unless the relay leaves. Nor does a refusal where
-// another recipient was accepted, or MAIL was refused and a recipient accepted.
+// decides reports whether e, a refusal in the envelope, proves that the message was not accepted, although its end has no reply.
+// A refused RSET does not, unless the relay replied 421. Nor does a refusal of MAIL or RCPT if the relay has accepted a
+// recipient.
 func decides(e *Error, r *conn.Result) bool {
 	switch e.Op {
 	case OpRset:
 		return e.Reply.Code == 421
 	case OpMail, OpRcpt:
-		// A relay that has said 421 and closed in order was leaving, and has taken nothing of what came behind.
+		// A relay that replied 421 and closed with FIN was shutting down, and has not accepted anything after that.
 		return r.Agreed() == 0 || e.Reply.Code == 421 && r.Left421
 	}
 	return true
 }
 
-// doubtful reports whether the final reply may be that to another command, or whether nobody knows for whom and for how much
-// of the message it speaks. By DATA it is that to the final dot: 354 stands before it, and is the reply to no other command. In
-// chunks a relay that answers one command twice, or with too little, makes one 250 pass for another; so its 250 counts only
-// where all that it said before fits.
+// doubtful reports whether the final reply may belong to another command, or it is unclear which recipients it covers. With
+// DATA, the final reply follows a 354, which answers only DATA, so it belongs to the final dot. With chunks, a relay that sends
+// a reply too many or too few shifts one 250 to another command. So a 250 counts only if all earlier replies are consistent with
+// it.
 func doubtful(r *conn.Result) bool {
 	switch class := r.Final.Class(); {
 	case class == 3, r.Contradicted, r.Chunked && r.After421:
@@ -112,23 +112,23 @@ func doubtful(r *conn.Result) bool {
 	return r.MailRefused() || r.Data.Class() >= 4 || r.Chunked && r.Rset.Code != 0 && r.Rset.Class() != 2
 }
 
-// shifted reports whether the replies to an envelope whose message has left may be those to other commands: one of them was out
-// of step, and the end of the message has no reply.
+// shifted reports whether the replies to the envelope may belong to other commands, although the end of the message may have
+// been sent: a reply was impossible for its command, and the end of the message has no reply.
 func shifted(r *conn.Result) bool {
 	return r.OutOfStep && r.Final.Code == 0 && r.End != conn.EndUnwritten
 }
 
-// dubious reports whether the replies to an envelope behind a final dot may be those to other commands: a relay that throws
-// away a part of what came with the dot is short of as many replies, until one side ends the connection.
+// dubious reports whether the replies to an envelope behind a final dot may belong to other commands. A relay that discards some
+// of the commands behind the dot sends too few replies, until one side ends the connection.
 func dubious(r *conn.Result) bool {
 	if !r.Overlapped || r.End != conn.EndUnwritten || r.Lost == nil || r.Rset.Class() != 2 {
 		return false
 	}
-	_, ended := r.Lost.(*conn.ReplyError) // 421, or one that cannot be the reply to its command
+	_, ended := r.Lost.(*conn.ReplyError) // 421, or a reply that is impossible for its command
 	return ended || r.Waiting != "" && conn.IsTimeout(r.Lost)
 }
 
-// believed returns r without the replies that may be those to other commands.
+// believed returns r without replies to RCPT that may belong to other commands.
 func believed(r conn.Result) conn.Result {
 	if dubious(&r) || shifted(&r) || r.Chunked && doubtful(&r) {
 		r.Rcpt = make([]wire.Reply, len(r.Rcpt))
@@ -136,13 +136,14 @@ func believed(r conn.Result) conn.Result {
 	return r
 }
 
-// behind421 reports whether the relay has said 421 to a transaction before this one, and nothing more until it closed in
-// order: replies come in order (RFC 2920, 3.2), so it was leaving when it came to this one, and has taken nothing of it.
+// behind421 reports whether the relay replied 421 to an earlier transaction, sent no further reply, and closed the connection
+// with FIN. Replies are in order (RFC 2920, 3.2), so the relay was shutting down before it reached this transaction and has not
+// accepted its message.
 func behind421(r *conn.Result) bool {
 	return r.Left421 && r.Auth.Code == 0 && r.Rset.Code == 0 && r.Mail.Code == 0
 }
 
-// unsent is the error of a message whose end has not left, and which the relay has not refused.
+// unsent returns the error of a message whose end was not sent and which the relay has not refused.
 func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
 	op, subject := OpEnd, ""
 	switch {
@@ -171,17 +172,17 @@ func unsent(m *Message, rcpts []int, r *conn.Result) *Error {
 	return e
 }
 
-// lostAt is the error of a connection that was lost before the end of the message had left.
+// lostAt returns the error of a connection that was lost before the end of the message was sent.
 func lostAt(op Op, subject string, r *conn.Result) *Error {
 	e := &Error{Op: op, subject: subject, Outcome: NotAccepted}
 	switch cause := r.Lost.(type) {
 	case *conn.UnexpectedReply:
-		if cause.Reply.Class() >= 4 { // the relay says why it does not take the body
+		if cause.Reply.Class() >= 4 { // the relay says why it refuses the body
 			e.Reply = publicReply(cause.Reply)
 		} else {
 			e.Err = cause
 		}
-	case *conn.ReplyError: // to what another transaction had asked: only 421 is for all
+	case *conn.ReplyError: // a reply to another transaction: only 421 concerns this one
 		if cause.Reply.Code == 421 {
 			e.Reply = publicReply(cause.Reply)
 		} else {
@@ -193,25 +194,25 @@ func lostAt(op Op, subject string, r *conn.Result) *Error {
 	return e
 }
 
-// fate is what a transaction means for one of its recipients.
+// fate is the result of a transaction for one of its recipients.
 type fate int
 
 const (
 	fateAccepted fate = iota
 	fateUnknown
-	fateOpen    // another transaction decides, if the Send makes one
-	fateLater   // refused for now: another transaction after a wait
+	fateOpen    // not decided: another transaction may follow
+	fateLater   // refused temporarily: another transaction follows after a backoff
 	fateRefused // the relay has refused this recipient
 )
 
-// fateOf is what the transaction that ended in r and its verdict e means for the ith of its recipients. temporary: 4xx is
-// tried again (Retry.On4xx). moved: the message was tried on another connection already since one refused it for now.
+// fateOf returns the fate of the ith recipient of a transaction that ended in r with the verdict e. temporary means that 4xx
+// replies are retried (Retry.On4xx). moved means that the message was tried on other connections often enough.
 func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) fate {
 	reply := publicReply(r.Rcpt[i])
 	class := reply.Code / 100
 	switch {
 	case e != nil && e.Outcome == Unknown && (class == 0 || class == 2):
-		// In chunks the message leaves with its envelope, whose replies may be missing.
+		// With chunks, the message is sent together with its envelope, so the reply to RCPT may be missing.
 		return fateUnknown
 	case e == nil && class == 2:
 		return fateAccepted
@@ -220,26 +221,26 @@ func fateOf(m *Message, r *conn.Result, i int, e *Error, temporary, moved bool) 
 	case reply.says(tooManyRcpts, OpRcpt) && r.Accepted() > 0, reply.throttles(OpRcpt):
 		return fateOpen
 	case r.Seq > 1 && (reply.says(tooManyMessages, OpRcpt) || !moved && reply.endsSession(OpRcpt, r.Seq, r.Worked)):
-		return fateOpen // the connection has had its share
+		return fateOpen // the refusal is about the connection
 	case temporary && class == 4:
 		return fateLater
 	}
 	return fateRefused
 }
 
-// mailed reports whether the relay has accepted MAIL, from who we say we are.
+// mailed reports whether the relay has accepted MAIL, and AUTH has not failed.
 func mailed(r *conn.Result) bool {
 	return r.Mail.Class() == 2 && !r.AuthRefused()
 }
 
-// countTooMany counts the recipients who were told that there are too many. sure: that was about their number, and not about
-// some of their mailboxes.
+// countTooMany counts the "too many recipients" replies to RCPT. sure means that they were about the number of recipients, and
+// not about single mailboxes.
 func countTooMany(r *conn.Result) (tooMany int, sure bool) {
 	sure = true
 	for i := range r.Rcpt {
 		reply := publicReply(r.Rcpt[i])
 		if r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked) {
-			continue // the session has had too many, in all its transactions together
+			continue // the reply is about the connection, not about this transaction
 		}
 		if reply.says(tooManyRcpts, OpRcpt) {
 			tooMany++

@@ -6,49 +6,50 @@ import (
 	"time"
 )
 
-// pace is how many messages a second are begun, where the relay has said that they come too fast or Limits.Rate says so. It is
-// guarded by the pool's lock.
+// pace limits how many messages begin per second, as Limits.Rate or the relay's replies demand. It is guarded by the pool's lock.
 //
-// A relay that limits the rate says so in a reply, not how high the limit is. The first such reply sets the pace to what the
-// relay has accepted in the last second. Two seconds later it rises by a quarter a second until the next one. Each later one slows
-// it down by a tenth; two seconds without one, and it rises by one per cent a second. After ten minutes without one there is no pace. Messages that are on their way when the pace is cut belong
-// to the round before: their refusals do not cut it again.
+// A relay that throttles does not say how high its limit is. The first such reply sets the rate to the number of messages that
+// the relay has accepted in the last second. Two seconds later the rate begins to rise by a quarter each second, until the next
+// such reply. Each later reply cuts the rate by a tenth; after two seconds without one it rises by one per cent each second.
+// After ten minutes without such a reply the rate is as configured again.
+//
+// Messages in flight when the rate is cut belong to the previous round: their refusals do not cut it again.
 type pace struct {
-	most      float64   // messages a second, as configured; 0 means that nothing is configured
-	off       bool      // the relay's replies are not heeded
-	rate      float64   // messages a second; 0 means any number
-	next      time.Time // no message is begun before
-	round     int       // counts the cuts
-	cutAt     time.Time // of the last one
-	first     time.Time // of the first one
+	most      float64   // configured messages per second; 0 means no limit
+	off       bool      // ignore the relay's replies
+	rate      float64   // messages per second; 0 means no limit
+	next      time.Time // no message begins before this time
+	round     int       // number of cuts
+	cutAt     time.Time // when rate was cut last; zero if it was not cut
+	first     time.Time // when rate was cut first
 	risen     time.Time // when rate was raised last
-	searching bool      // it was cut once: nobody knows yet how low it is
-	said      Reply     // how the relay said so last
+	searching bool      // rate was cut once, so the relay's limit is not known yet
+	said      Reply     // the last reply that cut rate
 	recent    recently  // messages that the relay has accepted
 }
 
 const (
-	paceLeast  = 0.1 // messages a second, at least
-	paceCut    = 0.9
-	paceRise   = 1.01                  // in a second
-	paceSearch = 1.25                  // the same, until it has been cut for the second time
-	paceHold   = 2 * time.Second       // after a cut
-	paceSlack  = 20 * time.Millisecond // by which a message that was begun late does not delay those behind it
+	paceLeast  = 0.1                   // minimum messages per second
+	paceCut    = 0.9                   // factor of a cut
+	paceRise   = 1.01                  // factor per second
+	paceSearch = 1.25                  // factor per second, until the second cut
+	paceHold   = 2 * time.Second       // no rise for this long after a cut
+	paceSlack  = 20 * time.Millisecond // a message that begins late by up to this does not delay those after it
 	paceMemory = 10 * time.Minute
 )
 
-// newPace returns the pace that Limits.Rate asks for; 0 is none until the relay speaks, negative none at all.
+// newPace returns the pace for Limits.Rate: 0 means no limit until the relay throttles, negative means no limit at all.
 func newPace(rate float64) pace {
 	return pace{most: max(rate, 0), rate: max(rate, 0), off: rate < 0}
 }
 
-// ready reports whether a message may be begun now.
+// ready reports whether a message may begin now.
 func (p *pace) ready(now time.Time) bool {
 	p.rise(now)
 	return p.rate == 0 || !now.Before(p.next)
 }
 
-// begin notes that a message is begun.
+// begin records that a message begins.
 func (p *pace) begin(now time.Time) {
 	if p.rate == 0 {
 		return
@@ -59,10 +60,10 @@ func (p *pace) begin(now time.Time) {
 	p.next = p.next.Add(time.Duration(float64(time.Second) / p.rate))
 }
 
-// rise raises a pace that was cut, or forgets it.
+// rise raises a rate that was cut, or restores the configured rate.
 func (p *pace) rise(now time.Time) {
 	if p.searching && now.Sub(p.first) <= time.Second {
-		p.rate = p.within(max(p.rate, float64(p.recent.count(now)))) // of those that were under way, some were accepted
+		p.rate = p.within(max(p.rate, float64(p.recent.count(now)))) // messages in flight at the cut may still be accepted
 	}
 	switch since := now.Sub(p.cutAt); {
 	case p.cutAt.IsZero() || since < paceHold || now.Sub(p.risen) < time.Second/10:
@@ -79,7 +80,7 @@ func (p *pace) rise(now time.Time) {
 	p.risen = now
 }
 
-// within is rate, or the rate that is configured where that is less.
+// within returns rate, but at most the configured rate.
 func (p *pace) within(rate float64) float64 {
 	if p.most > 0 {
 		return min(rate, p.most)
@@ -87,8 +88,8 @@ func (p *pace) within(rate float64) float64 {
 	return rate
 }
 
-// tooFast is told when the relay has refused a message of the given round because messages come too fast. It reports whether
-// that has changed the pace.
+// tooFast is called when the relay has refused a message of the given round because messages come too fast. It reports whether
+// it has changed the rate.
 func (p *pace) tooFast(round int, now time.Time) (cut bool) {
 	if p.off || round != p.round {
 		return false
@@ -107,14 +108,14 @@ func (p *pace) tooFast(round int, now time.Time) (cut bool) {
 	return true
 }
 
-// recently counts what has happened in the last second, in tenths. It is safe for concurrent use.
+// recently counts the events of the last second, in buckets of a tenth. It is safe for concurrent use.
 type recently struct {
-	tenths [11]atomic.Uint64 // each the number of its tenth of a second, since 1970, and in the last 24 bits a count
+	tenths [11]atomic.Uint64 // each: the Unix time in tenths of a second, and in the low 24 bits a count
 }
 
 const countBits = 24
 
-// add counts one.
+// add counts an event.
 func (r *recently) add(now time.Time) {
 	tenth := uint64(now.UnixMilli() / 100)
 	a := &r.tenths[tenth%uint64(len(r.tenths))]
@@ -130,7 +131,7 @@ func (r *recently) add(now time.Time) {
 	}
 }
 
-// last is when one was counted last, to a tenth of a second, or else is the time otherwise.
+// last returns the time of the last event, to a tenth of a second, but no time before otherwise.
 func (r *recently) last(otherwise time.Time) time.Time {
 	for i := range r.tenths {
 		otherwise = latest(otherwise, time.UnixMilli(int64(r.tenths[i].Load()>>countBits)*100))
@@ -138,7 +139,7 @@ func (r *recently) last(otherwise time.Time) time.Time {
 	return otherwise
 }
 
-// count is how many there were.
+// count returns the number of events in the last second.
 func (r *recently) count(now time.Time) (n int) {
 	tenth := uint64(now.UnixMilli() / 100)
 	for i := range r.tenths {

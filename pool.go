@@ -13,74 +13,73 @@ import (
 	"github.com/smtprelay/smtprelay/internal/list"
 )
 
-// pool keeps the sessions of a Client and hands them out, first come first served. When to open one is in open.go.
+// pool keeps the sessions of a Client and hands them to waiters, first come first served. open.go decides when to open a session.
 //
-// One count, one lock, one function that frees: each open connection holds a slot from before it is dialled until the
-// relay has closed it. Whatever a waiter may be served with (a session given back, one that may be overlapped, a finished
-// dial) goes to the oldest one. Nothing on a message's way searches a list: a message costs the same with 10 connections and
-// with 10,000.
+// Each open connection holds a slot from before it is dialled until the relay has closed it. One counter, under one lock, counts
+// the slots, and one function frees them. A session that is released, becomes overlappable or was just opened goes to the oldest
+// waiter. Sending a message searches no list: it costs the same with 10 connections and with 10,000.
 type pool struct {
 	cfg     *settings
-	waiting atomic.Int32    // queue.len, for those who only want a hint
-	sends   atomic.Int64    // calls under way
-	closed  atomic.Bool     // Shutdown or Close was called: no call begins any more
-	left    chan struct{}   // closed when closed is set and the last call has ended
-	allLeft func()          // closes it; may be called again
-	closing context.Context // ends with Close: dials in progress are given up
+	waiting atomic.Int32    // queue.len, readable without mu as a hint
+	sends   atomic.Int64    // calls in flight
+	closed  atomic.Bool     // Shutdown or Close was called: no further call may begin
+	left    chan struct{}   // closed when closed is set and the last call has returned
+	allLeft func()          // closes left; may be called more than once
+	closing context.Context // cancelled by Close; aborts dials
 	cancel  context.CancelFunc
-	running sync.WaitGroup // of all goroutines of the Client
-	spare   sync.Pool      // *waiter; the Client's own, since a channel must not cross the bubbles of testing/synctest
+	running sync.WaitGroup // all goroutines of the Client
+	spare   sync.Pool      // *waiter; a field because a channel must not be shared between testing/synctest bubbles
 
 	mu         sync.Mutex // guards the fields below; never held across I/O or a callback
 	slots      *slots
 	gate       gate
 	sessions   map[*session]struct{}
-	idle       list.List[session] // free; the one used last is at the end
-	ready      list.List[session] // may be overlapped; the one that has waited longest is first
+	idle       list.List[session] // sessions without a transaction; the most recently used is last
+	ready      list.List[session] // sessions that may be overlapped; the one that has waited longest is first
 	queue      queue
 	pace       pace
-	stopAsking func() // ends the wait for a place of Limits.Slots; nil while none is asked for
-	dialling   int
-	dials      list.List[session] // of these, the ones that are not slow yet, oldest first
-	slow       int                // the others, which nobody counts on
-	greeted    int                // of these, how many the relay has greeted
-	crowdRound int                // the round of the gate, plus one, in which a dial was refused as one too many and no other had got further; 0: none
+	stopAsking func()             // cancels the call of Slots.Acquire in progress; nil if there is none
+	dialling   int                // dials in progress
+	dials      list.List[session] // dials in progress that are not slow yet, oldest first
+	slow       int                // dials in progress that are slow; waiters do not rely on them
+	greeted    int                // dials in progress that have received a greeting
+	crowdRound int                // gate.round + 1 when a dial got "too many connections" before any other was greeted; 0: none
 	lastID     int64
-	usedUp     int           // sessions that were full when they ended, since one was last idle
+	usedUp     int           // sessions that ended because they were full, since a session was last idle
 	lastRoom   int           // the sum of session.lastRoom
-	trustUntil time.Time     // when lastRoom is counted anew, if somebody waits; zero means that nobody has waited
-	through    time.Time     // when the relay did its work last, as far as was looked
-	outageAt   time.Time     // when to look for those who have waited for too long; zero means that nobody waits
-	idleEnds   time.Time     // no idle session ends before; zero means that none ends
-	timer      *time.Timer   // calls wake; nil until there is a need
-	wakeAt     time.Time     // when it runs out; zero means that it does not run
-	draining   bool          // nothing is handed out any more
+	trustUntil time.Time     // when to recount lastRoom; zero if no message has had to wait
+	through    time.Time     // when the relay last accepted or refused a message, as of the last check
+	outageAt   time.Time     // when to check for waiters that have waited for Timeouts.Outage; zero if there are no waiters
+	idleEnds   time.Time     // no idle session expires before this time; zero means that none expires
+	timer      *time.Timer   // calls wake; nil until first needed
+	wakeAt     time.Time     // when timer fires; zero if it is not running
+	draining   bool          // no session is handed out any more
 	ending     chan struct{} // closed when draining is set
-	empty      chan struct{} // closed when draining and no slot is in use
+	empty      chan struct{} // closed when draining is set and no slot is in use
 }
 
-// session is an open connection and what the pool knows of it.
+// session is an open connection and the pool's state for it.
 type session struct {
 	*conn.Conn
 	id       int64
 	pool     *pool
-	round    int                 // of the dial gate, when this one was dialled, and from then on when it was open
-	sendAway func()              // Conn.SendAway, in a goroutine of the pool's
-	node     netip.AddrPort      // of several addresses, the one tried last; owned by the dial, as is remote
-	remote   string              // the address that it was dialled at, as far as is known
-	slot     Slot                // of Limits.Slots; its Release is nil where there is none
-	closed   chan struct{}       // closed before slot is given back
-	domains  map[string]struct{} // of recipients so far, if the relay limits their number; owned by the holder of the write side
+	round    int                 // gate.round when the session was dialled, and after that when it was open
+	sendAway func()              // Conn.SendAway, run in one of the pool's goroutines
+	node     netip.AddrPort      // the address tried last, if the relay has several; owned by the dial, as is remote
+	remote   string              // the address that was dialled, if known
+	slot     Slot                // from Limits.Slots; Release is nil without Limits.Slots
+	closed   chan struct{}       // closed before slot is released
+	domains  map[string]struct{} // recipient domains so far, if the relay limits their number; owned by the holder of the write side
 
 	// Guarded by the pool's lock.
-	held      bool                // somebody has the write side
-	gone      bool                // the relay has closed it
-	at        list.Links[session] // in idle or ready, while nobody holds it; in dials before
-	dialled   time.Time           // when the dial was begun
+	held      bool                // a transaction holds the write side
+	gone      bool                // the relay has closed the connection
+	at        list.Links[session] // in dials while dialling; then in idle or ready, unless held
+	dialled   time.Time           // when the dial began
 	idleSince time.Time
-	greeted   bool // by the relay, while it is being opened
-	lostIdle  bool // it was lost while it was idle
-	lastRoom  int  // transactions left, where it is near its last; see pool.roomLocked
+	greeted   bool // the relay has sent its greeting; counts in pool.greeted until the dial ends
+	lostIdle  bool // the connection was lost while the session was idle
+	lastRoom  int  // transactions left, if the session is near its last; see pool.roomLocked
 }
 
 // Wanted implements [conn.Owner].
@@ -128,7 +127,7 @@ func newPool(cfg *settings) *pool {
 	return p
 }
 
-// enter begins a call, which leave ends. Once the Client is closed there are no more.
+// enter registers a call; leave ends it. enter fails once the Client is closed.
 func (p *pool) enter() *Error {
 	p.sends.Add(1)
 	if p.closed.Load() {
@@ -144,18 +143,18 @@ func (p *pool) leave() {
 	}
 }
 
-// freeLocked returns a session for one message: an idle one or, if no connection would be opened for so many more than wait,
-// one to overlap on; nil if there is none.
+// freeLocked returns a session for one message: an idle session, or else one to overlap on, unless a connection could be opened if
+// more waiters joined. It returns nil if there is no session.
 func (p *pool) freeLocked(more int, now time.Time) *session {
 	for s := p.idle.Last; s != nil; s = p.idle.Last {
 		s.at.Remove()
 		if p.spentLocked(s, now.Round(0)) {
-			s.Retire(conn.Idle) // the timer goes by the monotonic clock, which stands still while a machine sleeps
+			s.Retire(conn.Idle) // the timer may be late: it uses the monotonic clock, which stops while the machine sleeps
 		}
 		if s.Status(now) == conn.Free {
 			return s
 		}
-		p.settleLocked(s, now) // too old, or dead
+		p.settleLocked(s, now) // expired or lost
 	}
 	if p.mayDialLocked(more, now) {
 		return nil
@@ -163,7 +162,7 @@ func (p *pool) freeLocked(more int, now time.Time) *session {
 	return p.overlapLocked(now)
 }
 
-// overlapLocked returns a session that may be overlapped, nil if there is none.
+// overlapLocked returns a session that may be overlapped; nil if there is none.
 func (p *pool) overlapLocked(now time.Time) *session {
 	for s := p.ready.First; s != nil; s = p.ready.First {
 		s.at.Remove()
@@ -174,9 +173,9 @@ func (p *pool) overlapLocked(now time.Time) *session {
 	return nil
 }
 
-// release takes the write side of s back. What is still in the buffer is another transaction's final dot: it leaves with the envelope of
-// a waiter who can go on with s at once, else now, in a goroutine that ends when it has, since a relay that reads nothing
-// must not hold up a Send that has nothing to do with it.
+// release takes the write side of s back. If the buffer holds another transaction's final dot, release hands s to a waiter,
+// whose envelope carries the dot. Without a waiter, a new goroutine flushes the buffer: if the relay reads nothing, the flush
+// must not block the caller, a Send of another message.
 func (p *pool) release(s *session) {
 	if s.Buffered() && p.handoff(s) {
 		return
@@ -198,7 +197,7 @@ func (p *pool) release(s *session) {
 	p.releaseLocked(s)
 }
 
-// startSendAway has what is in the buffer of s leave, and reports false where s is gone.
+// startSendAway starts s.sendAway in a goroutine. It returns false if s is gone.
 func (p *pool) startSendAway(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -206,7 +205,7 @@ func (p *pool) startSendAway(s *session) bool {
 		return false
 	}
 	p.running.Add(1)
-	go s.sendAway() // as it is: anything around it would be allocated, for one message in two
+	go s.sendAway() // not a closure: that would be allocated for every second message
 	return true
 }
 
@@ -216,7 +215,7 @@ func (p *pool) releaseLocked(s *session) {
 	p.settleLocked(s, time.Now())
 }
 
-// handoff gives the write side of s to one who waits and can go on at once, and reports whether there is one.
+// handoff gives the write side of s to the next waiter if that one can start at once, and reports whether it did.
 func (p *pool) handoff(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -231,7 +230,7 @@ func (p *pool) handoff(s *session) bool {
 	return true
 }
 
-// changed is told by a session that a final reply is in, or that it is over.
+// changed is called when a final reply has arrived on s (answered), or s can no longer be used.
 func (p *pool) changed(s *session, answered bool) {
 	now := time.Now()
 	p.mu.Lock()
@@ -242,7 +241,7 @@ func (p *pool) changed(s *session, answered bool) {
 	p.settleLocked(s, now)
 }
 
-// elsewhere reports whether one more message would get a session at once.
+// elsewhere reports whether another message would get an idle session, or a new connection, at once.
 func (p *pool) elsewhere() bool {
 	now := time.Now()
 	p.mu.Lock()
@@ -250,8 +249,7 @@ func (p *pool) elsewhere() bool {
 	return p.idle.Len > 0 || p.cfg.Limits.Slots == nil && p.mayDialLocked(1, now)
 }
 
-// settleLocked puts s where its state says, if nobody holds it: to the oldest waiter, to the idle ones, to those that may
-// be overlapped, or on its way out.
+// settleLocked moves s according to its state, unless it is held: to the oldest waiter, to the idle or the ready list, or to QUIT.
 func (p *pool) settleLocked(s *session, now time.Time) {
 	if s.gone || s.held {
 		return
@@ -282,7 +280,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	}
 }
 
-// grantLocked gives the write side of s, which is in no list, to somebody for one message.
+// grantLocked lends the write side of s, which is in no list, for one message.
 func (p *pool) grantLocked(s *session, now time.Time) grant {
 	s.held = true
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust))-1)
@@ -290,7 +288,7 @@ func (p *pool) grantLocked(s *session, now time.Time) grant {
 	return grant{session: s, round: p.pace.round}
 }
 
-// serveLocked gives s to the one whose turn it is.
+// serveLocked gives s to the next waiter.
 func (p *pool) serveLocked(s *session, now time.Time) {
 	w := p.queue.serve()
 	p.waiting.Add(-1)
@@ -300,14 +298,14 @@ func (p *pool) serveLocked(s *session, now time.Time) {
 	w.served <- struct{}{}
 }
 
-// failLocked tells e to w, who waits.
+// failLocked removes w from the queue and fails it with e.
 func (p *pool) failLocked(w *waiter, e *Error) {
 	p.leaveLocked(w)
 	w.err = e.clone()
 	w.served <- struct{}{}
 }
 
-// quitLocked says QUIT on s, in a goroutine that ends when that is written. Nobody gets s any more.
+// quitLocked starts a goroutine that writes QUIT on s. The session stays held, so that it is not handed out again.
 func (p *pool) quitLocked(s *session) {
 	s.held = true
 	p.running.Go(s.Quit)
@@ -315,13 +313,13 @@ func (p *pool) quitLocked(s *session) {
 
 // The timer.
 
-// wake does what is due although nothing has happened, and has others overlap or open connections.
+// wake runs all timed work that is due, and then serves waiters.
 func (p *pool) wake() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.wakeAt = time.Time{}
 	if p.draining {
-		return // the timer ran out as it was stopped, and no other may follow it
+		return // the timer fired while drain stopped it; do not start another
 	}
 	now := time.Now()
 	p.slots.raiseDue(now)
@@ -332,7 +330,7 @@ func (p *pool) wake() {
 	p.fillLocked(now)
 }
 
-// nextWakeLocked is when something is due although nothing happens; zero means never.
+// nextWakeLocked returns when the next timed work is due; zero means never.
 func (p *pool) nextWakeLocked(now time.Time) time.Time {
 	at := earliest(p.slots.raiseAt, p.idleEnds)
 	if p.queue.len() == 0 {
@@ -359,7 +357,7 @@ func earliest(a, b time.Time) time.Time {
 	return a
 }
 
-// planLocked has wake called in time. It is called whenever nextWakeLocked may have come nearer.
+// planLocked sets the timer. It must be called whenever nextWakeLocked may have become earlier.
 func (p *pool) planLocked(now time.Time) {
 	at := p.nextWakeLocked(now)
 	if p.draining || at.IsZero() || !p.wakeAt.IsZero() && !at.Before(p.wakeAt) {
@@ -375,10 +373,10 @@ func (p *pool) planLocked(now time.Time) {
 
 // Idle sessions.
 
-// sweepPause is how long idle sessions are left alone after a look at all of them.
+// sweepPause is the least time between two sweeps of the idle list.
 const sweepPause = 50 * time.Millisecond
 
-// idleLocked puts s, which is free, to the idle ones.
+// idleLocked adds s, which is free, to the idle list.
 func (p *pool) idleLocked(s *session, now time.Time) {
 	s.idleSince = now
 	p.idle.PushBack(s)
@@ -390,7 +388,7 @@ func (p *pool) idleLocked(s *session, now time.Time) {
 
 // Ending.
 
-// drain lets nothing more be taken: waiters are told, sessions end with QUIT once they are quiet.
+// drain stops handing out sessions: it fails all waiters, and ends each session with QUIT once its last transaction is done.
 func (p *pool) drain() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -413,7 +411,7 @@ func (p *pool) drain() {
 	}
 }
 
-// shutdown lets the calls that have begun come to their end, and then ends everything; at the end of ctx in any case.
+// shutdown waits for the calls in flight and for all sessions to end, or for the end of ctx. Then it closes the pool.
 func (p *pool) shutdown(ctx context.Context) error {
 	p.closed.Store(true)
 	if p.sends.Load() == 0 {
@@ -427,7 +425,7 @@ func (p *pool) shutdown(ctx context.Context) error {
 	}
 	p.drain()
 	p.mu.Lock()
-	if p.dialling > 0 { // nobody waits for those
+	if p.dialling > 0 { // no waiter is left for these dials
 		p.cancel()
 	}
 	p.mu.Unlock()
@@ -442,10 +440,10 @@ func (p *pool) shutdown(ctx context.Context) error {
 	return err
 }
 
-// politeness is how long QUIT may take to be written when the Client is closed.
+// politeness is how long writing QUIT on an idle session may take when the Client is closed.
 const politeness = time.Second
 
-// shut ends everything and returns when no goroutine is left.
+// shut ends all sessions and dials at once, and returns when no goroutine is left.
 func (p *pool) shut() {
 	p.closed.Store(true)
 	p.mu.Lock()
@@ -473,7 +471,7 @@ func (p *pool) shut() {
 	p.running.Wait()
 }
 
-// workedSince reports whether the relay has answered since t, or taken a large part of a body, on a connection that is still good.
+// workedSince reports whether a session that has not failed has received a reply, or finished a large write, after t.
 func (p *pool) workedSince(t time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -12,34 +12,34 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// profile is what a Client has learnt about its relay. Each lesson has one method that teaches it and one that tells it:
+// profile is what a Client has learned about its relay. Each lesson has one method that records it and one that reads it:
 //
-//	taught by                            changes                                                  forgotten
+//	recorded by                          changes                                                  forgotten
 //	OverlapFailed                        nothing is written behind a final dot                    never
 //	RsetFailed                           EHLO takes the place of RSET                             never
 //	AuthAnswered                         AUTH may lead a transaction (AuthMayBeFollowed)          never
-//	AuthFollowedFailed                   AUTH travels alone                                       after an hour
+//	AuthFollowedFailed                   AUTH is sent alone                                       after an hour
 //	SessionFull, SessionGoesOn           transactions on a connection (maxMessages)               after 10 minutes, or when disproved
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
 //	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds to 5 minutes
-//	NoteDiscard                          chunks, DATA or a question for an address (DiscardsAt)   after an hour
+//	NoteDiscard                          chunks, DATA or a probe for an address (DiscardsAt)      after an hour
 //	nodes.failed                         an address is tried after the others (nodes.order)       after 30 seconds to 10 minutes, or when it works
 //
-// Each change is a lesson, which a Trace is told. It is safe for concurrent use.
+// Each change is reported to Trace.Learned. A profile is safe for concurrent use.
 type profile struct {
 	lessons
 
 	noOverlap atomic.Bool
 	noRset    atomic.Bool
 	proven    atomic.Bool   // the relay has accepted credentials
-	authTurn  chan struct{} // held by who authenticates while they are not proven
+	authTurn  chan struct{} // semaphore: held by the connection that authenticates, until proven is set
 
-	messages atomic.Int64 // after so many transactions the relay ended a connection with 421; 0: never. Written under mu
+	messages atomic.Int64 // number of transactions after which the relay ended a connection; 0: unknown. Written under mu
 
 	mu            sync.Mutex // guards the fields below
-	messagesTimes int        // how often in a row, with the same number
-	messagesFirst time.Time  // when the first of these was
-	messagesUntil time.Time
+	messagesTimes int        // how often messages was seen consecutively
+	messagesFirst time.Time  // when messages was first seen
+	messagesUntil time.Time  // when messages is forgotten
 
 	discards map[string]discard // by remote address
 
@@ -48,42 +48,42 @@ type profile struct {
 
 	authAloneUntil time.Time
 
-	badAuth      [sha256.Size]byte // mark of the credentials that were refused
-	badAuthReply wire.Reply        // what the relay said; Code 0 if it has refused none
+	badAuth      [sha256.Size]byte // hash of the credentials that were refused last
+	badAuthReply wire.Reply        // the refusal; Code 0 if there was none
 	badAuthAt    time.Time
-	badAuthTimes int // how often these, in a row
-	badAuthMarks int // how many different ones in a row
+	badAuthTimes int // consecutive refusals of these credentials
+	badAuthMarks int // consecutive refusals of different credentials
 }
 
-// learntFor is how long a limit is believed without being met again.
+// learntFor is how long a limit is remembered unless the relay confirms it.
 const learntFor = 10 * time.Minute
 
-// OverlapFailed is told when the relay has refused or thrown away commands that stood behind a final dot. From then on a
-// transaction begins when the one before has its final reply. Disabling overlap by mistake costs one round trip per message;
-// leaving it on costs a timeout each time.
+// OverlapFailed records that the relay has refused or discarded commands behind a final dot. From then on, a transaction begins
+// after the previous one has its final reply. Disabling overlap by mistake costs one round trip per message; leaving it on costs
+// a timeout each time.
 func (p *profile) OverlapFailed() {
 	if !p.noOverlap.Swap(true) {
 		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not take commands behind a final dot: a message begins when the one before has its reply"})
 	}
 }
 
-// Overlaps reports whether commands may follow a final dot, as far as is known.
+// Overlaps reports whether commands may follow a final dot: true unless OverlapFailed was called.
 func (p *profile) Overlaps() bool { return !p.noOverlap.Load() }
 
-// RsetFailed is told when the relay does not know RSET. From then on EHLO clears an envelope away (RFC 5321, 4.1.4), which
-// costs a round trip.
+// RsetFailed records that the relay does not know RSET. From then on, EHLO resets an envelope (RFC 5321, 4.1.4), which costs a
+// round trip.
 func (p *profile) RsetFailed() {
 	if !p.noRset.Swap(true) {
 		p.learned(LearnedInfo{Lesson: LessonNoRset, Text: "the relay does not know RSET: EHLO takes its place"})
 	}
 }
 
-// ResetsByEHLO reports whether EHLO is to be said instead of RSET.
+// ResetsByEHLO reports whether to send EHLO instead of RSET.
 func (p *profile) ResetsByEHLO() bool { return p.noRset.Load() }
 
-// AuthTurn waits until this connection may authenticate: at once where the relay has accepted credentials before, else one
-// connection at a time, so that wrong ones are tried once. A turn ends after authTurnMost, if the relay has not answered by
-// then. Who has had none after authTurnWait gets none: the relay answers nobody.
+// AuthTurn waits until this connection may authenticate. Until the relay has accepted credentials, one connection at a time
+// authenticates, so that wrong credentials are tried once. A turn ends after authTurnMost even if the relay has not replied.
+// AuthTurn returns false after authTurnWait: the relay replies to no AUTH.
 func (p *profile) AuthTurn(ctx context.Context) (done func(), ok bool) {
 	if p.proven.Load() {
 		return func() {}, true
@@ -98,21 +98,21 @@ func (p *profile) AuthTurn(ctx context.Context) (done func(), ok bool) {
 	case <-timer.C:
 		return func() {}, p.proven.Load()
 	case <-ctx.Done():
-		return func() {}, true // whatever comes next ends with ctx
+		return func() {}, true // the next step fails because of ctx
 	}
 }
 
 const (
 	authTurnMost = 10 * time.Second
-	authTurnWait = 25 * time.Second // less than Timeouts.Greeting, by which the first turn has an answer
+	authTurnWait = 25 * time.Second // less than Timeouts.Greeting, which limits the reply to the first AUTH
 )
 
-// AuthFollowedFailed is told when an AUTH that had commands behind it, or the MAIL behind it, was refused, thrown away or
-// answered with a challenge; r is the reply, if there was one. From then on AUTH is sent alone, before the first transaction:
-// that costs a round trip for each connection.
+// AuthFollowedFailed records that an AUTH with commands pipelined behind it, or the MAIL behind AUTH, was refused, discarded or
+// answered with a challenge. r is the reply, if there was one. From then on, AUTH is sent alone, which costs a round trip per
+// connection.
 func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 	if publicReply(r).says(saysTooManyConns, OpAuth) {
-		return false // it would say so to an AUTH alone, too
+		return false // an AUTH sent alone would get the same reply
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -124,23 +124,23 @@ func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 	return true
 }
 
-// authAloneFor is how long AUTH is sent alone after that.
+// authAloneFor is how long AUTH is sent alone after AuthFollowedFailed.
 const authAloneFor = time.Hour
 
-// AuthMayBeFollowed reports whether commands may follow AUTH in one write: the credentials are known to be right, so that a
-// refusal is not about them, and it has not failed not long ago.
+// AuthMayBeFollowed reports whether commands may follow AUTH in one write: the relay has accepted the credentials before, and
+// pipelining behind AUTH has not failed within authAloneFor.
 func (p *profile) AuthMayBeFollowed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.proven.Load() && !time.Now().Before(p.authAloneUntil)
 }
 
-// SessionFull is told when the relay has said r, a 421 perhaps, on a connection that had had n transactions and was opened at born. The
-// same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on connections are
-// retired after n.
+// SessionFull records that the relay ended a connection, opened at born, after n transactions; r is the reply that ended it. The
+// same n twice in a row is the relay's limit; once may be a coincidence, such as a restart. From then on, connections are
+// retired after n transactions.
 //
-// A connection that was open already when the first one was told so does not count: a relay that restarts tells them all. Nor
-// does one that the relay ends because it was idle.
+// The second connection must have been opened after the first one ended, because a relay that restarts ends all connections. A
+// connection that the relay ends because it was idle does not count.
 func (p *profile) SessionFull(n int, born time.Time, r wire.Reply) {
 	if publicReply(r).says(idleTooLong, OpMail) {
 		return
@@ -160,8 +160,9 @@ func (p *profile) SessionFull(n int, born time.Time, r wire.Reply) {
 	p.messagesUntil = now.Add(learntFor)
 }
 
-// SessionGoesOn is told when the relay has accepted the nth MAIL of a connection. If n is beyond what SessionFull has taught,
-// that is forgotten: an overloaded relay that says 421 at random would otherwise teach smaller and smaller numbers.
+// SessionGoesOn records that the relay has accepted the nth MAIL of a connection. If n exceeds the limit that SessionFull has
+// recorded, the limit is forgotten. Otherwise, an overloaded relay that replies 421 at random would lower the limit again and
+// again.
 func (p *profile) SessionGoesOn(n int) {
 	if most := p.messages.Load(); most == 0 || int64(n) <= most {
 		return
@@ -177,7 +178,7 @@ func (p *profile) SessionGoesOn(n int) {
 	}
 }
 
-// maxMessages is the number of transactions after which the relay ends a connection; 0 means that it is not known.
+// maxMessages returns the number of transactions after which the relay ends a connection; 0 means unknown.
 func (p *profile) maxMessages() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -187,8 +188,8 @@ func (p *profile) maxMessages() int {
 	return int(p.messages.Load())
 }
 
-// rcptsTaken is told of a transaction that offered n recipients: the relay accepted some of them, and told some of the others
-// that there were too many. It changes how many recipients go into the next transactions.
+// rcptsTaken records a transaction with n recipients, of which the relay accepted some and refused tooMany as "too many
+// recipients". It adjusts the number of recipients in later transactions.
 func (p *profile) rcptsTaken(n, accepted, tooMany int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -201,7 +202,7 @@ func (p *profile) rcptsTaken(n, accepted, tooMany int) {
 	}
 }
 
-// maxRcpts is what is known of the relay's limit of recipients in a transaction.
+// maxRcpts returns what the profile knows of the relay's limit of recipients in a transaction.
 func (p *profile) maxRcpts() rcptLimit {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -211,20 +212,20 @@ func (p *profile) maxRcpts() rcptLimit {
 	return p.rcpts
 }
 
-// rcptLimit is how many recipients a relay takes in one transaction, as its "too many recipients" tells. The zero value knows
-// of no limit.
+// rcptLimit is the number of recipients that a relay accepts in one transaction, learned from "too many recipients". The zero
+// value means that no limit is known.
 type rcptLimit struct {
-	most int // 0 means that no limit is known
-	full int // transactions in a row with most recipients that were all accepted
-	wait int // how many of those before a few more are offered
+	most int // the limit; 0 means unknown
+	full int // consecutive transactions with most recipients, all accepted
+	wait int // value of full from which more than most recipients are offered
 }
 
-// A few more recipients are offered in the transaction after the one that has shown the limit, then after firstProbe full
-// ones, and after twice as many each time that they are refused. What is refused costs a RCPT, and relays hang up on many
-// refusals: maxProbe is how many more are offered at most.
+// The transaction after the one that has shown the limit offers a few more recipients, as a probe. The next probe follows after
+// firstProbe full transactions, and then after twice as many each time that a probe is refused. A probe has at most maxProbe
+// more recipients: each refusal costs a RCPT, and relays close connections after many refusals.
 const firstProbe, maxProbe = 8, 8
 
-// offer is how many recipients, of n, go into the next transaction.
+// offer returns how many of n recipients go into the next transaction.
 func (l rcptLimit) offer(n int) int {
 	switch {
 	case l.most == 0 || n <= l.most:
@@ -235,7 +236,7 @@ func (l rcptLimit) offer(n int) int {
 	return min(n, l.most+min(max(l.most/8, 1), maxProbe))
 }
 
-// took takes into account a transaction that offered n recipients; see [profile.rcptsTaken].
+// took updates the limit after a transaction with n recipients; see [profile.rcptsTaken].
 func (l *rcptLimit) took(n, accepted, tooMany int) {
 	switch {
 	case tooMany > 0 && accepted > 0:
@@ -245,7 +246,7 @@ func (l *rcptLimit) took(n, accepted, tooMany int) {
 		}
 		*l = rcptLimit{most: accepted, wait: wait}
 	case tooMany > 0:
-		l.most *= 2 // it is not the number, but each recipient: they are all told so in a few transactions
+		l.most *= 2 // the relay refused every recipient, so their number is not the reason: fewer transactions collect all refusals
 	case l.most > 0 && n > l.most:
 		*l = rcptLimit{most: n}
 	case l.most > 0 && n == l.most:
@@ -253,8 +254,8 @@ func (l *rcptLimit) took(n, accepted, tooMany int) {
 	}
 }
 
-// credentialsRefused is told when the relay has refused credentials for good; mark identifies them. They are not sent again
-// for a while, which doubles: some relays lock the account.
+// credentialsRefused records that the relay has refused credentials permanently; mark identifies them. They are not sent again
+// for a pause that doubles each time, because some relays lock the account.
 func (p *profile) credentialsRefused(mark [sha256.Size]byte, r wire.Reply) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -266,11 +267,11 @@ func (p *profile) credentialsRefused(mark [sha256.Size]byte, r wire.Reply) {
 	p.learned(LearnedInfo{Lesson: LessonBadCredentials, Text: "the relay refuses the credentials: they are not tried for a while", Reply: publicReply(r)})
 }
 
-// freshTries is how many credentials that differ may be refused one after another, before any others wait too.
+// freshTries is how many different credentials may be refused consecutively before new credentials have to wait too.
 const freshTries = 4
 
-// RefusalOf returns the relay's refusal of just these credentials if that is not long ago; or of others, where many were
-// refused.
+// RefusalOf returns the relay's refusal of these credentials, if they are paused. After freshTries different credentials, any
+// credentials are paused, and RefusalOf returns the last refusal.
 func (p *profile) RefusalOf(mark [sha256.Size]byte) (r wire.Reply, refused bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -284,19 +285,19 @@ func (p *profile) RefusalOf(mark [sha256.Size]byte) (r wire.Reply, refused bool)
 	return p.badAuthReply, time.Now().Before(p.badAuthAt.Add(pause))
 }
 
-// discard is what an address has shown about the octets of a chunk that it refuses.
+// discard says whether an address discards the octets of a chunk that it refuses.
 type discard struct {
-	yes   bool // it throws them away
+	yes   bool // the address discards them
 	until time.Time
 }
 
 const (
-	discardFor  = time.Hour // how long that is believed: a node may be replaced
-	discardMost = 256       // addresses remembered
+	discardFor  = time.Hour // how long a discard is remembered: a node may be replaced
+	discardMost = 256       // maximum number of addresses remembered
 )
 
-// NoteDiscard is told what the relay at addr has shown. Bodies go in chunks to an address that discards the octets of a
-// refused chunk, and by DATA to one that does not; an address that is not known is asked.
+// NoteDiscard records whether the relay at addr discards the octets of a chunk that it refuses. If so, bodies are sent to addr
+// in chunks, otherwise with DATA. An unknown address is probed.
 func (p *profile) NoteDiscard(addr string, yes bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -314,7 +315,7 @@ func (p *profile) NoteDiscard(addr string, yes bool) {
 	}
 }
 
-// DiscardsAt returns what the relay at addr has shown.
+// DiscardsAt returns what NoteDiscard has recorded for addr.
 func (p *profile) DiscardsAt(addr string) (yes, known bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -322,7 +323,7 @@ func (p *profile) DiscardsAt(addr string) (yes, known bool) {
 	return d.yes, ok && time.Now().Before(d.until)
 }
 
-// relay is what connections ask and tell: the profile, the counters, and what replies mean. It implements [conn.Profile].
+// relay implements [conn.Profile] with the profile, the counters and the meaning of replies.
 type relay struct {
 	*profile
 	stats *counters
@@ -356,20 +357,20 @@ func (r relay) EndsSession(op conn.Step, reply wire.Reply, seq int, worked bool)
 	return publicReply(reply).endsSession(opOf(op), seq, worked)
 }
 
-// lessons tells the Trace what the profile learns. A lesson is learnt under locks of the pool or of a connection, which a hook
-// may need, so a goroutine tells it; there is one while there is something to tell.
+// lessons calls Trace.Learned. Lessons are recorded while locks of the pool or of a connection are held, which the hook may
+// need, so a goroutine calls the hook. The goroutine runs while the queue is not empty.
 type lessons struct {
-	tell func(LearnedInfo) // nil: nobody wants to know; set before the first lesson
+	tell func(LearnedInfo) // nil: there is no hook; set before the first lesson
 
 	mu      sync.Mutex // guards the fields below; never held across tell
 	queue   []LearnedInfo
-	telling bool          // the goroutine runs
-	done    chan struct{} // closed when it ends
+	telling bool          // the goroutine is running
+	done    chan struct{} // closed when the goroutine ends
 }
 
-const lessonsMost = 256 // lessons that wait to be told
+const lessonsMost = 256 // maximum length of the queue; further lessons are dropped
 
-// learned has info told. It takes no other lock and returns at once.
+// learned queues info for the hook. It takes no other lock and does not block.
 func (l *lessons) learned(info LearnedInfo) {
 	if l.tell == nil {
 		return
@@ -402,7 +403,7 @@ func (l *lessons) run() {
 	}
 }
 
-// told returns when all that was learnt has been told.
+// told waits until the queue is empty.
 func (l *lessons) told() {
 	l.mu.Lock()
 	telling, done := l.telling, l.done

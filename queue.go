@@ -11,23 +11,23 @@ import (
 	"github.com/smtprelay/smtprelay/internal/list"
 )
 
-// ask is what a Send asks the pool for.
+// ask is a Send's request to the pool for a session.
 type ask struct {
-	urgent   bool          // before those that are not
-	once     bool          // a dial that fails while it waits ends it
-	failFast bool          // rather an error than a wait for a relay that cannot be reached
-	again    bool          // a message that was throttled: before all others of its kind
-	admitted bool          // a message that was in the queue before: MaxWaiting does not end it
-	patient  bool          // MaxWaiting does not end it
-	waited   time.Duration // before, for other tries of the message
+	urgent   bool          // served before requests that are not urgent
+	once     bool          // fails when a dial fails during the wait
+	failFast bool          // fails at once if the relay cannot be reached
+	again    bool          // a message that was throttled: goes to the front of its queue
+	admitted bool          // a message that was in the queue before: MaxWaiting does not apply
+	patient  bool          // MaxWaiting does not apply
+	waited   time.Duration // time that earlier attempts of the message have waited
 }
 
-// grant is what the pool gives.
+// grant is the pool's answer to an ask.
 type grant struct {
 	session *session
-	round   int // of the pace
-	failed  int // connections that could not be opened meanwhile
-	waited  time.Duration
+	round   int           // pace.round
+	failed  int           // dials that failed during the wait
+	waited  time.Duration // how long take has waited
 }
 
 // waiter is a Send that waits for a session.
@@ -37,11 +37,11 @@ type waiter struct {
 	ctx    context.Context
 	at     list.Links[waiter]
 	since  time.Time
-	served chan struct{} // has room for one; told when session or err is set
+	served chan struct{} // buffered, size 1: session or err is set
 	err    *Error
 }
 
-// queue is those who wait, first come first served. Urgent ones go before the others, but for every eighth turn.
+// queue holds the waiters, first come first served. Urgent waiters go first, except at every eighth turn.
 type queue struct {
 	urgent, other list.List[waiter]
 	turn          int
@@ -54,10 +54,10 @@ func newQueue() queue {
 	return queue{urgent: list.New(place), other: list.New(place)}
 }
 
-// len is how many wait.
+// len returns the number of waiters.
 func (q *queue) len() int { return q.urgent.Len + q.other.Len }
 
-// add puts w behind those that wait, or before them if it was throttled.
+// add appends w; a message that was throttled goes to the front.
 func (q *queue) add(w *waiter) {
 	l := &q.other
 	if w.urgent {
@@ -70,7 +70,7 @@ func (q *queue) add(w *waiter) {
 	}
 }
 
-// next is whose turn it is; nil if nobody waits.
+// next returns the next waiter; nil if the queue is empty.
 func (q *queue) next() *waiter {
 	if q.urgent.Len == 0 || q.other.Len > 0 && q.turn%othersTurn == othersTurn-1 {
 		return q.other.First
@@ -78,7 +78,7 @@ func (q *queue) next() *waiter {
 	return q.urgent.First
 }
 
-// serve takes the one whose turn it is out of the queue.
+// serve removes and returns the next waiter.
 func (q *queue) serve() *waiter {
 	w := q.next()
 	if q.urgent.Len > 0 && q.other.Len > 0 {
@@ -88,7 +88,7 @@ func (q *queue) serve() *waiter {
 	return w
 }
 
-// all calls f for each of those who wait; f may take it out.
+// all calls f for each waiter; f may remove it.
 func (q *queue) all(f func(*waiter)) {
 	for _, l := range []*list.List[waiter]{&q.urgent, &q.other} {
 		for w := l.First; w != nil; {
@@ -99,7 +99,7 @@ func (q *queue) all(f func(*waiter)) {
 	}
 }
 
-// take waits for a session and hands out its write side.
+// take waits for a session and lends its write side to the caller.
 func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 	began := time.Now()
 	p.mu.Lock()
@@ -128,7 +128,7 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 			p.spare.Put(w)
 			return g, err
 		}
-		<-w.served // with a session, which may carry somebody's final dot: its transaction sees to that
+		<-w.served // a session was granted, and its buffer may hold another message's final dot: the caller's transaction flushes it
 	}
 	p.cfg.stats.waitedSince(began)
 	g, err = w.grant, w.err
@@ -145,7 +145,7 @@ func (p *pool) take(ctx context.Context, want ask) (grant, *Error) {
 // [ShouldRetry] is true for it.
 var ErrBusy = errors.New("too many messages wait already (Limits.MaxWaiting)")
 
-// takeLocked returns a session, or an error, if there is one for somebody who comes now.
+// takeLocked returns a session or an error if want need not wait; otherwise neither.
 func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, *Error) {
 	if p.draining {
 		return grant{}, errClosed()
@@ -167,8 +167,8 @@ func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, 
 	return grant{}, nil
 }
 
-// refusalLocked is what to tell at once to somebody who needs a new connection: the credentials are known to be wrong, or no
-// connection can be had and he would rather know. It is nil if he is to wait.
+// refusalLocked returns the error for a request that would need a new connection and should not wait: the credentials are known
+// to be wrong, or the relay cannot be reached and failFast is set. It returns nil if the request should wait.
 func (p *pool) refusalLocked(want ask, now time.Time) *Error {
 	e := p.gate.refusal(now)
 	if e == nil && want.failFast && p.gate.failures > 0 && !p.gate.open(now, p.dialling) {
@@ -180,7 +180,7 @@ func (p *pool) refusalLocked(want ask, now time.Time) *Error {
 	return e
 }
 
-// forget takes w out of the queue and returns the reason to tell; nil means that it has been served.
+// forget removes w, whose context has ended, from the queue and returns the error; nil means that w was served already.
 func (p *pool) forget(w *waiter) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -195,14 +195,14 @@ func (p *pool) forget(w *waiter) *Error {
 	return &Error{Op: OpWait, Outcome: NotAccepted, Scope: scope, Err: p.explainLocked(conn.ContextError(w.ctx))}
 }
 
-// leaveLocked takes w out of the queue.
+// leaveLocked removes w from the queue.
 func (p *pool) leaveLocked(w *waiter) {
 	w.at.Remove()
 	p.waiting.Add(-1)
 }
 
-// explainLocked adds to err, with which a wait has ended, why there was no connection: how the last one failed, or else
-// the step that the one being opened has come to.
+// explainLocked adds to err, which ended a wait, why there was no connection: the error of the last dial, or else the step that
+// the dial in progress has reached.
 func (p *pool) explainLocked(err error) error {
 	if last := p.gate.last; last != nil {
 		return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(last.Error(), "smtprelay: "))

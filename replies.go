@@ -6,31 +6,31 @@ import (
 	"strings"
 )
 
-// meaning is what relays say with more than the class of a reply's code.
+// meaning is a condition that a reply expresses by more than the first digit of its code.
 type meaning int
 
 const (
-	tooManyConns     meaning = iota // this connection is one too many
-	saysTooManyConns                // the same, in words: a code alone does not tell it from other faults
-	tooManyMessages                 // this connection has had its share of messages; another one may have this message
-	tooManyRcpts                    // the recipient may have another transaction
-	numberOfRcpts                   // of a reply that says tooManyRcpts: it is about their number, not about one mailbox
-	idleTooLong                     // the relay was ending the idle connection when the command came
-	loginForgotten                  // the relay wants AUTH, on a connection that has authenticated
-	tooManyLogins                   // AUTH was tried too often; it may be tried again after a while
-	tooFast                         // messages come faster than the relay takes them from this client
-	quotaUsedUp                     // the account may send nothing more today, or at all
-	recipientBusy                   // it is about the mailbox of one recipient, and nothing that the client does
+	tooManyConns     meaning = iota // there are too many connections
+	saysTooManyConns                // there are too many connections, recognized by the text, because the code alone is ambiguous
+	tooManyMessages                 // the connection has reached its limit of messages; another connection may take this one
+	tooManyRcpts                    // too many recipients: another transaction may take this one
+	numberOfRcpts                   // narrows tooManyRcpts: the reply is about the number of recipients, not about a mailbox
+	idleTooLong                     // the relay was closing the idle connection when the command arrived
+	loginForgotten                  // the relay demands AUTH on an authenticated connection
+	tooManyLogins                   // too many AUTH attempts; a later attempt may succeed
+	tooFast                         // messages come faster than the relay accepts them from this client
+	quotaUsedUp                     // the account has used up its quota
+	recipientBusy                   // the mailbox of one recipient receives too much; the client is not the cause
 )
 
-// meanings are the replies that mean something. A row matches a reply that fits all of its columns.
+// meanings maps replies to meanings. A row matches a reply that matches all of its columns.
 var meanings = []struct {
 	means  meaning
-	source string // who says so, or where it is written
-	ops    []Op   // replies to which commands; nil: any
+	source string // the relay that sends such a reply, or the document that defines it
+	ops    []Op   // commands that the reply answers; nil: any
 	code   int    // three digits, or the class alone; 0: any refusal
 	detail [2]int // subject and detail of the enhanced code (RFC 3463); zero: any
-	bare   bool   // there is no enhanced code
+	bare   bool   // the reply has no enhanced code
 	text   *regexp.Regexp
 }{
 	{means: tooManyConns, source: "any relay that leaves before the first message", ops: beforeMail, code: 421},
@@ -70,13 +70,13 @@ var meanings = []struct {
 	{means: idleTooLong, source: "Amazon SES: 451 Timeout waiting for data from client", ops: []Op{OpMail}, code: 451, bare: true, text: words("^timeout waiting")},
 }
 
-// inTransaction are the commands of an envelope, and inMessage these and the end of a message.
+// inTransaction lists the commands of an envelope; inMessage adds the end of the message.
 var (
 	inTransaction = []Op{OpMail, OpRcpt, OpData}
 	inMessage     = []Op{OpMail, OpRcpt, OpData, OpEnd}
 )
 
-// beforeMail are the commands before the first message, and the greeting.
+// beforeMail lists the steps before the first message.
 var beforeMail = []Op{OpGreeting, OpEHLO, OpAuth}
 
 func words(pattern string) *regexp.Regexp { return regexp.MustCompile("(?is)" + pattern) }
@@ -101,7 +101,7 @@ func (r Reply) says(what meaning, op Op) bool {
 }
 
 // endsSession reports whether r, the reply to op in the seqth transaction of a connection, is about the connection and not about
-// the message: another connection may have that. worked: an earlier transaction of the connection came to something.
+// the message, so that another connection may take the message. For worked see conn.Result.Worked.
 func (r Reply) endsSession(op Op, seq int, worked bool) bool {
 	switch {
 	case r.says(tooManyMessages, op), r.says(idleTooLong, op):
@@ -112,8 +112,8 @@ func (r Reply) endsSession(op Op, seq int, worked bool) bool {
 	return r.says(loginForgotten, op) || worked && r.isUnclear(op)
 }
 
-// isUnclear reports whether r refuses a whole message for now and does not say why in words that are known. On a connection that
-// has had other messages it may be about that one.
+// isUnclear reports whether r temporarily refuses a whole message for an unknown reason. On a connection that has served other
+// messages, r may be about the connection.
 func (r Reply) isUnclear(op Op) bool {
 	if r.Code/100 != 4 || r.Code == 421 || op != OpMail && op != OpData {
 		return false
@@ -126,13 +126,13 @@ func (r Reply) isUnclear(op Op) bool {
 	return true
 }
 
-// throttles reports whether r, the reply to op, says that messages come too fast. Some relays say so of an allowance of the day,
-// and of one recipient's mailbox, in nearly the same words.
+// throttles reports whether r, the reply to op, says that messages come too fast. It excludes daily quotas and busy mailboxes,
+// for which some relays use nearly the same text.
 func (r Reply) throttles(op Op) bool {
 	return r.says(tooFast, op) && !r.says(quotaUsedUp, op) && !r.says(recipientBusy, op)
 }
 
-// queueIDs find the relay's identifier of a message in its final reply; the first that finds one counts.
+// queueIDs match the relay's identifier of a message in its final reply; the first match counts.
 var queueIDs = []*regexp.Regexp{
 	queueID(`\[InternalId=`),                                        // Exchange, Microsoft 365, which name the message's own ID first
 	queueID(`queued (?:as|with id)[ =:]*<?`),                        // Postfix, SendGrid, NetEase
@@ -150,20 +150,20 @@ var queueIDs = []*regexp.Regexp{
 	regexp.MustCompile(`(?i)^ok:?[ ]+<?([\w.+/-]{12,})>?$`), // Amazon SES
 }
 
-// queueWord is an identifier: what stands between blanks, brackets or quotes.
+// queueWord matches an identifier, which is delimited by spaces, brackets or quotes.
 const queueWord = `[\w-][^\s<>()\[\]"';]*`
 
 func queueID(after string) *regexp.Regexp {
 	return regexp.MustCompile(`(?i)` + after + `(` + queueWord + `)`)
 }
 
-// maxQueueID is how long an identifier may be, in octets. Those of real relays have up to some 100. A longer one is none: a
-// part of it would find nothing.
+// maxQueueID is the maximum length of an identifier in octets. Identifiers of real relays have up to about 100. A longer one is
+// ignored, not cut, because a part of an identifier is useless in a search.
 const maxQueueID = 128
 
 // findQueueID returns the identifier in the text of a final reply, in printable ASCII; "" if there is none.
 func findQueueID(text string) string {
-	// The common case, without the cost of a search.
+	// The common case, without regular expressions.
 	if _, id, ok := strings.Cut(text, "queued as "); ok && isWord(id) && isQueueID(id) {
 		return id
 	}
@@ -177,7 +177,8 @@ func findQueueID(text string) string {
 	return ""
 }
 
-// isQueueID reports whether a word where an identifier may stand can be one. "As soon as possible" has none.
+// isQueueID reports whether s, found in the place of an identifier, can be one. A lower-case word is none, as in "queued as soon
+// as possible".
 func isQueueID(s string) bool {
 	lower := func(r rune) bool { return 'a' <= r && r <= 'z' }
 	return len(s) <= maxQueueID && isPrintable(s) && strings.TrimFunc(s, lower) != ""

@@ -38,64 +38,64 @@ func (r Retry) withDefaults() Retry {
 	return r
 }
 
-// exhausted reports whether there is no try left after so many.
+// exhausted reports whether no attempt is left.
 func (r Retry) exhausted(attempts int) bool { return r.MaxAttempts > 0 && attempts >= r.MaxAttempts }
 
-// backoff is how long to wait after so many failures in a row: a random part of a time that doubles, so that many who fail
-// together do not come back together.
+// backoff returns how long to wait after consecutive failures: exponential backoff with full jitter, so that clients that fail
+// together do not retry together.
 func (r Retry) backoff(failures int) time.Duration {
 	most := r.MaxBackoff
-	if shift := failures - 1; r.MinBackoff < most>>min(shift, 63) { // the other way round it overflows after many failures
+	if shift := failures - 1; r.MinBackoff < most>>min(shift, 63) { // shifting MinBackoff to the left would overflow
 		most = r.MinBackoff << shift
 	}
 	return rand.N(most) + 1
 }
 
-// next is what follows a transaction that did not end with its message accepted.
+// next is what to do after a transaction whose message was not accepted.
 type next int
 
 const (
-	giveUp       next = iota // the caller is told
-	retryLater               // another try after a wait, as long as there are attempts left
-	retryNow                 // at once and uncounted, on another connection
-	waitForSlot              // on another connection, once there is room: the relay says that there are too many
-	waitForPace              // at the relay's pace, before all others, and uncounted: it says that messages come too fast
-	tryElsewhere             // at once and uncounted on another connection, but once for each message
+	giveUp       next = iota // return the error to the caller
+	retryLater               // retry after a backoff, if attempts are left
+	retryNow                 // retry at once on another connection; the attempt does not count
+	waitForSlot              // too many connections: retry on another connection when there is room; the attempt does not count
+	waitForPace              // messages come too fast: retry first, at the relay's pace; the attempt does not count
+	tryElsewhere             // retry at once on another connection, a few times per message; the attempt does not count
 )
 
-// next tells what follows a transaction that ended in r with the error e. moved is set where the message was tried elsewhere
-// already. Whether the body can be written again is for the caller to see.
+// next returns what to do after a transaction that ended in r with the error e. moved means that the message was tried on other
+// connections often enough. The caller checks whether the body can be written again.
 func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 	switch {
-	case e.Outcome != NotAccepted: // the relay may have accepted it: only the caller can decide
+	case e.Outcome != NotAccepted: // the relay may have accepted the message: only the caller can decide
 		return giveUp
-	case r.CtxErr != nil, r.BodyErr != nil, r.EndErr != nil: // the caller has ended it: the context, the message or BeforeEnd
+	case r.CtxErr != nil, r.BodyErr != nil, r.EndErr != nil: // the caller's context, Body or BeforeEnd has ended the transaction
 		return giveUp
 	case crowded(r, e):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
-		return retryNow // the relay does not take commands behind AUTH, which goes alone from now on
+		return retryNow // the relay does not accept commands behind AUTH; from now on AUTH is sent alone
 	case e.Reply.throttles(e.Op):
 		return waitForPace
 	case late(r, e):
-		return retryNow // the connection was used up or dead before this message came
+		return retryNow // the connection was used up or dead before this message
 	case r.Seq > 1 && e.Reply.says(tooManyMessages, e.Op):
-		return retryNow // the connection has had its share; another one may have this message
+		return retryNow // the connection has reached its limit of messages; another connection may take this one
 	case !moved && r.Seq > 1 && e.Reply.endsSession(e.Op, r.Seq, r.Worked):
 		return tryElsewhere
 	}
 	return c.nextByReply(r, e, moved)
 }
 
-// nextByReply tells what follows a refusal, or a loss, that is about the message or the relay as a whole.
+// nextByReply returns what to do after a refusal or a loss that is about the message or the relay as a whole.
 func (c Retry) nextByReply(r *conn.Result, e *Error, moved bool) next {
 	switch {
 	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
-		return retryLater // the relay is closing, or gone, and has taken nothing (RFC 5321, 3.8)
+		return retryLater // the relay is closing or gone, and has not accepted the message (RFC 5321, 3.8)
 	case e.Op == OpRset, e.Reply.Code < 400 && r.Overlapped:
-		return retryNow // the relay does not know RSET, or has thrown away what stood behind a final dot: that is not tried again
+		return retryNow // the relay does not know RSET, or has discarded commands behind a final dot; the profile now avoids both
 	case e.Reply.Code < 400:
-		return retryLater // no refusal, but a relay that is out of step
+		return retryLater // not a refusal: the relay is out of step
 	case e.Op == OpMail && e.Reply.Code == 503 && r.Seq > 1 && !moved:
 		return tryElsewhere // our idea of the connection's state was wrong
 	case e.Temporary() && c.On4xx:
@@ -104,8 +104,9 @@ func (c Retry) nextByReply(r *conn.Result, e *Error, moved bool) next {
 	return giveUp // when in doubt, tell the caller
 }
 
-// crowded reports whether the relay says that there are too many connections: behind AUTH, where its words would be taken for a
-// refusal of the credentials, or by the code that Microsoft 365 has for it ("Concurrent connections limit exceeded").
+// crowded reports whether the relay has replied that there are too many connections. Microsoft 365 replies 432 ("Concurrent
+// connections limit exceeded"). A reply to a pipelined AUTH or to the MAIL behind it is recognized by its text, so that it does
+// not count as a refusal of the credentials.
 func crowded(r *conn.Result, e *Error) bool {
 	if e.Reply.Code == 432 {
 		return true
@@ -113,20 +114,20 @@ func crowded(r *conn.Result, e *Error) bool {
 	return r.LedByAuth && (publicReply(r.Auth).says(saysTooManyConns, OpAuth) || publicReply(r.Mail).says(saysTooManyConns, OpMail))
 }
 
-// late reports whether a transaction was not even begun for the relay, on a connection that had dealt with another message
-// before. Each such loss stands for a message that came to its end, which bounds how often it can happen.
+// late reports whether the connection ended before the relay had replied to this transaction's MAIL, although it had worked for
+// an earlier message. Each such loss follows a completed transaction, which bounds the number of retries.
 func late(r *conn.Result, e *Error) bool {
 	if r.Used <= 1 && !r.AfterIdle || r.Mail.Class() == 2 {
 		return false
 	}
 	if !r.Begun {
-		return true // the connection has ended before a word of this one, whatever the relay has said about that
+		return true // the connection ended before the first command, whatever the relay has replied
 	}
 	mail := publicReply(r.Mail)
 	return e.Reply.Code == 0 || e.Reply.Code == 421 || mail.says(idleTooLong, OpMail) || mail.says(tooManyMessages, OpMail)
 }
 
-// sleep waits for d or the end of ctx or of the Client.
+// sleep waits for d, or until ctx ends or closed is closed.
 func sleep(ctx context.Context, d time.Duration, closed <-chan struct{}) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

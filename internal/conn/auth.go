@@ -16,16 +16,15 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// maxAuthLine is the longest AUTH command, CRLF included (RFC 4954, 4). An initial response that does not fit is sent
-// after a 334.
+// maxAuthLine is the maximum length of an AUTH command, CRLF included (RFC 4954, 4). A longer initial response is sent after a 334.
 const maxAuthLine = 512
 
-// maxChallenges is how many a relay may make. SCRAM has two, GSSAPI three or four.
+// maxChallenges is how many challenges a relay may send. SCRAM uses two, GSSAPI three or four.
 const maxChallenges = 10
 
 var errChallenges = fmt.Errorf("the relay has sent more than %d challenges; authentication was given up", maxChallenges)
 
-// saying notes what is about to be said in AUTH.
+// saying adds the credentials and the response, which are about to be sent, to the texts that c.said removes from replies.
 func (c *Conn) saying(mechanism string, response []byte) {
 	username, password := c.o.Secrets()
 	c.said.Name(username)
@@ -33,7 +32,7 @@ func (c *Conn) saying(mechanism string, response []byte) {
 	c.said.Response(mechanism, response)
 }
 
-// challengeError is a mechanism's error that the relay had a hand in: it may quote the challenge.
+// challengeError is a SASL mechanism's error with credentials removed: the error may quote the relay's challenge.
 type challengeError struct {
 	text string // scrubbed
 	err  error
@@ -42,9 +41,9 @@ type challengeError struct {
 func (e *challengeError) Error() string        { return e.text }
 func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target) }
 
-// authenticate authenticates the connection, one connection at a time until the relay has accepted credentials. From then on,
-// if mayLead, PLAIN is left to lead the first transaction where commands may follow it in one group (RFC 4954, 4), which saves
-// a round trip.
+// authenticate authenticates the connection. Until the relay has accepted credentials, AuthTurn lets one connection authenticate
+// at a time. After that, if mayLead is set, AUTH PLAIN is left to the first transaction, which pipelines its commands behind
+// AUTH (RFC 4954, 4) and so saves a round trip.
 func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	c := d.c
 	if d.o.Mechanism == nil {
@@ -54,7 +53,7 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	began := time.Now()
 	done, ok := d.o.Profile.AuthTurn(ctx)
 	if !ok {
-		return authFailed(&TimeoutError{Step: StepAuth, After: time.Since(began)}) // the relay answers nobody's
+		return authFailed(&TimeoutError{Step: StepAuth, After: time.Since(began)}) // another connection's AUTH has no reply either
 	}
 	defer done()
 	mech, err := d.o.Mechanism(ctx, &c.ext, c.tls)
@@ -64,13 +63,13 @@ func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	if err != nil || mech == nil {
 		return authFailed(err)
 	}
-	if c.tls == nil && !d.clearAuth { // before the mechanism is asked for a word
+	if c.tls == nil && !d.clearAuth { // before the mechanism produces credentials
 		return &OpenError{Step: StepAuth, Permanent: true, Err: ErrClearAuth}
 	}
 	return d.authenticateBy(mech, mayLead)
 }
 
-// authenticateBy authenticates the connection by mech; if mayLead, as authenticate says.
+// authenticateBy authenticates the connection with mech; for mayLead see authenticate.
 func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 	c := d.c
 	name, ir, err := mech.Start()
@@ -78,7 +77,7 @@ func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 		return authFailed(err)
 	}
 	mechanism := strings.ToUpper(name)
-	if !slices.Contains(c.ext.Auth, mechanism) { // the token is not for a relay that cannot use it
+	if !slices.Contains(c.ext.Auth, mechanism) { // do not send credentials to a relay that cannot use them
 		return &OpenError{Step: StepAuth, Permanent: true, Err: &NotOfferedError{name, c.ext.Auth}}
 	}
 	mark := sha256.Sum256(append([]byte(name+"\x00"), ir...))
@@ -109,7 +108,7 @@ func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 	}
 	if (reply.Code == 502 || reply.Code == 504) && d.o.OtherMechanism != nil {
 		if other := d.o.OtherMechanism(mechanism, &c.ext); other != nil {
-			d.o.Profile.AuthGivenUp() // it is the mechanism that was refused, and not the credentials
+			d.o.Profile.AuthGivenUp() // the relay refused the mechanism, not the credentials
 			return d.authenticateBy(other, false)
 		}
 	}
@@ -120,7 +119,7 @@ func (d *dialogue) authenticateBy(mech sasl.Client, mayLead bool) *OpenError {
 	return nil
 }
 
-// NotOfferedError is the cause where the relay does not offer the mechanism that was chosen.
+// NotOfferedError is the cause if the relay does not offer the chosen mechanism.
 type NotOfferedError struct {
 	Mechanism string
 	Offered   []string
@@ -137,13 +136,13 @@ func authFailed(err error) *OpenError {
 	return &OpenError{Step: StepAuth, Err: err}
 }
 
-// answer says line, which begins AUTH, and answers the relay's challenges, the first one with ir if that is not nil. It
-// returns the last reply.
+// answer sends line, the AUTH command, and responds to the relay's challenges. The response to the first challenge is ir, if not
+// nil. answer returns the last reply.
 func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (wire.Reply, *OpenError) {
 	c := d.c
 	limit := d.o.openingLimit()
 	if limit > 0 {
-		d.authBy = time.Now().Add(limit) // of all rounds together
+		d.authBy = time.Now().Add(limit) // for all rounds together
 	}
 	reply, e := d.command(StepAuth, "AUTH "+strings.Fields(line)[1]+" "+scrub.Redacted, line, limit)
 	for challenges := 1; e == nil && reply.Code == 334; challenges++ {
@@ -165,7 +164,7 @@ func (d *dialogue) answer(mech sasl.Client, mechanism, line string, ir []byte) (
 	return reply, e
 }
 
-// next is the mechanism's answer to the challenge that was read last, the nth.
+// next returns the last challenge, which is the nth, and the mechanism's response to it.
 func (d *dialogue) next(mech sasl.Client, n int) (challenge, answer []byte, err error) {
 	err = errChallenges
 	if n <= maxChallenges {
@@ -202,8 +201,7 @@ func AsksPassword(challenge []byte) bool {
 	return strings.HasPrefix(strings.ToLower(string(challenge)), "pass")
 }
 
-// Authenticate sends the AUTH that was to lead the first transaction alone, if it was not sent yet. The write side is the
-// caller's, and stays so.
+// Authenticate sends the pending AUTH without a transaction, if it was not sent yet. The caller holds the write side and keeps it.
 func (c *Conn) Authenticate(ctx context.Context) (r Result, authenticated bool) {
 	if c.pendingAuth == nil {
 		return r, true

@@ -16,16 +16,16 @@ type Message struct {
 	From   string
 	Mail   wire.MailParams
 	To     []string
-	Rcpts  []int                             // which of To
-	Params func(addr string) wire.RcptParams // of a recipient's RCPT; nil: none have any
+	Rcpts  []int                             // indexes into To: the recipients of this transaction
+	Params func(addr string) wire.RcptParams // parameters of a recipient's RCPT; nil: none
 
-	AllOrNothing bool // nothing is sent unless the relay accepts all recipients
+	AllOrNothing bool // the body is sent only if the relay accepts all recipients
 
-	Body io.WriterTo // as body.Again returned it
-	Size int64       // of the body in its canonical form; 0: not known
+	Body io.WriterTo // as returned by body.Again
+	Size int64       // size of the body in canonical form; 0: unknown
 
-	// BeforeEnd, if not nil, is called once the body is written and before the end of the message may leave. After an error the end
-	// does not leave.
+	// BeforeEnd, if not nil, is called after the body is written and before the end of the message is sent. After an error the
+	// end is not sent.
 	BeforeEnd func(ctx context.Context, to []string) error
 }
 
@@ -38,7 +38,7 @@ func (m *Message) recipient(i int) (addr string, params wire.RcptParams) {
 	return addr, params
 }
 
-// OneShot reports whether b is used up by writing.
+// OneShot reports whether b can be written only once.
 func OneShot(b io.WriterTo) bool {
 	if h, ok := b.(*headedBody); ok {
 		return h.used
@@ -51,16 +51,15 @@ func isBytes(b any) bool {
 	return ok
 }
 
-// headAhead is how much of a body that can be written once only is read before it is written: more than a chunk, so that
-// the relay is asked before the rest is used up.
+// headAhead is how many octets of a one-shot body are read before the transaction begins. It exceeds a chunk, so that the relay can
+// refuse the envelope before more of the body is consumed.
 const headAhead = maxChunk + 2
 
-// headedBody is a body that can be written once only, of which the beginning was read ahead. It can be written again as long
-// as nothing beyond that is used.
+// headedBody is a one-shot body whose beginning was read ahead. It can be written again until the rest is consumed.
 type headedBody struct {
 	head []byte
 	rest io.Reader
-	used bool // rest was asked for more
+	used bool // rest was read
 }
 
 // WriteTo implements io.WriterTo.
@@ -93,7 +92,7 @@ func (t *Transaction) writeBody() error {
 	t.result.BodyBegun = true
 	n, err := t.bodyTo(t.m.Body)
 	if t.sinkErr != nil {
-		err = t.sinkErr // whatever WriteTo returned
+		err = t.sinkErr // takes precedence over WriteTo's error
 	}
 	if err == nil && n > c.body.Taken() {
 		err = io.ErrShortWrite
@@ -120,18 +119,18 @@ func (t *Transaction) bodyTo(body io.WriterTo) (int64, error) {
 	return n, err
 }
 
-// bodySink is what a Body writes to while it is asked to. A Body may keep it and write from a goroutine that it has left
-// behind, when the transaction is that of another message already: that write fails.
+// bodySink is the io.Writer passed to Body.WriteTo. A Body may keep it and write after WriteTo has returned, from another
+// goroutine, when the Transaction already serves another message. Such a write fails.
 //
-// Small writes are gathered, so that a body that is written octet by octet costs one lock for each bufferful. The buffer is
-// touched without a lock, by the one goroutine that the Body writes from. It belongs to this sink and is never used again, and its
-// way into the transaction is locked: what a Body that writes from two goroutines at once spoils is its own message.
+// Small writes are buffered, so that a body written octet by octet takes the lock once per buffer. The buffer is accessed
+// without the lock, by the one goroutine that the Body writes from. The buffer is never reused, and mu guards the transaction.
+// So a Body that writes from two goroutines at once can corrupt only its own message.
 type bodySink struct {
 	c    *Conn
 	over atomic.Bool // WriteTo has returned; set under mu
 	used int         // octets in buf
-	buf  []byte      // nil until the second write: most bodies are written at once
-	any  bool        // there was a write
+	buf  []byte      // nil until the second write: most bodies make one write
+	any  bool        // the Body has written
 
 	mu sync.Mutex   // held while t is written to
 	t  *Transaction // nil once WriteTo has returned
@@ -158,10 +157,10 @@ func (w *bodySink) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// gather is how much of a body is gathered from small writes.
+// gather is the size of bodySink's buffer.
 const gather = 512
 
-// pass hands what was gathered and p to the transaction.
+// pass writes the buffer and p to the transaction.
 func (w *bodySink) pass(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -174,7 +173,7 @@ func (w *bodySink) pass(p []byte) (int, error) {
 	return w.t.Write(p)
 }
 
-// emptyLocked hands what was gathered to the transaction.
+// emptyLocked writes the buffer to the transaction.
 func (w *bodySink) emptyLocked() error {
 	used := w.used
 	w.used = 0
@@ -185,7 +184,7 @@ func (w *bodySink) emptyLocked() error {
 	return err
 }
 
-// end is called once WriteTo has returned. What fails here is in t.sinkErr.
+// end is called once WriteTo has returned. A failed write sets t.sinkErr.
 func (w *bodySink) end() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -194,7 +193,7 @@ func (w *bodySink) end() {
 	w.t = nil
 }
 
-// Write takes a part of the body. After an error it takes no more.
+// Write writes a part of the body. After an error every later Write returns the same error.
 func (t *Transaction) Write(p []byte) (n int, err error) {
 	c := t.c
 	switch {

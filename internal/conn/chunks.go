@@ -13,51 +13,51 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// A body in chunks (RFC 3030) travels ahead of the relay's replies. These rules keep the outcome exact all the same:
+// A body in chunks (RFC 3030) is sent before the relay has replied to its envelope. These rules keep the outcome exact:
 //
-//   - LAST stands on an empty chunk behind the body, in the same write. However a connection ends, what has arrived of a body
-//     is no message: some relays take a last chunk that the end of the connection has cut short for the whole one.
-//   - Bodies go in chunks only to an address that throws away the octets of a chunk that it refuses. Others read them as
-//     commands, so that whoever writes a body could send mail in it. Each address is asked once: see showDiscard.
-//   - The first chunk for an address waits for the replies to its envelope: a relay that sends a reply too many would be
-//     believed to have accepted what it has not answered yet.
-//   - The first chunk of a connection that would leave behind a message without final reply waits for the replies to its
-//     envelope: some relays throw away what arrives together with the end of a message, and never answer it.
-//   - A connection takes no further message once a body was left incomplete of which the relay has accepted a chunk: go-smtp
-//     may give the next message the verdict on that one, and refuse what it has delivered.
+//   - LAST stands on an empty chunk after the body, in the same write. Some relays accept a last chunk that was cut short by the end
+//     of the connection. With an empty last chunk, a truncated body is never a complete message.
+//   - Bodies are sent in chunks only to an address that discards the octets of a chunk that it refuses. Other relays read these
+//     octets as commands, so that the author of a body could inject a message. Each address is probed once: see showDiscard.
+//   - The first chunk to an address waits for the replies to its envelope. If the relay sends an extra reply, a command could seem
+//     accepted that the relay has not answered yet.
+//   - The first chunk of a connection that would follow a message without final reply waits for the replies to its envelope. Some
+//     relays discard what arrives together with the end of a message, and never reply to it.
+//   - A connection takes no further message after an incomplete body of which the relay has accepted a chunk. go-smtp may give the
+//     next message the reply to the incomplete one, and so refuse a message that it has delivered.
 //
-// The first and the second are proofs. The others are not: a relay may do at any time what it has not done before.
+// The first two rules hold whatever the relay does. The others rely on the relay behaving as it did before.
 
-// maxChunk is the size of the largest chunk, and of the buffer for a body whose size is not known.
+// maxChunk is the size of the largest chunk, and of the buffer for a body of unknown size.
 const maxChunk = 64 << 10
 
 var chunkPool = sync.Pool{New: func() any { return new([maxChunk]byte) }}
 
-// errRefused ends the writing of a body that the relay does not want.
+// errRefused stops the writing of a body that the relay has refused.
 var errRefused = errors.New("refused by the relay")
 
 // chunkedBody is a transaction's body on its way in chunks.
 //
-// MAIL declares the size of the message, so the size comes first: that of [body.Bytes] is known, and another body is made in a
-// buffer before anything is written. One that outgrows the buffer goes in several chunks, of which only whole ones are
-// written, so that the connection stays in step if it fails. If the relay has not said how large a message may be, such a body
-// goes by DATA: a relay that stops reading within a chunk which is over a limit of its own would take the rest of it for
-// commands (seen in Exim).
+// MAIL declares the size of the message, so the size must be known first. The size of [body.Bytes] is known. Any other body is
+// written to a buffer before the envelope. A body that outgrows the buffer is sent in several chunks. Only whole chunks are
+// written, so that the connection stays in step if the body fails. If the relay has not announced a maximum size, such a body is
+// sent with DATA: a relay that stops reading within a chunk that exceeds its own limit would take the rest for commands (seen in
+// Exim).
 type chunkedBody struct {
 	buffer *[maxChunk]byte // nil for Bytes
-	used   int             // octets in it
+	used   int             // octets in buffer
 	begun  bool            // the envelope is written
-	dots   wire.BodyWriter // by DATA after all
-	left   int64           // of Bytes: octets still to be written
-	room   int             // of the chunk that is being written
+	dots   wire.BodyWriter // used by goByData
+	left   int64           // for Bytes: octets not yet assigned to a chunk
+	room   int             // octets missing from the current chunk
 }
 
 // mustHoldLocked reports whether the body must not leave before the relay has answered its envelope.
 func (t *Transaction) mustHoldLocked() bool {
 	c := t.c
 	switch {
-	case c.pendingAuth != nil: // a relay that refuses AUTH may take mail all the same, as from anybody
-	case t.clearing: // if RSET is refused, the message would go to the recipients of the envelope that is still open
+	case c.pendingAuth != nil: // a relay that refuses AUTH may still accept mail, as from an unauthenticated client
+	case t.clearing: // if RSET is refused, the message would go to the recipients of the open envelope
 	case t.waitsForRcpts():
 	case !c.inStep:
 	case t.result.Overlapped && !c.overlapped:
@@ -70,7 +70,7 @@ func (t *Transaction) mustHoldLocked() bool {
 // waitsForRcpts reports whether the body is held back until each recipient has its reply.
 func (t *Transaction) waitsForRcpts() bool { return t.m.AllOrNothing && len(t.result.Rcpt) > 1 }
 
-// goesInChunks reports whether the body goes in chunks, as far as that can be known before it is asked to write itself.
+// goesInChunks reports whether to send the body in chunks, as far as that is known before Body.WriteTo is called.
 func (t *Transaction) goesInChunks() bool {
 	switch b := t.m.Body.(type) {
 	case body.Bytes:
@@ -81,14 +81,14 @@ func (t *Transaction) goesInChunks() bool {
 	return t.c.chunked
 }
 
-// beginsOddly reports whether a body begins with a line that is no header field: Postfix takes an envelope line of a mailbox
-// out of what comes by DATA, and keeps the header behind it; in chunks it takes all of it for the body of the message.
+// beginsOddly reports whether a body begins with a line that is not a header field. With DATA, Postfix removes a mailbox "From "
+// line and keeps the header after it. With chunks, Postfix takes the whole header for the body of the message.
 func beginsOddly(body []byte) bool {
 	return bytes.HasPrefix(body, []byte("From ")) || bytes.HasPrefix(body, []byte(">From ")) ||
 		len(body) > 0 && (body[0] == ' ' || body[0] == '\t')
 }
 
-// remaining is how much part has to write, but for the commands.
+// remaining returns how many octets of the body part has to write, without commands.
 func (t *Transaction) remaining() int64 {
 	switch {
 	case !t.result.Chunked, t.bodyOver:
@@ -99,7 +99,7 @@ func (t *Transaction) remaining() int64 {
 	return int64(t.chunks.used)
 }
 
-// converseInChunks writes the envelope, and of the body what part leaves over. It reports whether that is due.
+// converseInChunks writes the envelope, and the body except for the octets that part will write. It reports whether to call part.
 func (t *Transaction) converseInChunks() bool {
 	if isBytes(t.m.Body) {
 		return t.beginChunks(t.m.Size)
@@ -118,7 +118,7 @@ func (t *Transaction) converseInChunks() bool {
 		t.giveUp(err)
 		return false
 	case err != nil:
-		t.result.BodyErr = err // only whole chunks were written: the connection is in step
+		t.result.BodyErr = err // only whole chunks were written, so the connection is in step
 		if b.begun {
 			t.c.Retire(Full)
 		}
@@ -129,7 +129,7 @@ func (t *Transaction) converseInChunks() bool {
 	return t.beginChunks(int64(b.used))
 }
 
-// readAhead replaces a body that can be written once only: a small one by its octets, another one by a [headedBody].
+// readAhead replaces a one-shot body: a small body by its octets, a larger one by a [headedBody].
 func (t *Transaction) readAhead() error {
 	r := t.m.Body.(io.Reader)
 	var head bytes.Buffer
@@ -150,15 +150,14 @@ func (t *Transaction) readAhead() error {
 	return nil
 }
 
-// declare has MAIL say how large the message is, where the relay takes that.
+// declare sets the SIZE parameter of MAIL, if the relay offers SIZE.
 func (t *Transaction) declare(size int64) {
 	if t.c.ext.Has("SIZE") {
 		t.mail.Size = size
 	}
 }
 
-// beginChunks writes the envelope for a message of size octets, 0 if that is not known, and reports whether the body is to
-// follow.
+// beginChunks writes the envelope for a message of size octets, 0 if unknown, and reports whether to send the body.
 func (t *Transaction) beginChunks(size int64) bool {
 	if size > 0 {
 		t.declare(size)
@@ -170,7 +169,7 @@ func (t *Transaction) beginChunks(size int64) bool {
 	if !t.held {
 		return true
 	}
-	together := t.result.Overlapped && t.holdsPrevDot // with the end of the message before, in one write
+	together := t.result.Overlapped && t.holdsPrevDot // the envelope leaves in one write with the previous message's end
 	if !t.send() || !t.awaitEnvelope() || !t.dataIsDue() {
 		return false
 	}
@@ -187,7 +186,7 @@ func (t *Transaction) beginChunks(size int64) bool {
 	return true
 }
 
-// chunkSink takes the canonical form of a body whose size is not known.
+// chunkSink receives the canonical form of a body of unknown size.
 type chunkSink Transaction
 
 // Write implements io.Writer.
@@ -211,7 +210,7 @@ func (cs *chunkSink) Write(p []byte) (int, error) {
 	}
 }
 
-// overflow makes room in the buffer: it writes a chunk, or goes over to DATA.
+// overflow empties the full buffer: it writes a chunk, or switches to DATA.
 func (t *Transaction) overflow() error {
 	b := &t.chunks
 	if !b.begun && (t.c.ext.Size == 0 || beginsOddly(b.buffer[:b.used])) {
@@ -221,12 +220,12 @@ func (t *Transaction) overflow() error {
 		return errRefused
 	}
 	if h, ok := t.m.Body.(*headedBody); ok && !h.used && (!t.awaitEnvelope() || t.unwanted()) {
-		return errRefused // and it can be written again
+		return errRefused // the rest was not read, so the body can be written again
 	}
 	return nil
 }
 
-// goByData begins an ordinary transaction in the middle of the body, and writes what is in the buffer.
+// goByData switches to DATA in the middle of the body, before anything was sent, and writes the buffer.
 func (t *Transaction) goByData() error {
 	b := &t.chunks
 	b.begun, t.result.Chunked = true, false
@@ -238,8 +237,7 @@ func (t *Transaction) goByData() error {
 	return err
 }
 
-// unwanted reports whether the relay has refused the message already, so that no further chunk is to be sent
-// (RFC 3030, 2).
+// unwanted reports whether the relay has already refused the message, so that no further chunk may be sent (RFC 3030, 2).
 func (t *Transaction) unwanted() bool {
 	t.c.mu.Lock()
 	defer t.c.mu.Unlock()
@@ -247,7 +245,7 @@ func (t *Transaction) unwanted() bool {
 	return step != ""
 }
 
-// startChunk writes the command for a chunk of n octets, unless the relay does not want it.
+// startChunk writes the command for a chunk of n octets, unless the relay has refused the message.
 func (t *Transaction) startChunk(n int) bool {
 	if t.unwanted() {
 		return false
@@ -265,7 +263,7 @@ func (t *Transaction) startChunk(n int) bool {
 	return err == nil || t.explained()
 }
 
-// writeChunk writes what is in the buffer as a chunk.
+// writeChunk writes the buffer as a chunk.
 func (t *Transaction) writeChunk() bool {
 	b := &t.chunks
 	if b.used == 0 {
@@ -279,7 +277,7 @@ func (t *Transaction) writeChunk() bool {
 	return err == nil || t.explained()
 }
 
-// lastChunks writes what is left of the body.
+// lastChunks writes the rest of the body.
 func (t *Transaction) lastChunks() bool {
 	if t.chunks.buffer != nil {
 		return t.writeChunk()
@@ -301,7 +299,7 @@ func (t *Transaction) finishChunks() bool {
 	return !t.unwanted() && t.finish(StepBdat, "BDAT 0 LAST")
 }
 
-// chunkSplitter divides the canonical form of a body whose size is known into chunks.
+// chunkSplitter splits the canonical form of a body of known size into chunks.
 type chunkSplitter Transaction
 
 // Write implements io.Writer.

@@ -1,5 +1,5 @@
-// Package conn is one SMTP connection, from its first byte to the relay's close: opening it, transactions that may overlap, and its
-// end. It knows no pool and no retries, and does not judge: a transaction ends in a [Result].
+// Package conn implements one SMTP connection: opening it, running transactions that may overlap, and closing it. The package knows
+// nothing about pools or retries and does not decide outcomes: a transaction returns a [Result].
 package conn
 
 import (
@@ -16,92 +16,93 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// Conn is one connection, from its first byte to the relay's close.
+// Conn is one SMTP connection, from the first byte to the relay's close.
 //
-// The Owner lends its write side to one transaction at a time. The read loop runs as long as the connection and hands each reply to the
-// oldest command without one: replies are matched by their order alone. A writer appends the exchange before it writes the command.
+// The Owner lends the write side to one transaction at a time. The read loop runs for the life of the connection and matches
+// each reply with the oldest unanswered command: only the order matches replies to commands. A writer appends the exchange
+// before it writes the command.
 type Conn struct {
 	o       *Options
 	trace   Trace
 	owner   Owner
 	raw     *progressConn
-	conn    net.Conn             // raw, or TLS on it
-	tls     *tls.ConnectionState // nil in the clear
-	addr    string               // of the relay, IP and port, where it offers chunks
-	ext     wire.Extensions      // of the last EHLO
+	conn    net.Conn             // raw, or TLS over raw
+	tls     *tls.ConnectionState // nil without TLS
+	addr    string               // the relay's IP and port; set only if the relay offers CHUNKING
+	ext     wire.Extensions      // from the last EHLO
 	born    time.Time
 	hello   string    // the EHLO command
-	expires time.Time // when it is too old to be used; zero means never
-	limit   int       // transactions; 0 means any number
-	chunked bool      // bodies may go in chunks (RFC 3030)
+	expires time.Time // no transaction begins after this; zero means no limit
+	limit   int       // maximum number of transactions; 0 means no limit
+	chunked bool      // bodies may be sent in chunks (RFC 3030)
 
 	replies *wire.ReplyReader // owned by the read loop
-	said    scrub.Stream      // removes from replies what they repeat of the credentials
+	said    scrub.Stream      // removes credentials that a reply repeats
 
 	out         *bufio.Writer     // owned by the holder of the write side, as are the fields down to inStep
-	body        wire.BodyWriter   // on out
+	body        wire.BodyWriter   // writes to out
 	line        []byte            // scratch
 	pendingAuth []byte            // an AUTH command that the first transaction will send
-	authMark    [sha256.Size]byte // of the credentials that were given last, or are to be given
+	authMark    [sha256.Size]byte // hash of the credentials sent last, or in pendingAuth
 	stall       *time.Timer       // runs while a transaction waits behind an unanswered final dot
-	inStep      bool              // the relay has answered an envelope in full, so a chunk may leave together with its envelope
+	inStep      bool              // the relay has answered every command of an envelope, so a chunk may be sent together with its envelope
 
-	sent      chan struct{} // buffered, size 1: SendAway is done
+	sent      chan struct{} // buffered, size 1: SendAway has finished
 	doomed    atomic.Bool   // phase is draining or later
-	abandoned atomic.Bool   // set by whichever of sendOff and SendAway ends first
-	lost      chan struct{} // closed when phase is draining
-	done      chan struct{} // closed when no reply will be read any more
+	abandoned atomic.Bool   // set by sendOff or SendAway, whichever ends first
+	lost      chan struct{} // closed when phase becomes draining
+	done      chan struct{} // closed when no further reply will be read
 
 	mu         sync.Mutex // guards the fields below; never held across I/O
 	phase      phase
 	ending     ending
 	waiting    exchanges
-	written    int64     // octets written to the network; only the holder of the write side changes it, and reads it without mu
+	written    int64     // octets written to the network; changed only by the holder of the write side, who may read it without mu
 	attempted  int64     // written, plus the octets of a write in progress
 	wrote      sync.Cond // on mu: no write is in progress
-	answered   int64     // the position behind the last command that has a reply
-	crowded    bool      // more is written behind that than the window of every relay holds
+	answered   int64     // position after the last command that has a reply
+	crowded    bool      // more than leastWindow octets follow answered
 	pending    int       // final replies outstanding
 	used       int       // transactions begun
-	failed     int       // transactions in a row that failed
+	failed     int       // consecutive failed transactions
 	open       bool      // the relay may have an envelope open: the next transaction starts with RSET
 	unended    bool      // the last transaction did not reach its end
 	quitting   bool      // QUIT was written
-	writeErr   error     // what a write failed with
-	closeBy    time.Time // the end of reading; zero means none
+	writeErr   error     // error of the first failed write
+	closeBy    time.Time // reading stops at this time; zero means no limit
 	heard      time.Time // when the last reply arrived
 	moved      time.Time // when the last large write finished
 	deadline   time.Time // the read deadline in force
-	decided    bool      // the relay has accepted a message, or has refused one for what it is
-	overlapped bool      // the relay has answered in full an envelope that left in one write with the end of the message before it
+	decided    bool      // the relay has accepted or refused a message on its merits; see decides
+	overlapped bool      // the relay has answered every command of an envelope that was sent in one write with the previous message's end
 
 	onLost func(cause error) // called with mu held when phase becomes draining; may be nil
 }
 
-// ending is how a connection ended, as far as it has. Each field is set once.
+// ending records why and how a connection ended. Each field is set at most once.
 type ending struct {
 	reason    Reason     // why phase is not ready
-	cause     error      // why it is draining
-	fault     error      // a reply to one message because of which no other begins
+	cause     error      // why phase is draining or later
+	fault     error      // the reply to a message after which no further transaction may begin
 	said421   bool       // the relay has replied 421 to a command
-	left421   bool       // and then closed the connection in order, so that no reply is missing
-	outOfStep bool       // a reply was not possible for its command, so later replies cannot be matched
-	killed    bool       // by Kill: the relay's close is not waited for
-	ledByAuth bool       // the first transaction began with AUTH, and failed for that
+	left421   bool       // and then closed the connection with FIN, so no reply is missing
+	outOfStep bool       // a reply was impossible for its command, so later replies cannot be matched
+	killed    bool       // Kill was called: do not wait for the relay's close
+	ledByAuth bool       // the first transaction began with AUTH, and failed because of it
 	auth      wire.Reply // the refusal of that AUTH
 }
 
-// phase is where a connection is in its life. It never goes back.
+// phase is the stage of a connection's life. It only increases.
 type phase int
 
 const (
-	ready    phase = iota // a transaction may be begun, now or later
-	last                  // no further transaction is begun: QUIT is due behind those that are under way
-	draining              // nothing more is written; final replies that are outstanding are awaited
-	closing               // nothing more is read: the relay's close is awaited
+	ready    phase = iota // a transaction may begin, now or later
+	last                  // no further transaction begins; QUIT follows those in flight
+	draining              // nothing more is written; outstanding final replies are still read
+	closing               // nothing more is read; waiting for the relay's close
 )
 
-// Reason tells why a connection takes no further transaction.
+// Reason is why a connection takes no further transaction.
 type Reason string
 
 const (
@@ -113,30 +114,30 @@ const (
 	Shared Reason = "shared"
 )
 
-// Status is what may be done with a Conn whose write side nobody holds.
+// Status says what may be done with a Conn whose write side is free.
 type Status int
 
 const (
 	Free         Status = iota // a transaction may begin
-	Overlappable               // one may begin behind the final dot of the one before
-	Busy                       // none may begin before a final reply is in
-	Retired                    // none may begin any more: say QUIT
-	Lost                       // none may begin any more, and there is nothing to do
+	Overlappable               // a transaction may begin behind the unanswered final dot of the previous one
+	Busy                       // no transaction may begin before a final reply arrives
+	Retired                    // no further transaction may begin: send QUIT
+	Lost                       // no further transaction may begin, and QUIT cannot be sent
 )
 
 // Info describes a Conn.
 type Info struct {
 	Used      int        // transactions begun
-	Pending   int        // of these, final replies outstanding
-	Reason    Reason     // why no further one is begun; "" while one may be
-	Err       error      // the fault that Reason tells of
-	Decided   bool       // the relay has accepted a message, or has refused one for what it is: it does its work
-	LedByAuth bool       // AUTH led its first transaction, and that came to nothing
+	Pending   int        // final replies outstanding
+	Reason    Reason     // why no further transaction may begin; "" while one may
+	Err       error      // the error, if Reason is Fault
+	Decided   bool       // the relay has accepted or refused a message on its merits, so it works
+	LedByAuth bool       // AUTH led the first transaction, which failed because of it
 	Auth      wire.Reply // the refusal of the AUTH that led the first transaction
-	Killed    bool       // by Kill: the relay's close was not waited for
+	Killed    bool       // Kill was called: the connection did not wait for the relay's close
 }
 
-// Info returns how the connection is now.
+// Info returns the connection's current state.
 func (c *Conn) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -149,39 +150,37 @@ func (c *Conn) Info() Info {
 	return info
 }
 
-// Extensions is what the relay has offered. It does not change.
+// Extensions returns what the relay offered in EHLO. It does not change.
 func (c *Conn) Extensions() *wire.Extensions { return &c.ext }
 
-// TLS is the state of TLS; nil in the clear. It does not change.
+// TLS returns the TLS state; nil without TLS. It does not change.
 func (c *Conn) TLS() *tls.ConnectionState { return c.tls }
 
-// Born is when the connection was opened.
+// Born returns when the connection was opened.
 func (c *Conn) Born() time.Time { return c.born }
 
-// Expires is when the connection is too old to be used; zero means never. It does not change after Bound.
+// Expires returns the time after which no transaction begins; zero means no limit. It does not change after Bound.
 func (c *Conn) Expires() time.Time { return c.expires }
 
-// Limit is how many transactions may be begun; 0 means any number. It does not change after Bound.
+// Limit returns the maximum number of transactions; 0 means no limit. It does not change after Bound.
 func (c *Conn) Limit() int { return c.limit }
 
-// Bound sets how many transactions may be begun, 0 for any number, and until when, zero for any time. It is called before
-// the first transaction.
+// Bound sets Limit and Expires. The caller calls it before the first transaction.
 func (c *Conn) Bound(transactions int, expires time.Time) {
 	c.limit, c.expires = transactions, expires
 }
 
-// Buffered reports whether something was written that has not left: another transaction's final dot. It is for the holder of
-// the write side.
+// Buffered reports whether the write buffer holds another transaction's final dot. Only the holder of the write side may call it.
 func (c *Conn) Buffered() bool { return c.out.Buffered() > 0 }
 
-// PendingAuth reports whether AUTH is still to be sent. It is for the holder of the write side.
+// PendingAuth reports whether AUTH is still to be sent. Only the holder of the write side may call it.
 func (c *Conn) PendingAuth() bool { return c.pendingAuth != nil }
 
-// InterruptWrites ends a write that is under way and every later one.
+// InterruptWrites makes a write in progress and every later write fail.
 func (c *Conn) InterruptWrites() { c.raw.interrupt() }
 
-// Status returns what may be done with the connection, and retires it if it is too old. One without a message yet is not retired by
-// age: opening it may have taken that long, and the next one would take as long.
+// Status returns what may be done with the connection, and retires it if it has expired. A connection without a transaction does
+// not expire: if opening takes longer than the maximum age, a new connection would be no better.
 func (c *Conn) Status(now time.Time) Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -203,7 +202,7 @@ func (c *Conn) Status(now time.Time) Status {
 	return Busy
 }
 
-// pipelining reports whether commands may be written without awaiting the reply to the one before.
+// pipelining reports whether a command may be written before the previous command has its reply.
 func (c *Conn) pipelining() bool {
 	return c.o.Pipelining && c.ext.Has("PIPELINING")
 }
@@ -213,9 +212,9 @@ func (c *Conn) overlaps() bool {
 	return c.o.Overlap && c.pipelining() && c.o.Profile.Overlaps()
 }
 
-// inFlightLocked is how many messages may be without final reply. With DATA it is two: the body of the second waits for a 354, which
-// comes after the first one's final reply. In chunks it is MaxInFlight, once the relay has shown on this connection that it answers
-// an envelope that leaves together with the end of a message.
+// inFlightLocked returns how many messages may wait for a final reply at once. With DATA it is two: the second body waits for a
+// 354, which follows the first message's final reply. With chunks it is MaxInFlight, once the relay has answered on this
+// connection an envelope that was sent together with the end of a message.
 func (c *Conn) inFlightLocked() int {
 	switch {
 	case !c.chunked:
@@ -233,8 +232,8 @@ func (c *Conn) Usable() bool {
 	return c.phase == ready && (c.limit == 0 || c.used < c.limit)
 }
 
-// LastRoom is how many more transactions a connection may take that is in the last fifth of its limit. It is 0 for any other
-// connection, and for one on which no reply arrived since.
+// LastRoom returns how many more transactions the connection may take, if it is in the last fifth of its limit and a reply has
+// arrived after since. Otherwise LastRoom returns 0.
 func (c *Conn) LastRoom(since time.Time) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -245,21 +244,21 @@ func (c *Conn) LastRoom(since time.Time) int {
 	return left
 }
 
-// Failed reports whether the connection was lost or will end early.
+// Failed reports whether a fault ended the connection, or will end it early.
 func (c *Conn) Failed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.ending.reason == Fault
 }
 
-// Moved is when the last reply arrived or the last large write finished.
+// Moved returns when the last reply arrived or the last large write finished, whichever is later.
 func (c *Conn) Moved() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return later(c.heard, c.moved)
 }
 
-// Retire makes the connection take no further transaction.
+// Retire stops the connection from taking further transactions.
 func (c *Conn) Retire(why Reason) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -272,7 +271,7 @@ func (c *Conn) retireLocked(why Reason) {
 	}
 }
 
-// retireFaultLocked makes the connection take no further transaction because of the reply that err tells.
+// retireFaultLocked retires the connection because of the reply in err.
 func (c *Conn) retireFaultLocked(err error) {
 	if c.phase == ready {
 		c.retireLocked(Fault)
@@ -282,8 +281,8 @@ func (c *Conn) retireFaultLocked(err error) {
 
 // Ending.
 
-// fail ends the use of the connection because of err. It may be called from any goroutine and more than once; the first cause counts.
-// Final replies that are outstanding are still read.
+// fail ends the connection because of err. It may be called from any goroutine and more than once; the first cause is kept.
+// Outstanding final replies are still read.
 func (c *Conn) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -308,8 +307,8 @@ func (c *Conn) failLocked(err error) {
 	}
 }
 
-// onLoss sets the function that is called, with c.mu held, when the connection is lost; nil means none. It returns false if the
-// connection is lost already.
+// onLoss sets the function that is called, with c.mu held, when the connection is lost; nil removes it. It returns false if the
+// connection is already lost.
 func (c *Conn) onLoss(f func(cause error)) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -317,14 +316,14 @@ func (c *Conn) onLoss(f func(cause error)) bool {
 	return c.phase < draining
 }
 
-// stepLostLocked ends the connection because of a reply that is not possible for its command. No final reply is read any more: it
-// would be matched with the wrong message.
+// stepLostLocked ends the connection because of a reply that is impossible for its command. No further final reply is read: it
+// could be matched with the wrong message.
 func (c *Conn) stepLostLocked(err error) {
 	c.ending.outOfStep = true
 	c.failLocked(err)
 }
 
-// Kill ends the connection at once and waits for nothing.
+// Kill ends the connection at once, without QUIT and without waiting for the relay's close.
 func (c *Conn) Kill(err error) {
 	c.mu.Lock()
 	c.failLocked(err)
@@ -332,13 +331,13 @@ func (c *Conn) Kill(err error) {
 	c.closeBy = longAgo
 	c.armLocked()
 	c.mu.Unlock()
-	c.raw.abandon() // after failLocked, so that failed reads and writes are not taken for the cause
+	c.raw.abandon() // after failLocked, so that the failed reads and writes do not become the cause
 }
 
-// lastWords is how long we read, after a failed write, for a reply that says why.
+// lastWords is how long to keep reading after a failed write, for a reply that says why.
 const lastWords = 2 * time.Second
 
-// writeFailed records a failed write. The relay's last reply tells more than "broken pipe", so reading goes on for lastWords.
+// writeFailed records a failed write. Reading continues for lastWords, because the relay's last reply says more than "broken pipe".
 func (c *Conn) writeFailed(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -348,7 +347,7 @@ func (c *Conn) writeFailed(err error) {
 	switch {
 	case c.ending.cause != nil: // the write was interrupted
 	case IsTimeout(err):
-		c.failLocked(err) // the relay stalls; it has not closed
+		c.failLocked(err) // the relay has stalled; it has not closed the connection
 	default:
 		c.hurryLocked(lastWords)
 	}

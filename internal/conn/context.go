@@ -5,10 +5,10 @@ import (
 	"fmt"
 )
 
-// ContextError is the error of a context that has ended, and its cause where that was given one of its own; nil if it has not.
+// ContextError returns ctx.Err(), wrapped together with the context's cause if the two differ; nil if ctx has not ended.
 func ContextError(ctx context.Context) error {
 	err := ctx.Err()
-	if cause := context.Cause(ctx); err != nil && cause != err { // it may end in between
+	if cause := context.Cause(ctx); err != nil && cause != err { // ctx may end between the two calls
 		return fmt.Errorf("%w: %w", err, cause)
 	}
 	return err

@@ -9,17 +9,18 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// The commands of a transaction up to where its body may follow, and the wait for their replies.
+// The commands of a transaction that precede the body, and the wait for their replies.
 
-// authSilence limits the reply to a MAIL that followed AUTH, counted from AUTH's own reply. Some relays discard what follows AUTH;
-// the message then goes to another connection, on which AUTH is sent alone.
+// authSilence limits the wait for the reply to a MAIL that was pipelined behind AUTH, counted from the reply to AUTH. Some relays
+// discard what follows AUTH; the message then goes to another connection, on which AUTH is sent alone.
 const authSilence = 2 * time.Second
 
-// ledAuthSilence limits the reply to an AUTH that commands follow. Nothing of the message has left, so it is safe to be impatient.
+// ledAuthSilence limits the wait for the reply to an AUTH with commands pipelined behind it. No part of the body was sent, so a
+// short limit is safe.
 const ledAuthSilence = 10 * time.Second
 
-// envelope writes the commands of the envelope, and waits for each reply if they are not pipelined. It reports whether the
-// transaction can go on.
+// envelope writes the commands of the envelope, and waits for each reply if commands are not pipelined. It reports whether the
+// transaction can continue.
 func (t *Transaction) envelope() bool {
 	c := t.c
 	rset := t.begin()
@@ -102,7 +103,7 @@ func (t *Transaction) reset(x exchange) bool {
 	if t.result.Overlapped || !t.c.o.Profile.ResetsByEHLO() {
 		return t.ask(x, "RSET")
 	}
-	// RFC 5321, 4.1.4. EHLO is the last of its group (RFC 2920, 3.1).
+	// EHLO resets too (RFC 5321, 4.1.4). It must be the last command of a pipelined group (RFC 2920, 3.1).
 	return t.ask(x, t.c.hello) && t.send() && t.awaitEnvelope()
 }
 
@@ -128,7 +129,7 @@ func (t *Transaction) ask(x exchange, command string) bool {
 	return t.askLine(x)
 }
 
-// askLine writes the command in c.line. Where commands are not pipelined it awaits the reply.
+// askLine writes the command in c.line. If commands are not pipelined, it waits for the reply.
 func (t *Transaction) askLine(x exchange) bool {
 	c := t.c
 	x.behind = t.result.Overlapped && (!t.result.Chunked || t.held)
@@ -154,7 +155,7 @@ func (t *Transaction) askLine(x exchange) bool {
 	return t.awaitEnvelope()
 }
 
-// askData writes DATA with the envelope, unless the replies decide whether anything is sent.
+// askData writes DATA together with the envelope, unless DATA must wait for the replies.
 func (t *Transaction) askData() bool {
 	if !t.c.pipelining() || t.waitsForRcpts() {
 		return true
@@ -162,8 +163,8 @@ func (t *Transaction) askData() bool {
 	return t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA")
 }
 
-// startData sends a DATA that askData left out, if it is due, and reports whether the relay waits for the body. All replies to the
-// envelope are in.
+// startData sends DATA if askData has not, and reports whether the relay is ready for the body. All replies to the envelope have
+// arrived.
 func (t *Transaction) startData() bool {
 	if t.dataIsDue() && (!t.ask(exchange{op: StepData, limit: t.c.o.Timeouts.Data}, "DATA") || !t.sendNow() || !t.awaitEnvelope()) {
 		return false
@@ -172,8 +173,8 @@ func (t *Transaction) startData() bool {
 	case t.result.Data.Class() != 3:
 		return false
 	case t.result.MailRefused() || t.clearing && t.result.Accepted() == 0:
-		// The relay refused our envelope and waits for a message all the same: it may have kept another envelope. Even a final dot
-		// alone would send an empty message to its recipients.
+		// The relay has refused our envelope but replied 354, so it may have kept an earlier envelope. A lone final dot would
+		// send an empty message to the recipients of that envelope.
 		t.c.fail(&ReplyError{Step: StepData, Reply: t.result.Data})
 		return false
 	case t.result.Accepted() == 0:
@@ -183,8 +184,8 @@ func (t *Transaction) startData() bool {
 	return true
 }
 
-// dataIsDue reports whether DATA, or a held body in chunks, is to be sent now: the relay has accepted a recipient, or all of them
-// where AllOrNothing is set.
+// dataIsDue reports whether DATA, or a held body in chunks, is to be sent now: the relay has accepted at least one recipient, or
+// with AllOrNothing all recipients.
 func (t *Transaction) dataIsDue() bool {
 	if t.result.Data.Code != 0 || t.result.AuthRefused() || t.result.MailRefused() {
 		return false
@@ -196,8 +197,8 @@ func (t *Transaction) dataIsDue() bool {
 	return accepted > 0
 }
 
-// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). Nothing is sent to anybody, whatever the relay replies, so
-// the reply is not waited for.
+// loneDot ends a DATA for which no recipient was accepted (RFC 2920, 3.1). The message has no recipients, whatever the relay
+// replies, so loneDot does not wait for the reply.
 func (t *Transaction) loneDot() {
 	if !t.c.expect(exchange{op: StepFinalDot, final: true, left: true, end: t.c.position() + int64(len(".\r\n")), limit: t.c.o.Timeouts.FinalReply, tx: &Transaction{c: t.c, ctx: t.ctx, result: Result{Seq: -1}}}) {
 		return
@@ -209,8 +210,8 @@ func (t *Transaction) loneDot() {
 
 // awaitEnvelope waits until every command has its reply, and reports whether the connection still works.
 //
-// If the relay does not answer the previous message's final dot for stallLimit, and there is room on another connection, it gives this
-// connection up: nothing of our body has left, so the message can go there.
+// If the relay does not answer the previous message's final dot within stallLimit, and another connection is free, awaitEnvelope
+// fails this connection. No part of our body was sent, so the message can go to the other connection.
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
 	var stalled <-chan time.Time
@@ -244,16 +245,17 @@ func (t *Transaction) awaitEnvelope() bool {
 }
 
 const (
-	LongIdle   = 10 * time.Second // after this long without traffic the path may be dead without notice
-	impatient  = 30 * time.Second // limit for the first reply after that, and for those to commands that the relay may have thrown away
+	LongIdle   = 10 * time.Second // after this long without traffic, a firewall may have dropped the connection silently
+	impatient  = 30 * time.Second // limit for the first reply after LongIdle, and for replies to commands that the relay may have discarded
 	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
 )
 
 var errStalled = &GivenUpError{errors.New("the relay does not answer the message before")}
 
-// overlapRefused reports whether the relay has refused each command behind the final dot (503: "pipelined after end of DATA"), so that
-// the transaction can start again: nothing was accepted, replies are in step, and the connection may have one MAIL more. If TCP
-// delivered only RSET together with the dot, the relay has accepted the rest, and the transaction goes on.
+// overlapRefused reports whether the transaction must start again because the relay has refused every command behind the final
+// dot (503: "pipelined after end of DATA"). A restart is safe: nothing was accepted, replies are in step, and the connection's
+// limit allows another MAIL. If TCP delivered only RSET together with the dot, the relay has accepted the other commands, and
+// the transaction goes on.
 func (t *Transaction) overlapRefused() bool {
 	if !t.result.Overlapped || t.result.Rset.Code != 503 {
 		return false

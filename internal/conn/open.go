@@ -13,15 +13,15 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// OpenError is why a connection could not be opened.
+// OpenError says why a connection could not be opened.
 type OpenError struct {
 	Step       Step
-	Reply      wire.Reply // Code 0: none
-	Err        error      // the cause where it is not a reply; the wrong name, where Step is EHLO
-	Permanent  bool       // another try cannot help
+	Reply      wire.Reply // Code 0: no reply
+	Err        error      // the cause, if it is not a reply
+	Permanent  bool       // a retry cannot help
 	Clear      bool       // TLS is required and had not begun
 	TLSOffered bool       // the relay offers STARTTLS
-	Said       string     // for EHLO: what was said
+	Said       string     // the command sent, if Step is EHLO
 }
 
 func (e *OpenError) Error() string {
@@ -34,19 +34,19 @@ func (e *OpenError) Error() string {
 // Unwrap returns the cause.
 func (e *OpenError) Unwrap() error { return e.Err }
 
-// ErrNoSTARTTLS is the cause where the relay does not offer STARTTLS, and ErrClearAuth where credentials would cross the
+// ErrNoSTARTTLS is the cause if the relay does not offer STARTTLS. ErrClearAuth is the cause if credentials would cross the
 // connection in the clear.
 var (
 	ErrNoSTARTTLS = errors.New("the relay does not offer STARTTLS")
 	ErrClearAuth  = errors.New("credentials would cross the connection in the clear")
 )
 
-// Open takes nc to where a transaction, or the AUTH that leads it, can begin: TLS or greeting, EHLO, STARTTLS, TLS, EHLO
-// again, and AUTH. The end of ctx ends it. The read loop does not run yet, and Bound is due.
+// Open prepares nc for the first transaction: TLS if implicit, greeting, EHLO, STARTTLS followed by a second EHLO, and AUTH. AUTH
+// may be left for the first transaction to send. Open fails when ctx ends. After Open the caller calls Bound and starts ReadLoop.
 //
-// hurry: there are other addresses to try, so that a third of the time must do until AUTH.
+// hurry shortens the limits of the steps before AUTH to a third, because the caller has other addresses to try.
 //
-// Who gets an error calls leave, which returns when the relay has closed the connection.
+// After an error the caller calls leave, which returns when the relay has closed the connection.
 func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace, hurry bool) (_ *Conn, leave func(), _ *OpenError) {
 	raw := newProgressConn(nc, o.Timeouts.Write, o.Timeouts.Unacked)
 	stop := context.AfterFunc(ctx, raw.abandon)
@@ -67,7 +67,7 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 		return nil, func() {
 			defer context.AfterFunc(ctx, raw.abandon)()
 			d.leave(e)
-			raw.hangUp(o.Timeouts.Quit) // a relay that does not answer counts the connection all the same
+			raw.hangUp(o.Timeouts.Quit) // even a relay that does not answer counts the connection
 		}, e
 	}
 	raw.SetReadDeadline(time.Time{})
@@ -75,27 +75,27 @@ func Open(ctx context.Context, nc net.Conn, o *Options, owner Owner, trace Trace
 	return c, nil, nil
 }
 
-// outBuffer is the size of a connection's write buffer: a TLS record, so that a message of usual size leaves in one.
+// outBuffer is the size of a connection's write buffer. It equals the size of a TLS record, so that most messages fit one record.
 const outBuffer = 16 << 10
 
-// dialogue is the conversation that makes a connection ready, one command at a time.
+// dialogue is the exchange of commands and replies that opens a connection, one command at a time.
 type dialogue struct {
 	c      *Conn
 	o      *Options
 	ctx    context.Context
-	hurry  bool      // there are other addresses
-	raw    string    // the text of the last reply as it came: for a mechanism and for what EHLO offers, and to show to nobody
-	authBy time.Time // when AUTH must be through; zero means that it has not begun, or has no limit
+	hurry  bool      // the caller has other addresses to try
+	raw    string    // unscrubbed text of the last reply, for the SASL mechanism and to parse EHLO; never shown
+	authBy time.Time // deadline for AUTH; zero means that AUTH has not begun or has no limit
 
-	clearMail, clearAuth bool // what may cross the connection without TLS
+	clearMail, clearAuth bool // mail or credentials may be sent without TLS
 }
 
-// wantsTLS reports whether the connection can serve only with TLS.
+// wantsTLS reports whether the connection is useless without TLS.
 func (d *dialogue) wantsTLS() bool {
 	return d.o.TLS != nil && (d.o.Implicit || !d.clearMail || d.o.Mechanism != nil && !d.clearAuth)
 }
 
-// converse takes the connection from its first byte to where a transaction, or the AUTH that leads it, can begin.
+// converse runs the steps of Open.
 func (d *dialogue) converse(ctx context.Context) *OpenError {
 	c, o := d.c, d.o
 	if o.TLS != nil && o.Implicit {
@@ -117,7 +117,7 @@ func (d *dialogue) converse(ctx context.Context) *OpenError {
 	}
 	shown, known := false, true
 	if o.Chunking && c.ext.Has("CHUNKING") && c.pipelining() {
-		// Without an address, what is known of one relay could be believed of another.
+		// Without an address, the profile could confuse one relay with another.
 		if c.addr = remoteAddr(c.raw); c.addr != "" {
 			shown, known = o.Profile.DiscardsAt(c.addr)
 		}
@@ -138,7 +138,7 @@ func (d *dialogue) converse(ctx context.Context) *OpenError {
 	return nil
 }
 
-// remoteAddr is the address that nc leads to, IP and port; "" if it does not tell.
+// remoteAddr returns the IP and port of nc's remote end; "" if nc does not know it.
 func remoteAddr(nc net.Conn) string {
 	if a := nc.RemoteAddr(); a != nil {
 		return a.String()
@@ -146,10 +146,10 @@ func remoteAddr(nc net.Conn) string {
 	return ""
 }
 
-// startTLS makes TLS of the connection.
+// startTLS performs the TLS handshake.
 func (d *dialogue) startTLS(ctx context.Context) *OpenError {
-	// Deadlines bound it, and end it with ctx: HandshakeContext would close the connection, but its place is not free
-	// before the relay has closed it too.
+	// Read deadlines bound the handshake and end it with ctx. HandshakeContext would close the connection, but its place in the
+	// pool is not free before the relay has closed it too.
 	d.progress(StepTLS)
 	raw := d.c.raw
 	limit := d.patience(d.o.Timeouts.TLS)
@@ -157,7 +157,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 		raw.SetReadDeadline(time.Now().Add(limit))
 	}
 	tc := tls.Client(raw, d.o.TLS)
-	err := context.Cause(ctx) // whose deadline may just have been overwritten
+	err := context.Cause(ctx) // SetReadDeadline may have overwritten the deadline set by the end of ctx
 	if err == nil {
 		err = tc.HandshakeContext(context.WithoutCancel(ctx))
 	}
@@ -175,7 +175,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	return &OpenError{Step: StepTLS, Err: err}
 }
 
-// patience is the limit of a step before AUTH, of which limit is that of an address without others; 0 means none.
+// patience returns the time limit of a step before AUTH; limit is the value without hurry. 0 means no limit.
 func (d *dialogue) patience(limit time.Duration) time.Duration {
 	const share, most = 3, 10 * time.Second
 	switch {
@@ -198,7 +198,7 @@ func (d *dialogue) greeting() *OpenError {
 	return e
 }
 
-// hello says EHLO; or HELO where that is not understood and nothing that only EHLO gives is needed.
+// hello sends EHLO. If the relay does not understand EHLO, and neither TLS nor AUTH is needed, hello sends HELO.
 func (d *dialogue) hello() *OpenError {
 	c, o := d.c, d.o
 	name := o.LocalName(c.raw)
@@ -226,14 +226,14 @@ func (d *dialogue) hello() *OpenError {
 	return e
 }
 
-// maxEHLOLines is how many lines are taken from a relay that sends each line of its reply to EHLO as a reply of its own.
+// maxEHLOLines limits the lines read from a relay that sends each line of its reply to EHLO as a separate reply.
 const maxEHLOLines = wire.MaxWords
 
-// restOfEHLO is how long such a relay may take for the next line, where the lines before offer less than is needed.
+// restOfEHLO is how long to wait for the next line of such a relay, while the lines so far offer less than is needed.
 const restOfEHLO = time.Second
 
-// extensions takes in what the relay offers, of which a first positive reply to EHLO is in. Nothing else was asked, so that
-// further positive replies can only be lines that the relay has failed to mark as lines of one reply.
+// extensions parses the relay's reply to EHLO, of which the first positive reply has been read. No other command is outstanding, so
+// further positive replies can only be lines that the relay has failed to mark as continuation lines.
 func (d *dialogue) extensions() *OpenError {
 	c := d.c
 	text, lines := d.raw, 1
@@ -241,7 +241,7 @@ func (d *dialogue) extensions() *OpenError {
 	for ; lines < maxEHLOLines && len(text) < wire.MaxLongText; lines++ {
 		if c.replies.Buffered() == 0 && !strings.Contains(d.raw, "\n") && !d.offersEnough() {
 			c.raw.SetReadDeadline(time.Now().Add(restOfEHLO))
-			if d.ctx.Err() == nil { // the deadline that ended it would have been overwritten
+			if d.ctx.Err() == nil { // SetReadDeadline would have overwritten the deadline set by the end of ctx
 				c.replies.Await()
 			}
 		}
@@ -270,7 +270,8 @@ func (d *dialogue) offersEnough() bool {
 	return o.Mechanism == nil || c.ext.Has("AUTH")
 }
 
-// upgrade makes TLS of the connection with STARTTLS (RFC 3207), or leaves it in the clear where that is allowed.
+// upgrade starts TLS with STARTTLS (RFC 3207). If the relay does not offer STARTTLS and mail may be sent in the clear, it does
+// nothing.
 func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 	c := d.c
 	if !c.ext.Has("STARTTLS") {
@@ -287,7 +288,7 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 		return refusedBy(StepSTARTTLS, r)
 	}
 	if c.replies.Buffered() > 0 {
-		// Somebody on the way wants them to be read as if they came through TLS (CVE-2011-0411).
+		// An attacker may have injected plaintext to be read as if it came through TLS (CVE-2011-0411).
 		return &OpenError{Step: StepSTARTTLS, Err: errors.New("there were more bytes behind the reply, in the clear")}
 	}
 	if e := d.startTLS(ctx); e != nil {
@@ -296,14 +297,14 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 	return d.hello()
 }
 
-// refusedBy is the error of a reply that is not the one hoped for.
+// refusedBy returns the error for a reply that is not the expected one.
 func refusedBy(step Step, r wire.Reply) *OpenError { return &OpenError{Step: step, Reply: r} }
 
-// command writes a command and reads its reply; show is how it looks in a trace.
+// command writes a command and reads its reply; the trace gets show in place of line.
 func (d *dialogue) command(op Step, show, line string, limit time.Duration) (wire.Reply, *OpenError) {
 	d.c.traceCommand(d.ctx, show)
 	if _, err := d.c.conn.Write([]byte(line + "\r\n")); err != nil {
-		// The relay may have said why it hangs up.
+		// The relay may have said why it closed the connection.
 		if r, e := d.read(op, lastWords); e == nil {
 			return wire.Reply{}, refusedBy(op, r)
 		}
@@ -312,7 +313,7 @@ func (d *dialogue) command(op Step, show, line string, limit time.Duration) (wir
 	return d.read(op, limit)
 }
 
-// read reads one reply. A 421 is an error whatever it answers.
+// read reads one reply. A 421 is always an error.
 func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 	c := d.c
 	d.progress(op)
@@ -324,7 +325,7 @@ func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 		deadline = d.authBy
 	}
 	c.raw.SetReadDeadline(deadline)
-	if d.ctx.Err() != nil { // the deadline that ended it has just been overwritten
+	if d.ctx.Err() != nil { // SetReadDeadline has overwritten the deadline set by the end of ctx
 		return wire.Reply{}, &OpenError{Step: op, Err: ContextError(d.ctx)}
 	}
 	r, raw, err := c.readReply(op == StepEHLO || op == StepAuth)
@@ -355,7 +356,7 @@ func (d *dialogue) progress(step Step) {
 	}
 }
 
-// leave says QUIT after a failure that leaves the relay listening. The reply is not read.
+// leave sends QUIT if the relay still reads commands after e. The reply is not read.
 func (d *dialogue) leave(e *OpenError) {
 	if e.Reply.Code != 0 && e.Reply.Code != 421 || e.Permanent && e.Step != StepTLS {
 		d.c.conn.Write([]byte("QUIT\r\n"))
@@ -363,9 +364,9 @@ func (d *dialogue) leave(e *OpenError) {
 	}
 }
 
-// showDiscard finds out whether the relay throws away the octets of a chunk that it refuses. It sends a chunk out of order,
-// for which there can be no yes, and RSET behind it. A relay that throws the octets away gives two replies; one that does not
-// reads them as a command that does not exist, and gives three. An error means that the relay cannot bear the question.
+// showDiscard probes whether the relay discards the octets of a chunk that it refuses. It sends a chunk out of order, which the
+// relay must refuse, and RSET. A relay that discards the octets sends two replies. A relay that does not discard them reads the
+// octets as an unknown command and sends three replies. An error means that the probe broke the connection.
 func (d *dialogue) showDiscard() (yes bool, _ *OpenError) {
 	const chunk = "XCHUNK\r\n"
 	limit := d.o.Timeouts.Overlap

@@ -12,26 +12,26 @@ import (
 	"time"
 )
 
-// progressConn is the network connection below TLS. A write to a relay that takes nothing, or less than leastRate, ends in
-// time; a blocked write can be interrupted for good.
+// progressConn is the network connection below TLS. A write fails if the relay reads nothing for limit, or less than leastRate on
+// average. A blocked write can be interrupted, and then every later write fails.
 //
-// What bounds writing is an allowance of time. Writing uses it up, and each octet written gives back its part at leastRate,
-// up to limit. So a relay may take nothing for limit, and it cannot hold a writer by taking a little now and then.
+// The limit is a time budget. Writing spends it, and each octet written earns back 1/leastRate seconds, up to limit. So a relay
+// may read nothing for limit, but cannot hold a writer forever by reading a few octets now and then.
 type progressConn struct {
 	net.Conn
-	limit time.Duration // the most that the allowance can be; 0 means that nothing bounds a write
-	spent time.Duration // of the allowance; owned by the writer
+	limit time.Duration // the time budget of writes; 0 means no limit
+	spent time.Duration // the part of limit that is spent; owned by the writer
 
-	socket syscall.RawConn // below; nil where there is none, and where nothing is to be set
-	hasten bool            // the relay may be waiting for an acknowledgement; owned by the reader
+	socket syscall.RawConn // nil if nc has no socket, or the system has no socket options to set
+	hasten bool            // the relay may be waiting for a TCP acknowledgement; owned by the reader
 
-	mu          sync.Mutex // guards the fields below, and that a deadline set before is not set again after
+	mu          sync.Mutex // guards the fields below; held while a deadline is set, so that none replaces that of interrupt or abandon
 	interrupted bool
 	abandoned   bool
 }
 
-// newProgressConn returns nc with writes bounded by limit, and has the kernel give it up after unacked without acknowledgement.
-// For both 0 means no limit.
+// newProgressConn returns nc with writes bounded by limit. The kernel aborts the connection when sent data is not acknowledged for
+// unacked. For both, 0 means no limit.
 func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
 	c := &progressConn{Conn: nc, limit: limit}
 	if sc, ok := nc.(syscall.Conn); ok && acknowledges {
@@ -45,17 +45,16 @@ func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
 	return c
 }
 
-// setUnacked has the kernel give the connection up once what was sent has had no acknowledgement for so long; 0 means as long as the
-// kernel likes.
+// setUnacked makes the kernel abort the connection when sent data is not acknowledged for d; 0 means the kernel's default.
 func (c *progressConn) setUnacked(d time.Duration) {
 	if c.socket != nil {
 		c.socket.Control(func(fd uintptr) { SetUnacked(fd, d) })
 	}
 }
 
-// Read implements io.Reader. Where the reader has set hasten, what was read before is acknowledged first: some relays write each
-// reply on its own, and their kernel holds a reply back until the one before is acknowledged (RFC 896), which ours does after 40 ms
-// where it has nothing to send.
+// Read implements io.Reader. If the reader has set hasten, Read acknowledges earlier data first. Some relays write each reply
+// separately, and their kernel delays a reply until the previous one is acknowledged (RFC 896). Our kernel delays that
+// acknowledgement by 40 ms if it has nothing to send.
 func (c *progressConn) Read(p []byte) (int, error) {
 	if c.hasten {
 		c.hasten = false
@@ -68,8 +67,8 @@ func (c *progressConn) Read(p []byte) (int, error) {
 
 var errInterrupted = errors.New("write interrupted")
 
-// leastRate is how many octets a second a relay must take on average, once Timeouts.Write is used up by slower writes. It is
-// so low that it ends only what is meant to hold a writer: a slow message that is given up was in vain.
+// leastRate is how many octets a second a relay must read on average, once slower writes have spent Timeouts.Write. The rate is
+// so low that only a relay that stalls on purpose fails it: aborting a slow but honest transfer would waste the work.
 const leastRate = 8
 
 // Write implements io.Writer.
@@ -85,7 +84,7 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 		c.spent = max(c.spent+time.Since(began)-time.Duration(k)*time.Second/leastRate, 0)
 		if k > 0 && n < len(p) && errors.Is(err, os.ErrDeadlineExceeded) {
 			if c.spent < c.limit {
-				continue // slow, but moving
+				continue // slow, but progressing
 			}
 			err = fmt.Errorf("the relay takes less than %d octets a second: %w", leastRate, err)
 		}
@@ -105,7 +104,7 @@ func (c *progressConn) extend(deadline time.Time) bool {
 	return true
 }
 
-// interrupt ends a write that is under way and every later one.
+// interrupt makes a write in progress and every later write fail.
 func (c *progressConn) interrupt() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -113,7 +112,7 @@ func (c *progressConn) interrupt() {
 	c.Conn.SetWriteDeadline(longAgo)
 }
 
-// abandon ends writes, and the wait of hangUp.
+// abandon makes reads and writes fail, and ends the wait of hangUp.
 func (c *progressConn) abandon() {
 	c.interrupt()
 	c.mu.Lock()
@@ -122,8 +121,8 @@ func (c *progressConn) abandon() {
 	c.Conn.SetReadDeadline(longAgo)
 }
 
-// hangUp closes the connection after telling the relay, and waits until it has closed its side too, for wait and
-// maxDiscard octets at most: only then does it count one connection less.
+// hangUp sends FIN, waits for the relay's close, and closes the connection. It waits, because the relay counts the connection
+// until it has closed its side. The wait ends after wait or maxDiscard octets.
 func (c *progressConn) hangUp(wait time.Duration) {
 	c.interrupt()
 	half, ok := c.Conn.(interface{ CloseWrite() error })
@@ -133,7 +132,8 @@ func (c *progressConn) hangUp(wait time.Duration) {
 	c.Conn.Close()
 }
 
-// maxDiscard is how many octets are read and thrown away while the relay's close is awaited. One that sends more is flooding.
+// maxDiscard is how many octets hangUp reads and discards while it waits for the relay's close. A relay that sends more is
+// flooding.
 const maxDiscard = 1 << 20
 
 func (c *progressConn) listen(wait time.Duration) bool {
@@ -145,33 +145,33 @@ func (c *progressConn) listen(wait time.Duration) bool {
 	return !c.abandoned
 }
 
-// peerClosed are the errors of a read, or of a write, on a connection that the relay has closed or reset.
+// peerClosed are the errors of a read or a write on a connection that the relay has closed or reset.
 var peerClosed = []error{
 	io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe,
 	syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE,
-	// Windows reports these two as WSAECONNRESET and WSAECONNABORTED. Its syscall.ECONNRESET is a number of Go's own that no
-	// call returns, and no other system has errors with these numbers.
+	// WSAECONNRESET and WSAECONNABORTED of Windows. On Windows, syscall.ECONNRESET is an invented number that no call returns.
+	// No other system uses these numbers.
 	syscall.Errno(10054), syscall.Errno(10053),
 }
 
-// ClosedByPeer reports whether err, of a read, means that the relay has closed the connection.
+// ClosedByPeer reports whether err, from a read, means that the relay has closed the connection.
 func ClosedByPeer(err error) bool {
 	return slices.ContainsFunc(peerClosed, func(target error) bool { return errors.Is(err, target) })
 }
 
-// IsTimeout reports whether err means that something took too long.
+// IsTimeout reports whether err is a timeout.
 func IsTimeout(err error) bool {
 	var t interface{ Timeout() bool }
 	return errors.As(err, &t) && t.Timeout()
 }
 
-// isOver reports whether err means that a deadline of ours has passed, and not that the kernel has given the connection up.
+// isOver reports whether err means that a deadline of ours has passed, and not that the kernel has aborted the connection.
 func isOver(err error) bool { return IsTimeout(err) && !errors.Is(err, syscall.ETIMEDOUT) }
 
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
-// Explain says of err, a fault of the connection, what it means.
+// Explain adds to err, a network error, what it means.
 func Explain(err error) error {
 	switch {
 	case err == nil:

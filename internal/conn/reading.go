@@ -13,7 +13,7 @@ import (
 
 // The read loop of a connection.
 
-// ReadLoop runs until the connection has ended. It alone reads.
+// ReadLoop reads replies until the connection has ended. No other goroutine reads from the connection.
 func (c *Conn) ReadLoop() {
 	var err error
 	for more := true; more; {
@@ -28,7 +28,7 @@ func (c *Conn) ReadLoop() {
 	c.mu.Unlock()
 	c.raw.interrupt()
 	c.mu.Lock()
-	for c.attempted != c.written { // a write in progress: wait to know how much has left
+	for c.attempted != c.written { // a write is in progress: wait until we know how much of it was sent
 		c.wrote.Wait()
 	}
 	wait := c.o.Timeouts.Quit
@@ -53,7 +53,7 @@ func (c *Conn) ReadLoop() {
 	c.owner.Closed()
 }
 
-// deliver hands r to the oldest outstanding command and reports whether to read on.
+// deliver hands r to the oldest outstanding command and reports whether to continue reading.
 func (c *Conn) deliver(r wire.Reply) (more bool) {
 	c.traceReply(r)
 	c.mu.Lock()
@@ -84,7 +84,7 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
-// handleLocked does what r, the reply to x, means for the connection and the transaction, and reports whether to read on.
+// handleLocked applies r, the reply to x, to the connection and the transaction, and reports whether to continue reading.
 func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	c.learnLimit(x, r)
 	c.decided = c.decided || decides(x, r)
@@ -103,10 +103,10 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	case x.first && r.Code == 503:
 		c.o.Profile.OverlapFailed()
 	}
-	stays := false // a relay that refuses QUIT, until it sees FIN
+	stays := false // the relay refused QUIT: send FIN now
 	if x.op == StepQuit {
 		stays = r.Class() != 2
-		c.hurryLocked(c.o.Timeouts.untilFIN()) // only its close is left to wait for
+		c.hurryLocked(c.o.Timeouts.untilFIN()) // only the relay's close is outstanding
 	}
 	if x.final {
 		c.pending--
@@ -119,9 +119,9 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 	return !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 }
 
-// isPartLocked reports whether the reply to x is only a part of what the relay has to say to the commands that it has. If it writes the
-// next reply on its own, its kernel may hold that back for our acknowledgement. With chunks, only the replies to one message and to
-// QUIT count: others are nearly always outstanding, and what we send acknowledges as well.
+// isPartLocked reports whether the relay owes us more replies after the one to x. If the relay writes the next reply separately,
+// its kernel may delay it until we acknowledge this one. With chunks, only replies to the same message and to QUIT count:
+// replies to other messages are nearly always outstanding, and the data we send carries the acknowledgement.
 func (c *Conn) isPartLocked(x exchange) bool {
 	if c.waiting.empty() {
 		return false
@@ -130,9 +130,9 @@ func (c *Conn) isPartLocked(x exchange) bool {
 	return next.end <= c.attempted && (next.tx == x.tx || next.tx == nil || !c.chunked)
 }
 
-// decides reports whether r, the reply to x, accepts or refuses a message, which shows that the relay works. Whatever follows a refused
-// MAIL is refused because of that. A refused sender shows it only on a connection that went on after an earlier message: some
-// relays refuse everybody, and leave.
+// decides reports whether r, the reply to x, accepts or refuses a message on its merits, which shows that the relay works.
+// Commands after a refused MAIL do not count: they fail because of MAIL. A refused MAIL counts only after an earlier transaction
+// on the connection: some relays refuse every client in MAIL and close the connection.
 func decides(x exchange, r wire.Reply) bool {
 	switch {
 	case r.Code == 421 || r.Code == 432:
@@ -147,7 +147,7 @@ func decides(x exchange, r wire.Reply) bool {
 	return (x.op == StepRcpt || x.op == StepData) && !x.tx.result.MailRefused()
 }
 
-// learnLimit learns from r, the reply to x, how many transactions the relay allows on a connection.
+// learnLimit records in the profile what r, the reply to x, says about the relay's limit of transactions on a connection.
 func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	switch mail := x.op == StepMail; {
 	case mail && r.Class() == 2:
@@ -157,28 +157,29 @@ func (c *Conn) learnLimit(x exchange, r wire.Reply) {
 	}
 }
 
-// peekLocked looks for a reply that arrived together with r, the reply to x, when no other command is outstanding.
+// peekLocked checks whether an extra reply arrived together with r, the reply to x. No command is outstanding.
 func (c *Conn) peekLocked(x exchange, r wire.Reply) {
 	switch next := c.replies.Peek(); {
 	case next == 0:
 	case x.final && next/100 != r.Class() && next != 421 && next != 221:
 		x.tx.result.Contradicted = true
 	case !x.final && next < 400:
-		c.failLocked(errExtraReply) // before anybody acts on replies that may belong to other commands
+		c.failLocked(errExtraReply) // before a transaction acts on replies that may belong to other commands
 	}
 }
 
-// earlyLocked reports whether r arrived before the command it would answer was written. Such a reply is one too many, and every
-// later reply would be matched with the wrong command. A refusal is allowed: a relay may refuse a message before it has read its end.
+// earlyLocked reports whether r arrived before the command it would answer was written. Such a reply is an extra one, and every
+// later reply would be matched with the wrong command. A refusal may be early: a relay may refuse a message before it has read
+// the end.
 func (c *Conn) earlyLocked(r wire.Reply) bool {
 	return c.waiting.empty() || r.Class() < 4 && c.waiting.oldest().end > c.attempted
 }
 
-// errExtraReply ends a connection on which the relay sent more replies than it got commands.
+// errExtraReply ends a connection on which the relay has sent more replies than it got commands.
 var errExtraReply = errors.New("the relay sent a reply too many")
 
-// readReply reads a reply; long allows for one that carries data. Credentials that the relay repeats are removed from everything it
-// returns but raw.
+// readReply reads a reply; long raises the maximum length, for replies that carry data. Credentials that the relay repeats are
+// removed from r and err, but not from raw.
 func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
 	read := c.replies.ReadReply
 	if long {
@@ -195,7 +196,7 @@ func (c *Conn) readReply(long bool) (r wire.Reply, raw string, err error) {
 	return r, raw, nil
 }
 
-// traceReply tells the Trace of a reply before anybody acts on it.
+// traceReply calls Trace.Reply, before the reply has any effect.
 func (c *Conn) traceReply(r wire.Reply) {
 	if c.trace.Reply == nil {
 		return
@@ -210,12 +211,12 @@ func (c *Conn) traceReply(r wire.Reply) {
 	}
 	c.mu.Unlock()
 	if x.final {
-		x.op = StepFinalDot // of chunks, too
+		x.op = StepFinalDot // also for BDAT LAST
 	}
 	c.trace.Reply(ctx, x.op, r)
 }
 
-// armLocked sets the read deadline to that of the oldest exchange outstanding.
+// armLocked sets the read deadline to that of the oldest outstanding exchange.
 func (c *Conn) armLocked() {
 	if c.phase == closing {
 		return
@@ -228,7 +229,7 @@ func (c *Conn) armLocked() {
 		x := c.waiting.oldest()
 		limit := x.limit
 		if x.final && c.leftLocked() && (limit == 0 || limit > stallLimit) {
-			limit = stallLimit // a silent relay would keep the slot for nobody
+			limit = stallLimit // no transaction waits for this reply: do not let it block the connection for long
 		}
 		if limit > 0 && x.end <= c.written {
 			at = time.Now().Add(limit)
@@ -243,18 +244,18 @@ func (c *Conn) armLocked() {
 	}
 }
 
-// dueLocked reports whether a final reply is still to come on a failed connection, and somebody waits for it: the end of the message
-// has left in full.
+// dueLocked reports whether a transaction waits for a final reply that a failed connection may still deliver, because the end of
+// its message was sent in full.
 func (c *Conn) dueLocked() bool {
 	return slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && !x.left && x.end <= c.attempted })
 }
 
-// leftLocked reports whether nobody waits for the final replies that are still to come.
+// leftLocked reports whether no transaction waits for an outstanding final reply.
 func (c *Conn) leftLocked() bool {
 	return !slices.ContainsFunc(c.waiting.all(), func(x exchange) bool { return x.final && !x.left })
 }
 
-// leave notes that t no longer waits for its final reply.
+// leave records that t no longer waits for its final reply.
 func (c *Conn) leave(t *Transaction) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -267,14 +268,14 @@ func (c *Conn) leave(t *Transaction) {
 	c.armLocked()
 }
 
-// hurryLocked limits how much longer replies are read.
+// hurryLocked stops reading after d at the latest.
 func (c *Conn) hurryLocked(d time.Duration) {
 	if by := time.Now().Add(d); c.closeBy.IsZero() || by.Before(c.closeBy) {
 		c.closeBy = by
 	}
 }
 
-// lossLocked turns err, with which reading ended, into the reason why the connection is lost.
+// lossLocked turns err, which ended the read loop, into the reason why the connection was lost.
 func (c *Conn) lossLocked(err error) error {
 	if c.ending.cause == nil && !c.waiting.empty() {
 		if x := c.waiting.oldest(); x.tx != nil && x.tx.result.LedByAuth && x.op != StepRcpt && x.op != StepData {
@@ -283,7 +284,7 @@ func (c *Conn) lossLocked(err error) error {
 		}
 	}
 	if c.writeErr != nil && (err == nil || IsTimeout(err) || ClosedByPeer(err)) {
-		return c.writeErr // the cause; the end of reading is its consequence
+		return c.writeErr // the failed write is the cause, the failed read a consequence
 	}
 	if err == nil || c.waiting.empty() {
 		return err
@@ -299,6 +300,6 @@ func (c *Conn) lossLocked(err error) error {
 	return &TimeoutError{Step: x.op, After: x.limit}
 }
 
-// tellingSilence is how long a relay must have been silent to overlapped commands before we conclude that it discards them, when the
-// wait ended because the caller's context did: a caller may cancel at any moment, whatever the relay is like.
+// tellingSilence is how long overlapped commands must have gone unanswered before we conclude that the relay discards them, if the
+// caller's context ended the wait. A context that ends earlier says nothing about the relay.
 const tellingSilence = time.Second

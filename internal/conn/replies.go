@@ -2,13 +2,13 @@ package conn
 
 import "github.com/smtprelay/smtprelay/internal/wire"
 
-// What each reply does to its transaction and to the connection.
+// The effect of each reply on its transaction and on the connection.
 
 // replyLocked handles r, the reply to x. c.mu is held.
 func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	c := t.c
 	if r.Code == 432 {
-		c.retireFaultLocked(&ReplyError{Step: x.op, Reply: r}) // the relay says that this connection is one too many
+		c.retireFaultLocked(&ReplyError{Step: x.op, Reply: r}) // the relay has too many connections from us
 	}
 	if x.final {
 		t.finalLocked(x, r)
@@ -31,9 +31,9 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 		t.endsSessionLocked(x.op, r)
 	case StepBdat:
 		if t.result.Data.Class() == 2 && r.Class() >= 4 {
-			c.retireLocked(Full) // the relay has a part of the body and will not get the rest
+			c.retireLocked(Full) // the relay has accepted a part of the body and will not get the rest
 		}
-		if t.result.Data.Class() < 4 { // the first refusal is the reason for those that follow
+		if t.result.Data.Class() < 4 { // keep the first refusal: the later ones are consequences
 			t.result.Data = r
 			t.endsSessionLocked(StepData, r)
 		}
@@ -50,7 +50,7 @@ func (t *Transaction) replyLocked(x exchange, r wire.Reply) {
 	}
 }
 
-// finalLocked handles the final reply. The sender is told after the Owner; see deliver.
+// finalLocked handles the final reply. deliver wakes the transaction after it has called Owner.Changed.
 func (t *Transaction) finalLocked(x exchange, r wire.Reply) {
 	c := t.c
 	t.result.Final = r
@@ -89,7 +89,7 @@ func (t *Transaction) rsetLocked(x exchange, r wire.Reply) {
 	if !x.first && (r.Code == 500 || r.Code == 502) {
 		t.c.o.Profile.RsetFailed()
 	}
-	if x.first && r.Code != 421 { // 421 is about the connection, not about this command
+	if x.first && r.Code != 421 { // 421 is about the connection, not about the overlap
 		t.c.o.Profile.OverlapFailed()
 	}
 	t.c.failLocked(&ReplyError{Step: x.op, Reply: r})
@@ -106,7 +106,7 @@ func (t *Transaction) mailLocked(r wire.Reply) {
 	case c.o.Profile.EndsSession(StepMail, r, t.result.Seq, t.result.Worked):
 		c.retireLocked(Full)
 	case r.Code == 503 && t.result.Rset.Code != 503, r.Code == 530:
-		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r}) // the relay sees this connection in another state than we do
+		c.retireFaultLocked(&ReplyError{Step: StepMail, Reply: r}) // the relay and we disagree about the state of the connection
 	}
 }
 

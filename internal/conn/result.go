@@ -9,7 +9,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// Step is a command, or another step of a connection, that something happened at. Its text is made for an operator to read.
+// Step is a command or another step of a connection. Its text appears in error messages.
 type Step string
 
 // The steps of a connection and of a transaction.
@@ -30,64 +30,64 @@ const (
 	StepQuit     Step = "QUIT"
 )
 
-// Replies are the relay's replies to the commands of a transaction; Code 0: none.
+// Replies are the relay's replies to the commands of a transaction; Code 0: no reply.
 type Replies struct {
 	Auth, Rset, Mail wire.Reply
 	Rcpt             []wire.Reply // one for each recipient
-	Data             wire.Reply   // to DATA; or to BDAT, the first refusal of a chunk
-	Final            wire.Reply   // to the final dot, or to the last chunk
+	Data             wire.Reply   // to DATA; with chunks, the last 2xx or the first refusal of a chunk
+	Final            wire.Reply   // to the final dot or the last chunk
 }
 
-// Result is what became of a transaction. It is taken once, when the transaction is over, and does not change.
+// Result says how a transaction ended. It is a snapshot taken once, at the end of the transaction.
 type Result struct {
 	Replies
 
 	Waiting     Step // the oldest command of the envelope, or chunk, without reply; "": none
-	WaitingRcpt int  // for Rcpt: which of Rcpt
+	WaitingRcpt int  // the index in Rcpt, if Waiting is StepRcpt
 	Begun       bool // a command was written
 
 	End        End
-	Chunked    bool        // the body went in chunks, and not behind DATA
-	Overlapped bool        // begun behind a final dot that had no reply yet
-	BodyBegun  bool        // the body was asked to write itself
+	Chunked    bool        // the body was sent in chunks, not with DATA
+	Overlapped bool        // the transaction began behind an unanswered final dot
+	BodyBegun  bool        // Body.WriteTo was called
 	BodyErr    error       // why the body could not be completed
-	EndErr     error       // the error of Message.BeforeEnd, for which the end of the message did not leave
-	Body       io.WriterTo // what is left to send to others: one that was read ahead can be written again
-	Size       int64       // of the message in its canonical form; 0: not known
+	EndErr     error       // the error of Message.BeforeEnd, because of which the end of the message was not sent
+	Body       io.WriterTo // the body for a retry; a one-shot body that was read ahead can be written again
+	Size       int64       // size of the message in canonical form; 0: unknown
 
 	Seq  int // 1-based number of this transaction on its connection; 0: not begun
 	Used int // transactions begun on the connection
 
-	AfterIdle bool // the connection was idle for so long before that it may have been cut without a word
-	Worked    bool // before the reply to MAIL the relay had decided over another message on this connection
-	LedByAuth bool // AUTH was its first command, with the others behind it
+	AfterIdle bool // the connection was idle for so long before that a firewall may have dropped it silently
+	Worked    bool // before the reply to MAIL, the relay had accepted or refused another message on this connection
+	LedByAuth bool // AUTH was pipelined as the first command
 
-	CtxErr    error // the context has ended
-	Cancelled bool  // and that is why the connection was given up
+	CtxErr    error // the context's error, if it has ended
+	Cancelled bool  // the end of the context ended the connection
 
-	OutOfStep    bool // a reply could not be that to its command; what came behind it was not read
-	After421     bool // Final is 2xx, and 421 was said before it
-	Contradicted bool // another reply, which says the contrary, came together with Final
+	OutOfStep    bool // a reply was impossible for its command; later replies were not read
+	After421     bool // Final is 2xx, but the relay had sent 421 before
+	Contradicted bool // a reply of another class arrived together with Final
 
-	// Lost is why the connection can be used no more: an *UnexpectedReply, a *ReplyError, an *AuthError, a *TimeoutError or a
-	// fault of the network; nil: it works.
+	// Lost is why the connection can no longer be used: an *UnexpectedReply, a *ReplyError, an *AuthError, a *TimeoutError or a
+	// network error; nil: the connection works.
 	Lost error
-	// Left421 is set where the relay said 421 and closed the connection in order, so that nothing it said is missing.
+	// Left421 is set if the relay sent 421 and then closed the connection with FIN, so that no reply is missing.
 	Left421 bool
 }
 
-// End tells how much has left of what ends a message: the final dot, or the last chunk.
+// End says how much of the end of a message, the final dot or the last chunk, was sent.
 type End int
 
 const (
-	EndUnwritten End = iota // none: it is not even in the write buffer
-	EndUnsent               // none, and none will: the connection ended first
-	EndDue                  // perhaps none yet; it will leave, since the connection works
-	EndSent                 // some of it, at least: the relay may have the message
+	EndUnwritten End = iota // nothing: the end is not even in the write buffer
+	EndUnsent               // nothing, and nothing will be sent: the connection ended first
+	EndDue                  // nothing yet; it will be sent, because the connection works
+	EndSent                 // at least a part: the relay may have the message
 )
 
-// Accepted is how many recipients the relay has accepted. Where it has refused MAIL it has accepted none, whatever it says
-// to RCPT: it means the recipients of another envelope, which it has kept.
+// Accepted returns how many recipients the relay has accepted. If the relay has refused MAIL, it has accepted none: a positive
+// reply to RCPT then belongs to an earlier envelope, which the relay has kept.
 func (r *Replies) Accepted() int {
 	if r.MailRefused() {
 		return 0
@@ -95,7 +95,7 @@ func (r *Replies) Accepted() int {
 	return r.Agreed()
 }
 
-// Agreed is how many RCPTs the relay has said yes to.
+// Agreed returns how many RCPT commands the relay has replied 2xx to.
 func (r *Replies) Agreed() (n int) {
 	for i := range r.Rcpt {
 		if r.Rcpt[i].Class() == 2 {
@@ -113,16 +113,16 @@ func (r *Replies) MailRefused() bool { return isNot2xx(r.Mail) }
 
 func isNot2xx(r wire.Reply) bool { return r.Code != 0 && r.Class() != 2 }
 
-// Refusal returns the relay's first refusal of the transaction, and for RCPT which of the recipients it is about; "" if there
-// is none. What the relay says later is a consequence, as is its hanging up.
+// Refusal returns the step at which the relay first refused the transaction, and for RCPT the index of the recipient; "" if the
+// relay has not refused it. Later refusals, and the close of the connection, are consequences of the first.
 //
-// A recipient's refusal is one of the transaction where all are refused, where all is set and they are to get the message
-// together or not at all, and where it is a 421.
+// The refusal of a recipient refuses the transaction if all recipients are refused, if all (all or nothing) is set, or if the reply
+// is 421.
 func (r *Replies) Refusal(all bool) (step Step, rcpt int) {
 	switch {
 	case r.AuthRefused():
 		return StepAuth, 0
-	case isNot2xx(r.Rset) && r.Mail.Class() != 2: // else it did no harm
+	case isNot2xx(r.Rset) && r.Mail.Class() != 2: // if MAIL succeeded, the failed RSET did no harm
 		return StepRset, 0
 	case r.MailRefused():
 		return StepMail, 0
@@ -150,12 +150,12 @@ type AuthError struct{ Reply wire.Reply }
 
 func (e *AuthError) Error() string { return string(StepAuth) + ": " + e.Reply.String() }
 
-// UnexpectedReply is a reply that no command was waiting for: the relay is leaving, or is out of step.
+// UnexpectedReply is a reply without a command: the relay is closing the connection, or is out of step.
 type UnexpectedReply struct{ Reply wire.Reply }
 
 func (e *UnexpectedReply) Error() string { return "unexpected reply: " + e.Reply.String() }
 
-// ReplyError is a reply after which the connection cannot be used.
+// ReplyError is a reply after which the connection cannot be used any more.
 type ReplyError struct {
 	Step  Step
 	Reply wire.Reply
@@ -163,7 +163,7 @@ type ReplyError struct {
 
 func (e *ReplyError) Error() string { return string(e.Step) + ": " + e.Reply.String() }
 
-// TimeoutError says which reply did not come in time.
+// TimeoutError says which reply did not arrive in time.
 type TimeoutError struct {
 	Step  Step
 	After time.Duration
@@ -175,10 +175,10 @@ func (e *TimeoutError) Error() string {
 func (e *TimeoutError) Timeout() bool   { return true }
 func (e *TimeoutError) Temporary() bool { return true }
 
-// ErrEmptyBody is the BodyErr of a body that has written nothing.
+// ErrEmptyBody is the BodyErr if WriteTo has written nothing.
 var ErrEmptyBody = errors.New("the body is empty: WriteTo has written nothing")
 
-// SizeError is the BodyErr of a body that is larger than the relay takes.
+// SizeError is the BodyErr if the message exceeds the relay's SIZE limit.
 type SizeError struct{ Limit int64 }
 
 func (e *SizeError) Error() string {

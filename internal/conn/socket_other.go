@@ -4,7 +4,7 @@ package conn
 
 import "time"
 
-// SetUnacked does nothing: there is no such option here, or none that package syscall can set.
+// SetUnacked does nothing: this system has no such option, or package syscall cannot set it.
 func SetUnacked(fd uintptr, d time.Duration) error { return nil }
 
 func acknowledge(fd uintptr) {}

@@ -13,39 +13,39 @@ import (
 //
 //	[AUTH] [RSET] MAIL RCPT… DATA    in one write, if pipelined
 //	body and final dot               if DATA was answered by 354
-//	[QUIT]                           if it is the connection's last
+//	[QUIT]                           if this is the connection's last transaction
 //
-// It returns the write side to the Owner as soon as the final dot is written. Another transaction may then begin on the connection
-// while this one waits for its final reply (RFC 2920, 3.1).
+// The transaction returns the write side to the Owner as soon as the final dot is written. Another transaction may then begin on
+// the connection while this one waits for its final reply (RFC 2920, 3.1).
 type Transaction struct {
 	ctx  context.Context
 	c    *Conn
 	m    Message
-	mail wire.MailParams // as they are sent
+	mail wire.MailParams // the parameters that MAIL sends
 
-	// result is what has become of it so far. The replies, Worked, Cancelled, After421 and Contradicted are guarded by c.mu, the
-	// others owned by whoever has the write side.
+	// result is the Result so far. The replies, Worked, Cancelled, After421 and Contradicted are guarded by c.mu; the other
+	// fields are owned by the holder of the write side.
 	result Result
 
 	signal       chan struct{} // buffered, size 1: a reply has arrived
 	clearing     bool          // RSET must succeed: the relay has another envelope open
 	holdsPrevDot bool          // the previous transaction's final dot is still in the write buffer
-	held         bool          // chunks: the body waits for the replies to the envelope
-	endAt        int64         // once this position is written the relay may have the message; 0: its end is not in the buffer yet
+	held         bool          // with chunks: the body waits for the replies to the envelope
+	endAt        int64         // once this position is written the relay may have the message; 0: the end is not in the buffer yet
 	chunks       chunkedBody
-	sinkErr      error // why no more of the body is taken
-	lostWriting  bool  // because the connection takes no more
-	bodyOver     bool  // all of the body is written in chunks; only its end is missing
-	handedOver   bool  // the write side is another transaction's already
+	sinkErr      error // why Write accepts no more of the body
+	lostWriting  bool  // sinkErr is a failed write to the connection
+	bodyOver     bool  // all of the body is written in chunks; only the last, empty chunk is missing
+	handedOver   bool  // another holder has the write side
 	shared       bool  // guard's function may still be running and read this transaction
 	known        bool  // set by conclude: the read loop or guard's function may still read this transaction
 
-	unguard func() bool  // ends what guard has begun
-	taken   []wire.Reply // to RCPT, of the result
+	unguard func() bool  // stops the function that guard has set
+	taken   []wire.Reply // copy of result.Rcpt that conclude returns
 
 	// Guarded by c.mu.
 	asked, answered int  // commands of the envelope, and replies to them
-	notified        bool // the final reply is in, and the Owner was told
+	notified        bool // the final reply has arrived and Owner.Changed was called
 }
 
 // NewTransaction prepares a transaction for m. The caller holds the write side of c, and calls Run once, then Recycle.
@@ -65,7 +65,7 @@ func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	return t
 }
 
-// conclude returns what became of t. It is called once, when nothing more of t will be written.
+// conclude returns the Result. Run calls it once, when nothing more of t will be written.
 func (t *Transaction) conclude() Result {
 	c := t.c
 	ctxErr := ContextError(t.ctx)
@@ -97,7 +97,7 @@ func (t *Transaction) conclude() Result {
 	return r
 }
 
-// Recycle is called once nobody uses the Result.
+// Recycle returns t to the pool. The caller must not use the Result afterwards.
 func (t *Transaction) Recycle() {
 	if t.known {
 		return
@@ -106,14 +106,14 @@ func (t *Transaction) Recycle() {
 	if t.chunks.buffer != nil {
 		chunkPool.Put(t.chunks.buffer)
 	}
-	clear(t.result.Rcpt) // the relay's words are not kept for the next one
+	clear(t.result.Rcpt) // do not keep reply texts alive in the pool
 	clear(t.taken)
 	*t = Transaction{signal: t.signal, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0]}
 	o.transactions.Put(t)
 }
 
-// Run performs the transaction and returns what became of it. It always returns the write side to the Owner. The Result is
-// valid until Recycle.
+// Run performs the transaction and returns its Result. It always returns the write side to the Owner. The Result is valid until
+// Recycle.
 func (t *Transaction) Run() Result {
 	if t.write() {
 		t.awaitFinal()
@@ -121,7 +121,8 @@ func (t *Transaction) Run() Result {
 	return t.conclude()
 }
 
-// write performs the transaction up to its final dot, returns the write side, and reports whether to wait for a final reply.
+// write performs the transaction up to its final dot, returns the write side to the Owner, and reports whether to wait for a
+// final reply.
 func (t *Transaction) write() (dotted bool) {
 	c := t.c
 	defer func() {
@@ -135,7 +136,7 @@ func (t *Transaction) write() (dotted bool) {
 	}
 	completed := false
 	defer func() {
-		if !completed { // Body.WriteTo or BeforeEnd has panicked, in the middle of a message
+		if !completed { // Body.WriteTo or BeforeEnd has panicked in the middle of a message
 			c.fail(&GivenUpError{errors.New("the body, or BeforeEnd, panicked")})
 		}
 	}()
@@ -147,8 +148,8 @@ func (t *Transaction) write() (dotted bool) {
 func (t *Transaction) converse() (due bool) {
 	defer func() { t.unguard() }()
 	t.result.Chunked = t.goesInChunks()
-	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Our
-	// context ends whatever blocks here.
+	// Flush the previous message's final dot before producing our body, so that a slow body cannot delay it. Both guard and send
+	// stop blocking when our context ends.
 	if !t.holdsPrevDot {
 		t.guard()
 	} else if !t.fitsBuffer() && !t.send() {
@@ -174,7 +175,7 @@ func (t *Transaction) converse() (due bool) {
 	return t.part()
 }
 
-// beginData sends the envelope and DATA, and reports whether the relay waits for the body.
+// beginData sends the envelope and DATA, and reports whether the relay is ready for the body.
 func (t *Transaction) beginData() bool {
 	for {
 		if !t.envelope() || !t.askData() || !t.send() || !t.awaitEnvelope() {
@@ -204,9 +205,9 @@ func (t *Transaction) part() (due bool) {
 			return true
 		}
 		if t.holdsPrevDot {
-			return true // Release flushes: other messages leave with it, which our context must not cancel
+			return true // Release flushes; the buffer holds another message's end, so our context must not cancel the write
 		}
-		t.guard() // no other message takes the connection
+		t.guard() // no other message took the connection: our context may cancel the flush
 		t.c.Flush()
 		t.unguard()
 		return true
@@ -218,8 +219,8 @@ func (t *Transaction) part() (due bool) {
 	return true
 }
 
-// mayEnd writes the rest of the body, flushes the buffer and calls BeforeEnd. It reports whether the end of the message may follow. The
-// flush comes first because the buffer may hold the end of another message, which must not wait for BeforeEnd.
+// mayEnd writes the rest of the body, flushes the buffer and calls BeforeEnd. It reports whether the end of the message may
+// follow. The flush comes first, because the buffer may hold the end of another message and that must not wait for BeforeEnd.
 func (t *Transaction) mayEnd() bool {
 	c := t.c
 	if t.result.Chunked {
@@ -252,7 +253,7 @@ func (t *Transaction) mayEnd() bool {
 	return false
 }
 
-// endRoom is how much of the buffer the commands around the end of a message take at most: twice BDAT, and QUIT.
+// endRoom is the maximum size of the commands around the end of a message: two BDAT and a QUIT.
 const endRoom = 64
 
 // fitsBuffer reports whether everything we write before waiting for a reply fits into the rest of the write buffer.
@@ -269,9 +270,9 @@ func (t *Transaction) fitsBuffer() bool {
 	return room >= t.remaining()+endRoom
 }
 
-// envelopeRoom is how much of the buffer the envelope takes at most.
+// envelopeRoom returns the maximum size of the envelope's commands.
 func (t *Transaction) envelopeRoom() int64 {
-	const commands, coded = 256, 6 // octets; octets for each of a parameter's
+	const commands, coded = 256, 6 // octets per command; octets per encoded octet of a parameter
 	n := commands + len(t.m.From) + coded*len(t.mail.EnvelopeID)
 	if t.mail.Auth != nil {
 		n += coded * len(*t.mail.Auth)
@@ -286,8 +287,8 @@ func (t *Transaction) envelopeRoom() int64 {
 	return int64(n)
 }
 
-// send flushes the buffer. While it holds the previous message's final dot, the end of our context does not interrupt the write: we
-// stop waiting, and the connection ends once the write is through. After send, our context ends the transaction.
+// send flushes the buffer. If the buffer holds the previous message's final dot, the end of our context does not interrupt the
+// write: send returns early, and the connection ends after the write. After send, the end of our context ends the transaction.
 func (t *Transaction) send() bool {
 	carried := t.holdsPrevDot
 	if carried && t.ctx.Done() != nil {
@@ -296,7 +297,7 @@ func (t *Transaction) send() bool {
 		}
 	}
 	t.holdsPrevDot = false
-	sent := t.sendNow() // which tells how it went
+	sent := t.sendNow() // false if SendAway's flush failed: a bufio.Writer keeps its error
 	if carried {
 		t.guard()
 	}
@@ -307,7 +308,7 @@ func (t *Transaction) send() bool {
 // accepting a truncated message.
 func (t *Transaction) giveUp(err error) {
 	if t.lostWriting {
-		t.explained() // it is the connection that failed, not the body
+		t.explained() // the connection failed, not the body
 		return
 	}
 	t.result.BodyErr = err
@@ -320,8 +321,8 @@ func (t *Transaction) sendNow() bool { return t.c.Flush() == nil || t.explained(
 // unguarded is the unguard func while no guard is set.
 func unguarded() bool { return true }
 
-// guard ends the transaction when its context ends, until t.unguard is called; unguard returns false if that has happened. The
-// connection stays open until the final replies of other messages are in.
+// guard fails the connection when the transaction's context ends, until t.unguard is called. unguard returns false if the
+// context has ended. The connection stays open until the final replies of other messages have arrived.
 func (t *Transaction) guard() {
 	if t.ctx.Done() == nil {
 		return
@@ -333,7 +334,7 @@ func (t *Transaction) guard() {
 		c.failLocked(errGivenUp) // the cause that other transactions see
 		c.armLocked()
 		c.mu.Unlock()
-		c.raw.interrupt() // after failLocked, so that the failed write is not taken for the cause
+		c.raw.interrupt() // after failLocked, so that the failed write does not become the cause
 	}
 	stop := context.AfterFunc(ctx, cancel)
 	first, result := true, false
@@ -341,14 +342,14 @@ func (t *Transaction) guard() {
 		if first {
 			if first, result = false, stop(); !result {
 				t.shared = true
-				cancel() // its goroutine may not have run yet, and nobody may use the connection
+				cancel() // AfterFunc's goroutine may not have run yet; no other transaction may use the connection
 			}
 		}
 		return result
 	}
 }
 
-// GivenUpError ends a connection that worked: we gave up a message in the middle.
+// GivenUpError is why we closed a working connection: a message could not be completed.
 type GivenUpError struct{ Err error }
 
 func (e *GivenUpError) Error() string { return e.Err.Error() }
@@ -358,11 +359,12 @@ func (e *GivenUpError) Unwrap() error { return e.Err }
 
 var errGivenUp = &GivenUpError{errors.New("the connection was given up with a message that was cancelled")}
 
-// maxFailed is how many transactions in a row may fail before the connection is replaced. Relays count refusals and hang up in
-// mid-transaction after 10 (Exim) or 20 (Postfix).
+// maxFailed is how many consecutive transactions may fail before the connection is replaced. Relays count refusals and close the
+// connection in the middle of a transaction after 10 (Exim) or 20 (Postfix).
 const maxFailed = 8
 
-// explained waits, after a failed write, for the relay's last reply or for the end of the context.
+// explained waits after a failed write until the read loop has recorded why the connection was lost, or the context ends. It
+// returns false.
 func (t *Transaction) explained() bool {
 	select {
 	case <-t.c.lost:
@@ -400,8 +402,8 @@ func (t *Transaction) end() bool {
 // finish writes the command that ends the message.
 func (t *Transaction) finish(op Step, command string) bool {
 	c := t.c
-	// Some relays accept a last line without its line end, so the message may be accepted as soon as the command itself has left.
-	// Set this first: a full buffer is flushed while we write to it.
+	// Some relays accept a last line without CRLF, so the message may be accepted as soon as the command itself was sent. Set endAt
+	// before writing, because a full buffer is flushed during the write.
 	t.endAt = c.position() + int64(len(command))
 	if !c.expect(exchange{op: op, final: true, end: t.endAt + int64(len("\r\n")), tx: t, limit: c.o.Timeouts.FinalReply}) {
 		t.endAt = 0
@@ -413,7 +415,8 @@ func (t *Transaction) finish(op Step, command string) bool {
 	return true
 }
 
-// awaitFinal waits for the final reply or the end of the connection, and once the context has ended for Timeouts.Drain at most.
+// awaitFinal waits for the final reply or the end of the connection. Once the context has ended, it waits for Timeouts.Drain at
+// most.
 func (t *Transaction) awaitFinal() {
 	ended := t.ctx.Done()
 	var drained <-chan time.Time

@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// Writing. Only the holder of the write side calls these.
+// Writing. Only the holder of the write side may call these functions.
 
-// Write writes p to the network; the buffer out flushes into it. Once the connection is lost it writes nothing more, which is why a
-// message whose final dot was not written by then is known not to be accepted.
+// Write writes p to the network; c.out flushes to it. Write fails once the connection is lost. So a message whose final dot was not
+// written before is known not to be accepted.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	if c.phase >= draining {
@@ -38,8 +38,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// boundUnackedLocked sets Timeouts.Unacked on the socket, but not while the relay has more before it than its window may hold: Linux
-// gives up a peer, too, that acknowledges and has no room for more, and a relay may think about a message for minutes.
+// boundUnackedLocked sets Timeouts.Unacked on the socket, except while the relay may have a full receive window. Linux also
+// aborts a connection whose peer acknowledges but has no room for more data, and a relay may process a message for minutes.
 func (c *Conn) boundUnackedLocked() {
 	limit := c.o.Timeouts.Unacked
 	if crowded := c.attempted-c.answered > leastWindow; limit > 0 && crowded != c.crowded {
@@ -50,10 +50,10 @@ func (c *Conn) boundUnackedLocked() {
 	}
 }
 
-// leastWindow is how much fits into the window of any relay.
+// leastWindow is a number of octets that fits the TCP receive window of any relay.
 const leastWindow = 16 << 10
 
-// position is the number of octets written so far, those in the buffer included.
+// position returns the number of octets written so far, including those in the buffer.
 func (c *Conn) position() int64 { return c.written + int64(c.out.Buffered()) }
 
 // expect appends an exchange for the command that is written next. It returns false if the connection is lost.
@@ -80,8 +80,8 @@ func (c *Conn) expect(x exchange) bool {
 // Flush writes the buffer to the network.
 func (c *Conn) Flush() error { return c.out.Flush() }
 
-// sendOff flushes the buffer in another goroutine and waits for that. If ctx ends first it returns false: the caller no longer holds
-// the write side, and the connection ends once the buffer is flushed.
+// sendOff flushes the buffer in another goroutine and waits for it. If ctx ends first, sendOff returns false: the caller no
+// longer holds the write side, and the connection ends after the flush.
 func (c *Conn) sendOff(ctx context.Context) bool {
 	c.abandoned.Store(false)
 	if !c.owner.SendAway() {
@@ -99,7 +99,7 @@ func (c *Conn) sendOff(ctx context.Context) bool {
 	return true
 }
 
-// SendAway flushes the buffer for sendOff. If sendOff has stopped waiting it ends the connection afterwards.
+// SendAway flushes the buffer for sendOff. If sendOff has stopped waiting, SendAway ends the connection after the flush.
 func (c *Conn) SendAway() {
 	c.Flush()
 	if c.abandoned.CompareAndSwap(false, true) {
@@ -109,7 +109,7 @@ func (c *Conn) SendAway() {
 	}
 }
 
-// Quit writes QUIT unless that was done. The read loop does the rest.
+// Quit writes QUIT, unless it was written before. The read loop then reads the reply and closes the connection.
 func (c *Conn) Quit() {
 	c.mu.Lock()
 	said := c.quitting || c.ending.cause != nil
@@ -120,12 +120,12 @@ func (c *Conn) Quit() {
 	c.mu.Lock()
 	alone := c.waiting.empty() || c.waiting.alone()
 	c.mu.Unlock()
-	if alone { // else once the reply to QUIT is in: until then there are messages for which the relay may look whether we are there
+	if alone { // otherwise deliver does it after the reply to QUIT: a relay may drop a message whose client has closed its side
 		c.endTLS()
 	}
 }
 
-// writeQuit puts QUIT into the buffer; behind tells whether it stands behind a final dot that has no reply yet.
+// writeQuit puts QUIT into the buffer; behind says whether it follows an unanswered final dot.
 func (c *Conn) writeQuit(behind bool) bool {
 	const command = "QUIT\r\n"
 	end := c.position() + int64(len(command))
@@ -140,11 +140,11 @@ func (c *Conn) writeQuit(behind bool) bool {
 	return true
 }
 
-// endTLS tells the relay that the end of TLS is meant (RFC 8446, 6.1). It is for a session that has ended in order: one that is
-// given up in the middle of a message must not look like it.
+// endTLS sends close_notify, which marks the end of TLS as intended (RFC 8446, 6.1). It must not be called if the connection
+// ends in the middle of a message.
 func (c *Conn) endTLS() {
 	if tc, ok := c.conn.(*tls.Conn); ok {
-		tc.CloseWrite() // which takes five seconds at most; the relay reads, or is not there any more
+		tc.CloseWrite() // crypto/tls limits this write to five seconds
 	}
 }
 

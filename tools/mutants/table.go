@@ -253,7 +253,7 @@ var mutants = []mutant{
 		"		if cause.Reply.Code == 421 {",
 		"		if cause.Reply.Code > 0 {"},
 	{"one refused recipient ends the others", "delivery.go",
-		"		e = nil // each of these recipients was refused for itself; the others have not been tried\n",
+		"		e = nil // the relay refused each of these recipients; the other recipients were not tried yet\n",
 		""},
 
 	// Bad days.
