@@ -10,7 +10,8 @@ import (
 //
 // A relay that throttles does not say how high its limit is. The first such reply sets the rate to the number of messages that
 // the relay has accepted in the last second. Two seconds later the rate begins to rise by a quarter each second, until the next
-// such reply. Each later reply cuts the rate by a tenth; after two seconds without one it rises by one per cent each second.
+// such reply. Each later reply cuts the rate by a tenth; after two seconds without one it rises by one per cent each second, and
+// by ten beyond the rate of that reply: whoever shared the limit has left, or the limit was raised.
 // After ten minutes without such a reply the rate is as configured again.
 //
 // Messages in flight when the rate is cut belong to the previous round: their refusals do not cut it again.
@@ -23,6 +24,7 @@ type pace struct {
 	cutAt     time.Time // when rate was cut last; zero if it was not cut
 	first     time.Time // when rate was cut first
 	risen     time.Time // when rate was raised last
+	refused   float64   // rate when the relay throttled last, before the cut
 	searching bool      // rate was cut once, so the relay's limit is not known yet
 	said      Reply     // the last reply that cut rate
 	recent    recently  // messages that the relay has accepted
@@ -32,6 +34,7 @@ const (
 	paceLeast  = 0.1                   // minimum messages per second
 	paceCut    = 0.9                   // factor of a cut
 	paceRise   = 1.01                  // factor per second
+	paceBeyond = 1.10                  // factor per second, above the rate at which the relay throttled last
 	paceSearch = 1.25                  // factor per second, until the second cut
 	paceHold   = 2 * time.Second       // no rise for this long after a cut
 	paceSlack  = 20 * time.Millisecond // a message that begins late by up to this does not delay those after it
@@ -73,8 +76,11 @@ func (p *pace) rise(now time.Time) {
 		return
 	}
 	rise := paceRise
-	if p.searching {
+	switch {
+	case p.searching:
 		rise = paceSearch
+	case p.rate > p.refused:
+		rise = paceBeyond
 	}
 	p.rate = p.within(p.rate * math.Pow(rise, now.Sub(p.risen).Seconds()))
 	p.risen = now
@@ -98,6 +104,7 @@ func (p *pace) tooFast(round int, now time.Time) (cut bool) {
 	if p.rate == 0 {
 		p.rate = max(float64(p.recent.count(now)), 1)
 	} else {
+		p.refused = p.rate
 		p.rate = max(p.rate*paceCut, paceLeast)
 	}
 	if p.searching = p.cutAt.IsZero(); p.searching {

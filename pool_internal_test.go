@@ -268,6 +268,14 @@ func TestPaceIsCutOnceForARoundAndRisesAfterwards(t *testing.T) {
 	now = now.Add(3 * time.Second)
 	p.rise(now)
 	near(t, "three seconds later", p.rate, 22.5*paceRise)
+	for p.rate <= 25 {
+		now = now.Add(time.Second)
+		p.rise(now)
+	}
+	was := p.rate
+	now = now.Add(time.Second)
+	p.rise(now)
+	near(t, "a second later, above the rate that was refused", p.rate, was*paceBeyond)
 	now = now.Add(paceMemory)
 	p.rise(now)
 	if p.rate != 0 || !p.cutAt.IsZero() {

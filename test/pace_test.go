@@ -60,7 +60,7 @@ func TestPaceOfTheRelayIsFoundOut(t *testing.T) {
 						t.Logf("%v of the ideal %v: %.1f%%, %d refused", took, ideal, 100*share, limit.Hits())
 						least, refused := 0.95, max(rate, 20)+messages*7/100 // what is under way at first is at most 20
 						if clients == 2 {
-							least, refused = 0.80, refused+messages*6/100 // each finds out what the other leaves
+							least, refused = 0.85, refused+messages*6/100 // each finds out what the other leaves
 						}
 						if rate == 200 {
 							least = 0.90 // 1.5 s in all, of which the start is a good part

@@ -308,4 +308,7 @@ var mutants = []mutant{
 	{"replies that were thrown away are waited for as long as others", "internal/conn/envelope.go",
 		"x.behind = t.result.Overlapped && (!t.result.Chunked || t.held)",
 		"x.behind = false"},
+	{"a pace whose limit was raised creeps up", "pace.go",
+		"		rise = paceBeyond\n",
+		""},
 }
