@@ -195,7 +195,7 @@ type state struct {
 	Messages     int    `json:"messages"`     // that are kept
 	Accepted     int    `json:"accepted"`     // that were taken
 	LastMessage  uint64 `json:"last_message"` // the Seq of the latest
-	Gone         uint64 `json:"gone"`         // messages deleted or dropped
+	Gone         uint64 `json:"gone"`         // messages deleted
 	Open         int    `json:"open"`         // connections
 	Connections  int    `json:"connections"`  // all there were
 	Refusals     uint64 `json:"refusals"`     // all there were

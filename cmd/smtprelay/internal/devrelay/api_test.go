@@ -86,6 +86,24 @@ func TestFaultsAreSwitchedWhileTheRelayRuns(t *testing.T) {
 	}
 }
 
+func TestAFaultOfManyTimesGoesOnWhereItWasSwitchedOff(t *testing.T) {
+	r := startRelay(t, nil)
+	c := dialRaw(t, r)
+	ask(t, r, "POST", "/api/v1/faults", map[string]string{"text": "noop=450 later; count=3"}, nil)
+	got := c.say("NOOP")[:3]
+	ask(t, r, "PATCH", "/api/v1/faults/1", map[string]bool{"on": false}, nil)
+	ask(t, r, "PATCH", "/api/v1/faults/1", map[string]bool{"on": true}, nil)
+	for range 4 {
+		got += " " + c.say("NOOP")[:3]
+	}
+	if got != "450 450 450 250 250" {
+		t.Errorf("replies %s", got)
+	}
+	if f, _ := r.faults.get(1); f.On || f.Hits != 3 {
+		t.Errorf("%+v", f)
+	}
+}
+
 func TestStallEndsWhenItIsSwitchedOff(t *testing.T) {
 	r := startRelay(t, nil)
 	ask(t, r, "POST", "/api/v1/faults", map[string]string{"text": "noop=stall"}, nil)

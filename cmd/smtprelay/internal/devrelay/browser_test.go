@@ -394,6 +394,30 @@ func TestPageFitsAPhone(t *testing.T) {
 	}
 }
 
+func TestPageAsksForWhatIsNewAlone(t *testing.T) {
+	r := startRelay(t, nil)
+	for n := range 10_000 {
+		r.mails.add(numbered(n))
+	}
+	b := openBrowser(t)
+	b.open(r.PageURL())
+	b.until(`document.querySelectorAll("#mails a").length === 50 && document.querySelector("#found").textContent.includes("10,000")`)
+	asked := `performance.getEntriesByType("resource").filter(e => e.name.includes("/messages?")).map(e => new URL(e.name).search)`
+	if got := b.eval(asked); got != `["?limit=50"]` {
+		t.Errorf("to begin with the page asks for %s", got)
+	}
+	r.mails.add(numbered(10_000)) // and the oldest goes
+	b.until(`document.querySelector("#mails .strong").textContent === "Your order 10000"`)
+	b.eval(`document.querySelector("#more").click()`)
+	b.until(`document.querySelectorAll("#mails a").length >= 100`)
+	if got := b.eval(asked); got != `["?limit=50","?after=10000&limit=100","?before=9951&limit=50"]` {
+		t.Errorf("behind one message, and for older ones, the page asks for %s", got)
+	}
+	t.Log(b.eval(`performance.getEntriesByType("resource").filter(e => e.name.includes("/messages?")).map(e => Math.round(e.duration) + " ms")`))
+	b.eval(`document.querySelector("#q").value = "user7777"; document.querySelector("#q").dispatchEvent(new Event("input"))`)
+	b.until(`document.querySelectorAll("#mails a").length === 1`)
+}
+
 // TestPictures writes the pictures of docs/pictures, if -pictures says where to.
 func TestPictures(t *testing.T) {
 	if *pictures == "" {

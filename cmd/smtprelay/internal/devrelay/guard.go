@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -12,30 +13,34 @@ import (
 	"time"
 )
 
-// linkLife is how long a link opens the page.
-const linkLife = 15 * time.Minute
+const (
+	linkLife = 15 * time.Minute // how long a link opens the page
+	readBody = 10 * time.Second // how long a request may take to bring its body
+)
 
 // A guard decides who may use the page and the API.
 //
-// On loopback it is everybody who reaches it, without a token; but not a web page that the user's browser happens to show. Such
-// a page can send requests to loopback, which CrossOriginProtection and foreign refuse, and with a name that it lets resolve to
-// 127.0.0.1 (DNS rebinding) it would be of the same origin, which the check of Host refuses. Elsewhere, or with a token, a
-// request needs the token or the cookie that a link or the token has set.
+// Without a token, which there is on loopback only, it is everybody who reaches it; but not a web page that the user's browser
+// happens to show. Such a page can send requests to loopback, which CrossOriginProtection and foreign refuse, and with a name
+// that it lets resolve to 127.0.0.1 (DNS rebinding) it would be of the same origin, which the check of Host refuses. With a token
+// a request needs it, or the cookie that a link or the token has set; a name that was rebound has no cookie.
 type guard struct {
-	loopback bool
-	token    string // "" means that none is needed
-	session  string // what the cookie says
-	origin   *http.CrossOriginProtection
+	token   string // "" means that none is needed
+	cookie  string // the name of the cookie
+	session string // what the cookie says
+	origin  *http.CrossOriginProtection
 
 	mu    sync.Mutex
 	links map[string]time.Time // that were not used yet, and when they end
 }
 
-// cookieName is that of the cookie. Cookies of one host are shared by all its ports, so that two relays log each other's users out.
-const cookieName = "smtprelay_session"
-
-func newGuard(loopback bool, token string) *guard {
-	return &guard{loopback: loopback, token: token, session: rand.Text(), origin: http.NewCrossOriginProtection(), links: map[string]time.Time{}}
+// newGuard returns a guard. The port is part of the cookie's name: all ports of a host share their cookies, and two relays would log
+// each other's users out.
+func newGuard(token string, port int) *guard {
+	return &guard{
+		token: token, cookie: fmt.Sprintf("smtprelay-%d", port), session: rand.Text(),
+		origin: http.NewCrossOriginProtection(), links: map[string]time.Time{},
+	}
 }
 
 // protect returns next, guarded.
@@ -49,8 +54,11 @@ func (g *guard) protect(next http.Handler) http.Handler {
 		h.Set("Cache-Control", "no-store")
 		h.Set("Content-Security-Policy", dataPolicy)
 		h.Set("X-DNS-Prefetch-Control", "off")
+		if r.ContentLength != 0 { // of requests with a body none waits for anything
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(readBody))
+		}
 		switch {
-		case g.loopback && !loopbackHost(r.Host):
+		case g.token == "" && !loopbackHost(r.Host):
 			fail(w, http.StatusForbidden, "the Host of the request is not this machine's: use http://127.0.0.1 or http://localhost")
 		case g.origin.Check(r) != nil || foreign(r):
 			fail(w, http.StatusForbidden, "the request comes from another site")
@@ -98,7 +106,7 @@ func (g *guard) knows(r *http.Request) bool {
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") && same(token, g.token) {
 		return true
 	}
-	c, err := r.Cookie(cookieName)
+	c, err := r.Cookie(g.cookie)
 	return err == nil && same(c.Value, g.session)
 }
 
@@ -117,8 +125,8 @@ func (g *guard) login(w http.ResponseWriter, r *http.Request) {
 	link, token := r.URL.Query().Get("link"), r.PostFormValue("token")
 	switch {
 	case g.token == "" || g.knows(r):
-	case g.useLink(link), r.Method == http.MethodPost && same(token, g.token):
-		http.SetCookie(w, &http.Cookie{Name: cookieName, Value: g.session, Path: "/", HttpOnly: true, SameSite: http.SameSiteStrictMode})
+	case r.Method == http.MethodGet && g.useLink(link), r.Method == http.MethodPost && same(token, g.token):
+		http.SetCookie(w, &http.Cookie{Name: g.cookie, Value: g.session, Path: "/", HttpOnly: true, SameSite: http.SameSiteStrictMode})
 	default:
 		status := http.StatusOK
 		if link != "" || token != "" {

@@ -104,6 +104,9 @@ func TestElsewhereATokenIsNeeded(t *testing.T) {
 func TestALinkOpensThePageOnce(t *testing.T) {
 	r := startRelay(t, func(c *Config) { c.HTTP, c.Token = "0.0.0.0:0", "a token of my own" })
 	link := r.PageURL()
+	if got := status(t, r, "HEAD", strings.TrimPrefix(link, web(r)[:7]+reachable(r.webAddr.String()))); got.StatusCode != 401 {
+		t.Errorf("a look at the link: %d", got.StatusCode)
+	}
 	open := func() (*http.Client, *http.Response) {
 		jar, _ := cookiejar.New(nil)
 		c := &http.Client{Jar: jar}

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	nethtml "golang.org/x/net/html"
 )
 
 func get(t *testing.T, r *Relay, path string) (*http.Response, string) {
@@ -115,6 +117,33 @@ func TestDisarmLeavesTheRestAsItIs(t *testing.T) {
 	if fmt.Sprint(links) != "[https://a.example/ mailto:x@y.example]" {
 		t.Errorf("links %q", links)
 	}
+}
+
+// FuzzDisarm has a parser of whole documents, as browsers have one, look at what is left.
+func FuzzDisarm(f *testing.F) {
+	for _, a := range attacks("evil.example") {
+		f.Add(a.html)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		out, _ := disarm(in)
+		root, err := nethtml.ParseWithOptions(strings.NewReader(out), nethtml.ParseOptionEnableScripting(false))
+		if err != nil {
+			return // too deep
+		}
+		for n := range root.Descendants() {
+			if n.Type != nethtml.ElementNode {
+				continue
+			}
+			if disarmed[n.Data] {
+				t.Fatalf("%q becomes %q, which has <%s>", in, out, n.Data)
+			}
+			for _, a := range n.Attr {
+				if (n.Data == "a" || n.Data == "area") && (a.Key == "href" && a.Val != "#" || a.Key == "ping" || a.Namespace == "xlink") {
+					t.Fatalf("%q becomes %q, which leads to %q", in, out, a.Val)
+				}
+			}
+		}
+	})
 }
 
 func TestImagesOfTheMessageAreShown(t *testing.T) {

@@ -70,7 +70,7 @@ type mailbox struct {
 	byID  map[string]*Mail
 	bytes int64
 	last  uint64 // the Seq of the latest
-	gone  uint64 // messages deleted or dropped so far
+	gone  uint64 // messages deleted so far; those dropped for newer ones are not counted
 }
 
 func newMailbox(keep int, keepBytes int64, changed func()) *mailbox {
@@ -79,7 +79,10 @@ func newMailbox(keep int, keepBytes int64, changed func()) *mailbox {
 
 // add takes a message, and drops the oldest if there are too many.
 func (b *mailbox) add(m smtptest.Message) {
-	mail := &Mail{ID: m.ID, Connection: m.Conn, From: m.From, To: m.To, Size: m.Size, Received: m.Received, body: m.Body}
+	mail := &Mail{ID: m.ID, Connection: m.Conn, From: strings.Clone(m.From), Size: m.Size, Received: m.Received, body: m.Body}
+	for _, to := range m.To {
+		mail.To = append(mail.To, strings.Clone(to)) // a part of a command, which may have been long
+	}
 	mail.summarise()
 	b.mu.Lock()
 	b.last++
@@ -100,7 +103,7 @@ func (b *mailbox) add(m smtptest.Message) {
 // summarise fills in what is found in the message itself.
 func (m *Mail) summarise() {
 	p := parse(m.body, searchText)
-	m.Sender, m.Subject, m.Attachments = p.get("From"), p.get("Subject"), len(p.Attachments)
+	m.Sender, m.Subject, m.Attachments = shortLine(p.get("From")), shortLine(p.get("Subject")), len(p.Attachments)
 	text := p.Text
 	if text == "" {
 		text = p.HTML
@@ -115,7 +118,6 @@ func (m *Mail) summarise() {
 func (b *mailbox) dropLocked(m *Mail) {
 	delete(b.byID, m.ID)
 	b.bytes -= m.cost()
-	b.gone++
 }
 
 // get returns the message with the queue ID, or nil.
@@ -130,8 +132,9 @@ type mailPage struct {
 	Messages []*Mail `json:"messages"`
 	Found    int     `json:"found"` // how many pass the filter
 	Total    int     `json:"total"` // how many are kept
+	First    uint64  `json:"first"` // the Seq of the oldest that is kept
 	Last     uint64  `json:"last"`  // the Seq of the latest that was taken, whether it is kept or not
-	Gone     uint64  `json:"gone"`  // how many were deleted or dropped since the relay was started
+	Gone     uint64  `json:"gone"`  // how many were deleted since the relay was started
 	More     bool    `json:"more"`  // there are older ones: ask for those before the last of Messages
 }
 
@@ -139,7 +142,10 @@ type mailPage struct {
 func (b *mailbox) page(f mailFilter, before uint64, limit int) mailPage {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	p := mailPage{Messages: []*Mail{}, Total: len(b.mails), Last: b.last, Gone: b.gone}
+	p := mailPage{Messages: []*Mail{}, Total: len(b.mails), First: b.last + 1, Last: b.last, Gone: b.gone}
+	if p.Total > 0 {
+		p.First = b.mails[0].Seq
+	}
 	if f == (mailFilter{}) {
 		p.Found = p.Total
 	}
@@ -188,7 +194,7 @@ func (b *mailbox) wait(ctx context.Context, f mailFilter, n, limit int) (mailPag
 // remove deletes the messages that pass the filter, and returns how many.
 func (b *mailbox) remove(takes func(*Mail) bool) int {
 	b.mu.Lock()
-	before := b.gone
+	before := len(b.mails)
 	b.mails = slices.DeleteFunc(b.mails, func(m *Mail) bool {
 		if !takes(m) {
 			return false
@@ -196,7 +202,8 @@ func (b *mailbox) remove(takes func(*Mail) bool) int {
 		b.dropLocked(m)
 		return true
 	})
-	n := int(b.gone - before)
+	n := before - len(b.mails)
+	b.gone += uint64(n)
 	b.mu.Unlock()
 	b.changed()
 	return n

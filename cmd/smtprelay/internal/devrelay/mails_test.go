@@ -21,7 +21,7 @@ func TestOldMessagesMakeRoomForNewOnes(t *testing.T) {
 		b.add(numbered(n))
 	}
 	p := b.page(mailFilter{}, 0, 10)
-	if p.Total != 3 || p.Gone != 7 || p.Last != 10 || p.Messages[2].ID != "id-7" || len(b.byID) != 3 || b.get("id-6") != nil {
+	if p.Total != 3 || p.Gone != 0 || p.First != 8 || p.Last != 10 || p.Messages[2].ID != "id-7" || len(b.byID) != 3 || b.get("id-6") != nil {
 		t.Errorf("%+v, %d by ID", p, len(b.byID))
 	}
 

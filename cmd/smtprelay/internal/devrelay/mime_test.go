@@ -46,6 +46,21 @@ func TestABrokenPartDoesNotHideTheOthers(t *testing.T) {
 	}
 }
 
+func FuzzParse(f *testing.F) {
+	for _, a := range attacks("evil.example") {
+		f.Add([]byte(a.mail()))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		p := parse(body, 1000)
+		for _, a := range p.Attachments {
+			octets, name, found := part(body, a.Part)
+			if !found || name != a.Name || name == "" || strings.ContainsAny(name, "/\\\r\n\"") {
+				t.Fatalf("part %d: found %v, name %q, %d octets", a.Part, found, name, len(octets))
+			}
+		}
+	})
+}
+
 func TestBombsAreNotReadToTheEnd(t *testing.T) {
 	deep := func(n int) string {
 		var b strings.Builder

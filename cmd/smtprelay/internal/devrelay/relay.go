@@ -209,7 +209,7 @@ func (r *Relay) startWeb(l *net.TCPListener) {
 	if r.cfg.Token == "" && !r.webAddr.IP.IsLoopback() {
 		r.cfg.Token = rand.Text()
 	}
-	r.guard = newGuard(r.webAddr.IP.IsLoopback(), r.cfg.Token)
+	r.guard = newGuard(r.cfg.Token, r.webAddr.Port)
 	r.web = &http.Server{
 		Handler:           r.guard.protect(r.routes()),
 		ReadHeaderTimeout: 10 * time.Second,

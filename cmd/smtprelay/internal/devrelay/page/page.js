@@ -116,10 +116,9 @@ const mails = {
     mails.last = page.last;
     mails.list.unshift(...page.messages);
     $("mails").prepend(...page.messages.map(mails.row));
-    for (; mails.list.length > 1000; mails.more = true) {
-      mails.list.pop();
-      $("mails").lastChild.remove();
-    }
+    const cut = () => { mails.list.pop(); $("mails").lastChild.remove(); };
+    while (mails.list.at(-1)?.seq < page.first) cut(); // dropped for newer ones
+    for (; mails.list.length > 1000; mails.more = true) cut();
     mails.count();
   }),
 
