@@ -36,12 +36,12 @@ page's address, and ends with Ctrl-C.
 
 A fault is a step, "=", a reply or what else happens, and perhaps options, separated by semicolons:
 
-  --fault 'rcpt=450 4.2.1 later'                  each recipient, until it is switched off
-  --fault 'rcpt=550 5.1.1 no such user; rcpt=bob@example.org'
-  --fault 'dot=454 slow down; every=10; count=3'  each tenth message, three times
-  --fault 'accepted=drop; count=1'                taken, but the client never learns it
-  --fault 'mail=421 4.7.0 busy; drop; after-messages=5'
-  --fault 'dot=delay=5s'   --fault 'connect=stall; connection=2'   --fault 'body=abort; after-bytes=1000'
+    --fault 'rcpt=450 4.2.1 later'                  each recipient, until it is switched off
+    --fault 'rcpt=550 5.1.1 no such user; rcpt=bob@example.org'
+    --fault 'dot=454 slow down; every=10; count=3'  each tenth message, three times
+    --fault 'accepted=drop; count=1'                taken, but the client never learns it
+    --fault 'mail=421 4.7.0 busy; drop; after-messages=5'
+    --fault 'dot=delay=5s'    --fault 'connect=stall; connection=2'    --fault 'body=abort; after-bytes=1000'
 
 Steps: ` + strings.Join(devrelay.Steps(), ", ") + `.
 What happens: a reply, drop (FIN), abort (RST), stall, discard (what is pipelined behind), delay=2s.

@@ -262,14 +262,11 @@ func (r *Relay) PageURL() string {
 // Token returns what users of the page and the API must know, or "".
 func (r *Relay) Token() string { return r.cfg.Token }
 
-// reachable returns the address at which this machine reaches a listener.
+// reachable returns the address at which this machine reaches a listener. One of all addresses takes IPv4 too.
 func reachable(addr string) string {
 	at, err := netip.ParseAddrPort(addr)
 	if err != nil || !at.Addr().IsUnspecified() {
 		return addr
 	}
-	if at.Addr().Is4() {
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port()).String()
-	}
-	return netip.AddrPortFrom(netip.IPv6Loopback(), at.Port()).String()
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port()).String()
 }
