@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets cuts mutants api cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets browser cuts mutants api cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*' -not -path './tools/lint/*')))
 FUZZTIME ?= 30s
@@ -42,6 +42,9 @@ storm: ## a hundred thousand storms from random seeds
 
 sockets: ## a million messages over real connections that break, and contexts that end at any moment of a body's way
 	go test -v -timeout 4h ./internal/test/sockets -sockets.sends=1000000 -sockets.cancels=50000
+
+browser: ## the page of smtprelay serve in Chromium: attack mails, the keyboard, a phone; wants apt-get install chromium
+	cd cmd/smtprelay && go test -count=1 -tags browser -v ./internal/devrelay
 
 cuts: ## every dialogue with the connection cut after every octet: minutes
 	go test ./internal/test/dialogue -run CutAnywhere -cut-every=1 -timeout 60m

@@ -215,18 +215,24 @@ func (c *conn) take() error {
 	c.msg.taken = true
 	c.messages++
 
+	if s.OnMessage != nil {
+		s.OnMessage(m)
+	}
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.accepted++
+	c.stats.Accepted++
+	if s.seen[same] > 0 {
+		s.duplicates++
+	}
+	s.seen[same]++
 	s.messages = append(s.messages, m)
+	s.forgetMessagesLocked()
 	if s.grown != nil {
 		close(s.grown)
 		s.grown = nil
 	}
-	c.stats.Accepted++
-	if s.seen[same] {
-		s.duplicates++
-	}
-	s.seen[same] = true
 	return &smtp.SMTPError{Code: 250, EnhancedCode: smtp.NoEnhancedCode, Message: "Ok: queued as " + m.ID}
 }
 

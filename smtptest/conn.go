@@ -201,8 +201,10 @@ func (c *conn) leave(end ending) {
 	}
 	c.wire.Close()
 	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
 	c.over = true
-	c.s.mu.Unlock()
+	c.s.over++
+	c.s.forgetConnsLocked()
 }
 
 // linger reads on until the client has closed too.

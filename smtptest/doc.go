@@ -15,6 +15,8 @@
 //
 // Without a testing.TB, [NewServer] or [NewUnstartedServer] make a relay, [Server.Config] and [Server.URL] say how to reach it,
 // and [Server.Close] ends it. Fields are set between [NewUnstartedServer] and [Server.Start], or by the functions that [New] takes.
+// A relay that runs for long has a Listener of its own, a limit of what it remembers (Keep), and hears of what happens (OnMessage,
+// OnLine).
 //
 // A relay speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. It is
 // stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS before AUTH where

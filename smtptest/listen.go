@@ -19,6 +19,10 @@ func loopback(n int) string {
 
 // listen opens a listener for each address, all with the same port.
 func (s *Server) listen() {
+	if s.Listener != nil {
+		s.listeners, s.Addresses = []net.Listener{s.Listener}, 1
+		return
+	}
 	first := net.JoinHostPort(loopback(0), "0")
 	if serveFlag != "" {
 		first, s.Addresses = serveFlag, 1
@@ -140,7 +144,8 @@ func (s *Server) serve(l link, addr int, opened time.Time) bool {
 	if s.Delay > 0 {
 		l = delayed(l, s.Delay, opened, s.Buffer, &s.wg)
 	}
-	c := newConn(s, l, len(s.conns)+1, addr)
+	c := newConn(s, l, s.opened+1, addr)
+	s.opened++
 	s.conns = append(s.conns, c)
 	s.wg.Go(func() { c.run(opened) }) // until either side closes; Close cuts it if it must
 	return true

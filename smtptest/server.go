@@ -140,6 +140,23 @@ type Server struct {
 	// InMemory uses no sockets. Dial, or the configuration that Config returns, then is the only way to the relay.
 	InMemory bool
 
+	// Listener, if not nil, is where connections are accepted, in place of a listener that Start opens. Close closes it. It is
+	// neither for InMemory nor for more than one of Addresses.
+	Listener *net.TCPListener
+
+	// Keep is how many messages and how many closed connections Messages and Conns go back, for a relay that runs for long;
+	// 0 means all, negative means none. Stats and Wait count those forgotten too, but Stats.Duplicates looks at the
+	// messages that are remembered alone.
+	Keep int
+
+	// OnMessage, if not nil, is given each message when the relay has taken it and before the client is told, also if nothing
+	// is kept. It is called from the goroutines of connections, possibly several at once; the client waits meanwhile. The
+	// message's octets must not be changed.
+	OnMessage func(Message)
+
+	// OnLine, if not nil, is given each line of the transcript that Log gets. Calls are made one at a time and must not block.
+	OnLine func(Line)
+
 	// Log, if not nil, gets a transcript of all connections: "C2: NOOP" is what the client said on the second, "S2: 250 ok"
 	// what it was answered, "--2: …" what else happened. Messages and secrets are not in it. Writes are made one at a time and
 	// must not block.
@@ -162,19 +179,23 @@ type Server struct {
 
 	faults atomic.Pointer[[]*FaultHandle] // copied, never changed; written under mu
 	wg     sync.WaitGroup                 // all goroutines but go-smtp's
-	logMu  sync.Mutex                     // guards Log
+	logMu  sync.Mutex                     // one line of Log and OnLine at a time
 
 	mu         sync.Mutex // guards the fields below and those of connections and handles that say so; not held across I/O
 	closing    bool
 	closedAt   time.Time // when closing was set
-	conns      []*conn   // all there ever were
+	opened     int       // connections
+	conns      []*conn   // those that are open, and those that are remembered
+	over       int       // of conns, the ones that are over
+	past       Stats     // the sums of the connections that are forgotten
 	open       int
 	maxOpen    int
-	refused    int // connections and MAIL commands
-	messages   []Message
-	grown      chan struct{}     // if somebody waits: closed when the next message is taken
-	caFile     string            // with the relay's own certificate; "" as long as nobody has wanted it
-	seen       map[[32]byte]bool // hashes of envelope and body
+	refused    int              // connections and MAIL commands
+	accepted   int              // messages
+	messages   []Message        // those that are remembered
+	grown      chan struct{}    // if somebody waits: closed when the next message is taken
+	caFile     string           // with the relay's own certificate; "" as long as nobody has wanted it
+	seen       map[[32]byte]int // how many of messages have this hash of envelope and body
 	duplicates int
 }
 
@@ -265,7 +286,8 @@ func (s *Server) start(implicitTLS bool) {
 		s.makeTLS()
 	}
 	s.done = make(chan struct{})
-	s.seen = make(map[[32]byte]bool)
+	s.seen = make(map[[32]byte]int)
+	s.past.Commands = make(map[string]int)
 	s.makeEHLO()
 	s.startBackend()
 

@@ -32,7 +32,7 @@ type Stats struct {
 	Open       int // of these, the ones that the relay has not closed
 	MaxOpen    int // how many were open at one time at most, those refused for it included
 	Refused    int // connections and MAIL commands refused for MaxConns and MaxMessages; what a Fault refuses is not among them
-	Accepted   int // messages that the relay has taken: len(Messages())
+	Accepted   int // messages that the relay has taken: len(Messages()), unless Server.Keep forgets some
 	Duplicates int // of these, the ones whose envelope and body equal those of an earlier one
 	Mails      int // MAIL commands, refused ones included
 	Auths      int // AUTH commands, refused ones included
@@ -80,29 +80,57 @@ func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Stats{
-		Conns:      len(s.conns),
+		Conns:      s.opened,
 		Open:       s.open,
 		MaxOpen:    s.maxOpen,
 		Refused:    s.refused,
-		Accepted:   len(s.messages),
+		Accepted:   s.accepted,
 		Duplicates: s.duplicates,
 		Commands:   make(map[string]int),
 	}
+	st.add(ConnStats{Mails: s.past.Mails, Auths: s.past.Auths, Overlapped: s.past.Overlapped, Turns: s.past.Turns,
+		MessageTurns: s.past.MessageTurns, Commands: s.past.Commands})
 	for _, c := range s.conns {
-		one := c.statsLocked()
-		st.Mails += one.Mails
-		st.Auths += one.Auths
-		st.Overlapped += one.Overlapped
-		st.Turns += one.Turns
-		st.MessageTurns += one.MessageTurns
-		for verb, n := range c.stats.Commands {
-			st.Commands[verb] += n
-		}
+		st.add(c.statsLocked())
 	}
 	return st
 }
 
-// Messages returns the messages that the relay has taken, in that order. The slice is the caller's; what its elements refer to
+// add adds what has happened on one connection, or on several together.
+func (st *Stats) add(one ConnStats) {
+	st.Mails += one.Mails
+	st.Auths += one.Auths
+	st.Overlapped += one.Overlapped
+	st.Turns += one.Turns
+	st.MessageTurns += one.MessageTurns
+	for verb, n := range one.Commands {
+		st.Commands[verb] += n
+	}
+}
+
+// forgetMessagesLocked drops the oldest messages beyond Keep.
+func (s *Server) forgetMessagesLocked() {
+	for s.Keep != 0 && len(s.messages) > max(0, s.Keep) {
+		same := s.messages[0].identity()
+		if s.seen[same]--; s.seen[same] == 0 {
+			delete(s.seen, same)
+		}
+		s.messages[0] = Message{}
+		s.messages = s.messages[1:]
+	}
+}
+
+// forgetConnsLocked drops the oldest closed connections beyond Keep, and adds up what has happened on them.
+func (s *Server) forgetConnsLocked() {
+	for s.Keep != 0 && s.over > max(0, s.Keep) {
+		oldest := slices.IndexFunc(s.conns, func(c *conn) bool { return c.over })
+		s.past.add(s.conns[oldest].statsLocked())
+		s.conns = slices.Delete(s.conns, oldest, oldest+1)
+		s.over--
+	}
+}
+
+// Messages returns the messages that the relay has taken, in that order: all, or as many as Server.Keep says. The slice is the caller's; what its elements refer to
 // must not be changed.
 func (s *Server) Messages() []Message {
 	s.mu.Lock()
@@ -118,7 +146,7 @@ func (s *Server) Wait(ctx context.Context, n int) error {
 		if s.grown == nil {
 			s.grown = make(chan struct{})
 		}
-		have, grown := len(s.messages), s.grown
+		have, grown := s.accepted, s.grown
 		s.mu.Unlock()
 		if have >= n {
 			return nil
@@ -131,7 +159,8 @@ func (s *Server) Wait(ctx context.Context, n int) error {
 	}
 }
 
-// Conns returns what has happened on each connection, closed and refused ones included, in the order in which they were opened.
+// Conns returns what has happened on each connection, closed and refused ones included, in the order in which they were opened;
+// of closed ones as many as Server.Keep says.
 // The caller may change what it gets.
 func (s *Server) Conns() []ConnStats {
 	s.mu.Lock()

@@ -1,10 +1,11 @@
-// Smtprelay checks a mail relay and sends mail through it, from the command line.
+// Smtprelay checks a mail relay, sends mail through it, and is a relay to develop against, from the command line.
 //
 //	export SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465'
 //	smtprelay check                                    # why does no mail go out?
 //	smtprelay check --from a@example.com --to b@example.org
 //	smtprelay send --journal news.journal news/*.eml   # interrupted or killed, it goes on where it was
 //	smtprelay sendmail -t < mail.eml                   # in the place of an MTA
+//	smtprelay serve --fault 'rcpt=450 4.2.1 later'     # a relay to develop against, with a page
 //
 // Check tells step by step what works, and of what does not what to change. Send reads messages from files, mailboxes and
 // folders; its journal knows what became of each, so that the same command once more sends nothing twice.
@@ -28,11 +29,19 @@
 // SMTP_URL from the environment, else from /etc/smtprelay.env (SMTPRELAY_ENV names another one), and never from the current
 // directory, which may be somebody else's. It has no queue: where the relay cannot be reached it ends with 75 (EX_TEMPFAIL).
 //
+// # Serve
+//
+// Serve takes mail and sends it nowhere. It keeps to the limits that relays have, and goes wrong as relays do, when it is told
+// to: by --fault, on its web page, or by its HTTP API, while it runs. The page shows each dialogue as it happens with its round
+// trips, what was refused and what has arrived; HTML mail is shown in a frame without scripts, origin and network. The API is
+// described in SERVE.md, beside this file.
+//
 // # Exit status
 //
 //	check     0 all is well   2 usage or settings   3 not reached   4 TLS   5 AUTH   6 sender or recipient refused
 //	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
 //	sendmail  as in sysexits.h
+//	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
 package main
 
 import (
@@ -102,12 +111,12 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "smtprelay",
-		Short:         "Check a mail relay and send mail through it",
-		Long:          "Smtprelay checks a mail relay and sends mail through it.\n\n" + relayHelp,
+		Short:         "Check a mail relay, send mail through it, or be one to develop against",
+		Long:          "Smtprelay checks a mail relay, sends mail through it, and is a relay to develop against.\n\n" + relayHelp,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newCheck(), newSend(), newSendmail(), newMan(root))
+	root.AddCommand(newCheck(), newSend(), newSendmail(), newServe(), newMan(root))
 	return root
 }
 
