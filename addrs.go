@@ -13,31 +13,31 @@ import (
 	"time"
 )
 
-// nodes are the addresses behind the relay's name, and which of them have failed not long ago. It is safe for concurrent use.
+// nodes records which of the relay's addresses have failed recently. It is safe for concurrent use.
 //
-// A dial tries them in the resolver's order (RFC 6724), but for those that have failed: these come last for a while, which
-// doubles each time. Where all of them have failed the order is the resolver's.
+// A dial tries the addresses in the resolver's order (RFC 6724), except that an address that has failed comes last for a pause,
+// which doubles each time. If all addresses have failed, the order is the resolver's.
 type nodes struct {
 	mu  sync.Mutex
 	ill map[netip.AddrPort]illness
 }
 
-// illness is what is known of an address that has failed and has not worked since.
+// illness is the state of an address that has failed and has not worked since.
 type illness struct {
-	times int       // it has failed; dials that failed together count once
-	at    time.Time // when it failed last
-	until time.Time // it is tried last until then
+	times int       // number of failures; dials that fail together count once
+	at    time.Time // when the address failed last
+	until time.Time // the address is tried last until then
 }
 
 const (
-	illFirst = 30 * time.Second
-	illMost  = 10 * time.Minute
-	illKept  = time.Hour // without news, before an address is forgotten that the name has no more
+	illFirst = 30 * time.Second // the first pause
+	illMost  = 10 * time.Minute // the longest pause
+	illKept  = time.Hour        // an address without a new failure is forgotten after this
 )
 
-// order returns addrs in the order in which a dial that begins at now is to try them. prefer, if it is one of them, is the first.
+// order returns addrs in the order in which a dial that begins at now must try them. prefer, if it is one of addrs, is the first.
 //
-// An address whose time is over is tried by one dial; to the others it is ill until that has come to something.
+// After the pause of an address, one dial tries it first, and the pause is extended by illFirst for other dials.
 func (n *nodes) order(addrs []netip.AddrPort, prefer netip.AddrPort, now time.Time) []netip.AddrPort {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -63,14 +63,14 @@ func (n *nodes) order(addrs []netip.AddrPort, prefer netip.AddrPort, now time.Ti
 	return order
 }
 
-// failed notes that addr has failed in a dial that began to try it at began. It returns for how long addr is tried last, or 0
-// where that is no news.
+// failed records that addr has failed in an attempt that began at began. It returns for how long addr is tried last; 0 if a
+// concurrent dial has reported the failure.
 func (n *nodes) failed(addr netip.AddrPort, began, now time.Time) time.Duration {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	i := n.ill[addr]
 	if began.Before(i.at) {
-		return 0 // it failed together with others
+		return 0 // addr failed for several dials together
 	}
 	if n.ill == nil {
 		n.ill = make(map[netip.AddrPort]illness)
@@ -88,14 +88,14 @@ func (n *nodes) failed(addr netip.AddrPort, began, now time.Time) time.Duration 
 	return pause
 }
 
-// worked notes that addr works.
+// worked records that addr works.
 func (n *nodes) worked(addr netip.AddrPort) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	delete(n.ill, addr)
 }
 
-// nodeFailed notes that the address has failed with e, in a dial that began to try it at began.
+// nodeFailed records that addr has failed with e, in an attempt that began at began.
 func (c *settings) nodeFailed(addr netip.AddrPort, e *Error, began time.Time) {
 	if pause := c.nodes.failed(addr, began, time.Now()); pause > 0 {
 		text := fmt.Sprintf("%v has failed and is tried after the relay's other addresses for %v: %s", addr, pause, strings.TrimPrefix(e.Error(), "smtprelay: "))
@@ -103,8 +103,9 @@ func (c *settings) nodeFailed(addr netip.AddrPort, e *Error, began time.Time) {
 	}
 }
 
-// ofNode reports whether e, of a dial, may be the fault of the one address that was tried, so that another one may work. Before AUTH
-// all is but "too many connections" in words, which a relay counts over all its addresses, and a want of sockets here.
+// ofNode reports whether e, from a dial, may be the fault of the address, so that another address may work. That is every
+// failure before AUTH, with two exceptions: "too many connections" in words, which a relay counts over all its addresses, and a
+// lack of file descriptors.
 func (e *Error) ofNode() bool {
 	switch e.Op {
 	case OpDial:
@@ -115,7 +116,7 @@ func (e *Error) ofNode() bool {
 	return false
 }
 
-// further reports whether e tells more of the relay than other, the error of another address: its words do, and a connection.
+// further reports whether the attempt that ended with e got further than that of other: a reply is further than a connection.
 func (e *Error) further(other *Error) bool {
 	came := func(e *Error) int {
 		switch {
@@ -129,7 +130,7 @@ func (e *Error) further(other *Error) bool {
 	return came(e) > came(other)
 }
 
-// ofAll returns e, which remote has failed with, for a dial that has tried so many addresses in vain.
+// ofAll returns e, the error of remote, with a note on how many addresses were tried.
 func (e *Error) ofAll(remote string, tried int) *Error {
 	if tried > 1 {
 		note := fmt.Errorf("this was %s; %d addresses of the relay were tried in vain", remote, tried)
@@ -141,18 +142,18 @@ func (e *Error) ofAll(remote string, tried int) *Error {
 	return e
 }
 
-// lookup returns the addresses of the relay in the resolver's order. It takes limit at most, 0 for any time.
+// lookup returns the addresses of the relay in the resolver's order. It takes limit at most; 0 means no limit.
 func (c *settings) lookup(ctx context.Context, limit time.Duration) ([]netip.AddrPort, error) {
 	ctx, cancel := within(ctx, limit)
 	defer cancel()
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", c.host)
 	if err != nil {
-		// In the words of a net.Dialer.
+		// The same error as from a net.Dialer.
 		return nil, fmt.Errorf("%w; check host and port in Addr", &net.OpError{Op: "dial", Net: "tcp", Err: err})
 	}
 	port, err := strconv.ParseUint(c.port, 10, 16)
 	if err != nil {
-		return nil, err // it was checked
+		return nil, err // cannot happen: the port was checked
 	}
 	addrs := make([]netip.AddrPort, len(ips))
 	for i, ip := range ips {
@@ -161,16 +162,14 @@ func (c *settings) lookup(ctx context.Context, limit time.Duration) ([]netip.Add
 	return addrs, nil
 }
 
-// maxNodes is how many addresses one dial tries of those that take the connection and fail after it (RFC 5321, 5.1 has two at least).
-// The next dial begins with the others.
+// maxNodes is how many addresses one dial tries that accept the connection and fail later (RFC 5321, 5.1: at least two). The
+// next dial begins with the other addresses.
 const maxNodes = 3
 
-// tcpShare is how much of Timeouts.Dial one address may use while there are others: 3 seconds of 30, in which a SYN is sent
-// twice.
+// tcpShare is the divisor of Timeouts.Dial for one address while there are others: 3 seconds of 30, enough to send a SYN twice.
 const tcpShare = 10
 
-// shareOf returns how long the TCP connect to one address may take, of so many that are still to be tried and of the time left
-// to all of them. 0 means no limit.
+// shareOf returns how long the TCP connect to one address may take, if addrs addresses and the time left remain. 0 means no limit.
 func shareOf(limit, left time.Duration, addrs int) time.Duration {
 	switch {
 	case limit == 0 && addrs == 1:
@@ -178,7 +177,7 @@ func shareOf(limit, left time.Duration, addrs int) time.Duration {
 	case limit == 0:
 		return defaultDial / tcpShare
 	}
-	left = max(left, 1) // 0 would be no limit
+	left = max(left, 1) // 0 would mean no limit
 	if addrs == 1 {
 		return left
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// mechanism chooses how to authenticate with a relay that offers ext; nil means not at all.
+// mechanism returns the SASL mechanism for a relay that offers ext; nil means no authentication.
 func (c *settings) mechanism(ctx context.Context, ext *wire.Extensions, state *tls.ConnectionState) (sasl.Client, error) {
 	if c.Auth != nil {
 		c.opening.Store(OpAuth)
@@ -42,8 +42,8 @@ func (c *settings) mechanism(ctx context.Context, ext *wire.Extensions, state *t
 	return nil, err
 }
 
-// otherMechanism is what to try on the same connection after the relay has said that it does not take PLAIN, although it
-// offers it; nil means nothing. From then on PLAIN is left alone.
+// otherMechanism returns the mechanism to try on the same connection if the relay offers PLAIN but has refused it as a
+// mechanism; nil if there is none. PLAIN is not tried again.
 func (c *settings) otherMechanism(refused string, ext *wire.Extensions) sasl.Client {
 	if refused != sasl.Plain || !slices.Contains(ext.Auth, sasl.Login) {
 		return nil
@@ -52,7 +52,7 @@ func (c *settings) otherMechanism(refused string, ext *wire.Extensions) sasl.Cli
 	return &loginClient{username: c.Username, password: c.password}
 }
 
-// offered quotes words of the relay's.
+// offered quotes words from the relay's EHLO reply.
 func (c *settings) offered(words []string) string {
 	if len(words) == 0 {
 		return "nothing"
@@ -60,8 +60,8 @@ func (c *settings) offered(words []string) string {
 	return printable.Quote(c.said.Scrub(strings.Join(words, " ")), printable.MostWords)
 }
 
-// loginClient is the LOGIN mechanism, which has no standard: the first challenge asks for the user name and the second
-// for the password, in whatever words. Only where the first one clearly asks for the password is it given at once.
+// loginClient is the LOGIN mechanism, which has no standard. The first challenge asks for the user name and the second for the
+// password, whatever their text. If the first challenge clearly asks for the password, loginClient sends the password.
 type loginClient struct {
 	username string
 	password secret
@@ -83,14 +83,14 @@ func (l *loginClient) Next(challenge []byte) ([]byte, error) {
 	return nil, sasl.ErrUnexpectedServerChallenge
 }
 
-// refusedAuth is the error of the relay's refusal of AUTH.
+// refusedAuth returns the error for r, the relay's refusal of AUTH.
 func (c *settings) refusedAuth(r wire.Reply) *Error {
 	e := &Error{Op: OpAuth, Reply: publicReply(r), Outcome: NotAccepted, Scope: ScopeRelay}
 	c.explainAuth(e)
 	return e
 }
 
-// explainAuth says what to do where e is the relay's refusal of AUTH. The code tells what it is about (RFC 4954, 4 and 6).
+// explainAuth adds advice to e if it is the relay's refusal of AUTH. The code says why AUTH was refused (RFC 4954, 4 and 6).
 func (c *settings) explainAuth(e *Error) {
 	if e.Op != OpAuth || e.Err != nil || e.Reply.says(tooManyConns, OpAuth) {
 		return
@@ -128,7 +128,7 @@ func (c *settings) authAdvice(r Reply) string {
 	return ""
 }
 
-// isSendGrid reports whether host is one of SendGrid's.
+// isSendGrid reports whether host belongs to SendGrid.
 func isSendGrid(host string) bool {
 	host = strings.ToLower(host)
 	return host == "sendgrid.net" || strings.HasSuffix(host, ".sendgrid.net")
@@ -139,8 +139,8 @@ var (
 	wantsAuth = words("authent|relay(ing)? (access )?(is )?(not|denied)|not permitted to relay|\\blog ?in\\b")
 )
 
-// explainRefusal says what to do where the relay's refusal of a sender or recipient is about who we are: nothing was said of
-// that, or it was said in the clear.
+// explainRefusal adds advice to e if the relay refused a sender or recipient because the client did not authenticate, or did not
+// use TLS.
 func (c *settings) explainRefusal(e *Error, ext *wire.Extensions, clear bool) {
 	if e == nil || e.Err != nil || e.Reply.Code/100 != 5 || e.Op != OpMail && e.Op != OpRcpt {
 		return

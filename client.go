@@ -41,7 +41,7 @@ type Config struct {
 
 	// Auth, if not nil, replaces Username and Password. It is called once per connection, after EHLO, and returns the mechanism to
 	// use, one of those that the relay offers: for SCRAM, XOAUTH2 or OAUTHBEARER, or for PLAIN with a key that changes. A nil
-	// Mechanism means no authentication. An error counts as a connection that could not be opened: the Client tries again later.
+	// Mechanism means no authentication. An error counts as a connection that could not be opened: the Client retries later.
 	// Without Auth the Client uses AUTH PLAIN (RFC 4616), or LOGIN where PLAIN is not offered or is answered with 502 or 504.
 	//
 	// Auth may be called from several goroutines at once. ctx is cancelled by Close, not by the Send that needs the connection. Set
@@ -82,7 +82,7 @@ type Config struct {
 	// order: an address that does not discard a refused chunk gets bodies by DATA. So do connections from Dial that have no
 	// RemoteAddr, and bodies that begin with white space or with the "From " line of a mailbox file. On each connection, messages
 	// follow one another without a reply only after the relay has answered an envelope that arrived together with the end of a message.
-	// All relays behind one proxy or load balancer are taken for one.
+	// All relays behind one proxy or load balancer count as one relay.
 	//
 	// The risk that remains: a relay that passed the test may behave otherwise later. If it silently discards a message that followed
 	// another, or answers an envelope command twice, the reply to one command can be taken for the reply to another. DATA does not
@@ -94,10 +94,10 @@ type Config struct {
 	// outcome of each of these messages is [Unknown]. 0 means 4. The range is 1 to 1,000.
 	MaxInFlight int
 
-	// Dial opens the network connection; nil means net.Dialer.DialContext, to one of the host's addresses after the other. It may be
+	// Dial opens the network connection; nil means net.Dialer.DialContext to each of the host's addresses in turn. It may be
 	// called from several goroutines at once. ctx ends after Timeouts.Dial. The Client adds TLS on top. The connection must support
-	// deadlines, which one through SSH does not. If it has a CloseWrite method, as *net.TCPConn has, the Client uses it to wait for
-	// the relay's close.
+	// deadlines; a connection through SSH does not. If it has a CloseWrite method, as *net.TCPConn has, the Client uses it to
+	// wait for the relay's close.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Trace, if not nil, has functions that are called when something happens: see [LogTrace] for logging.
@@ -152,9 +152,9 @@ type Timeouts struct {
 	FinalReply time.Duration // for the reply to the end of the message. Default 10 min
 
 	// Unacked is for the relay's kernel to acknowledge what was sent (TCP_USER_TIMEOUT, Linux only). Default 1 min. It notices a path
-	// that was cut; a relay that thinks about a message for ten minutes still acknowledges. It is lifted while more than 16 KiB are
-	// unanswered, since Linux would also give up a relay whose window is full. It needs a *net.TCPConn or another connection with
-	// SyscallConn; see [DialControl].
+	// that was cut; a relay that processes a message for ten minutes still acknowledges. It is lifted while more than 16 KiB are
+	// unanswered, since Linux would also abort a connection whose receive window is full. It needs a *net.TCPConn or another
+	// connection with SyscallConn; see [DialControl].
 	Unacked time.Duration
 
 	Drain   time.Duration // for the reply to the end of the message once the Send's context has ended. Default 2 s; NoLimit: as long as FinalReply
@@ -162,9 +162,9 @@ type Timeouts struct {
 	Quit    time.Duration // for the relay to close: half after QUIT, half after the Client's FIN. Default 5 s; must not be negative
 }
 
-// Result is what became of one message of [Client.SendAll].
+// Result is the result of one message of [Client.SendAll].
 type Result struct {
-	Message Message // the message as it was given, with its Tag
+	Message Message // the message as passed to SendAll, with its Tag
 	Receipt Receipt // as Send returns it
 	Err     error   // nil or an *Error, as Send returns it
 }
@@ -194,12 +194,12 @@ func New(cfg Config) (*Client, error) {
 	return &Client{cfg: checked, pool: newPool(checked)}, nil
 }
 
-// Send delivers m to the relay and returns the relay's receipt. It waits for a connection in turn (Message.Urgent goes first), and
-// makes as many tries as [Retry] allows.
+// Send delivers m to the relay and returns the relay's receipt. It waits for a connection, first come first served
+// (Message.Urgent goes first), and makes as many attempts as [Retry] allows.
 //
 // ctx bounds the call, with two exceptions. If ctx ends after the end of the message was sent, Send waits up to Timeouts.Drain (2 s) for
-// the relay's reply, since otherwise nobody would know whether the message was accepted. And Send does not return while m.Body is in
-// its WriteTo or Read: let the Body end with ctx too. If ctx ends before the end of the message was sent, nothing is accepted.
+// the relay's reply, since otherwise the outcome would be unknown. And Send does not return while m.Body is in its WriteTo or
+// Read: let the Body end with ctx too. If ctx ends before the end of the message was sent, nothing is accepted.
 //
 // A nil error means that the relay has accepted the message for every recipient. Otherwise the error is an *[Error]: [ShouldRetry]
 // tells whether to send m again, and [RetryTo] to whom. The Receipt and the error both list every recipient. Send does not change m.
@@ -235,18 +235,18 @@ func (c *Client) send(ctx context.Context, m Message, want ask) (Receipt, error)
 // not sent and has no Result, and yield returns false.
 func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Result] {
 	return func(yield func(Result) bool) {
-		// As many as can be on their way, and two more for each connection to be there when it is their turn.
+		// Enough senders for all messages that can be in flight, and two more per connection that wait for their turn.
 		limits := c.cfg.Limits
 		senders := semaphore.NewWeighted(int64(limits.MaxConns * (2 + max(2, c.cfg.MaxInFlight))))
 		results := make(chan Result)
 		enough := make(chan struct{})
-		left := make(chan struct{}) // ms has come to its end
+		left := make(chan struct{}) // closed when ms has ended
 
-		var mu sync.Mutex // guards the three below
-		under := 0        // messages that were taken and have no Result yet
-		stopped := false  // no more are waited for
+		var mu sync.Mutex // guards under, stopped and over
+		under := 0        // messages taken from ms that have no Result yet
+		stopped := false  // no further message is taken
 		over := false     // results is closed
-		// count notes so many messages more or less under way, and whether more are waited for. It reports false if it is too late.
+		// count adds more to under, and sets stopped if stop is set. It returns false if results is closed already.
 		count := func(more int, stop bool) bool {
 			mu.Lock()
 			defer mu.Unlock()
@@ -271,7 +271,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 					return
 				}
 				if senders.Acquire(ctx, 1) != nil {
-					go send(m) // it was taken, so it has a result, which Send will tell at once
+					go send(m) // m was taken, so it needs a Result; ctx has ended, so Send fails at once
 					return
 				}
 				select {
@@ -282,7 +282,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 				}
 				go func() {
 					send(m)
-					senders.Release(1) // not before: who is slow with the results slows the sending
+					senders.Release(1) // after send, so that slow reading of the results slows down the sending
 				}()
 				if ctx.Err() != nil {
 					return
@@ -298,7 +298,7 @@ func (c *Client) SendAll(ctx context.Context, ms iter.Seq[Message]) iter.Seq[Res
 			}
 			count(0, true)
 		}()
-		defer func() { // also if the loop is left by a panic
+		defer func() { // deferred, so that it also runs if yield panics
 			close(enough)
 			for range results {
 			}
@@ -324,16 +324,16 @@ func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	return err
 }
 
-// Ping tells whether the Client can send: it is what a readiness probe asks, as often as it likes.
+// Ping reports whether the Client can send. A readiness probe may call it as often as it likes.
 //
-// It returns nil at once where a connection is open on which the relay has answered, or taken a large part of a body, within the last
-// half minute, however many Sends wait. Else it takes a connection, opens one if need be, and authenticates; an idle one costs no
-// traffic. It does not wait for a relay that cannot be reached: the error of the last attempt to connect is returned, as with
-// Message.FailFast. A wrong key is tried once, where the first Sends of a Client, made at once, may each try it on a connection of
-// their own.
+// It returns nil at once if the relay has replied, or read a large part of a body, on an open connection within the last 30
+// seconds, however many Sends wait. Otherwise it takes a connection, opens one if there is none, and authenticates. An idle
+// connection costs no traffic. Ping does not wait for a relay that cannot be reached: it returns the error of the last attempt
+// to connect, as with Message.FailFast. Ping tries wrong credentials once, whereas the first concurrent Sends of a Client may
+// each try them on a connection of their own.
 //
-// ctx bounds the call, but for a Config.Auth or Config.Dial that does not heed it. Without a time limit in ctx, a relay that accepts
-// connections and then says nothing is waited for as long as Timeouts and Retry say: minutes. The error is an *[Error].
+// ctx bounds the call, unless a Config.Auth or Config.Dial ignores it. Without a deadline in ctx, Ping may wait minutes for a relay
+// that accepts connections and then does not reply: as long as Timeouts and Retry allow. The error is an *[Error].
 func (c *Client) Ping(ctx context.Context) error {
 	if err := c.pool.enter(); err != nil {
 		return err
@@ -363,7 +363,7 @@ func (c *Client) Ping(ctx context.Context) error {
 	}
 }
 
-// pingTrust is for how long a connection that has worked proves to Ping that the Client can send.
+// pingTrust is how recently a connection must have worked for Ping to return nil at once.
 const pingTrust = 30 * time.Second
 
 // Stats returns a snapshot of the Client's counters. It is cheap enough to be called for every scrape of metrics.
@@ -379,10 +379,10 @@ func (c *Client) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// Close ends the Client at once, and returns when none of its goroutines is left. Sends under way fail: with [Unknown] if the end of
-// their message was sent, else with [NotAccepted]. Idle connections are closed with QUIT, all others at once. Close waits for code of
-// the caller's that does not end: a Body in WriteTo, Config.Dial, Config.Auth. It always returns nil. Calling it again, or after
-// Shutdown, does nothing.
+// Close ends the Client at once, and returns when none of its goroutines is left. Sends in progress fail: with [Unknown] if the
+// end of their message was sent, else with [NotAccepted]. Idle connections are closed with QUIT, all others at once. Close waits
+// for the caller's code to return: a Body in WriteTo, Config.Dial, Config.Auth. It always returns nil. Calling it again, or
+// after Shutdown, does nothing.
 func (c *Client) Close() error {
 	c.pool.shut()
 	c.cfg.profile.told()

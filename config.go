@@ -21,26 +21,26 @@ import (
 	"github.com/smtprelay/smtprelay/internal/scrub"
 )
 
-// settings are a Config that was checked and completed, and what the Client learns and counts.
+// settings is a checked Config with defaults, and the state that all connections of the Client share.
 type settings struct {
 	Config            // with defaults filled in; Password is empty
-	password   secret // what it was
-	host, port string // of Addr
+	password   secret // Config.Password
+	host, port string // from Addr
 	tls        *tls.Config
-	split      int // of recipients, where nothing keeps them together: so many in one transaction; 0 means any number
+	split      int // maximum recipients per transaction, for messages that may be split; 0 means no limit
 	profile    profile
 	nodes      nodes
-	said       scrub.Known  // of the credentials, in AUTH
-	opening    atomic.Value // Op: the step that the connection being opened has come to; of several, the last to move
+	said       scrub.Known  // credentials sent in AUTH
+	opening    atomic.Value // Op: the step that a dial in progress has reached; of several dials, the last to progress
 	stats      counters
-	noPlain    atomic.Bool // the relay has refused AUTH PLAIN as such, and offers LOGIN
+	noPlain    atomic.Bool // the relay has refused the mechanism PLAIN, and offers LOGIN
 
 	conns *conn.Options
 }
 
 const defaultAddr = "smtp.sendgrid.net:587"
 
-// check finds all mistakes in c and fills in what is not set.
+// check reports all mistakes in c and fills in defaults.
 func (c Config) check() (*settings, error) {
 	s := &settings{Config: c, password: newSecret(c.Password), profile: profile{authTurn: make(chan struct{}, 1)}}
 	s.Config.Password = ""
@@ -75,7 +75,7 @@ func (c Config) check() (*settings, error) {
 	return s, nil
 }
 
-// mistakes are what is wrong with a Config.
+// mistakes are the errors found in a Config.
 type mistakes []error
 
 func (m *mistakes) add(format string, args ...any) { *m = append(*m, fmt.Errorf(format, args...)) }
@@ -87,7 +87,7 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 	case isPath(addr):
 		m.add("Addr is a path and not host:port: Config.Dial is for that; it connects to the socket, and Addr names the relay, such as localhost:25")
 	case strings.Contains(addr, "@") || strings.Contains(addr, "://"):
-		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted, for the password may be in it
+		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted: it may contain the password
 	case err != nil && !strings.Contains(addr, ":"):
 		m.add("Addr %q has no port; try %q", addr, addr+":587")
 	case err != nil:
@@ -106,7 +106,7 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 	return host, port
 }
 
-// isPath reports whether addr is meant as the path of a socket.
+// isPath reports whether addr looks like the path of a socket.
 func isPath(addr string) bool {
 	for _, prefix := range []string{"unix:", "unixpacket:", "/", "./", "../", "~/", `\\`} {
 		if len(addr) >= len(prefix) && strings.EqualFold(addr[:len(prefix)], prefix) {
@@ -124,7 +124,7 @@ func (m *mistakes) inCredentials(c Config, host string) {
 	case c.Addr == "" && c.Password != "" && !strings.HasPrefix(c.Password, "SG."):
 		m.add("Addr is empty, which means %s, and Password is no SendGrid API key, which begins with SG.: set Addr to the relay whose password it is", defaultAddr)
 	case c.Password == "" && c.Username != "":
-		m.add("Password is empty, but Username is set") // to the key, maybe
+		m.add("Password is empty, but Username is set") // Username may contain the key, so it is not quoted
 	case c.Password == "" && isSendGrid(host):
 		m.add("Password is empty: SendGrid wants an API key")
 	case c.Password != "" && c.Username == "" && host != "" && !isSendGrid(host):
@@ -210,7 +210,7 @@ func (t Timeouts) withDefaults() Timeouts {
 	return t
 }
 
-// authenticates reports whether AUTH is wanted.
+// authenticates reports whether the Client sends AUTH.
 func (c *settings) authenticates() bool {
 	return c.Auth != nil || c.Username != "" || c.password.reveal() != ""
 }
@@ -227,8 +227,8 @@ func isAddress(host string) bool {
 
 const redacted = scrub.Redacted
 
-// secret is a text that does not print. It stands behind a func, since fmt prints the unexported fields of a struct
-// without asking their methods.
+// secret is a text that does not print. It is stored in a func, because fmt prints unexported struct fields without calling
+// their methods.
 type secret struct{ reveal func() string }
 
 func newSecret(s string) secret { return secret{func() string { return s }} }
@@ -244,7 +244,7 @@ func (c Config) hidden() Config {
 	if c.Password == "" {
 		return c
 	}
-	if c.Username == c.Password { // Postmark wants its token in both
+	if c.Username == c.Password { // Postmark uses its token as both
 		c.Username = redacted
 	}
 	c.Password = redacted
@@ -253,7 +253,7 @@ func (c Config) hidden() Config {
 
 // Format implements fmt.Formatter: it prints the Config without its password.
 func (c Config) Format(f fmt.State, verb rune) {
-	type plain Config // has no Format
+	type plain Config // a type without Format
 	fmt.Fprintf(f, fmt.FormatString(f, verb), plain(c.hidden()))
 }
 
@@ -271,7 +271,7 @@ func (c Config) LogValue() slog.Value {
 	)
 }
 
-// MarshalJSON implements json.Marshaler: it writes what can be written of the Config, without its password.
+// MarshalJSON implements json.Marshaler: it writes the fields that have a JSON form, without the password.
 func (c Config) MarshalJSON() ([]byte, error) {
 	c = c.hidden()
 	return json.Marshal(struct {

@@ -17,10 +17,10 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// dial opens a connection and takes it to the point where a transaction can begin: TCP, TLS or greeting, EHLO, STARTTLS,
-// TLS, EHLO again, and AUTH if that cannot lead the first transaction. The end of ctx ends it.
+// dial opens a connection for s, as conn.Open does. A failed probe for chunks, and a refused token of Config.Auth, are followed
+// by a second attempt. dial fails when ctx ends.
 //
-// Who gets an error calls leave, which returns when the relay has closed the connection.
+// After an error the caller calls leave, which returns when the relay has closed the connection.
 func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error) {
 	began := time.Now()
 	if t := c.Trace; t != nil && t.DialStart != nil {
@@ -28,14 +28,14 @@ func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error
 	}
 	c.stats.dials.Add(1)
 	leave, e, again := c.connect(ctx, s)
-	if again && ctx.Err() == nil { // the question about refused chunks, which is not asked again
+	if again && ctx.Err() == nil { // the probe for chunks has failed; it is not repeated
 		leave()
 		leave = func() {}
-		if ctx.Err() == nil { // it may have ended meanwhile, and the wait for the relay's close with it
+		if ctx.Err() == nil { // ctx may have ended during leave
 			leave, e, _ = c.connect(ctx, s)
 		}
 	}
-	if e != nil && e.Op == OpAuth && e.Reply.Code/100 == 5 && c.Auth != nil && ctx.Err() == nil { // a fresh token may do
+	if e != nil && e.Op == OpAuth && e.Reply.Code/100 == 5 && c.Auth != nil && ctx.Err() == nil { // a fresh token may be accepted
 		leave()
 		leave, e, _ = c.connect(ctx, s)
 	}
@@ -57,8 +57,8 @@ func (c *settings) dial(ctx context.Context, s *session) (leave func(), e *Error
 	return leave, e
 }
 
-// connect is one try of dial, which makes s a connection. An address that fails before AUTH is followed by the next one, with
-// one connection at a time. again: it has failed at the question about refused chunks.
+// connect is one attempt of dial. If an address fails before AUTH, connect tries the next address, one connection at a time.
+// again means that the probe for chunks has failed.
 func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Error, again bool) {
 	c.opening.Store(OpDial)
 	limit := c.Timeouts.Dial
@@ -75,7 +75,7 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 		return func() {}, c.notReached(err), false
 	}
 	addrs = c.nodes.order(addrs, s.node, began)
-	left := limit - time.Since(began) // for TCP, of all addresses
+	left := limit - time.Since(began) // for the TCP connects to all addresses
 	var furthest *Error
 	var remote string
 	for i, greeted := 0, 0; ; i++ {
@@ -113,7 +113,7 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 	}
 }
 
-// open takes nc, which a try of dial has opened, to where s is ready. hurry: there are other addresses.
+// open makes s ready on nc, a new network connection. hurry means that there are other addresses to try.
 func (c *settings) open(ctx context.Context, nc net.Conn, s *session, hurry bool) (leave func(), _ *Error, again bool) {
 	if addr := nc.RemoteAddr(); addr != nil {
 		s.remote = addr.String()
@@ -136,19 +136,19 @@ func (c *settings) open(ctx context.Context, nc net.Conn, s *session, hurry bool
 	return nil, nil, false
 }
 
-// notReached is the error of a connection that was not opened because of err.
+// notReached returns the error for err, with which the network connection has failed.
 func (c *settings) notReached(err error) *Error {
 	return &Error{Op: OpDial, subject: c.Addr, Outcome: NotAccepted, Scope: ScopeRelay, Err: err}
 }
 
-// explain makes an Error of the reason why a connection could not be opened, with what to do about it.
+// explain turns the error of conn.Open into an Error, with advice on what to do.
 func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
 	e := &Error{Op: opOf(failed.Step), Outcome: NotAccepted, Scope: ScopeRelay, Err: failed.Err, permanent: failed.Permanent}
 	if failed.Reply.Code != 0 {
 		e.Reply = publicReply(failed.Reply)
 	}
 	if failed.Clear {
-		// Whoever said it, or would not speak TLS, may be somebody on the way.
+		// Without TLS, an attacker on the network may have sent the reply or broken the handshake.
 		e.unproven = true
 	}
 	if ctx.Err() != nil && e.Err != nil {
@@ -161,10 +161,10 @@ func (c *settings) explain(ctx context.Context, failed *conn.OpenError) *Error {
 	return e
 }
 
-// advise adds to e, which failed became, what to do about it.
+// advise adds to e, made from failed, what to do about it.
 func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	switch {
-	case e.Op == OpTLS, alertText(e.Err) != "": // with TLS 1.3 the relay refuses after the handshake is over here
+	case e.Op == OpTLS, alertText(e.Err) != "": // with TLS 1.3 the relay's alert arrives after our side of the handshake
 		c.explainTLS(e)
 	case e.Op == OpGreeting && errors.Is(e.Err, wire.ErrMalformed):
 		e.Err = fmt.Errorf("%w; %s", e.Err, noSMTP)
@@ -188,11 +188,10 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	}
 }
 
-// noSMTP is the advice where something else than a relay has answered.
+// noSMTP is the advice if the server does not speak SMTP.
 const noSMTP = "this is no SMTP server; check the port"
 
-// explainSilence adds to e, the error of a message that was not accepted, what may be the reason where the relay has offered
-// PIPELINING and does not answer a group of commands.
+// explainSilence adds a hint about PIPELINING to e, if the relay offers PIPELINING but did not reply to a group of commands.
 func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
 	switch e.Op {
 	case OpRset, OpMail, OpRcpt, OpData:
@@ -202,7 +201,7 @@ func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
 	}
 }
 
-// connOptions are what the connections of a Client have in common.
+// connOptions returns the options of the Client's connections.
 func (c *settings) connOptions() *conn.Options {
 	t := c.Timeouts
 	o := &conn.Options{
@@ -232,7 +231,7 @@ func (c *settings) connOptions() *conn.Options {
 	return o
 }
 
-// dialTCP opens a connection to addr within limit, 0 for any time.
+// dialTCP opens a connection to addr within limit; 0 means no limit.
 func dialTCP(ctx context.Context, dial func(ctx context.Context, network, addr string) (net.Conn, error), addr string, limit time.Duration) (net.Conn, error) {
 	ctx, cancel := within(ctx, limit)
 	defer cancel()
@@ -243,7 +242,7 @@ func dialTCP(ctx context.Context, dial func(ctx context.Context, network, addr s
 	case nc == nil:
 		return nil, errors.New("Config.Dial has returned neither a connection nor an error")
 	}
-	// All that bounds a wait is a deadline, and all that ends one.
+	// Deadlines bound every wait, and are also how cancellation ends one.
 	if err := cmp.Or(nc.SetReadDeadline(time.Time{}), nc.SetWriteDeadline(time.Time{})); err != nil {
 		nc.Close()
 		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
@@ -251,7 +250,7 @@ func dialTCP(ctx context.Context, dial func(ctx context.Context, network, addr s
 	return nc, nil
 }
 
-// within returns ctx with a time limit, 0 for none.
+// within returns ctx with a timeout; 0 means none.
 func within(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
 	if limit <= 0 {
 		return ctx, func() {}
@@ -259,10 +258,10 @@ func within(ctx context.Context, limit time.Duration) (context.Context, context.
 	return context.WithTimeout(ctx, limit)
 }
 
-// DialControl returns a function for the Control of the net.Dialer behind a [Config].Dial: the kernel gives a connection up once
-// what was sent has had no acknowledgement for that long. It is needed where Dial returns a connection that hides its
-// socket, such as one through a proxy: where that is a *net.TCPConn, or has a SyscallConn of its own, Timeouts.Unacked does the same.
-// It does nothing on systems other than Linux, for networks other than TCP, and where unacked is 0 or less.
+// DialControl returns a function for the Control field of the net.Dialer behind a [Config].Dial. The kernel then aborts a
+// connection when sent data is not acknowledged for unacked. It is needed if Dial returns a connection that hides its socket,
+// such as one through a proxy. For a *net.TCPConn, or a connection with a SyscallConn method, Timeouts.Unacked does the same.
+// The function does nothing on systems other than Linux, for networks other than TCP, and if unacked is 0 or less.
 func DialControl(unacked time.Duration) func(network, address string, c syscall.RawConn) error {
 	return func(network, _ string, c syscall.RawConn) error {
 		if !strings.HasPrefix(network, "tcp") || unacked <= 0 {
@@ -276,16 +275,16 @@ func DialControl(unacked time.Duration) func(network, address string, c syscall.
 	}
 }
 
-// localName is the argument of EHLO.
+// localName returns the argument of EHLO.
 func (c *settings) localName(nc net.Conn) string {
 	if c.LocalName != "" {
 		return c.LocalName
 	}
-	host, _ := os.Hostname() // "" where it is not known
+	host, _ := os.Hostname() // "" if unknown
 	return ehloName(host, nc.LocalAddr())
 }
 
-// ehloName is the name of this host if it is a full one, else the literal of its address on the connection (RFC 5321, 4.1.4).
+// ehloName returns host if it is a fully qualified name, else the address literal of local (RFC 5321, 4.1.4).
 func ehloName(host string, local net.Addr) string {
 	host = strings.TrimSuffix(host, ".")
 	if strings.Contains(host, ".") && !strings.HasPrefix(strings.ToLower(host), "localhost.") && validHostName(host) {
@@ -299,7 +298,7 @@ func ehloName(host string, local net.Addr) string {
 	return "[127.0.0.1]"
 }
 
-// addressLiteral is addr as it stands in EHLO (RFC 5321, 4.1.3).
+// addressLiteral returns addr in the form for EHLO (RFC 5321, 4.1.3).
 func addressLiteral(addr netip.Addr) string {
 	if addr = addr.Unmap().WithZone(""); addr.Is4() {
 		return "[" + addr.String() + "]"

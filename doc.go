@@ -4,9 +4,9 @@
 //     goroutines, and end it with [Client.Shutdown].
 //   - A [Message] is an envelope (From, To) and a Body, the finished text of the mail (RFC 5322). This package does not make mails: write
 //     the text yourself, or let a library such as wneessen/go-mail do it.
-//   - [Client.Send] blocks until the relay has taken the message or refused it. Each Send ends in one of three ways, an [Outcome]:
+//   - [Client.Send] blocks until the relay has accepted or refused the message. Each Send has one of three outcomes, an [Outcome]:
 //     accepted, not accepted, or unknown.
-//   - The error of a Send is an [*Error]. [ShouldRetry] tells whether to keep the message, [RetryTo] for whom.
+//   - The error of a Send is an [*Error]. [ShouldRetry] tells whether to keep the message, [RetryTo] for which recipients.
 //
 // In a program:
 //
@@ -19,9 +19,9 @@
 //		Body: smtprelay.Bytes(rfc5322),
 //	})
 //
-// The Client never opens more connections than the relay allows, and never sends more messages on one than the relay allows: 10
-// connections and 100 messages on each unless [Limits] says otherwise. On a busy connection it writes the next message before the reply
-// to the previous one has come (RFC 2920), so that a message costs one round trip.
+// The Client never opens more connections than the relay allows, and never sends more messages on a connection than the relay
+// allows: 10 connections and 100 messages on each, unless [Limits] says otherwise. On a busy connection it writes the next
+// message before the reply to the previous message has arrived (RFC 2920), so that a message costs one round trip.
 //
 // # Security
 //
@@ -35,14 +35,15 @@
 // A nil error means that the relay has accepted the message for every recipient. Otherwise Error.Outcome says which of these is true:
 //
 //   - [Accepted]: the relay has accepted the message for some recipients. Error.Recipients names the others.
-//   - [NotAccepted]: the relay has accepted it for nobody. Sending it again delivers nothing twice.
-//   - [Unknown]: the connection was lost between the end of the message and the relay's reply. Nobody can know whether the relay
-//     accepted it; sending it again may deliver it twice.
+//   - [NotAccepted]: the relay has not accepted it for any recipient. Sending it again delivers nothing twice.
+//   - [Unknown]: the connection was lost between the end of the message and the relay's reply. The relay may or may not have accepted
+//     it; sending it again may deliver it twice.
 //
-// The Client itself tries again only where nothing can have been accepted. [Retry] says how often.
+// The Client itself retries only if nothing can have been accepted. [Retry] says how often.
 //
-// A queue calls [ShouldRetry] to decide whether to keep a message, or [RetryTo] to learn for whom: it never names a recipient who has
-// the message, may have it, or was refused for good. Error.Scope says what was at fault and Error.Op at which step.
+// A queue calls [ShouldRetry] to decide whether to keep a message, or [RetryTo] to learn for which recipients. RetryTo never
+// returns a recipient for whom the message was or may have been accepted, or who was refused permanently. Error.Scope says what
+// was at fault and Error.Op at which step.
 //
 // # Standards
 //

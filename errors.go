@@ -15,16 +15,16 @@ import (
 // ErrClosed is found by errors.Is in the error of a call to a Client that was shut down or closed. [ShouldRetry] is true for it.
 var ErrClosed = errors.New("client closed")
 
-// Outcome is what became of a message.
+// Outcome says whether the relay has accepted a message.
 type Outcome int
 
 const (
 	// Unknown: the connection was lost, or the context ended, between the end of the message and the relay's reply. The relay may
 	// have accepted the message; sending it again may deliver it twice (RFC 1047). It is the zero value.
 	Unknown Outcome = iota
-	// Accepted: the relay has accepted the message, for one recipient at least. It now answers for delivery or a bounce.
+	// Accepted: the relay has accepted the message for at least one recipient. It is now responsible for delivery or a bounce.
 	Accepted
-	// NotAccepted: the relay has accepted the message for nobody. Sending it again delivers nothing twice.
+	// NotAccepted: the relay has not accepted the message for any recipient. Sending it again delivers nothing twice.
 	NotAccepted
 )
 
@@ -80,8 +80,8 @@ type Error struct {
 	Op    Op
 	Reply Reply
 
-	// Outcome tells whether anybody has the message. It is Unknown if it is unknown for one recipient or more, else Accepted if the
-	// relay accepted the message for some recipients, else NotAccepted. Recipients has the outcome for each.
+	// Outcome tells whether the relay has accepted the message. It is Unknown if it is unknown for at least one recipient, else
+	// Accepted if the relay accepted the message for some recipients, else NotAccepted. Recipients has the outcome for each.
 	Outcome Outcome
 
 	// Scope tells what is at fault: recipients, the message, the relay or the caller.
@@ -91,25 +91,26 @@ type Error struct {
 	// the Receipt. It is empty where there is no message, as for New and Ping.
 	Recipients []RecipientResult
 
-	// Attempts counts the tries, connections that could not be opened included. It is 0 for a mistake that was found before the first try.
+	// Attempts is the number of attempts, including connections that could not be opened. It is 0 for a mistake that was found
+	// before the first attempt.
 	Attempts int
 
-	// Err is the cause where that is not a reply: a network error, the context's error, the error of Body.WriteTo. Beside a reply it
-	// is a hint at what to do. It may be nil.
+	// Err is the cause if it is not a reply: a network error, the context's error, the error of Body.WriteTo. Together with a
+	// reply it is a hint what to do. It may be nil.
 	Err error
 
-	subject   string // what Op was about: an address
-	permanent bool   // another try cannot help although no 5xx reply says so
-	unproven  bool   // it was said in the clear where TLS is required, by the relay or by somebody on the way
+	subject   string // the address that Op was about
+	permanent bool   // a retry cannot help, although there is no 5xx reply
+	unproven  bool   // the failure came without TLS where TLS is required, so an attacker may have caused it
 }
 
-// RecipientResult is what became of a message for one of its recipients.
+// RecipientResult is the outcome of a message for one of its recipients.
 type RecipientResult struct {
 	To      string  // the address as in Message.To
 	Reply   Reply   // the reply to RCPT, or the refusal that kept the recipient from getting the message; Code 0: none
 	Outcome Outcome // Accepted, NotAccepted or Unknown
 	QueueID string  // the relay's identifier of the message for this recipient; see Receipt.QueueID
-	Err     error   // why the relay was not asked: it lacks an extension that the address or its RcptOptions need; else nil
+	Err     error   // why no RCPT was sent: the relay lacks an extension that the address or its RcptOptions need; else nil
 }
 
 // Error returns one line of printable characters: the step and its subject, the reply with the relay's text in quotes, and after a
@@ -147,7 +148,7 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
-// missed lists those who did not get the message, as far as is known; not at great length.
+// missed lists the first few recipients for whom the message was not, or may not have been, accepted.
 func missed(recipients []RecipientResult) string {
 	var list []string
 	for _, r := range recipients {
@@ -179,7 +180,7 @@ func (e *Error) Unwrap() []error {
 		errs = append(errs, e.Err)
 	}
 	if e.Reply.Code != 0 {
-		text := printable.Line(e.Reply.Message) // whoever logs these types alone is safe from forged lines, too
+		text := printable.Line(e.Reply.Message) // so that logging these types alone is safe from forged lines, too
 		errs = append(errs,
 			&smtp.SMTPError{Code: e.Reply.Code, EnhancedCode: smtp.EnhancedCode(e.Reply.EnhancedCode), Message: text},
 			&textproto.Error{Code: e.Reply.Code, Msg: text})
@@ -187,9 +188,9 @@ func (e *Error) Unwrap() []error {
 	return errs
 }
 
-// Temporary reports whether the failure may go away by itself: a 4xx reply, a connection that could not be opened or was lost, a context
-// that ended. It is false for a 5xx reply, except one that came in the clear before a required TLS: somebody on the way may have sent it.
-// It is false wherever the message was or may have been accepted for somebody.
+// Temporary reports whether the failure may go away by itself: a 4xx reply, a connection that could not be opened or was lost, a
+// context that ended. It is false for a 5xx reply, unless the reply came in the clear before a required TLS: an attacker may
+// have sent it. It is false if the message was or may have been accepted for some recipient.
 //
 // It exists for net.Error. To decide about a message use [ShouldRetry], which is true for refused credentials, too.
 func (e *Error) Temporary() bool {
@@ -197,18 +198,18 @@ func (e *Error) Temporary() bool {
 	case e.Scope == ScopeRecipient && len(e.Recipients) > 0:
 		return e.shouldRetry()
 	case e.unproven, e.Op == OpTLS, e.Op == OpSTARTTLS && e.Reply.Code == 0:
-		return e.Outcome == NotAccepted // it may have been the fault of somebody on the way
+		return e.Outcome == NotAccepted // an attacker on the network may have caused it
 	}
 	return !e.lasting()
 }
 
-// lasting reports whether another try within the same call is of no use.
+// lasting reports whether a retry within the same call is useless.
 func (e *Error) lasting() bool {
 	return e.permanent || e.Outcome != NotAccepted || errors.Is(e.Err, ErrClosed) ||
 		e.Reply.Code/100 == 5 && !e.Reply.says(tooManyConns, e.Op)
 }
 
-// oneLine is the text of err on one line. Errors that were joined stand one behind the other.
+// oneLine returns the text of err on one line. Joined errors are separated by semicolons.
 func oneLine(err error) string {
 	text := err.Error()
 	if joined, ok := err.(interface{ Unwrap() []error }); ok && strings.Contains(text, "\n") {
@@ -223,7 +224,7 @@ func oneLine(err error) string {
 	return printable.Line(text)
 }
 
-// clone returns a copy, since the one who is told completes it.
+// clone returns a copy: each Send completes its own error.
 func (e *Error) clone() *Error {
 	c := *e
 	return &c
@@ -240,7 +241,7 @@ type Op string
 const (
 	OpConfig   Op = "config"   // a Config or a URL was checked
 	OpCheck    Op = "check"    // the message was checked, alone or against what the relay offers
-	OpWait     Op = "wait"     // for a connection
+	OpWait     Op = "wait"     // waiting for a connection
 	OpDial     Op = "dial"     // the network connection was opened
 	OpGreeting Op = "greeting" // the relay's first reply
 	OpEHLO     Op = "ehlo"     // EHLO, or HELO
@@ -283,7 +284,7 @@ func (op Op) Text() string {
 	return string(op)
 }
 
-// opOf is the Op of a step of a connection.
+// opOf returns the Op of a step of a connection.
 func opOf(step conn.Step) Op {
 	switch step {
 	case conn.StepDial:
@@ -316,7 +317,7 @@ func opOf(step conn.Step) Op {
 	return Op(step)
 }
 
-// opOfCommand is the Op of a command as a connection traces it.
+// opOfCommand returns the Op of a command line as a connection traces it.
 func opOfCommand(line string) Op {
 	switch verb, _, _ := strings.Cut(line, " "); verb {
 	case "EHLO", "HELO":

@@ -27,32 +27,32 @@ type Message struct {
 	// or another address in them. See [ParseAddresses] for addresses with names.
 	From string
 
-	// To lists the envelope recipients, at least one, as bare addresses under the same rules as From. Everybody in To gets the
+	// To lists the envelope recipients, at least one, as bare addresses under the same rules as From. Every address in To gets the
 	// message, whatever its header says: put a Bcc recipient here and leave it out of the header.
 	To []string
 
 	// Body writes the mail as RFC 5322 has it: header, empty line, text. [Bytes], [BodyFunc] and [Reader] make one; a *mail.Msg of
-	// wneessen/go-mail and a *gomail.Message are one. It may be of any size: it passes in constant memory.
+	// wneessen/go-mail and a *gomail.Message are one. It may be of any size: the Client uses constant memory.
 	//
 	// The Client turns bare CR and bare LF into CRLF and escapes lines that begin with a dot. It changes and adds nothing else: no Date,
 	// no Message-ID. It sends 8-bit text to a relay without 8BITMIME too (MailOptions.Body can make that an error), and lines of more
 	// than 998 bytes, which some relays refuse (RFC 5321, 4.5.3.1.6).
 	//
-	// WriteTo is called again for each try, from one goroutine at a time. A Body that is also an io.Reader is treated as [Reader]
-	// treats it: one that can seek, and a *bytes.Buffer, can be written again; any other only once. Its Read and its WriteTo must
+	// WriteTo is called again for each attempt, from one goroutine at a time. A Body that is also an io.Reader is treated as by
+	// [Reader]: a Body that can seek, and a *bytes.Buffer, can be written again; any other only once. Its Read and its WriteTo must
 	// give the same bytes. If the Body returns an error or writes nothing at all, the relay accepts nothing.
 	Body io.WriterTo
 
-	// AllOrNothing sends the message to nobody if the relay refuses one of its recipients. By default the accepted recipients get it
-	// and the error names the others. It needs one transaction: more recipients than the relay takes in one are an error. With several
-	// recipients it costs one round trip more.
+	// AllOrNothing sends the message to no recipient if the relay refuses one of them. By default the accepted recipients get it
+	// and the error names the others. It needs a single transaction: more recipients than the relay takes in one are an error.
+	// With several recipients it costs an additional round trip.
 	AllOrNothing bool
 
 	// Urgent messages are served before others that wait for a connection. One in eight turns still goes to the others.
 	Urgent bool
 
-	// FailFast makes Send return the error of the last attempt to connect where no connection works and the relay cannot be reached.
-	// By default Send waits, up to Timeouts.Outage. A Client whose connections work but are busy is waited for in any case.
+	// FailFast makes Send return the error of the last attempt to connect if no connection works and the relay cannot be reached.
+	// By default Send waits, up to Timeouts.Outage. If connections work but are busy, Send waits in any case.
 	FailFast bool
 
 	// MailOptions are parameters of the MAIL command: delivery status notifications, REQUIRETLS and others. nil means none.
@@ -61,19 +61,21 @@ type Message struct {
 	// RcptOptions are parameters of the RCPT command, by address as it is written in To. An address that is not in To is an error.
 	RcptOptions map[string]*RcptOptions
 
-	// BeforeEnd, if not nil, is called when the body is written and before its end leaves: the final dot, or BDAT 0 LAST. The relay
-	// cannot accept the message before BeforeEnd has returned nil. A queue records there, durably, that the message may be sent from
-	// now on. to lists the recipients of the transaction. Send calls BeforeEnd once per transaction: several times where it splits the
-	// recipients, and again where it retries. It calls it in its own goroutine and never after it has returned.
+	// BeforeEnd, if not nil, is called after the body is written and before the end of the message, the final dot or BDAT 0
+	// LAST, is sent. The relay cannot accept the message before BeforeEnd has returned nil. A queue can record there, durably,
+	// that the message may have been sent. to lists the recipients of the transaction. Send calls BeforeEnd once per
+	// transaction: several times if it splits the recipients, and again if it retries. Send calls it in its own goroutine, and
+	// never after Send has returned.
 	//
-	// Nobody else can use the connection meanwhile, so BeforeEnd should be quick. Its ctx is derived from that of Send and also ends
-	// when the connection is lost; BeforeEnd should return then.
+	// No other message can use the connection meanwhile, so BeforeEnd should be quick. Its ctx is derived from that of Send and
+	// also ends when the connection is lost; BeforeEnd should return then.
 	//
-	// An error from BeforeEnd closes the connection without the end of the message, and Send does not retry. The error of Send wraps
-	// it and has [NotAccepted], Op [OpEnd] and [ScopeCaller]; if the relay has refused all recipients meanwhile, it is that refusal.
+	// An error from BeforeEnd closes the connection without the end of the message, and Send does not retry. The error of Send
+	// wraps it and has [NotAccepted], Op [OpEnd] and [ScopeCaller]; if the relay has refused all recipients meanwhile, it is
+	// that refusal.
 	BeforeEnd func(ctx context.Context, to []string) error
 
-	// Tag is a value of yours, such as the key of a database row. The Client does not look at it. You find it in the Message of a
+	// Tag is a value of the caller, such as the key of a database row. The Client does not use it. It is in the Message of a
 	// [Result] and of a [Trace]'s Infos.
 	Tag any
 }
@@ -82,10 +84,10 @@ type Message struct {
 // (RFC 1870).
 func Bytes(b []byte) io.WriterTo { return body.Bytes(b) }
 
-// BodyFunc returns a Body that f writes, for text that is made on the way: a template or an archive. f runs again for each try, and
-// for each transaction where the recipients are split over several, from one goroutine at a time, and must write the same each
-// time. An error of f ends the Send: the relay accepts nothing, and the error is found by errors.Is. f must not use w once it has
-// returned. BodyFunc(nil) is nil, which Send refuses.
+// BodyFunc returns a Body that f writes, for text that is generated while it is sent: a template or an archive. f is called
+// again for each attempt, and for each transaction if the recipients are split, from one goroutine at a time, and must write the
+// same bytes each time. An error of f ends the Send: the relay accepts nothing, and the error is found by errors.Is. f must not
+// use w after it has returned. BodyFunc(nil) is nil, which Send refuses.
 func BodyFunc(f func(w io.Writer) error) io.WriterTo {
 	if f == nil {
 		return nil
@@ -95,41 +97,42 @@ func BodyFunc(f func(w io.Writer) error) io.WriterTo {
 
 // Reader returns a Body that copies r from where r stands when Send is called.
 //
-// An r that can seek (*os.File, *bytes.Reader, *strings.Reader, any io.Seeker whose Seek succeeds) is read again from there for each
-// try, and stands there again when Send returns. A *bytes.Buffer is read in place and is not emptied. Such an r must not change until
-// Send has returned. Files and readers in memory may be shared by messages that are sent at the same time; another io.Seeker may not.
+// An r that can seek (*os.File, *bytes.Reader, *strings.Reader, any io.Seeker whose Seek succeeds) is read again from that
+// offset for each attempt, and has that offset again when Send returns. A *bytes.Buffer is read in place and is not emptied.
+// Such an r must not change until Send has returned. Files and readers in memory may be shared by messages that are sent at the
+// same time; another io.Seeker may not.
 //
-// Any other r, such as a pipe or the body of an HTTP request, can be read once only: if a try fails after the first read, the message
-// is not tried again and the error says so. For the same reason a message is refused whose recipients do not fit into one
-// transaction. With Config.Chunking and a relay that offers CHUNKING (RFC 3030), up to 64 KiB are read before the relay is asked, and
-// kept: there the message is tried again until more than that was read.
+// Any other r, such as a pipe or the body of an HTTP request, can be read only once: if an attempt fails after the first read, the
+// message is not retried and the error says so. For the same reason a message whose recipients do not fit into one transaction is
+// refused. With Config.Chunking and a relay that offers CHUNKING (RFC 3030), up to 64 KiB are read before the envelope is sent, and
+// kept: the message can be retried until more than that was read.
 func Reader(r io.Reader) io.WriterTo { return body.Reader(r) }
 
-// Receipt is what the relay said about a message that it accepted, for some recipients at least. Send also returns one with an error:
-// its Recipients are then those of the Error.
+// Receipt is the relay's answer to a message that it accepted for at least one recipient. Send also returns a Receipt with an
+// error: its Recipients are then those of the Error.
 type Receipt struct {
-	// Reply is the relay's reply to the end of the message. Where the recipients were split over several transactions it is that of
-	// the last transaction accepted. Its Code is 0 where none was accepted.
+	// Reply is the relay's reply to the end of the message. If the recipients were split over several transactions, it is that
+	// of the last accepted transaction. Its Code is 0 if none was accepted.
 	Reply Reply
 
-	// QueueID is the relay's identifier of the message, found in Reply: what to name when you ask the relay's operator about the
-	// message. It is empty where none was recognised. It is chosen by the relay: at most 128 characters of printable ASCII.
+	// QueueID is the relay's identifier of the message, found in Reply. Name it when you ask the relay's operator about the
+	// message. It is empty if none was recognised. The relay chooses it: at most 128 characters of printable ASCII.
 	QueueID string
 
-	// Recipients tells what became of the message for each recipient, in the order of Message.To.
+	// Recipients has the outcome for each recipient, in the order of Message.To.
 	Recipients []RecipientResult
 }
 
 // MailOptions are parameters of the MAIL command, which apply to the message as a whole. A zero field leaves its parameter out. A value
-// out of range is an error of the Send, and so is an option whose extension the relay does not offer, unless the field says otherwise.
-// In both cases nothing is sent.
+// out of range is an error of the Send, and so is an option whose extension the relay does not offer, unless the field says
+// otherwise. In both cases the message is not sent.
 type MailOptions struct {
 	// Body declares what bytes the message consists of (RFC 6152). Empty means 8BITMIME where the relay offers it, and no declaration
 	// elsewhere.
 	Body BodyType
 
-	// Size is the size in bytes that is declared to the relay (RFC 1870). It must not be negative. 0 means the size of the message where
-	// that is known beforehand, as for [Bytes]. It is left out where the relay does not offer SIZE.
+	// Size is the size in bytes that is declared to the relay (RFC 1870). It must not be negative. 0 means the size of the
+	// message if it is known beforehand, as for [Bytes]. It is left out if the relay does not offer SIZE.
 	Size int64
 
 	// RequireTLS asks every relay on the way to pass the message on over verified TLS or not at all (RFC 8689). It is an error on a
@@ -146,8 +149,8 @@ type MailOptions struct {
 	// most 100 printable ASCII characters.
 	EnvelopeID string
 
-	// Auth points to the address of whoever submitted the message first, without angle brackets (RFC 4954, 5), or to "" if that is not
-	// known. nil leaves it out. It is also left out where the relay does not offer AUTH.
+	// Auth points to the address of the original submitter of the message, without angle brackets (RFC 4954, 5), or to "" if
+	// that is unknown. nil leaves it out. It is also left out if the relay does not offer AUTH.
 	Auth *string
 
 	// DeliverBy is a time limit for the delivery (RFC 2852); nil means none.
@@ -199,7 +202,7 @@ const (
 
 // RcptOptions are parameters of the RCPT command, which apply to one recipient. A zero field leaves its parameter out. A value out of
 // range is an error of the Send, and nothing is sent. Where the relay does not offer the extension of an option, the message is not sent
-// to that recipient (RecipientResult.Err says why); it is sent to nobody if there is no other recipient or AllOrNothing is set.
+// to that recipient (RecipientResult.Err says why). It is not sent at all if there is no other recipient or AllOrNothing is set.
 type RcptOptions struct {
 	// Notify lists the events for which the sender gets a delivery status notification (RFC 3461, 4.1): DSNNotifyNever alone, or any of
 	// the others. Empty means the relay's choice, which is to notify of failures.
@@ -210,7 +213,7 @@ type RcptOptions struct {
 	OriginalRecipientType DSNAddressType
 	OriginalRecipient     string
 
-	// RequireRecipientValidSince has the message delivered only if the mailbox has had the same owner since then (RFC 7293). It is sent
+	// RequireRecipientValidSince asks for delivery only if the mailbox has had the same owner since then (RFC 7293). It is sent
 	// in UTC with whole seconds. Its year is from 1 to 9999.
 	RequireRecipientValidSince time.Time
 }
@@ -233,7 +236,7 @@ const (
 	DSNAddressTypeUTF8   DSNAddressType = "UTF-8"
 )
 
-// params are the parameters of MAIL as they are written.
+// params returns the parameters of MAIL in the form of package wire.
 func (o *MailOptions) params() wire.MailParams {
 	p := wire.MailParams{Body: string(o.Body), Size: o.Size, UTF8: o.UTF8, Return: string(o.Return), EnvelopeID: o.EnvelopeID,
 		RequireTLS: o.RequireTLS, Auth: o.Auth, Priority: o.Priority}
@@ -243,7 +246,7 @@ func (o *MailOptions) params() wire.MailParams {
 	return p
 }
 
-// params are the parameters of RCPT as they are written. o may be nil.
+// params returns the parameters of RCPT in the form of package wire. o may be nil.
 func (o *RcptOptions) params() (p wire.RcptParams) {
 	if o == nil {
 		return p
@@ -270,7 +273,7 @@ func (by *DeliverBy) seconds() int64 { return int64(by.Time / time.Second) }
 //
 // The error is an *[Error] that names every element that cannot be parsed; the result is then nil.
 func ParseAddresses(list ...string) ([]string, error) {
-	// A name in a character set that is not known is no reason to refuse the address beside it.
+	// A display name in an unknown character set is no reason to refuse the address.
 	anyCharset := &mime.WordDecoder{CharsetReader: func(_ string, input io.Reader) (io.Reader, error) { return input, nil }}
 	parser := mail.AddressParser{WordDecoder: anyCharset}
 	var addrs []string
@@ -298,11 +301,11 @@ func ParseAddresses(list ...string) ([]string, error) {
 	return addrs, nil
 }
 
-// GoMail is a message that knows its envelope. A *mail.Msg of github.com/wneessen/go-mail is one.
+// GoMail is a message with an envelope. A *mail.Msg of github.com/wneessen/go-mail implements it.
 type GoMail interface {
 	io.WriterTo
-	GetSender(useFullAddr bool) (string, error) // the envelope's sender, maybe in angle brackets
-	GetRecipients() ([]string, error)           // all that are to get the message, blind copies included
+	GetSender(useFullAddr bool) (string, error) // the envelope sender, with or without angle brackets
+	GetRecipients() ([]string, error)           // all envelope recipients, including Bcc
 }
 
 // MessageOf returns a Message with m as its Body and m's own envelope: its sender, and each of its recipients (To, Cc, Bcc) once. m
@@ -315,13 +318,13 @@ func MessageOf(m GoMail) (Message, error) {
 			return Message{From: withoutBrackets(from), To: onceEach(to), Body: m}, nil
 		}
 	}
-	if e, ok := errors.AsType[*Error](err); ok { // of ParseAddresses, say
+	if e, ok := errors.AsType[*Error](err); ok { // such as one of ParseAddresses
 		return Message{}, e
 	}
 	return Message{}, &Error{Op: OpCheck, Outcome: NotAccepted, Scope: ScopeMessage, Err: err, permanent: true}
 }
 
-// onceEach returns the addresses of to without brackets, in their order and each once.
+// onceEach returns the addresses of to without angle brackets and without duplicates, in their order.
 func onceEach(to []string) []string {
 	addrs, seen := make([]string, 0, len(to)), make(map[string]bool, len(to))
 	for _, addr := range to {
@@ -333,7 +336,7 @@ func onceEach(to []string) []string {
 	return addrs
 }
 
-// withoutBrackets takes off the angle brackets around addr, if it has them.
+// withoutBrackets returns addr without surrounding angle brackets.
 func withoutBrackets(addr string) string {
 	if addr == NullSender {
 		return addr

@@ -31,7 +31,7 @@ func (r RecipientResult) String() string {
 	return s
 }
 
-// String returns the final reply, the identifier and what became of the first few recipients, on one line of printable characters.
+// String returns the final reply, the identifier and the outcome for the first few recipients, on one line of printable characters.
 func (r Receipt) String() string {
 	var parts []string
 	if r.Reply.Code != 0 {
@@ -66,7 +66,7 @@ func (r Receipt) LogValue() slog.Value {
 		slog.Int("accepted", n[Accepted]), slog.Int("not_accepted", n[NotAccepted]), slog.Int("unknown", n[Unknown]))
 }
 
-// String returns the envelope on one line of printable characters; of many recipients the first few.
+// String returns the envelope, with the first few recipients, on one line of printable characters.
 func (m Message) String() string {
 	return "from " + m.sender() + " to " + addresses(m.To)
 }
@@ -86,7 +86,7 @@ func (m Message) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("from", m.sender()), slog.String("to", addresses(m.To)))
 }
 
-// String returns the envelope and what became of it, on one line of printable characters.
+// String returns the envelope, and the receipt or the error, on one line of printable characters.
 func (r Result) String() string {
 	if r.Err != nil {
 		return r.Message.String() + ": " + oneLine(r.Err)

@@ -15,34 +15,34 @@ import (
 //
 // The zero value is ready to use. It is safe for concurrent use and must not be copied after the first use.
 type Registry struct {
-	// Max is the number of Clients that are kept; 0 means 100. It must not be changed after the first Send. When there is one more, the
-	// least recently used Client is shut down in the background. A Client with a Send under way is kept, so that there may be more than
-	// Max for a while.
+	// Max is the maximum number of Clients; 0 means 100. It must not be changed after the first Send. Above Max, the least
+	// recently used Client is shut down in the background. A Client with a Send in progress is kept, so that there may be more
+	// than Max for a while.
 	Max int
 
 	mu      sync.Mutex // guards the fields below; not held while a Client is called
 	clients map[fingerprint.Sum]*registered
-	leaving map[fingerprint.Sum]*registered // shut down in the background; the next of the same settings waits for it
-	uses    int64                           // of any Client
+	leaving map[fingerprint.Sum]*registered // Clients being shut down; the next Client with the same settings waits for the shutdown
+	uses    int64                           // number of acquires, of any Client
 	closed  bool
 }
 
 // registered is a Client of a Registry. The Registry's lock guards it.
 type registered struct {
 	client *Client
-	before <-chan struct{} // if not nil: closed when the one before it with these settings has left the relay
-	left   chan struct{}   // closed when this one has
-	sends  int             // under way
-	used   int64           // which of all uses was its last
+	before <-chan struct{} // if not nil: closed when the previous Client with these settings is shut down
+	left   chan struct{}   // closed when this Client is shut down
+	sends  int             // Sends in progress
+	used   int64           // value of Registry.uses at the last acquire
 }
 
 const (
 	defaultMaxClients = 100
-	leaveTime         = 10 * time.Second // of a Client that nobody uses
+	leaveTime         = 10 * time.Second // limit for the shutdown of an unused Client
 )
 
-// Send sends m through the Client for cfg, as [Client.Send] does. If there is no such Client it makes one; a mistake in cfg is the error
-// of [New].
+// Send sends m through the Client for cfg, as [Client.Send] does. If there is no such Client, Send makes one. For a mistake in
+// cfg it returns the error of [New].
 //
 // Two Configs mean the same Client if all their fields are equal. TLSConfig, Auth, Dial, Limits.Slots and Trace cannot be compared, so a
 // Config that sets one of them must have a Name: the Client uses those of the first Config with that Name and otherwise equal fields.
@@ -55,7 +55,7 @@ func (r *Registry) Send(ctx context.Context, cfg Config, m Message) (Receipt, er
 	defer r.release(used)
 	if used.before != nil {
 		select {
-		case <-used.before: // or the relay would count the connections of both
+		case <-used.before: // otherwise the relay would count the connections of both Clients
 		case <-ctx.Done():
 			return Receipt{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: conn.ContextError(ctx)}
 		}
@@ -77,7 +77,7 @@ func (r *Registry) Shutdown(ctx context.Context) error {
 	return shutdownAll(ctx, all)
 }
 
-// shutdownAll shuts clients down, all at once.
+// shutdownAll shuts down clients concurrently.
 func shutdownAll(ctx context.Context, clients []*Client) error {
 	errs := make([]error, len(clients))
 	var ending sync.WaitGroup
@@ -87,13 +87,13 @@ func shutdownAll(ctx context.Context, clients []*Client) error {
 	ending.Wait()
 	for _, err := range errs {
 		if err != nil {
-			return err // the context's, as all others are
+			return err // the context's error, as all errors of Shutdown
 		}
 	}
 	return nil
 }
 
-// acquire returns the Client for cfg, with a Send more.
+// acquire returns the Client for cfg and increments its count of Sends.
 func (r *Registry) acquire(cfg Config) (*registered, error) {
 	key, err := cfg.key()
 	if err != nil {
@@ -132,7 +132,7 @@ func (r *Registry) release(used *registered) {
 	r.trimLocked()
 }
 
-// trimLocked has those leave that are too many, the one used longest ago first.
+// trimLocked shuts down unused Clients above Max, the least recently used first.
 func (r *Registry) trimLocked() {
 	for most := orDefault(r.Max, defaultMaxClients); !r.closed && len(r.clients) > max(most, 1); {
 		var oldest *registered
@@ -143,22 +143,22 @@ func (r *Registry) trimLocked() {
 			}
 		}
 		if oldest == nil {
-			return // all are at work
+			return // all Clients are in use
 		}
 		delete(r.clients, key)
 		r.leaving[key] = oldest
-		go r.leave(key, oldest) // ends soon: nothing is under way, and leaveTime bounds it
+		go r.leave(key, oldest) // ends soon: no Send is in progress, and leaveTime bounds the shutdown
 	}
 }
 
-// leave shuts down a Client that nobody uses.
+// leave shuts down a Client that is not in use.
 func (r *Registry) leave(key fingerprint.Sum, c *registered) {
 	if c.before != nil {
-		<-c.before // never used, it may be here before the one before it has left
+		<-c.before // the previous Client may still be shutting down, if c was never used
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), leaveTime)
 	defer cancel()
-	_ = c.client.Shutdown(ctx) // with the context's error it is closed all the same
+	_ = c.client.Shutdown(ctx) // on an error the Client is closed too
 	close(c.left)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -169,7 +169,7 @@ func (r *Registry) leave(key fingerprint.Sum, c *registered) {
 
 var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial, Limits.Slots or a Trace needs a Name here, by which it is told from others")
 
-// key is what a Registry knows c by.
+// key returns the key of c in a Registry.
 func (c Config) key() (fingerprint.Sum, error) {
 	opaque := c.TLSConfig != nil || c.Auth != nil || c.Dial != nil || c.Trace != nil || c.Limits.Slots != nil
 	whole := struct {

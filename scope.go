@@ -41,12 +41,12 @@ func (s Scope) String() string {
 	return "unknown"
 }
 
-// scopeOfReply is what r, the relay's reply to op, is about, where it is not the one that was hoped for.
+// scopeOfReply returns the Scope of r, an unexpected or negative reply to op.
 func scopeOfReply(op Op, r Reply) Scope {
 	switch r.Code {
-	case 421, 503: // leaving (RFC 5321, 3.8); out of step, which no message can cause (4.3.2)
+	case 421, 503: // closing (RFC 5321, 3.8); bad sequence of commands, which no message can cause (4.3.2)
 		return ScopeRelay
-	case 432, 530, 534, 535, 538: // authentication (RFC 4954, 6); 432 is also one connection too many
+	case 432, 530, 534, 535, 538: // authentication (RFC 4954, 6); 432 is also used for too many connections
 		return ScopeRelay
 	}
 	switch {
@@ -85,15 +85,15 @@ func OutcomeOf(err error) Outcome {
 
 // ShouldRetry reports whether a queue should keep the message for which Send has returned err, and send it again later as it is.
 //
-// It is true where nobody has the message and the message is not at fault, or only for now:
+// It is true if the message was not accepted for any recipient, and the failure was not the message's fault or is temporary:
 //
 //   - a 4xx reply to the message, or to one of its recipients where all were refused (see [RetryTo]);
 //   - whatever failed before the relay replied to the message: the connection, TLS, refused credentials;
 //   - [ErrClosed], [ErrBusy], a context that ended, a Config with mistakes.
 //
-// It is false for nil; for a message that was accepted for somebody or whose outcome is [Unknown]; for a 5xx reply to MAIL, DATA, the
-// end of the message or every RCPT; and for a message that cannot be sent as it is. Of other libraries' errors it knows those that
-// [OutcomeOf] knows, and is true for 4xx.
+// It is false for nil; for a message that was accepted for some recipient or whose outcome is [Unknown]; for a 5xx reply to
+// MAIL, DATA, the end of the message or every RCPT; and for a message that cannot be sent as it is. It recognizes the same
+// errors of other libraries as [OutcomeOf], and is true for 4xx.
 func ShouldRetry(err error) bool {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.shouldRetry()
@@ -101,10 +101,10 @@ func ShouldRetry(err error) bool {
 	return foreignCode(err)/100 == 4
 }
 
-// RetryTo returns the recipients to whom the message for which Send has returned err should be sent again, in the order of Message.To:
-// those who were refused with 4xx, and those whom the relay was not asked about. It never returns a recipient for whom the message was
-// or may have been accepted, or who was refused with 5xx. It returns nil for a nil err, for an err without an [*Error], and where nobody
-// has the message and ShouldRetry is false.
+// RetryTo returns the recipients to whom the message for which Send has returned err should be sent again, in the order of
+// Message.To: those that were refused with 4xx, and those for which the relay was not asked. It never returns a recipient for
+// whom the message was or may have been accepted, or who was refused with 5xx. It returns nil for a nil err, for an err without
+// an [*Error], and if the message was accepted for no recipient and ShouldRetry is false.
 func RetryTo(err error) []string {
 	e, ok := errors.AsType[*Error](err)
 	if !ok || e.Outcome == NotAccepted && !e.shouldRetry() {
@@ -140,23 +140,23 @@ func (e *Error) shouldRetry() bool {
 	return onlyForNow(e.Reply)
 }
 
-// mayHelp reports whether sending again to r is safe and may help.
+// mayHelp reports whether sending to r again is safe and may succeed.
 func (e *Error) mayHelp(r RecipientResult) bool {
 	switch {
 	case r.Outcome != NotAccepted, r.Err != nil:
 		return false
 	case r.Reply.Code >= 400 && r.Reply == e.Reply && (e.Scope == ScopeRelay || e.Scope == ScopeCaller):
-		return true // it is not about the recipient
+		return true // the reply is not about the recipient
 	}
 	return r.Reply.Code < 400 || onlyForNow(r.Reply)
 }
 
-// onlyForNow reports whether a refusal may be another one next time.
+// onlyForNow reports whether a refusal is temporary.
 func onlyForNow(r Reply) bool {
 	return r.Code/100 == 4 || r.says(tooManyRcpts, OpRcpt) && r.Code == 552
 }
 
-// foreignCode is the code of the reply that another library's error tells; 0 if there is none.
+// foreignCode returns the reply code in an error of another library; 0 if there is none.
 func foreignCode(err error) int {
 	if e, ok := errors.AsType[*textproto.Error](err); ok {
 		return e.Code

@@ -12,19 +12,19 @@ type Stats struct {
 	Name string // Config.Name
 
 	// Gauges: the state now.
-	MaxConns  int // the limit in force: Limits.MaxConns, or less if the relay said so
+	MaxConns  int // the limit in force: Limits.MaxConns, or less if the relay replied that there are too many connections
 	OpenConns int // connections that count for the limit: open, being opened, or not yet closed by the relay
-	IdleConns int // connections that are ready and unused
+	IdleConns int // connections without a message
 	Waiting   int // Sends that wait for a connection
 
 	// Counters since New.
-	Accepted     int64         // messages accepted for one recipient at least
-	NotAccepted  int64         // messages accepted for nobody
+	Accepted     int64         // messages accepted for at least one recipient
+	NotAccepted  int64         // messages not accepted for any recipient
 	Unknown      int64         // messages whose outcome is Unknown
 	Refused      int64         // recipients refused
 	WaitCount    int64         // waits for a connection
 	WaitDuration time.Duration // total time of these waits
-	Retries      int64         // further tries of messages, also those at once on another connection
+	Retries      int64         // retries of messages, including immediate retries on another connection
 	Overlapped   int64         // transactions begun before the previous one had its final reply
 	Dials        int64         // attempts to open a connection
 	DialErrors   int64         // those of Dials that failed
@@ -36,7 +36,7 @@ type Stats struct {
 	ClosedFaulty int64         // connections closed by the relay or after a failure
 }
 
-// counters are what Stats tells of the time since New.
+// counters are the counters of Stats.
 type counters struct {
 	accepted, notAccepted, unknown, refused atomic.Int64
 	waits, waited                           atomic.Int64

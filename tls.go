@@ -74,8 +74,8 @@ func isLoopback(host string) bool {
 	return err == nil && addr.Unmap().IsLoopback() || strings.EqualFold(host, "localhost")
 }
 
-// leavesMachine reports whether remote is the address of another machine. A pipe and a Unix socket have none. It does not
-// replace the question about the host: a connection through a proxy may show the proxy's address.
+// leavesMachine reports whether remote is the address of another machine; a pipe and a Unix socket have no such address. The
+// caller must check the host too: a connection through a proxy may have the proxy's address.
 func leavesMachine(remote net.Addr) bool {
 	if remote == nil {
 		return false
@@ -99,7 +99,8 @@ func tlsConfig(user *tls.Config, host string) *tls.Config {
 	if c.ClientSessionCache == nil {
 		c.ClientSessionCache = tls.NewLRUClientSessionCache(0)
 	}
-	// A message is to leave in one record and one system call; the first bytes of a web page are not at stake here.
+	// Send a message in one record and one system call. Small records would only help the time to first byte, which does not
+	// matter here.
 	c.DynamicRecordSizingDisabled = true
 	return c
 }
@@ -109,10 +110,10 @@ func (c *settings) verifies() bool {
 	return !c.tls.InsecureSkipVerify || c.tls.VerifyPeerCertificate != nil || c.tls.VerifyConnection != nil
 }
 
-// explainTLS says what to do about e, a failed handshake.
+// explainTLS adds to e, the error of a failed handshake, what to do about it.
 func (c *settings) explainTLS(e *Error) {
 	if code := clearReply(e.Err); code >= 400 {
-		// Exim refuses a connection over its limit in the clear, on a port that speaks TLS.
+		// Exim refuses a connection above its limit with a reply in the clear, even on a port with implicit TLS.
 		e.Op, e.Reply, e.Err = OpGreeting, Reply{Code: code}, errors.New("it was said in the clear, in place of TLS")
 	} else if hint := c.tlsHint(e.Err); hint != "" {
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](e.Err); ok && isLoopback(c.host) && !c.implicit() {
@@ -123,7 +124,7 @@ func (c *settings) explainTLS(e *Error) {
 	}
 }
 
-// hintedError is a fault of TLS and what to do. Its text may have names from the certificate of whoever has answered.
+// hintedError is a TLS error with advice. Its text may contain names from the peer's certificate, which is not trusted.
 type hintedError struct {
 	err  error
 	hint string
@@ -135,7 +136,7 @@ func (e *hintedError) Error() string {
 
 func (e *hintedError) Unwrap() error { return e.err }
 
-// explainClearAuth says what to do where credentials would cross the connection in the clear.
+// explainClearAuth returns the error, with advice, for credentials that would cross the connection in the clear.
 func (c *settings) explainClearAuth() error {
 	cure := "use a mode of TLS that requires it"
 	if c.TLS == TLSOpportunistic {
@@ -144,12 +145,12 @@ func (c *settings) explainClearAuth() error {
 	return fmt.Errorf("the credentials would cross the network in the clear, so they were not sent; %s, or set Config.AllowInsecureAuth", cure)
 }
 
-// silenceHint says what may be wrong where TLS does not begin with the first byte and the relay sends no greeting.
+// silenceHint is the advice if the relay sends no greeting on a connection without implicit TLS.
 func (c *settings) silenceHint() string {
 	return fmt.Sprintf("if the relay speaks TLS from the first byte on port %s, use TLSImplicit", c.port)
 }
 
-// clearReply is the code of a reply in the clear that stands where TLS should begin; 0 if there is none.
+// clearReply returns the code of an SMTP reply in the clear that arrived in place of a TLS record; 0 if there is none.
 func clearReply(err error) int {
 	var header tls.RecordHeaderError
 	if !errors.As(err, &header) {
@@ -162,7 +163,7 @@ func clearReply(err error) int {
 	return code
 }
 
-// tlsHint says what to change, where err is of the kind that does not pass.
+// tlsHint returns what to change if err is permanent; "" otherwise.
 func (c *settings) tlsHint(err error) string {
 	var (
 		header  tls.RecordHeaderError
@@ -188,7 +189,7 @@ func (c *settings) tlsHint(err error) string {
 	return alertHint(err)
 }
 
-// nameHint is the advice where cert is for another name. Whoever has answered with it may not be the relay.
+// nameHint returns the advice if cert is for another name. The server that presented cert may not be the relay.
 func (c *settings) nameHint(cert *x509.Certificate) string {
 	if cert != nil && len(cert.DNSNames) == 0 && len(cert.IPAddresses) == 0 && len(cert.EmailAddresses) == 0 && len(cert.URIs) == 0 {
 		return "the certificate has a common name and no subject alternative name, so that no TLSConfig.ServerName can match it; the relay needs a new certificate (RFC 9525, 6.3)"
@@ -197,7 +198,7 @@ func (c *settings) nameHint(cert *x509.Certificate) string {
 		"set TLSConfig.ServerName only to a name that its operator tells you", c.tls.ServerName)
 }
 
-// issuerHint is the advice where nobody whom this machine trusts has signed cert.
+// issuerHint returns the advice if cert is not signed by a trusted authority.
 func (c *settings) issuerHint(cert *x509.Certificate) string {
 	whom := "its authority"
 	hint := "the certificate is signed by nobody this machine trusts"
@@ -213,7 +214,8 @@ func (c *settings) issuerHint(cert *x509.Certificate) string {
 	return hint
 }
 
-// alertText is the text of the TLS alert that the relay has sent (RFC 8446, 6); "" if err is none. Its type is not exported.
+// alertText returns the text of the TLS alert that the relay has sent (RFC 8446, 6); "" if err is not an alert, whose type is
+// not exported.
 func alertText(err error) string {
 	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" && op.Err != nil {
 		return op.Err.Error()
@@ -221,7 +223,7 @@ func alertText(err error) string {
 	return ""
 }
 
-// alerts are what alerts mean of the kind that does not pass.
+// alerts lists the permanent TLS alerts with advice.
 var alerts = []struct{ text, hint string }{
 	{"protocol version", noVersion},
 	{"handshake failure", "the relay and this program have no version or cipher suite in common, or the relay wants a client certificate (TLSConfig.Certificates)"}, // 40
@@ -242,7 +244,7 @@ const (
 	refusedCertificate = "the relay wants a client certificate, or does not take the one it was given (TLSConfig.Certificates)"
 )
 
-// alertHint says what to change where err is an alert of the relay's, or our own finding of the same.
+// alertHint returns what to change if err is a TLS alert from the relay, or the same error detected on our side; "" otherwise.
 func alertHint(err error) string {
 	text := alertText(err)
 	for _, a := range alerts {

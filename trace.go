@@ -14,9 +14,9 @@ import (
 // Trace is a set of functions (hooks) that a Client calls when something happens, as in net/http/httptrace. Any may be nil. Use
 // [LogTrace] for logs and [MultiTrace] for several Traces.
 //
-// Hooks are called from many goroutines at once. They must return quickly, since they hold up what they are told about, and must not
-// call Shutdown or Close of their Client. No hook is given a secret. SendStart, SendDone and Retry are given the caller's own Message,
-// with its Body; the other hooks see of a message no more than its envelope.
+// Hooks are called from many goroutines at once. They must return quickly, since the event that they report waits for them, and
+// must not call Shutdown or Close of their Client. No hook is given a secret. SendStart, SendDone and Retry are given the
+// caller's own Message, with its Body; the other hooks see only the envelope of a message.
 //
 // The context given to a hook is the one that SendStart returned for the Send that the event belongs to. While a connection is opened
 // it has the values of the Send that needed the connection first, and does not end with that Send. Without such a Send it is the
@@ -35,24 +35,24 @@ type Trace struct {
 	// DialDone is called when the connection is ready for its first message, or could not be opened.
 	DialDone func(ctx context.Context, info DialDoneInfo)
 
-	// GotConn is called when a Send or Ping has a connection to write on.
+	// GotConn is called when a Send or Ping has got a connection.
 	GotConn func(ctx context.Context, info GotConnInfo)
 
-	// Command is called when a command was written to the connection's buffer. It may leave later, with others.
+	// Command is called when a command was written to the connection's buffer. The buffer may be sent later, with other commands.
 	Command func(ctx context.Context, info CommandInfo)
 
 	// Reply is called when a reply has arrived. It answers the oldest command without a reply.
 	Reply func(ctx context.Context, info ReplyInfo)
 
-	// Retry is called when a try has failed and the message will be tried again. It is not called for connections that could not be
-	// opened: see DialDone.
+	// Retry is called when an attempt has failed and the message will be retried. It is not called for connections that could
+	// not be opened: see DialDone.
 	Retry func(ctx context.Context, info RetryInfo)
 
 	// ConnClosed is called when a connection is closed and no longer counts for Limits.MaxConns.
 	ConnClosed func(ctx context.Context, info ConnClosedInfo)
 
-	// Learned is called when the Client has found out something about its relay and acts on it from now on. Calls come one at a time
-	// and in order. If the hook is 256 calls behind, further ones are dropped.
+	// Learned is called when the Client has learned something about its relay and acts on it from now on. Calls come one at a time
+	// and in order. If the hook is 256 calls behind, further calls are dropped.
 	Learned func(ctx context.Context, info LearnedInfo)
 }
 
@@ -70,7 +70,7 @@ type SendDoneInfo struct {
 	Message Message
 	Receipt Receipt
 	Err     error         // nil or an *Error, as Send returns it
-	Took    time.Duration // of the whole Send, waits included
+	Took    time.Duration // duration of the whole Send, including waits
 }
 
 // DialStartInfo is given to [Trace].DialStart.
@@ -84,7 +84,7 @@ type DialStartInfo struct {
 type DialDoneInfo struct {
 	Name       string   // Config.Name
 	Addr       string   // Config.Addr
-	Remote     string   // the address that was connected to, or tried, IP and port, as far as is known
+	Remote     string   // IP and port of the relay's address that was tried, if known
 	Conn       int64    // as in DialStartInfo
 	TLSVersion uint16   // a version of crypto/tls; 0 means no TLS
 	Resumed    bool     // the TLS session was resumed
@@ -100,7 +100,7 @@ type GotConnInfo struct {
 	Conn       int64         // as in DialStartInfo
 	Messages   int           // transactions begun on the connection before this one
 	Overlapped bool          // the previous transaction has no final reply yet
-	Waited     time.Duration // for the connection
+	Waited     time.Duration // how long the Send has waited for the connection
 }
 
 // CommandInfo is given to [Trace].Command.
@@ -109,7 +109,7 @@ type CommandInfo struct {
 	Addr string // Config.Addr
 	Conn int64  // as in DialStartInfo
 	Op   Op
-	Line string // without its line end; the arguments of AUTH are "[redacted]"; "." is the end of a message sent by DATA
+	Line string // without CRLF; the arguments of AUTH are "[redacted]"; "." is the end of a message sent with DATA
 }
 
 // ReplyInfo is given to [Trace].Reply.
@@ -126,12 +126,12 @@ type RetryInfo struct {
 	Name    string // Config.Name
 	Addr    string // Config.Addr
 	Message Message
-	Err     error // why the try failed, an *Error
+	Err     error // why the attempt failed, an *Error
 
-	// Attempt is the number of failed tries so far that count for Retry.MaxAttempts. Where only the connection was at fault, the
-	// message goes to another one at once: Attempt does not grow and Wait is 0.
+	// Attempt is the number of failed attempts so far that count for Retry.MaxAttempts. If only the connection was at fault, the
+	// message goes to another connection at once: Attempt does not grow and Wait is 0.
 	Attempt int
-	Wait    time.Duration // before the next try
+	Wait    time.Duration // before the next attempt
 }
 
 // ConnClosedInfo is given to [Trace].ConnClosed.
@@ -140,7 +140,7 @@ type ConnClosedInfo struct {
 	Addr     string // Config.Addr
 	Conn     int64  // as in DialStartInfo
 	Messages int    // transactions begun on the connection
-	Reason   string // "full" (Limits.MaxMessagesPerConn), "age", "idle", "shared" (others wait for its place in Limits.Slots), "closed" (Shutdown, Close) or "fault"
+	Reason   string // "full" (Limits.MaxMessagesPerConn), "age", "idle", "shared" (another process waits for its place in Limits.Slots), "closed" (Shutdown, Close) or "fault"
 	Err      error  // what went wrong; nil unless Reason is "fault"
 }
 
@@ -151,28 +151,28 @@ type LearnedInfo struct {
 	Lesson Lesson
 	Limit  int    // the new limit, for a lesson that is one; 0 means that the limit is gone
 	Text   string // the lesson in words, for people
-	Reply  Reply  // the reply from which the Client learnt it; Code 0 if it was not a single reply
+	Reply  Reply  // the reply from which the Client learned it; Code 0 if there was no single reply
 }
 
-// Lesson is what a Client has found out about its relay, as a short word for the label of a metric.
+// Lesson is the kind of a LearnedInfo, as a short word for the label of a metric.
 type Lesson string
 
 const (
 	LessonNoOverlap      Lesson = "no_overlap"      // the next message is written only after the reply to the previous one
 	LessonNoRset         Lesson = "no_rset"         // EHLO is sent in place of RSET
-	LessonPace           Lesson = "pace"            // messages are begun at a limited rate; Limit is messages per second, at least 1
+	LessonPace           Lesson = "pace"            // messages are sent at a limited rate; Limit is messages per second, at least 1
 	LessonAddress        Lesson = "address"         // an address of the relay is tried last for a while: it failed
-	LessonAuthAlone      Lesson = "auth_alone"      // AUTH is sent alone, and not together with the commands of the first message
+	LessonAuthAlone      Lesson = "auth_alone"      // AUTH is sent alone, not together with the commands of the first message
 	LessonMaxMessages    Lesson = "max_messages"    // Limit is messages per connection
 	LessonMaxRecipients  Lesson = "max_recipients"  // Limit is recipients per transaction
 	LessonMaxConns       Lesson = "max_conns"       // Limit is open connections, for a while
 	LessonBadCredentials Lesson = "bad_credentials" // the relay refused the credentials: no connection is opened for a while
 	LessonChunks         Lesson = "chunks"          // one address of the relay passed the test for Config.Chunking
-	LessonNoChunks       Lesson = "no_chunks"       // one address of the relay did not: it gets bodies by DATA
+	LessonNoChunks       Lesson = "no_chunks"       // one address of the relay failed the test: it gets bodies with DATA
 )
 
-// MultiTrace returns a Trace that calls the hooks of all traces, in their order. nil traces are left out. Each SendStart is given the
-// context that the previous one has returned.
+// MultiTrace returns a Trace that calls the hooks of all traces, in their order. nil traces are skipped. Each SendStart is given
+// the context that the previous SendStart has returned.
 func MultiTrace(traces ...*Trace) *Trace {
 	all := new(Trace)
 	for _, t := range traces {
@@ -212,7 +212,7 @@ func both[Info any](first, second func(context.Context, Info)) func(context.Cont
 	}
 }
 
-// startSend returns the context of a Send that begins.
+// startSend calls hook and returns the context of the Send: the hook's result, or ctx if that is nil.
 func startSend(ctx context.Context, hook func(context.Context, SendStartInfo) context.Context, info SendStartInfo) context.Context {
 	if started := hook(ctx, info); started != nil {
 		return started
@@ -286,7 +286,7 @@ func LogTrace(l *slog.Logger) *Trace {
 	}
 }
 
-// errorAttrs is what LogTrace logs of an error.
+// errorAttrs returns the attributes that LogTrace logs for an error.
 func errorAttrs(err error) []slog.Attr {
 	attrs := []slog.Attr{slog.String("err", oneLine(err))}
 	if e, ok := err.(*Error); ok {
@@ -325,7 +325,7 @@ func (p *pool) traceClosed(s *session, i conn.Info) {
 	t.ConnClosed(context.Background(), info)
 }
 
-// connTrace is what the connection id tells the Trace.
+// connTrace returns the trace of connection id, which calls the hooks of c.Trace.
 func (c *settings) connTrace(id int64) (trace conn.Trace) {
 	t := c.Trace
 	if t == nil {

@@ -19,17 +19,16 @@ import (
 	"github.com/smtprelay/smtprelay/internal/preset"
 )
 
-// ParseURL reads a Config from one setting, as a service has it:
+// ParseURL returns the Config for a URL, such as the value of an environment variable:
 //
 //	smtps://apikey:KEY@smtp.sendgrid.net:465?max_conns=10
 //
 // The scheme "smtps" means TLS from the first byte (default port 465), "smtp" means STARTTLS required (default port 587),
-// and "smtp+insecure" no TLS (default port 25), and that credentials, if there are any, may cross the network in the clear. On
-// port 465 "smtp" is TLS from the first byte too. User name and password must be percent-encoded where they contain characters
-// that a URL gives a meaning.
+// and "smtp+insecure" no TLS (default port 25). With "smtp+insecure", credentials may cross the network in the clear. On port 465,
+// "smtp" means TLS from the first byte too. Percent-encode characters in user name and password that have a meaning in a URL.
 //
 // The schemes of package preset fill in host, port, user name and limits of a well-known relay, as in sendgrid://:KEY@ and
-// ses://USER:PASSWORD@eu-west-1: in the place of the host stands what chooses one of several, or nothing.
+// ses://USER:PASSWORD@eu-west-1. The host part then selects one of the relay's hosts, such as a region, or is empty.
 //
 // The query may set any of the following, once each; anything else is an error:
 //
@@ -42,11 +41,11 @@ import (
 //	retry_4xx, chunking, insecure_auth                                     on or off (Retry.On4xx, Chunking, AllowInsecureAuth)
 //	pipelining                                                             auto, within or off
 //	tls                                                                    implicit, starttls, opportunistic or none
-//	ca                                                                     a PEM file: whom to trust in place of the system's roots
+//	ca                                                                     a PEM file: certificates to trust instead of the system's roots
 //	server_name                                                            the name in the relay's certificate
 //	local_name, name                                                       Config.LocalName and Config.Name
 //
-// ParseURL reads the file of ca, and nothing else. It reports all mistakes at once, in one *[Error] with [OpConfig] that never shows the
+// ParseURL reads no file except that of ca. It reports all mistakes at once, in one *[Error] with [OpConfig] that never shows the
 // password.
 func ParseURL(rawURL string) (Config, error) {
 	var wrong mistakes
@@ -65,11 +64,11 @@ func ParseURL(rawURL string) (Config, error) {
 	case isPath(rawURL):
 		wrong.add("the URL is a path: Config.Dial is for that; it connects to the socket")
 		return fail()
-	case u.Scheme == "" || u.Opaque != "": // the scheme of user:password@host is the user
+	case u.Scheme == "" || u.Opaque != "": // url.Parse takes the user of user:password@host for the scheme
 		wrong.add("the URL has no scheme: want smtps://, smtp:// or smtp+insecure://")
 		return fail()
 	case strings.Contains(u.Path+u.Fragment+u.RawQuery, "@") || strings.Contains(u.RawFragment, "@"):
-		// Nothing else is said: whatever there is may be a piece of the password.
+		// Report nothing else: any part of the URL may be a piece of the password.
 		wrong.add("the URL has an @ behind the first / # or ?: one of these stands in the password, and is not percent-encoded (%%2F, %%23, %%3F)")
 		return fail()
 	}
@@ -99,7 +98,7 @@ func ParseURL(rawURL string) (Config, error) {
 	}
 	if host == "" {
 		wrong.add("the URL has no host")
-	} else if port != "" { // else its scheme is wrong
+	} else if port != "" { // without a port the scheme is wrong
 		wrong.splitAddr(cfg.Addr)
 	}
 	if credentials {
@@ -113,7 +112,8 @@ func ParseURL(rawURL string) (Config, error) {
 	return cfg, nil
 }
 
-// parseMistake says what is wrong with a URL that url.Parse refuses with err, which quotes the URL, password and all.
+// parseMistake says what is wrong with a URL that url.Parse refuses. It does not use the text of err, which quotes the URL with
+// the password.
 func parseMistake(err error) string {
 	text := err.Error()
 	if e, ok := errors.AsType[*url.Error](err); ok {
@@ -138,7 +138,7 @@ func parseMistake(err error) string {
 	return "it has not the form of a URL"
 }
 
-// setScheme sets what the scheme says, and returns host and port, and whether the credentials are still to be checked.
+// setScheme applies the scheme, and returns host, port, and whether the credentials must still be checked.
 func (c *Config) setScheme(u *url.URL, wrong *mistakes) (host, port string, credentials bool) {
 	host, port = u.Hostname(), u.Port()
 	switch u.Scheme {
@@ -169,7 +169,7 @@ func (c *Config) setScheme(u *url.URL, wrong *mistakes) (host, port string, cred
 	return host, port, true
 }
 
-// use fills in what is known of a relay, beside its address.
+// use fills in the limits and the user name of a preset relay.
 func (c *Config) use(r preset.Relay) error {
 	c.Limits = Limits{MaxConns: r.MaxConns, MaxMessagesPerConn: r.MaxMessagesPerConn, MaxRecipients: r.MaxRecipients}
 	needed := r.Username != "" || r.WhoAreYou != "" || r.TokenTwice
@@ -186,7 +186,7 @@ func (c *Config) use(r preset.Relay) error {
 	return nil
 }
 
-// setParam sets what one parameter of the query says.
+// setParam sets the field for one parameter of the query.
 func (c *Config) setParam(key, value string) error {
 	var err error
 	want := ""
@@ -227,7 +227,7 @@ func (c *Config) setParam(key, value string) error {
 	return nil
 }
 
-// word is what value means.
+// word looks up value in words.
 func word[T any](value string, words map[string]T) (T, error) {
 	v, ok := words[value]
 	if !ok {
@@ -236,7 +236,7 @@ func word[T any](value string, words map[string]T) (T, error) {
 	return v, nil
 }
 
-// param is what a parameter of the query sets: a pointer to it, or a func that does; nil if there is no such parameter.
+// param returns a pointer to the field that a parameter of the query sets, or a func that sets it; nil if the parameter is unknown.
 func (c *Config) param(key string) any {
 	for _, group := range []func(string) any{c.limitParam, c.retryParam, c.modeParam, c.timeoutParam} {
 		if to := group(key); to != nil {
@@ -332,7 +332,7 @@ func (c *Config) timeoutParam(key string) any {
 	return nil
 }
 
-// ownTLSConfig is c.TLSConfig, made if there is none.
+// ownTLSConfig returns c.TLSConfig, and makes one if it is nil.
 func (c *Config) ownTLSConfig() *tls.Config {
 	if c.TLSConfig == nil {
 		c.TLSConfig = &tls.Config{}
@@ -340,11 +340,11 @@ func (c *Config) ownTLSConfig() *tls.Config {
 	return c.TLSConfig
 }
 
-// trust makes the certificates of a PEM file those that sign the relay's.
+// trust sets the certificates of a PEM file as the trusted roots.
 func (c *Config) trust(file string) error {
 	pem, err := os.ReadFile(file)
 	if cause, ok := errors.AsType[*fs.PathError](err); ok {
-		err = cause.Err // without the name, which is said in quotes
+		err = cause.Err // without the name, which is quoted below
 	}
 	roots := x509.NewCertPool()
 	if err == nil && !roots.AppendCertsFromPEM(pem) {

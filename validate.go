@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
-// check finds all mistakes in m that can be found without a relay.
+// check returns all mistakes in m that can be found without a relay.
 func (m *Message) check() error {
 	var mistakes []error
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
@@ -30,7 +30,7 @@ func (m *Message) check() error {
 	}
 	for _, to := range m.To {
 		if isASCII(to) && strings.EqualFold(to, "postmaster") {
-			continue // the only forward-path without a domain (RFC 5321, 4.1.1.3)
+			continue // the only recipient allowed without a domain (RFC 5321, 4.1.1.3)
 		}
 		if err := checkPath(to); err != nil {
 			mistake("To %s: %w", quoted(to), err)
@@ -64,9 +64,9 @@ func (m *Message) check() error {
 	return errors.Join(mistakes...)
 }
 
-// checkPath reports what is wrong with an address as a reverse-path or forward-path (RFC 5321, 4.1.2 and 4.5.3.1). It is
-// strict about whatever a relay, of however simple a parser, could read as more than an address or as its end, and about
-// what a reader would not see. It is lenient about what relays exist for: dots in odd places.
+// checkPath reports what is wrong with an address as envelope sender or recipient (RFC 5321, 4.1.2 and 4.5.3.1). It is strict
+// about characters that a relay with a simple parser could read as the end of the address or as a parameter, and about invisible
+// characters. It is lenient about dots in odd places, which some relays accept.
 func checkPath(addr string) error {
 	switch {
 	case addr == "":
@@ -78,7 +78,7 @@ func checkPath(addr string) error {
 		return err
 	}
 	switch {
-	case strings.ContainsAny(addr, "<>"): // within quotes too: not every relay knows of those
+	case strings.ContainsAny(addr, "<>"): // in quotes too: not every relay parses quotes
 		return errors.New("want the address alone, without angle brackets or display name")
 	case len(addr) > maxAddress:
 		return fmt.Errorf("%d octets, more than %d", len(addr), maxAddress)
@@ -110,8 +110,8 @@ func checkPath(addr string) error {
 	return nil
 }
 
-// checkCharacters reports characters that stand in no address: those that show nothing or change how their neighbours
-// show, some of which end a line or a word in a relay, and those that are something else after normalisation.
+// checkCharacters reports characters that no address contains: control characters and invisible characters, some of which end a
+// line or a word in a relay, and characters that Unicode normalisation turns into punctuation.
 func checkCharacters(s string) error {
 	for _, r := range s {
 		switch {
@@ -126,15 +126,15 @@ func checkCharacters(s string) error {
 	return nil
 }
 
-// isInvisible reports whether r is a format character, such as those that set the direction or have no width, white space
-// other than the space of ASCII, or nobody's character.
+// isInvisible reports whether r is not printable: a format character (such as zero width or a change of direction), white space
+// other than the ASCII space, or unassigned.
 func isInvisible(r rune) bool {
 	return !unicode.IsPrint(r) ||
 		r > unicode.MaxLatin1 && unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector)
 }
 
-// isFormOfPunctuation reports whether r is a small or full-width form of a character of ASCII that is neither letter nor
-// digit: Unicode's normalisation (NFKC), which a relay may apply, turns it into that.
+// isFormOfPunctuation reports whether r is a small or full-width form of ASCII punctuation. A relay may apply Unicode
+// normalisation (NFKC), which turns r into that character.
 func isFormOfPunctuation(r rune) bool {
 	return (0xfe50 <= r && r <= 0xfe6f || 0xff01 <= r && r <= 0xff5e) && !unicode.IsLetter(r) && !unicode.IsDigit(r)
 }
@@ -152,8 +152,7 @@ func validQuoted(s string) bool {
 	return false
 }
 
-// asciiDomain puts a letter in the place of each character that is not ASCII: labels of SMTPUTF8 (RFC 6531, 3.3) are
-// checked in their form only.
+// asciiDomain replaces each non-ASCII character by a letter: only the form of SMTPUTF8 labels (RFC 6531, 3.3) is checked.
 func asciiDomain(domain string) string {
 	return strings.Map(func(r rune) rune {
 		if r >= utf8.RuneSelf {
@@ -171,14 +170,14 @@ func isPrintable(s string) bool {
 	return strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r >= 0x7f }) < 0
 }
 
-// maxAddress is how many octets an address has at most: a path has two more, its angle brackets (RFC 5321, 4.5.3.1.3).
+// maxAddress is the maximum length of an address in octets. RFC 5321, 4.5.3.1.3 allows 256 with the angle brackets.
 const maxAddress = 254
 
-// quoted is a text of the caller's, or one of his users, as it stands in an error.
+// quoted returns text, from the caller or a user, as quoted in an error.
 func quoted[T ~string](text T) string { return printable.Quote(string(text), printable.MostAddress) }
 
-// validHostName reports whether s is the name of a host, and may stand in EHLO as a domain (RFC 5321, 2.3.5 and 4.1.2). Relays
-// that check it refuse an underscore, and what looks like an address.
+// validHostName reports whether s is a host name that may be the argument of EHLO (RFC 5321, 2.3.5 and 4.1.2). Relays that check
+// the argument refuse underscores, and names that look like an address.
 func validHostName(s string) bool {
 	if !validDomain(s) || strings.Contains(s, "_") {
 		return false
@@ -192,7 +191,7 @@ func validHostName(s string) bool {
 	return strings.Trim(last, "0123456789") != ""
 }
 
-// validDomain reports whether s is a domain of an address, in a form that relays exist for.
+// validDomain reports whether s is the domain of an address, in a form that some relay accepts.
 func validDomain(s string) bool {
 	if s == "" || len(s) > 255 {
 		return false
@@ -224,7 +223,7 @@ func validLiteral(s string) bool {
 	return ip != nil && v6 == strings.Contains(inner, ":")
 }
 
-// check finds the mistakes in o that can be found without a relay.
+// check returns the mistakes in o that can be found without a relay.
 func (o *MailOptions) check() (mistakes []error) {
 	mistake := func(format string, args ...any) {
 		mistakes = append(mistakes, fmt.Errorf("MailOptions."+format, args...))
@@ -269,7 +268,7 @@ func (o *MailOptions) check() (mistakes []error) {
 	return mistakes
 }
 
-// check finds the mistakes in o that can be found without a relay.
+// check returns the mistakes in o that can be found without a relay.
 func (o *RcptOptions) check() (mistakes []error) {
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	for i, n := range o.Notify {

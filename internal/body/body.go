@@ -1,4 +1,4 @@
-// Package body holds the kinds of bodies of a message, and tells which of them can be written more than once.
+// Package body implements the kinds of message bodies, and tells which of them can be written more than once.
 package body
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// Bytes is a body of known size, which can be written any number of times.
+// Bytes is a body of known size that can be written any number of times.
 type Bytes []byte
 
 // WriteTo implements io.WriterTo.
@@ -23,7 +23,7 @@ func (b Bytes) WriteTo(w io.Writer) (int64, error) {
 	return int64(n), err
 }
 
-// Func is a body made by a function, which runs for each try.
+// Func is a body written by a function, which is called for each attempt.
 type Func func(w io.Writer) error
 
 // WriteTo implements io.WriterTo.
@@ -52,22 +52,22 @@ func Reader(r io.Reader) io.WriterTo {
 	return &reader{r}
 }
 
-// reader is an io.Reader too, which is how a body says that it is used up by writing.
+// reader is a one-shot body. It implements io.Reader, by which Once recognizes it.
 type reader struct{ io.Reader }
 
 func (b *reader) WriteTo(w io.Writer) (int64, error) {
-	return io.Copy(w, moving.Reader(b.Reader)) // not the reader's own WriteTo, which could write past the io.Writer given
+	return io.Copy(w, moving.Reader(b.Reader)) // not the reader's own WriteTo, which could write to something else than w
 }
 
-// Once reports whether b, as Again returned it, is used up by writing.
+// Once reports whether b, as returned by Again, can be written only once.
 func Once(b io.WriterTo) bool {
 	_, ok := b.(io.Reader)
 	return ok
 }
 
-// Again returns a body that writes what b would write now, and does so each time where b allows it: a *bytes.Buffer is read in
-// place, a file or another reader in memory from where it stands, without moving, and what else can seek is left where it stands.
-// Any other b is returned as it is.
+// Again returns a body that writes the same as b would write now, and can be written repeatedly if b allows it. A *bytes.Buffer
+// is read in place. A file, or another reader in memory, is read from its current offset without moving the offset. For another
+// io.Seeker, the offset is restored after each write. Any other b is returned unchanged.
 func Again(b io.WriterTo) io.WriterTo {
 	var source any = b
 	if r, ok := b.(*reader); ok {
@@ -95,7 +95,7 @@ func Again(b io.WriterTo) io.WriterTo {
 	return b
 }
 
-// section is a body that does not move its source: several messages may share it.
+// section is a body that does not move the offset of its source, so that several messages may share the source.
 type section struct {
 	r        io.ReaderAt
 	at, n    int64
@@ -104,10 +104,10 @@ type section struct {
 
 // WriteTo implements io.WriterTo.
 func (s *section) WriteTo(w io.Writer) (int64, error) {
-	return io.Copy(w, io.LimitReader(io.NewSectionReader(s.r, s.at, s.n), s.n)) // for which io.Copy has no larger buffer than it needs
+	return io.Copy(w, io.LimitReader(io.NewSectionReader(s.r, s.at, s.n), s.n)) // with a LimitedReader, io.Copy allocates no larger buffer than needed
 }
 
-// seeker is a body that is written from where its source stood, and leaves it there.
+// seeker is a body that is written from the source's original offset, and restores that offset.
 type seeker struct {
 	s    io.Seeker
 	at   int64
@@ -119,7 +119,7 @@ func (s *seeker) WriteTo(w io.Writer) (n int64, err error) {
 	if err = s.rewind(); err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, s.rewind()) }() // one left elsewhere would be a part of a message to the next Send
+	defer func() { err = errors.Join(err, s.rewind()) }() // otherwise the next Send would send only a part of the message
 	return s.body.WriteTo(w)
 }
 
@@ -134,8 +134,7 @@ func (s *seeker) rewind() error {
 	return nil
 }
 
-// Size is how large b is once a message has been made of it (see wire.BodyWriter), where that is known before it is
-// written; else 0.
+// Size returns the size of b in canonical form (see wire.BodyWriter) if it is known before b is written; 0 otherwise.
 func Size(b io.WriterTo) int64 {
 	switch b := b.(type) {
 	case Bytes:

@@ -1,5 +1,5 @@
-// Package fingerprint tells values apart by what is in them, and copies them. Pools are found by it: two values that mean the
-// same connection have the same Sum.
+// Package fingerprint hashes and copies values by their contents. It is used as the key of pools: two configurations that mean
+// the same connection have the same Sum.
 package fingerprint
 
 import (
@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// Sum is a SHA-256 with a key of this process's own, so that whoever reads it in a dump cannot try passwords on it.
+// Sum is a SHA-256 with a random key of this process, so that a Sum in a memory dump cannot be used to guess passwords.
 type Sum [sha256.Size]byte
 
 var key = func() (k [32]byte) {
@@ -20,18 +20,18 @@ var key = func() (k [32]byte) {
 	return k
 }()
 
-// depth is how far values within values are followed: one that holds itself has no end.
+// depth limits how far nested values are followed, because a value may contain itself.
 const depth = 8
 
-// Of returns the Sum of v, of its type and all that is in it, and whether that is all there is: funcs, channels, maps, interfaces
-// and the types of package sync cannot be read, and are left out. Fields that are not exported are read too.
+// Of returns the Sum of v, of its type and its contents, and whether the Sum covers all contents: funcs, channels, maps,
+// interfaces and the types of package sync cannot be read and are left out. Unexported fields are included.
 func Of(v any) (sum Sum, whole bool) {
 	h := sha256.New()
 	h.Write(key[:])
 	whole = true
 	if v != nil {
 		value := reflect.ValueOf(v)
-		number(h, uint64(reflect.ValueOf(value.Type()).Pointer())) // names of types are not unique
+		number(h, uint64(reflect.ValueOf(value.Type()).Pointer())) // type names are not unique
 		whole = write(h, value, depth)
 	}
 	h.Sum(sum[:0])
@@ -40,7 +40,7 @@ func Of(v any) (sum Sum, whole bool) {
 
 func number(h hash.Hash, n uint64) { h.Write(binary.BigEndian.AppendUint64(nil, n)) }
 
-// write adds v to h, each part in a form that has an end of its own, and reports whether it could read all of v.
+// write adds v to h, each part in a self-delimiting form, and reports whether it could read all of v.
 func write(h hash.Hash, v reflect.Value, depth int) bool {
 	if depth == 0 {
 		return v.IsZero()
@@ -72,7 +72,7 @@ func write(h hash.Hash, v reflect.Value, depth int) bool {
 
 func writeFields(h hash.Hash, v reflect.Value, depth int) bool {
 	if pkg := v.Type().PkgPath(); pkg == "sync" || strings.HasPrefix(pkg, "sync/") {
-		return false // others may hold it just now
+		return false // another goroutine may hold the lock now
 	}
 	whole := true
 	for i := range v.NumField() {
@@ -93,7 +93,7 @@ func writeElements(h hash.Hash, v reflect.Value, depth int) bool {
 	return whole
 }
 
-// Copy returns a copy of v that shares nothing with it that could change. v is one that Of could read whole.
+// Copy returns a deep copy of v. Of must be able to read all of v.
 func Copy[T any](v T) T {
 	made := reflect.New(reflect.TypeFor[T]()).Elem()
 	made.Set(reflect.ValueOf(&v).Elem())
@@ -101,7 +101,7 @@ func Copy[T any](v T) T {
 	return made.Interface().(T)
 }
 
-// part gives v, which can be set but for being unexported, copies of what it points to.
+// part replaces everything that v points to by copies. v must be addressable; it may be unexported.
 func part(v reflect.Value) {
 	switch v.Kind() {
 	case reflect.Interface:
@@ -138,7 +138,7 @@ func part(v reflect.Value) {
 	}
 }
 
-// exported is v, which has an address, as if it were of an exported field.
+// exported returns v, which must be addressable, as if it were an exported field.
 func exported(v reflect.Value) reflect.Value {
 	return reflect.NewAt(v.Type(), v.Addr().UnsafePointer()).Elem()
 }

@@ -1,24 +1,24 @@
 // Package list is a linked list whose links are part of its elements.
 package list
 
-// List is a doubly linked list. The links are part of its elements, so that putting one in and taking one out costs the same
-// however long the list is, and allocates nothing. An element is in one list at a time.
+// List is a doubly linked list. The links are part of its elements, so that inserting and removing an element takes constant
+// time and allocates nothing. An element is in at most one list at a time.
 type List[T any] struct {
 	First, Last *T
 	Len         int
-	links       func(*T) *Links[T] // of an element
+	links       func(*T) *Links[T] // returns an element's Links
 }
 
-// New returns an empty list of elements that have their Links where links says.
+// New returns an empty list. links returns the Links of an element.
 func New[T any](links func(*T) *Links[T]) List[T] { return List[T]{links: links} }
 
 // Links are an element's place in a list.
 type Links[T any] struct {
 	Prev, Next *T
-	In         *List[T] // nil: none
+	In         *List[T] // the list that contains the element; nil: none
 }
 
-// PushBack puts e, which is in no list, behind all others.
+// PushBack appends e, which must be in no list.
 func (l *List[T]) PushBack(e *T) {
 	*l.links(e) = Links[T]{Prev: l.Last, In: l}
 	if l.Last == nil {
@@ -30,7 +30,7 @@ func (l *List[T]) PushBack(e *T) {
 	l.Len++
 }
 
-// PushFront puts e, which is in no list, before all others.
+// PushFront inserts e, which must be in no list, at the front.
 func (l *List[T]) PushFront(e *T) {
 	*l.links(e) = Links[T]{Next: l.First, In: l}
 	if l.First == nil {
@@ -42,7 +42,7 @@ func (l *List[T]) PushFront(e *T) {
 	l.Len++
 }
 
-// Remove takes e out of the list that it is in.
+// Remove removes the element from its list, if it is in one.
 func (at *Links[T]) Remove() {
 	l := at.In
 	if l == nil {

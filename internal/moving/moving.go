@@ -1,18 +1,18 @@
-// Package moving guards against an io.Reader that brings nothing for ever.
+// Package moving guards against an io.Reader that keeps returning no data and no error.
 package moving
 
 import "io"
 
-// emptyReads is how many reads in a row may bring neither an octet nor an error, as in bufio.
+// emptyReads is how many consecutive reads may return neither data nor an error, as in bufio.
 const emptyReads = 100
 
-// Reader returns a reader of r that fails with io.ErrNoProgress where r keeps returning 0 octets and no error. io.Copy and
-// io.ReadFull would ask it for ever.
+// Reader returns a reader of r that fails with io.ErrNoProgress if r keeps returning 0 octets and no error. io.Copy and
+// io.ReadFull would read from r forever.
 func Reader(r io.Reader) io.Reader { return &reader{r: r} }
 
 type reader struct {
 	r     io.Reader
-	empty int // reads in a row that brought nothing
+	empty int // consecutive empty reads
 }
 
 func (m *reader) Read(p []byte) (int, error) {

@@ -1,5 +1,5 @@
-// Package preset is the table of well-known relays, which package preset and smtprelay.ParseURL read. A number stands in it
-// only where the relay's own documentation, or a report, has it; where there is none the Client's defaults hold.
+// Package preset is the table of well-known relays for the public package preset and for smtprelay.ParseURL. A number is in the
+// table only if the relay's documentation, or a report, gives it; otherwise the Client's defaults apply.
 package preset
 
 import (
@@ -10,22 +10,22 @@ import (
 
 // Relay is one relay, or one of its hosts.
 type Relay struct {
-	Scheme string   // of its URL
-	Host   string   // with Region in it, where the relay has a host for each
-	Port   string   // that a connection begins in the clear on, with STARTTLS; Mailpit's may be all clear
-	Others []string // further hosts, by the word that chooses them in a URL: "eu=smtp.eu.…"
+	Scheme string   // scheme of its URL
+	Host   string   // contains Region if the relay has a host for each region
+	Port   string   // a port with STARTTLS; Mailpit may be without TLS
+	Others []string // further hosts, by the word that selects them in a URL: "eu=smtp.eu.…"
 
-	Username   string // that all have; "" where each has one of its own
-	WhoAreYou  string // what the user name is, where each has one of its own; "" and no Username: none is needed
+	Username   string // user name shared by all accounts; "" if each account has its own
+	WhoAreYou  string // description of the user name, if each account has its own; "" and no Username: none is needed
 	TokenTwice bool   // the user name is the password
 
-	MaxConns, MaxMessagesPerConn, MaxRecipients int // of Limits; 0: nothing documented
+	MaxConns, MaxMessagesPerConn, MaxRecipients int // for Limits; 0: not documented
 }
 
-// Region stands in Host for the part that the caller has to give.
+// Region is the placeholder in Host for the caller's region.
 const Region = "<region>"
 
-// Relays are all there are, in the order of the README's table.
+// Relays lists all relays, in the order of the README's table.
 var Relays = []Relay{
 	// Host, ports and user name: "Integrating with the SMTP API". EU host: Symfony's SendGrid transport. 10 connections and 100
 	// messages: the Laravel page and the older "Integrate" page; since 2020 the first page says 10,000 and 5,000.
@@ -61,7 +61,7 @@ var Relays = []Relay{
 	{Scheme: "mailpit", Host: "localhost", Port: "1025"},
 }
 
-// ByScheme returns the relay whose URL has that scheme.
+// ByScheme returns the relay with the given URL scheme.
 func ByScheme(scheme string) (Relay, bool) {
 	i := slices.IndexFunc(Relays, func(r Relay) bool { return r.Scheme == scheme })
 	if i < 0 {
@@ -70,7 +70,7 @@ func ByScheme(scheme string) (Relay, bool) {
 	return Relays[i], true
 }
 
-// Schemes are those of all relays.
+// Schemes returns the schemes of all relays.
 func Schemes() []string {
 	schemes := make([]string, len(Relays))
 	for i, r := range Relays {
@@ -79,7 +79,7 @@ func Schemes() []string {
 	return schemes
 }
 
-// At returns the host that word chooses: a region, the word of one of Others, "" for the usual one. A Mailpit may be anywhere.
+// At returns the host that word selects: a region, a word of Others, or "" for the default host. A Mailpit may have any host.
 func (r *Relay) At(word string) (host string, err error) {
 	if strings.Contains(r.Host, Region) {
 		if !isRegion(word) {
@@ -101,7 +101,7 @@ func (r *Relay) At(word string) (host string, err error) {
 	if r.Scheme == "mailpit" {
 		return word, nil
 	}
-	return "", fmt.Errorf("%s has no such host: want %s", r.Scheme, strings.Join(words, " or ")) // word may be the key in the wrong place
+	return "", fmt.Errorf("%s has no such host: want %s", r.Scheme, strings.Join(words, " or ")) // do not quote word: it may be a misplaced key
 }
 
 // isRegion reports whether s can be one label of a host's name.

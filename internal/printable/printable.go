@@ -1,5 +1,5 @@
-// Package printable makes text that somebody else wrote safe to show: on one line, of printable characters only, so that
-// it can neither forge a log line, drive a terminal, nor pass for the words of whoever shows it.
+// Package printable makes untrusted text safe to show: on one line, of printable characters only, so that the text can neither
+// forge a log line, control a terminal, nor pass for the program's own text.
 package printable
 
 import (
@@ -8,7 +8,7 @@ import (
 	"unicode/utf8"
 )
 
-// Octets of a text that are shown. What is longer is cut, and marked with an ellipsis.
+// Maximum number of octets of a text that are shown. A longer text is cut, and marked with an ellipsis.
 const (
 	MostWords   = 1024 // of a reply
 	MostAddress = 128
@@ -31,8 +31,8 @@ func Quote(text string, most int) string {
 	return string(append(b, mark...))
 }
 
-// Address returns an address of an envelope between angle brackets. What is not printable, and what would end the brackets
-// or a quoted text, is escaped as in a Go string.
+// Address returns an envelope address in angle brackets. Unprintable characters, and characters that would end the brackets or a
+// quoted text, are escaped as in a Go string.
 func Address(addr string) string {
 	mark := ""
 	if len(addr) > MostAddress {
@@ -45,8 +45,8 @@ func Address(addr string) string {
 	return string(append(b, '>'))
 }
 
-// Line returns text on one line of printable characters: what is not printable is escaped as in a Go string. Quotes and
-// backslashes stay, so it is for a text that was put together from quoted parts, or that was checked.
+// Line returns text on one line of printable characters: unprintable characters are escaped as in a Go string. Quotes and
+// backslashes are kept, so use it for a text that was checked or that consists of quoted parts.
 func Line(text string) string {
 	mark := ""
 	if len(text) > MostLine {
@@ -58,7 +58,7 @@ func Line(text string) string {
 	return string(append(appendEscaped(make([]byte, 0, len(text)+16), text, ""), mark...))
 }
 
-// Lines returns each of texts as Line does. It returns texts itself where there is nothing to escape.
+// Lines applies Line to each of texts. It returns texts itself if there is nothing to escape.
 func Lines(texts []string) []string {
 	for i, t := range texts {
 		if Line(t) == t {
@@ -74,19 +74,19 @@ func Lines(texts []string) []string {
 	return texts
 }
 
-// cut returns the first most octets of text, or a few less where a rune would be cut in two.
+// cut returns the first most octets of text, or a few less to avoid splitting a rune.
 func cut(text string, most int) string {
 	n := most
 	for n > most-utf8.UTFMax && n > 0 && !utf8.RuneStart(text[n]) {
 		n--
 	}
-	if n <= most-utf8.UTFMax { // no UTF-8
+	if n <= most-utf8.UTFMax { // not UTF-8
 		n = most
 	}
 	return text[:n]
 }
 
-// isPlain reports whether text is ASCII that prints.
+// isPlain reports whether text is printable ASCII.
 func isPlain(text string) bool {
 	for i := range len(text) {
 		if text[i] < ' ' || text[i] > '~' {
@@ -98,7 +98,7 @@ func isPlain(text string) bool {
 
 const hex = "0123456789abcdef"
 
-// appendEscaped appends text, with what does not print escaped as in a Go string, and the characters of special too.
+// appendEscaped appends text with unprintable characters, and the characters in special, escaped as in a Go string.
 func appendEscaped(b []byte, text, special string) []byte {
 	for i := 0; i < len(text); {
 		r, size := rune(text[i]), 1
@@ -147,8 +147,8 @@ func appendEscape(b []byte, r rune) []byte {
 	return b
 }
 
-// Prints reports whether r is shown as it is: a graphic character or a blank. Characters that steer the direction or the
-// form of others, or that leave no mark, are none of those.
+// Prints reports whether r is shown unescaped: a graphic character or a space. Invisible characters, and characters that change the
+// direction or the form of others, are escaped.
 func Prints(r rune) bool {
 	if r < utf8.RuneSelf {
 		return ' ' <= r && r <= '~'

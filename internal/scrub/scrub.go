@@ -1,12 +1,12 @@
-// Package scrub takes secrets out of what a relay says. A hostile relay, and one that repeats what it did not understand,
-// says back what it was given in AUTH: whole or in part, encoded, and as the answer to another command.
+// Package scrub removes secrets from a relay's replies. A hostile relay, or one that quotes a command that it did not
+// understand, repeats the credentials of AUTH: whole or in part, encoded, or in the reply to another command.
 //
-// Found are
+// The package finds
 //   - whole secrets of four characters or more: plain, in base64, in hex, and percent-encoded;
-//   - runs of twelve characters or more of a secret, or of its base64, wherever in a base64 text it began.
+//   - runs of twelve characters or more of a secret, or of its base64 at any offset in a base64 text.
 //
-// The case of letters is ignored. So are blanks, marks on letters, and what does not print or is no UTF-8: a run may be cut by the ends of lines and replies.
-// Shorter secrets are found within one line, or across a line's end, if they have less than eight characters.
+// Letter case, white space, marks on letters, unprintable characters and invalid UTF-8 are ignored, so that a run may span lines
+// and replies. A secret of less than eight characters is found only within one line or across a line end.
 package scrub
 
 import (
@@ -25,41 +25,41 @@ import (
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
-// Redacted stands where a secret was.
+// Redacted replaces a secret.
 const Redacted = "[redacted]"
 
 const (
-	gramLen   = 12 // characters of a secret that are not shown in a row
-	shortest  = 4  // characters of the shortest secret that is looked for
-	spreading = 8  // characters of the shortest one that is found with blanks in it
+	gramLen   = 12 // length of a run of a secret's characters that is redacted
+	shortest  = 4  // minimum length of a secret
+	spreading = 8  // minimum length of a secret that is also found with white space in it
 
-	filterLen = 4 // characters that the filter knows to be in some form of a secret
+	filterLen = 4 // length of the character sequences in the filter
 )
 
-// Known is what the sessions of one client have given away, as far as the last of them goes. Sessions share it: most give
-// away the same, and what a relay has heard on one connection it may say on the next. It is safe for concurrent use, and
-// its zero value knows nothing.
+// Known holds the secrets that the last session of a client has sent. Sessions share it, because most send the same secrets, and
+// a relay may repeat on one connection what it received on another. It is safe for concurrent use. The zero value holds no
+// secrets.
 type Known struct{ last atomic.Pointer[index] }
 
-// Scrub returns text, which is not part of the stream of a session's replies, without the secrets that are known.
+// Scrub returns text, which is not part of a session's replies, without the known secrets.
 func (k *Known) Scrub(text string) string {
 	s := k.NewStream()
 	return s.Scrub(text)
 }
 
-// Stream scrubs the replies of one session, in their order. It is not safe for concurrent use.
+// Stream scrubs the replies of one session, in order. It is not safe for concurrent use.
 type Stream struct {
 	known *Known
-	index *index // nil while nothing is known
-	given given  // by this session
+	index *index // nil while no secret is known
+	given given  // secrets sent by this session
 	dirty bool   // index is older than given
-	norm  []byte // scratch: the end of what was said before, and a text, normalized
+	norm  []byte // scratch: the end of the previous text followed by the current text, normalized
 }
 
-// NewStream returns the Stream of a new session, which knows what the sessions before it gave away.
+// NewStream returns the Stream of a new session. It knows the secrets in k.
 func (k *Known) NewStream() Stream { return Stream{known: k, index: k.last.Load()} }
 
-// Expect makes a secret known that no session has given away yet: another client may have done so.
+// Expect adds a secret that no session has sent yet: another client of the same relay may have sent it.
 func (k *Known) Expect(secret string) {
 	if len(secret) >= shortest {
 		k.last.Store(newIndex(given{secrets: []string{secret}}))
@@ -69,16 +69,16 @@ func (k *Known) Expect(secret string) {
 // Format implements fmt.Formatter: a Stream does not print.
 func (s *Stream) Format(f fmt.State, _ rune) { f.Write([]byte(Redacted)) }
 
-// Format implements fmt.Formatter: what is known does not print.
+// Format implements fmt.Formatter: secrets do not print.
 func (k *Known) Format(f fmt.State, _ rune) { f.Write([]byte(Redacted)) }
 
-// Password adds a whole secret. Nothing is found of one that has less than four characters.
+// Password adds a secret. A secret of less than four characters is not found.
 func (s *Stream) Password(text string) { s.add(&s.given.secrets, text) }
 
-// Name adds a user name, which is no secret even as a part of a response, unless it is added as a secret too.
+// Name adds a user name. It is not redacted, even as part of a response, unless it is also added as a secret.
 func (s *Stream) Name(text string) { s.add(&s.given.names, text) }
 
-// Response adds a response of a mechanism, which is a secret as a whole, and so are its parts but those that are names.
+// Response adds a response of a SASL mechanism. The whole response is a secret, and so are its parts, except names.
 func (s *Stream) Response(mechanism string, response []byte) {
 	text := string(response)
 	s.add(&s.given.responses, text)
@@ -98,7 +98,7 @@ func (s *Stream) Response(mechanism string, response []byte) {
 		s.attributes(text)
 	case len(parts) < 2:
 		s.Password(text)
-	default: // XOAUTH2, OAUTHBEARER (RFC 7628), and whatever there is
+	default: // XOAUTH2, OAUTHBEARER (RFC 7628) and any other mechanism
 		for _, part := range parts {
 			scheme, token, ok := strings.Cut(part, " ")
 			switch {
@@ -129,14 +129,14 @@ func (s *Stream) add(list *[]string, text string) {
 	}
 }
 
-// ScrubApart returns text, which is no reply, without the secrets.
+// ScrubApart returns text, which is not a reply, without the secrets.
 func (s *Stream) ScrubApart(text string) string {
 	s.update()
 	apart := Stream{index: s.index}
 	return apart.Scrub(text)
 }
 
-// update makes the index know all that was given.
+// update rebuilds the index if secrets were added.
 func (s *Stream) update() {
 	if s.dirty {
 		s.dirty = false
@@ -144,7 +144,7 @@ func (s *Stream) update() {
 	}
 }
 
-// Scrub returns text, which the relay said behind all that was scrubbed before, without the secrets.
+// Scrub returns text, which follows the replies scrubbed before, without the secrets.
 func (s *Stream) Scrub(text string) string {
 	s.update()
 	x := s.index
@@ -160,7 +160,7 @@ func (s *Stream) Scrub(text string) string {
 	return x.scrub(text, s.norm[:before])
 }
 
-// given is what one session gave away.
+// given holds the secrets that one session has sent.
 type given struct{ secrets, responses, names []string }
 
 func (g given) equal(other given) bool {
@@ -171,7 +171,7 @@ func (g given) clone() given {
 	return given{slices.Clone(g.secrets), slices.Clone(g.responses), slices.Clone(g.names)}
 }
 
-// indexOf returns the index of g, which is made anew if g is not what was given away last.
+// indexOf returns the index of g. It makes a new index if g differs from the secrets sent last.
 func (k *Known) indexOf(g given) *index {
 	if x := k.last.Load(); x != nil && x.given.equal(g) {
 		return x
@@ -181,16 +181,16 @@ func (k *Known) indexOf(g given) *index {
 	return x
 }
 
-// index finds secrets. It does not change.
+// index finds secrets. It is immutable.
 type index struct {
 	given  given
-	forms  *suffixarray.Index // those of which any run of gramLen characters is found
+	forms  *suffixarray.Index // forms of which any run of gramLen characters is found
 	short  []short
-	filter []uint64 // a bit for the hash of each filterLen characters that stand in a form
-	run    int      // how many in a row must be in the filter for something to be found
+	filter []uint64 // a Bloom filter of all sequences of filterLen characters in the forms
+	run    int      // how many consecutive sequences must be in the filter before the index is searched
 }
 
-// short is a form that is found as a whole only.
+// short is a form that is found only as a whole.
 type short struct {
 	text string
 	norm string // text, normalized
@@ -233,7 +233,7 @@ func newIndex(g given) *index {
 		add(inner(s, 1), false)
 		add(inner(s, 2), false)
 	}
-	// No normalized text has a NUL, which keeps the end of one form from making a run with the beginning of another.
+	// Normalized text contains no NUL, so a NUL between forms prevents runs across two forms.
 	all := bytes.Join(forms, []byte{0})
 	x.forms = suffixarray.New(all)
 	size := 64
@@ -248,7 +248,7 @@ func newIndex(g given) *index {
 	return x
 }
 
-// without returns what is left of response when names are cut out of it.
+// without returns the parts of response between names.
 func without(response string, names []string) []string {
 	for _, n := range names {
 		if len(n) > 2 {
@@ -258,8 +258,8 @@ func without(response string, names []string) []string {
 	return strings.FieldsFunc(response, func(r rune) bool { return r <= 1 })
 }
 
-// inner returns the base64 of s as it stands in that of a text which has skip octets in front of s, and others behind: only the
-// characters that do not depend on those.
+// inner returns the base64 of s within a text that has skip octets before s and more after it. It returns only the characters
+// that do not depend on the surrounding octets.
 func inner(s string, skip int) string {
 	text := base64.RawStdEncoding.EncodeToString(append(make([]byte, skip), s...))
 	end := (skip + len(s)) * 8 / 6
@@ -276,7 +276,8 @@ func percent(s string) string {
 	return b.String()
 }
 
-// normal is what a character is compared as; 0 means that it is passed over. The two alphabets of base64 are one.
+// normal maps an ASCII character to the one it is compared as; 0 means that it is ignored. The two base64 alphabets are treated
+// as one.
 var normal = func() (n [utf8.RuneSelf]byte) {
 	for c := byte('!'); c <= '~'; c++ {
 		n[c] = c
@@ -288,7 +289,7 @@ var normal = func() (n [utf8.RuneSelf]byte) {
 	return n
 }()
 
-// appendNormal appends the characters of text as they are compared.
+// appendNormal appends the normalized characters of text.
 func appendNormal(b []byte, text string) []byte {
 	for i := 0; i < len(text); {
 		if c := text[i]; c < utf8.RuneSelf {
@@ -305,16 +306,16 @@ func appendNormal(b []byte, text string) []byte {
 	return b
 }
 
-// appendRune appends a character beyond ASCII as it is compared.
+// appendRune appends a normalized non-ASCII character.
 func appendRune(b []byte, r rune) []byte {
-	// U+FFFD stands where a reply was no UTF-8.
+	// U+FFFD stands for invalid UTF-8.
 	if !printable.Prints(r) || unicode.IsMark(r) || r == utf8.RuneError {
 		return b
 	}
 	return utf8.AppendRune(b, unicode.ToLower(r))
 }
 
-// bit is the filter's for filterLen characters.
+// bit returns the filter's bit for a sequence of filterLen characters.
 func (x *index) bit(gram uint32) (word int, mask uint64) {
 	n := gram * 0x9E3779B1 >> 7 & uint32(64*len(x.filter)-1)
 	return int(n / 64), 1 << (n % 64)
@@ -330,7 +331,7 @@ func (x *index) note(norm []byte) {
 	}
 }
 
-// suspects reports whether there may be a secret in norm. It is what every reply of every session costs.
+// suspects reports whether norm may contain a secret. It runs for every reply, so it is cheap.
 func (x *index) suspects(norm []byte) bool {
 	var gram uint32
 	run := 0
@@ -347,9 +348,9 @@ func (x *index) suspects(norm []byte) bool {
 	return false
 }
 
-// scrub returns text without the secrets in it, before which the relay has said before.
+// scrub returns text without the secrets in it; before is the end of the relay's previous text.
 func (x *index) scrub(text string, before []byte) string {
-	// Each octet of norm, from len(before) on, comes from the character of text at from.
+	// from has, for each octet of norm after before, the offset of its character in text.
 	norm := slices.Clone(before)
 	from := make([]int, len(before), len(before)+len(text))
 	for i := 0; i < len(text); {
@@ -386,7 +387,7 @@ func (x *index) scrub(text string, before []byte) string {
 		}
 	}
 	var b strings.Builder
-	shown := 0 // of text, or left out
+	shown := 0 // octets of text that are copied or redacted so far
 	for i := len(before); i < len(norm); i++ {
 		if !secret[i] {
 			continue
@@ -409,7 +410,7 @@ func (x *index) scrub(text string, before []byte) string {
 	return b.String()
 }
 
-// isWhole reports whether text has s from the character at first to that at last, with nothing between but line ends.
+// isWhole reports whether text[first:] up to the character at last is s, with nothing but line ends in between.
 func (s short) isWhole(text string, first, last int) bool {
 	_, size := utf8.DecodeRuneInString(text[last:])
 	there := strings.NewReplacer("\r", "", "\n", "").Replace(text[first : last+size])

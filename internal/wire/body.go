@@ -5,10 +5,9 @@ import (
 	"io"
 )
 
-// BodyWriter turns what is written to it into the canonical form of a message: bare CR and bare LF become CRLF, and a
-// last line without an end gets one. With dots it then doubles the dot of every line that begins with one
-// (RFC 5321, 4.5.2), as DATA wants it and BDAT does not. The order matters: a dot behind a bare CR must be doubled too,
-// else a message can be smuggled in another.
+// BodyWriter writes a message in canonical form: bare CR and bare LF become CRLF, and the last line gets a CRLF if it has none.
+// With dots it then doubles the dot of every line that begins with one (RFC 5321, 4.5.2), which DATA needs and BDAT does not.
+// The order matters: a dot after a bare CR must be doubled too, otherwise the body could smuggle in another message.
 type BodyWriter struct {
 	w    io.Writer
 	dots bool
@@ -21,13 +20,13 @@ type BodyWriter struct {
 // NewBodyWriter returns a BodyWriter that writes to w.
 func NewBodyWriter(w io.Writer, dots bool) *BodyWriter { return &BodyWriter{w: w, dots: dots} }
 
-// Reset makes b as new.
+// Reset sets b to the state after NewBodyWriter.
 func (b *BodyWriter) Reset(w io.Writer, dots bool) { *b = BodyWriter{w: w, dots: dots} }
 
-// Size is the number of octets of the canonical form so far: what SIZE= counts (RFC 1870, 5).
+// Size returns the number of octets of the canonical form so far, as SIZE= counts them (RFC 1870, 5).
 func (b *BodyWriter) Size() int64 { return b.size }
 
-// Taken is the number of octets that Write has taken, as they came.
+// Taken returns the number of octets passed to Write, before conversion.
 func (b *BodyWriter) Taken() int64 { return b.took }
 
 var (
@@ -49,11 +48,11 @@ func (b *BodyWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// window is how much of what it is given step looks at. It bounds the search for the end of a line, which would else look
-// at all that follows again and again in a body of other line ends.
+// window is how many octets step examines at once. It bounds the search for CRLF, which would otherwise scan the rest of the
+// body for every line if the body has other line ends.
 const window = 4 << 10
 
-// step writes some of p and tells how much: as many lines as stand there in canonical form, or one that does not.
+// step writes a prefix of p and returns its length: all leading lines in canonical form, or one line that is not.
 func (b *BodyWriter) step(p []byte) (int, error) {
 	if b.cr {
 		b.cr = false
@@ -107,7 +106,7 @@ func (b *BodyWriter) endLine() error {
 	return b.put(crlf)
 }
 
-// Close ends the last line if that is not ended. It does not close the writer below, nor write the final dot.
+// Close adds a missing CRLF to the last line. It neither closes the underlying writer nor writes the final dot.
 func (b *BodyWriter) Close() error {
 	if b.cr || b.text {
 		b.cr = false
@@ -116,7 +115,7 @@ func (b *BodyWriter) Close() error {
 	return nil
 }
 
-// CanonicalSize is the size that p has once a BodyWriter has written it.
+// CanonicalSize returns the size of p in canonical form.
 func CanonicalSize(p []byte) int64 {
 	if !isCanonical(p) {
 		b := BodyWriter{w: io.Discard}
@@ -131,7 +130,7 @@ func CanonicalSize(p []byte) int64 {
 	return size
 }
 
-// isCanonical reports whether each CR and LF in p is part of a CRLF. It costs a fraction of what writing p does.
+// isCanonical reports whether each CR and LF in p is part of a CRLF. It is much cheaper than writing p.
 func isCanonical(p []byte) bool {
 	lines := 0
 	for rest := p; ; lines++ {

@@ -77,7 +77,7 @@ func AppendMail(b []byte, from string, p *MailParams) []byte {
 	return append(b, "\r\n"...)
 }
 
-// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3). utf8 tells whether the transaction is one of SMTPUTF8.
+// AppendRcpt appends a RCPT command (RFC 5321, 4.1.1.3). utf8 says whether the transaction uses SMTPUTF8.
 func AppendRcpt(b []byte, to string, p *RcptParams, utf8 bool) []byte {
 	b = append(b, "RCPT TO:<"...)
 	b = append(b, to...)
@@ -125,7 +125,7 @@ func appendXtext(b []byte, s string) []byte {
 	return b
 }
 
-// appendUnitext appends s as utf-8-addr-unitext (RFC 6533, 3), for a transaction of SMTPUTF8.
+// appendUnitext appends s as utf-8-addr-unitext (RFC 6533, 3), for a transaction with SMTPUTF8.
 func appendUnitext(b []byte, s string) []byte {
 	for _, r := range s {
 		if r <= ' ' || r == 0x7f || r == '\\' || r == '+' || r == '=' {

@@ -7,12 +7,12 @@ import (
 	"strings"
 )
 
-// Extensions is what an EHLO reply offers (RFC 5321, 4.1.1.1).
+// Extensions are the extensions that an EHLO reply offers (RFC 5321, 4.1.1.1).
 type Extensions struct {
-	Keywords []string // all of them, in upper case, in the relay's order
+	Keywords []string // all keywords, in upper case, in the relay's order
 
 	Size      int64    // SIZE: the largest message; 0 means no known limit (RFC 1870)
-	Auth      []string // AUTH: mechanisms in upper case, the relay's order, those of the old form AUTH= included
+	Auth      []string // AUTH: mechanisms in upper case, in the relay's order, including those of the old form AUTH=
 	Limits    Limits
 	DeliverBy int64 // DELIVERBY: the shortest time in seconds; 0 means none
 }
@@ -27,15 +27,15 @@ type Limits struct {
 // Has reports whether the relay offers keyword, which is in upper case.
 func (e *Extensions) Has(keyword string) bool { return slices.Contains(e.Keywords, keyword) }
 
-// Bounds on what is taken from an EHLO reply; the rest is left out. Real relays offer some twenty keywords and ten mechanisms,
-// and a name of a mechanism has 20 octets at most (RFC 4422, 3.1).
+// Bounds on an EHLO reply; anything beyond is ignored. Real relays offer about twenty keywords and ten mechanisms, and the name
+// of a mechanism has at most 20 octets (RFC 4422, 3.1).
 const (
 	MaxWords   = 128 // keywords, and mechanisms
-	MaxWordLen = 64  // octets of one
+	MaxWordLen = 64  // octets of a keyword or mechanism
 )
 
-// ParseEHLO reads the text of a positive reply to EHLO. The first line is a greeting, each other one a keyword and its
-// parameters. What it does not understand it leaves out.
+// ParseEHLO parses the text of a positive reply to EHLO. The first line is a greeting; each other line is a keyword with its
+// parameters. It ignores what it does not understand.
 func ParseEHLO(text string) Extensions {
 	var e Extensions
 	_, rest, _ := strings.Cut(text, "\n")
@@ -45,7 +45,7 @@ func ParseEHLO(text string) Extensions {
 			continue
 		}
 		keyword, params := upper(fields[0]), fields[1:]
-		// "AUTH=PLAIN LOGIN" is how it was written before RFC 2554.
+		// "AUTH=PLAIN LOGIN" is the form from before RFC 2554.
 		if mechanism, ok := strings.CutPrefix(keyword, "AUTH="); ok {
 			keyword, params = "AUTH", append([]string{mechanism}, params...)
 		}
@@ -82,7 +82,7 @@ func addWord(words []string, word string) []string {
 	return words
 }
 
-// upper puts ASCII letters in upper case. It leaves others alone, some of which strings.ToUpper makes ASCII ones of.
+// upper converts ASCII letters to upper case. strings.ToUpper would also turn some other letters into ASCII.
 func upper(s string) string {
 	return strings.Map(func(r rune) rune {
 		if 'a' <= r && r <= 'z' {
@@ -92,11 +92,11 @@ func upper(s string) string {
 	}, s)
 }
 
-// limitForm is the form of a limit, known or not (RFC 9422, 3): the value is anything visible in ASCII but ";".
+// limitForm is the syntax of a limit, known or not (RFC 9422, 3): the value consists of visible ASCII except ";".
 var limitForm = regexp.MustCompile(`^[A-Za-z0-9_-]+(=[!-:<-~]+)?$`)
 
-// parseLimits reads "MAILMAX=100 RCPTMAX=50". A value that is broken or a name that is unknown is ignored, and all of them if
-// one has not even the form of a limit (RFC 9422, 3.7).
+// parseLimits parses "MAILMAX=100 RCPTMAX=50". It ignores invalid values and unknown names. If one element does not have the
+// syntax of a limit, it ignores all (RFC 9422, 3.7).
 func parseLimits(params []string) (l Limits) {
 	for _, p := range params {
 		if !limitForm.MatchString(p) {

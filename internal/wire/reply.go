@@ -1,5 +1,5 @@
-// Package wire is the syntax of SMTP and nothing else: replies, commands, line ends. It knows no time, no policy and no
-// connection beyond an io.Reader or io.Writer.
+// Package wire implements the syntax of SMTP: replies, commands, line ends. It has no timeouts and no policy, and uses a
+// connection only as an io.Reader or io.Writer.
 package wire
 
 import (
@@ -14,25 +14,25 @@ import (
 	"github.com/smtprelay/smtprelay/internal/printable"
 )
 
-// Bounds on what a relay may say. RFC 5321, 4.5.3.1.5 gives 512 octets for a reply line, and real relays exceed it; a
-// challenge of AUTH may have 12,288 (RFC 4954, 4).
+// Bounds on replies. RFC 5321, 4.5.3.1.5 allows 512 octets for a reply line, but real relays exceed that; an AUTH challenge may
+// have 12,288 octets (RFC 4954, 4).
 const (
-	MaxReplyLine = 16 << 10 // octets of a line; a longer one is ErrTooLong
-	MaxReply     = 64 << 10 // octets of a reply, all its lines together; a longer one is ErrTooLong
-	MaxText      = 2 << 10  // octets of a reply's text that are kept
-	MaxLongText  = 16 << 10 // the same, where the text is data: the reply to EHLO, and a challenge
+	MaxReplyLine = 16 << 10 // octets of a line; a longer line is ErrTooLong
+	MaxReply     = 64 << 10 // octets of a reply, all lines together; a longer reply is ErrTooLong
+	MaxText      = 2 << 10  // octets of a reply's text that ReadReply keeps
+	MaxLongText  = 16 << 10 // octets that ReadLong keeps, for the reply to EHLO and for challenges
 )
 
-// readBuffer is the size of a session's read buffer. Few relays ever say a line that does not fit.
+// readBuffer is the size of a connection's read buffer. Few relays ever send a line that does not fit.
 const readBuffer = 4 << 10
 
-// Errors of ReadReply, beside those of the io.Reader.
+// Errors of ReadReply, in addition to those of the io.Reader.
 var (
 	ErrMalformed = errors.New("malformed reply")
 	ErrTooLong   = errors.New("reply too long")
 )
 
-// MalformedError is an ErrMalformed that has the line.
+// MalformedError is an ErrMalformed with the line.
 type MalformedError struct{ Line string }
 
 func (e *MalformedError) Error() string { return "malformed reply: " + printable.Quote(e.Line, 80) }
@@ -40,15 +40,15 @@ func (e *MalformedError) Error() string { return "malformed reply: " + printable
 // Unwrap returns ErrMalformed.
 func (e *MalformedError) Unwrap() error { return ErrMalformed }
 
-// Reply is a whole reply, multiline or not.
+// Reply is a complete reply, multiline or not.
 type Reply struct {
 	Code     int    // 200 to 599
 	Enhanced [3]int // zero if there is none
 	Text     string // without code and enhanced code, lines joined by "\n"; no more than MaxText or MaxLongText of it
 }
 
-// String returns the reply on one line of printable characters, with the relay's words as a Go string literal, as in
-// `550 5.1.1 "no such user"`. Words of more than a kilobyte are cut, and "..." follows the closing quote.
+// String returns the reply on one line of printable characters, with the relay's text as a Go string literal, as in
+// `550 5.1.1 "no such user"`. Text of more than a kilobyte is cut, and "..." follows the closing quote.
 func (r Reply) String() string {
 	text := strconv.Itoa(r.Code)
 	if e := r.Enhanced; e != [3]int{} {
@@ -60,16 +60,16 @@ func (r Reply) String() string {
 	return text
 }
 
-// Class is the first digit of the code.
+// Class returns the first digit of the code.
 func (r Reply) Class() int { return r.Code / 100 }
 
 // ReplyReader reads replies.
 type ReplyReader struct {
 	br     *bufio.Reader
-	text   []byte    // of the reply being read
-	recent [4]string // texts that were read before: relays say the same thing over and over
+	text   []byte    // text of the reply being read
+	recent [4]string // recent texts, for intern: relays repeat the same texts
 	next   int
-	yes    bool // a line of the last reply had a code of 2yz
+	yes    bool // a line of the last reply had a 2xx code
 }
 
 // NewReplyReader returns a ReplyReader on r.
@@ -77,10 +77,10 @@ func NewReplyReader(r io.Reader) *ReplyReader {
 	return &ReplyReader{br: bufio.NewReaderSize(r, readBuffer)}
 }
 
-// Buffered tells how many bytes were received and not yet read as replies.
+// Buffered returns the number of bytes received but not yet read as replies.
 func (r *ReplyReader) Buffered() int { return r.br.Buffered() }
 
-// Peek returns the code of a further reply that was received already; 0 if there is none. Empty lines do not count.
+// Peek returns the code of the next reply if it was already received; 0 otherwise. Empty lines do not count.
 func (r *ReplyReader) Peek() int {
 	b, _ := r.br.Peek(r.br.Buffered())
 	for line := range bytes.Lines(b) {
@@ -92,21 +92,21 @@ func (r *ReplyReader) Peek() int {
 	return 0
 }
 
-// Await waits until something is received, or reading fails; the next read tells which.
+// Await waits until data arrives or reading fails; the next read returns the error.
 func (r *ReplyReader) Await() { r.br.Peek(1) }
 
-// HadYes reports whether a line of the reply that was read last had a code of 2yz, whatever the code of the last line.
+// HadYes reports whether any line of the last reply had a 2xx code.
 func (r *ReplyReader) HadYes() bool { return r.yes }
 
-// ReadReply reads one reply and keeps MaxText octets of its text. At a clean end of input the error is io.EOF, within a reply
-// io.ErrUnexpectedEOF.
+// ReadReply reads one reply and keeps MaxText octets of its text. The error is io.EOF if the input ends before a reply, and
+// io.ErrUnexpectedEOF if it ends within a reply.
 //
-// It takes what relays send against RFC 5321, 4.2.1 where that cannot be read in two ways: empty lines before a reply, lines
-// without a code within a multiline reply, and lines of one reply that differ in their codes, of which the last counts.
+// ReadReply accepts unambiguous violations of RFC 5321, 4.2.1: empty lines before a reply, lines without a code within a
+// multiline reply, and lines of one reply with different codes, of which the last counts.
 func (r *ReplyReader) ReadReply() (Reply, error) { return r.read(MaxText) }
 
-// ReadLong is ReadReply for a reply that may carry data. It keeps MaxLongText octets of the text, but of a refusal (4xx, 5xx)
-// MaxText, since its text ends in an error.
+// ReadLong is like ReadReply, for a reply that may carry data. It keeps MaxLongText octets of the text, but only MaxText of a
+// refusal (4xx, 5xx), whose text becomes part of an error.
 func (r *ReplyReader) ReadLong() (Reply, error) { return r.read(MaxLongText) }
 
 func (r *ReplyReader) read(keep int) (Reply, error) {
@@ -123,7 +123,7 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 			case errors.Is(err, bufio.ErrBufferFull):
 				err = fmt.Errorf("%w: a line of more than %d octets", ErrTooLong, MaxReplyLine)
 			case err == io.EOF && first && !isBlank(line) && (line[0] < '2' || line[0] > '5'):
-				err = &MalformedError{Line: string(line)} // however it would go on
+				err = &MalformedError{Line: string(line)} // malformed, whatever follows
 			case err == io.EOF && (len(line) > 0 || !first):
 				err = io.ErrUnexpectedEOF
 			}
@@ -157,10 +157,11 @@ func (r *ReplyReader) read(keep int) (Reply, error) {
 	}
 }
 
-// takeCode takes in the code of a further line, and the enhanced code if it has one. It returns the rest of the line's text.
+// takeCode applies the code of a continuation line, and its enhanced code if it has one, to the reply. It returns the rest of
+// the text.
 func (r *Reply) takeCode(code int, text []byte) []byte {
 	if code/100 != r.Class() {
-		r.Enhanced = [3]int{} // it was that of another class
+		r.Enhanced = [3]int{} // the enhanced code was of another class
 	}
 	r.Code = code
 	enhanced, rest, ok := cutEnhanced(code, text)
@@ -170,16 +171,16 @@ func (r *Reply) takeCode(code int, text []byte) []byte {
 	return rest
 }
 
-// trimLineEnd cuts LF or CRLF off.
+// trimLineEnd returns line without LF or CRLF at the end.
 func trimLineEnd(line []byte) []byte {
 	return bytes.TrimSuffix(bytes.TrimSuffix(line, []byte{'\n'}), []byte{'\r'})
 }
 
-// isBlank reports whether line, without its end, shows nothing.
+// isBlank reports whether line, without its line end, is white space only.
 func isBlank(line []byte) bool { return len(bytes.Trim(line, " \t\r")) == 0 }
 
-// keep appends a line to the text, of which most octets are kept. Data ends at a line, so that no half of a word or number
-// is taken for a whole one; words for a reader end at a character.
+// keep appends a line to the text, up to most octets. Data is cut at a line end, so that no part of a word or number is taken
+// for the whole. Text for people is cut at a character.
 func (r *ReplyReader) keep(line []byte, first bool, most int) {
 	if !utf8.Valid(line) {
 		line = bytes.ToValidUTF8(line, []byte("\uFFFD"))
@@ -203,7 +204,7 @@ func (r *ReplyReader) keep(line []byte, first bool, most int) {
 	r.text = append(r.text, line...)
 }
 
-// longLine reads on where a line has filled the buffer.
+// longLine reads the rest of a line that has filled the buffer.
 func (r *ReplyReader) longLine(part []byte) (line []byte, err error) {
 	for err = bufio.ErrBufferFull; err == bufio.ErrBufferFull; {
 		if line = append(line, part...); len(line) >= MaxReplyLine {
@@ -214,7 +215,7 @@ func (r *ReplyReader) longLine(part []byte) (line []byte, err error) {
 	return append(line, part...), err
 }
 
-// intern returns b as a string, without allocating where the same text came a moment ago.
+// intern returns b as a string, without an allocation if it equals a recent text.
 func (r *ReplyReader) intern(b []byte) string {
 	for _, s := range r.recent {
 		if s == string(b) {
@@ -227,8 +228,8 @@ func (r *ReplyReader) intern(b []byte) string {
 	return s
 }
 
-// splitLine takes a reply line apart: three digits, then SP for the last line, "-" for one of several, or nothing
-// (RFC 5321, 4.2 and 4.2.1).
+// splitLine splits a reply line: three digits, then a space in the last line, "-" in any other line, or nothing (RFC 5321, 4.2
+// and 4.2.1).
 func splitLine(line []byte) (code int, last bool, text []byte, ok bool) {
 	if len(line) < 3 || line[0] < '2' || line[0] > '5' || !isDigit(line[1]) || !isDigit(line[2]) {
 		return 0, false, nil, false
@@ -245,7 +246,7 @@ func splitLine(line []byte) (code int, last bool, text []byte, ok bool) {
 	return 0, false, nil, false
 }
 
-// cutEnhanced cuts an enhanced status code (RFC 3463) whose class agrees with code off the front of text.
+// cutEnhanced removes an enhanced status code (RFC 3463) from the front of text, if its class equals that of code.
 func cutEnhanced(code int, text []byte) (enhanced [3]int, rest []byte, ok bool) {
 	if c := code / 100; c == 3 || len(text) < 5 || int(text[0]-'0') != c || text[1] != '.' {
 		return enhanced, text, false
