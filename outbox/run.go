@@ -12,7 +12,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// poll is how often Run looks for messages that other processes have enqueued.
+// poll is how often Run looks for messages that other processes have enqueued, if the store tells nothing of them.
 const poll = time.Second
 
 // Run sends what is due, until ctx ends. Then it waits for the relay's replies to what it has sent, and returns nil where each
@@ -80,8 +80,13 @@ func (o *Outbox) rest(ctx context.Context, next time.Time) {
 	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
+	var others <-chan struct{}
+	if n, ok := o.cfg.Store.(Newser); ok {
+		others = n.News()
+	}
 	select {
 	case <-o.news:
+	case <-others:
 	case <-timer.C:
 	case <-ctx.Done():
 	}

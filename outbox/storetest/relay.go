@@ -71,6 +71,16 @@ func (s *service) wait(n int) []outbox.Item {
 	return slices.Clone(s.ended)
 }
 
+// count returns how many deliveries have ended.
+func (s *service) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.ended)
+}
+
+// pause lets others do something that nobody tells of.
+func pause() { time.Sleep(5 * time.Millisecond) }
+
 func newRelay(t *testing.T) *smtptest.Server {
 	return smtptest.New(t, func(s *smtptest.Server) { s.NoTLS, s.NoAuth = true, true })
 }
