@@ -30,7 +30,7 @@ type Group struct {
 	good   time.Time // when the write of our last message was begun that has succeeded
 	row    string
 	others map[string]*member // our own too
-	ended  bool
+	ticked time.Time          // when the last tick was
 }
 
 // member is a process as another one sees it.
@@ -38,7 +38,7 @@ type member struct {
 	seq    uint64
 	row    string
 	seen   time.Time
-	silent int // how many messages of our own have come since its last one
+	silent int // how many ticks have come since its last one
 }
 
 const (
@@ -60,7 +60,7 @@ func NewGroup(l *Log, lease time.Duration, lost func(id string)) *Group {
 // Join makes us a member, and returns the sequence of the message that says so. Leave ends it.
 func (g *Group) Join(ctx context.Context) (seq uint64, err error) {
 	g.mu.Lock()
-	g.id, g.ended = rand.Text(), false
+	g.id = rand.Text()
 	id, row := g.id, g.row
 	g.mu.Unlock()
 	begun := time.Now()
@@ -82,7 +82,7 @@ func (g *Group) Leave(ctx context.Context) error {
 	<-g.done
 	g.mu.Lock()
 	id := g.id
-	g.id, g.ended = "", true
+	g.id = ""
 	g.mu.Unlock()
 	return g.bury(ctx, id, 0)
 }
@@ -225,8 +225,8 @@ func (g *Group) bury(ctx context.Context, id string, expect uint64) error {
 	}
 }
 
-// See takes in a message of the log, in Follow's order. It reports whether that was about a member, and whether it was our own:
-// this is when to look after others.
+// See takes in a message of the log, in Follow's order. It reports whether that was about a member, and whether it was a tick: one of
+// our own, a fifth of the lease after the last one or more. This is when to look after others.
 func (g *Group) See(m Message) (member, tick bool) {
 	id, ok := strings.CutPrefix(m.Subject, memberToken)
 	if !ok {
@@ -239,15 +239,17 @@ func (g *Group) See(m Message) (member, tick bool) {
 		return true, false
 	}
 	g.seeLocked(id, m)
-	if id != g.id {
+	now := time.Now()
+	if id != g.id || now.Sub(g.ticked) < g.lease/Beats*9/10 { // one that tells something comes besides
 		return true, false
 	}
+	g.ticked = now
 	for id, o := range g.others {
 		if id == g.id {
 			continue
 		}
-		if o.silent++; o.silent > Beats && time.Since(o.seen) >= g.lease {
-			o.silent, o.seen = Beats, time.Now() // not at once again
+		if o.silent++; o.silent > Beats && now.Sub(o.seen) >= g.lease {
+			o.silent, o.seen = Beats, now // not at once again
 			ctx, cancel := context.WithTimeout(context.Background(), g.lease)
 			go func(seq uint64) { // ends with ctx
 				defer cancel()

@@ -87,6 +87,7 @@ func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int
 const (
 	tryTime   = 2 * time.Second // for an answer; a leader that dies gives none
 	tryPause  = 50 * time.Millisecond
+	noCluster = 10074   // the server's code for several replicas where it is alone
 	writeName = "Write" // the header that tells our own write from another's
 )
 
@@ -107,7 +108,7 @@ func final(err error) bool {
 		return true
 	}
 	e, ok := errors.AsType[*jetstream.APIError](err)
-	return ok && e.Code < 500 && e.Code != 408 && e.Code != 429
+	return ok && (e.Code < 500 && e.Code != 408 && e.Code != 429 || e.ErrorCode == noCluster)
 }
 
 func conflict(err error) bool {

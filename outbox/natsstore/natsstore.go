@@ -51,6 +51,7 @@ type Store struct {
 	group     *natslog.Group
 
 	mu       sync.Mutex // guards the fields below; never held across I/O
+	closed   bool       // no task may begin
 	index    *index
 	applied  uint64        // how far the log was followed
 	moved    chan struct{} // closed when applied has grown
@@ -138,8 +139,24 @@ func New(nc *nats.Conn, o Options) (*Store, error) {
 func (s *Store) Close() error {
 	err := s.detach()
 	s.stop()
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
 	s.tasks.Wait()
 	return err
+}
+
+// background has a task done, which ends with Close.
+func (s *Store) background(task func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.backgroundLocked(task)
+}
+
+func (s *Store) backgroundLocked(task func()) {
+	if !s.closed {
+		s.tasks.Go(task)
+	}
 }
 
 // Following.
@@ -147,7 +164,7 @@ func (s *Store) Close() error {
 // follow follows the log from the first call on, and returns when it has come so far as seq.
 func (s *Store) follow(ctx context.Context, seq uint64) error {
 	s.following.Do(func() {
-		s.tasks.Go(func() { s.log.Follow(s.running, s.see) })
+		s.background(func() { s.log.Follow(s.running, s.see) })
 	})
 	for {
 		s.mu.Lock()
@@ -558,7 +575,7 @@ func (s *Store) attach(ctx context.Context) (parked int, err error) {
 	left := s.leftLocked()
 	s.mu.Unlock()
 	s.shared(time.Now())
-	s.tasks.Go(func() { s.sweep(s.running) })
+	s.background(func() { s.sweep(s.running) })
 	return s.park(ctx, left), nil
 }
 
@@ -645,7 +662,7 @@ func (s *Store) parkLocked() {
 		return
 	}
 	s.parking = true
-	s.tasks.Go(func() {
+	s.backgroundLocked(func() {
 		ctx, cancel := context.WithTimeout(s.running, opTime)
 		defer cancel()
 		s.park(ctx, left) // the rest with the next tick
@@ -878,7 +895,7 @@ func (s *Store) end(ctx context.Context, token string, end *outbox.End) error {
 	s.releaseLocked(token, c)
 	s.mu.Unlock()
 	if end.State == outbox.Accepted || end.State == outbox.Cancelled {
-		s.tasks.Go(func() {
+		s.background(func() {
 			ctx, cancel := context.WithTimeout(s.running, opTime)
 			defer cancel()
 			_ = s.bodyGone(ctx, token, &c.mail) // else Forget does
