@@ -25,14 +25,13 @@
 // A nil error says that the servers have acknowledged. What that is worth is in their configuration:
 //
 //   - sync_interval: always (in the block jetstream of nats-server.conf; package embedded does so). Without it, NATS acknowledges
-//     before its fsync, which is up to two minutes later: with one replica a power cut loses intents, and a lost intent is a
-//     message that is sent twice. With three replicas it takes the power cut of two servers at once.
+//     before its fsync, which is up to two minutes later. With one replica a power cut then loses intents, and a lost intent is a
+//     message that is sent twice; with three it takes two power cuts, or one while another server is slow.
 //   - Options.Replicas 3, on three machines: one may be lost for good. With 1 the disk of the one server is all there is.
 //
-// Known holes of JetStream: a public analysis of its release 2.12.1 (https://jepsen.io/analyses/nats-2.12.1; issues 7564, 7545, 7549 and
-// 7556 of nats-server) lost acknowledged messages when files of the log were damaged on a minority of the servers, when a snapshot was,
-// and when several servers lost power at the default sync_interval. Where that must not happen, run three servers on separate
-// power with sync_interval: always, and watch their logs.
+// Known holes: the analysis of release 2.12.1 at https://jepsen.io/analyses/nats-2.12.1 (issues 7545, 7549, 7556 and 7564 of nats-server)
+// lost acknowledged messages where data files or snapshots were damaged on a minority of the servers, with sync_interval: always
+// too, and where power was cut without it. Run on disks that notice their errors, and watch the servers' logs.
 //
 // # What happens when
 //

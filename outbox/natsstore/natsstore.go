@@ -183,7 +183,7 @@ func (s *Store) follow(ctx context.Context, seq uint64) error {
 	}
 }
 
-var errClosed = errors.New("natsstore: closed")
+var errClosed = errors.New("the store is closed")
 
 // see takes in a message of the log.
 func (s *Store) see(m natslog.Message) {
@@ -694,7 +694,7 @@ func (s *Store) park(ctx context.Context, tokens []string) (n int) {
 }
 
 // errAway is returned by a worker of which the others have heard nothing for so long that they may take it for dead.
-var errAway = errors.New("natsstore: the servers do not answer")
+var errAway = errors.New("the servers do not answer")
 
 // News implements [outbox.Newser].
 func (s *Store) News() <-chan struct{} { return s.index.news }
@@ -709,7 +709,7 @@ func (s *Store) Claim(ctx context.Context, now time.Time, n int, weight func(ten
 		return nil, time.Time{}, errors.New("natsstore: Claim without Attach")
 	}
 	if s.away() {
-		return nil, time.Time{}, errAway
+		return nil, time.Time{}, ours(errAway)
 	}
 	s.mu.Lock()
 	s.index.advance(now)
