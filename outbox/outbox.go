@@ -125,6 +125,7 @@ type Outbox struct {
 	mu    sync.Mutex    // guards the fields below
 	hands map[*delivery]struct{}
 	ends  bool // Run is to stop
+	ended Ended
 }
 
 // New returns an Outbox; Run makes it send.
@@ -246,6 +247,43 @@ func (o *Outbox) Status(ctx context.Context, id string) (Item, error) {
 // List yields the messages in a state, oldest first.
 func (o *Outbox) List(ctx context.Context, state State) iter.Seq2[Item, error] {
 	return o.cfg.Store.List(ctx, state)
+}
+
+// Stats is how an outbox stands.
+type Stats struct {
+	Stored Counts // all processes together
+	InHand int    // messages that this Outbox is sending
+	Ended  Ended  // deliveries of this Outbox since New
+}
+
+// Ended is how many deliveries have ended so.
+type Ended struct {
+	Accepted, Dead, Unknown uint64
+	Deferred                uint64 // Queued again
+}
+
+// Stats asks the store how many messages are in which state. With many messages that takes a while: not for each request.
+func (o *Outbox) Stats(ctx context.Context) (Stats, error) {
+	stored, err := o.cfg.Store.Count(ctx)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return Stats{Stored: stored, InHand: len(o.hands), Ended: o.ended}, err
+}
+
+// count counts a delivery that has ended.
+func (o *Outbox) count(state State) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch state {
+	case Accepted:
+		o.ended.Accepted++
+	case Queued:
+		o.ended.Deferred++
+	case Dead:
+		o.ended.Dead++
+	case Unknown:
+		o.ended.Unknown++
+	}
 }
 
 // Cancel keeps a message that is Queued from being sent, and reports whether it could: it is too late once the message is

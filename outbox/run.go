@@ -312,6 +312,7 @@ func (o *Outbox) end(c Claim) {
 		tries++
 		time.Sleep(wait)
 	}
+	o.count(c.State)
 	if o.cfg.Ended != nil {
 		o.cfg.Ended(c.Item)
 	}

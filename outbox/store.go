@@ -42,6 +42,9 @@ type Store interface {
 	// List yields the messages in a state, oldest first. It holds few of them in memory, and no lock while it yields.
 	List(ctx context.Context, state State) iter.Seq2[Item, error]
 
+	// Count tells how many messages are in each state that is not over, and Oldest.
+	Count(ctx context.Context) (Counts, error)
+
 	// Change calls f with a message and writes down what f has made of it, durably, unless f returns an error, which is returned.
 	// No other change comes in between.
 	Change(ctx context.Context, id string, f func(*Item) error) error
@@ -50,6 +53,15 @@ type Store interface {
 	Forget(ctx context.Context, before time.Time) (int, error)
 
 	Close() error
+}
+
+// Counts is how many messages of a [Store] are in a state, whoever is sending them.
+type Counts struct {
+	Queued, Sending, Dead, Unknown int
+
+	// Oldest is when that of the Queued messages was due which was enqueued first, of those that are due; zero if none is. It is some
+	// seconds ago where all is well.
+	Oldest time.Time
 }
 
 // Newser is what a [Store] may be besides: News has something when messages may be due that others have enqueued. Without it

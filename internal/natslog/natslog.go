@@ -261,7 +261,7 @@ func (l *Log) Mark(ctx context.Context) (seq uint64, err error) {
 }
 
 // silence is how long Follow hears nothing from the server before it asks anew.
-const silence = 2 * time.Second
+const silence = 4 * time.Second
 
 // Follow calls f with each message, in order, without its data, until ctx ends. What was replaced or removed before it came
 // so far is left out.
@@ -289,7 +289,7 @@ func (l *Log) follow(ctx context.Context, next *uint64, f func(Message)) {
 	if err != nil {
 		return
 	}
-	messages, err := c.Messages(jetstream.PullExpiry(2*silence), jetstream.PullHeartbeat(silence/2), jetstream.PullMaxMessages(1000),
+	messages, err := c.Messages(jetstream.PullExpiry(3*silence), jetstream.PullHeartbeat(silence/2), jetstream.PullMaxMessages(1000),
 		jetstream.WithMessagesErrOnMissingHeartbeat(true))
 	if err != nil {
 		return

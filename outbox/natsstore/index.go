@@ -233,6 +233,30 @@ func (x *index) in(state outbox.State) (tokens []string) {
 	return tokens
 }
 
+// count counts the messages that are not over.
+func (x *index) count(now time.Time) (c outbox.Counts) {
+	var first *entry
+	for _, e := range x.entries {
+		switch e.State {
+		case outbox.Queued:
+			c.Queued++
+			if e.Due <= now.UnixNano() && (first == nil || e.Order < first.Order) {
+				first = e
+			}
+		case outbox.Sending:
+			c.Sending++
+		case outbox.Dead:
+			c.Dead++
+		case outbox.Unknown:
+			c.Unknown++
+		}
+	}
+	if first != nil {
+		c.Oldest = time.Unix(0, first.Due)
+	}
+	return c
+}
+
 // line is a heap: of a tenant's messages that are ready, by priority and age; or of those that wait, by due.
 type line struct {
 	tenant string

@@ -477,6 +477,22 @@ func (s *Store) listIndex(ctx context.Context, state outbox.State, visit func(ou
 	return nil
 }
 
+// Count implements [outbox.Store].
+func (s *Store) Count(ctx context.Context) (c outbox.Counts, err error) {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	seq, err := s.log.Mark(ctx)
+	if err == nil {
+		err = s.follow(ctx, seq)
+	}
+	if err != nil {
+		return c, ours(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.index.count(time.Now()), nil
+}
+
 // forgetMost is how many messages Forget removes at most.
 const forgetMost = 1000
 

@@ -136,6 +136,9 @@ func refused(t *testing.T, b *bed) {
 		t.Errorf("got %+v", i)
 	}
 	b.want("all", outbox.Dead)
+	if s, err := s.Stats(t.Context()); err != nil || s.Stored != (outbox.Counts{Dead: 2}) || s.Ended != (outbox.Ended{Dead: 2}) {
+		t.Errorf("counted %+v, %v", s, err)
+	}
 	if n := relay.Stats().Accepted; n != 1 {
 		t.Errorf("%d accepted, want 1", n)
 	}

@@ -38,6 +38,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"a change excludes an intent":                             change,
 		"what has ended is forgotten":                             forget,
 		"bodies of any size":                                      bodies,
+		"messages are counted":                                    counted,
 		"a list is in pages":                                      list,
 		"what is enqueued is sent":                                sent,
 		"the relay's no is for good, and its words are kept":      refused,
@@ -454,6 +455,32 @@ var errBody = errors.New("the template failed")
 type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, errBody }
+
+func counted(t *testing.T, b *bed) {
+	want := func(want outbox.Counts) {
+		t.Helper()
+		got, err := b.store.Count(t.Context())
+		b.must(err)
+		if !got.Oldest.Equal(want.Oldest) {
+			t.Errorf("the oldest was due at %v, want %v", got.Oldest, want.Oldest)
+		}
+		if got.Oldest = want.Oldest; got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+	want(outbox.Counts{})
+	b.put(entry("later", func(i *outbox.Item) { i.Due = i.Due.Add(time.Hour) }))
+	want(outbox.Counts{Queued: 1})
+	since := time.Now().Add(-time.Minute)
+	for i := range 6 {
+		b.put(entry(fmt.Sprint(i), func(i *outbox.Item) { i.Due = since }))
+	}
+	want(outbox.Counts{Queued: 7, Oldest: since})
+	claims := b.claim(6, one)
+	b.must(b.begin(claims[0]), b.begin(claims[1]), b.end(claims[1], outbox.Accepted), b.end(claims[2], outbox.Dead), b.end(claims[3], outbox.Unknown),
+		b.end(claims[4], outbox.Cancelled))
+	want(outbox.Counts{Queued: 2, Sending: 1, Dead: 1, Unknown: 1, Oldest: since})
+}
 
 func list(t *testing.T, b *bed) {
 	var want []string
