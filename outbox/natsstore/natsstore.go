@@ -57,6 +57,7 @@ type Store struct {
 	moved    chan struct{} // closed when applied has grown
 	claims   map[string]*claim
 	attached bool
+	working  bool     // attached, and the log was followed until then
 	parking  bool     // what is left is being parked: one at a time
 	workers  []string // who is there, as the messages are shared
 	before   []string // the same until a moment ago; nil: long enough
@@ -194,8 +195,10 @@ func (s *Store) see(m natslog.Message) {
 	close(s.moved)
 	s.moved = make(chan struct{})
 	if member {
-		s.shareLocked(time.Now())
-		if tick {
+		if s.working { // not for each member on the way through an old log
+			s.shareLocked(time.Now())
+		}
+		if s.working && tick {
 			s.parkLocked()
 		}
 		return
@@ -560,14 +563,14 @@ func (s *Store) bodyGone(ctx context.Context, token string, m *mail) error {
 func (s *Store) Attach(ctx context.Context) (detach func() error, parked int, err error) {
 	s.mu.Lock()
 	was := s.attached
-	s.attached, s.parking = true, true // attach parks
+	s.attached = true
 	s.mu.Unlock()
 	if was {
 		return nil, 0, outbox.ErrWorking
 	}
 	parked, err = s.attach(ctx)
 	s.mu.Lock()
-	s.attached, s.parking = err == nil, false
+	s.attached, s.working = err == nil, err == nil
 	s.mu.Unlock()
 	if err != nil {
 		return nil, 0, ours(err)
@@ -585,12 +588,12 @@ func (s *Store) attach(ctx context.Context) (parked int, err error) {
 	if err := s.follow(ctx, seq); err != nil {
 		return 0, errors.Join(err, s.group.Leave(ctx))
 	}
+	me := s.group.ID()
 	s.mu.Lock()
-	s.before = slices.DeleteFunc(slices.Clone(s.workers), func(id string) bool { return id == s.group.ID() })
-	s.since = time.Now()
+	s.workers = slices.DeleteFunc(slices.Sorted(maps.Keys(s.group.Members())), func(id string) bool { return id == me })
+	s.shareLocked(time.Now())
 	left := s.leftLocked()
 	s.mu.Unlock()
-	s.shared(time.Now())
 	s.background(func() { s.sweep(s.running) })
 	return s.park(ctx, left), nil
 }
@@ -599,7 +602,7 @@ func (s *Store) attach(ctx context.Context) (parked int, err error) {
 func (s *Store) detach() error {
 	s.mu.Lock()
 	was := s.attached
-	s.attached = false
+	s.attached, s.working = false, false
 	for token, c := range s.claims {
 		s.releaseLocked(token, c)
 	}
@@ -610,14 +613,10 @@ func (s *Store) detach() error {
 	ctx, cancel := context.WithTimeout(context.Background(), intentTime)
 	defer cancel()
 	err := s.group.Leave(ctx) // who cannot say so is buried
-	s.shared(time.Now())
-	return ours(err)
-}
-
-func (s *Store) shared(now time.Time) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.shareLocked(now)
+	s.index.share(func(uint64) bool { return false }, true)
+	s.mu.Unlock()
+	return ours(err)
 }
 
 // shareLocked shares the messages among the workers that are there. What changes its owner is left alone for a while: its former one may
@@ -648,13 +647,12 @@ func owner(workers []string, hash uint64) (id string) {
 	most := uint64(0)
 	for _, w := range workers {
 		h := fnv.New64a()
-		_, _ = h.Write(binary.BigEndian.AppendUint64([]byte(w), hash))
-		sum := h.Sum64()
-		sum ^= sum >> 32 // fnv's last octets hardly reach its highest bits
-		sum *= 0x9e3779b97f4a7c15
-		sum ^= sum >> 29
-		if sum >= most {
-			most, id = sum, w
+		_, _ = io.WriteString(h, w)
+		// As in splitmix64.
+		n := (h.Sum64() ^ hash) * 0xbf58476d1ce4e5b9
+		n = (n ^ n>>27) * 0x94d049bb133111eb
+		if n ^= n >> 31; n >= most {
+			most, id = n, w
 		}
 	}
 	return id
