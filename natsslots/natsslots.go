@@ -507,7 +507,8 @@ func (s *Slots) watch() {
 			h.retireLocked()
 			s.backgroundLocked(func() { s.record(h, place{Owner: h.owner, Retiring: true}) })
 		}
-		has := len(s.ours) > 0
+		id := s.group.ID()
+		has := slices.ContainsFunc(s.ours, func(h *held) bool { return h.owner == id })
 		s.mu.Unlock()
 		if has && quiet > s.o.TTL*4/5 {
 			s.group.Abandon()

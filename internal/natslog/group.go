@@ -120,13 +120,16 @@ func (g *Group) Abandon() {
 	g.mu.Lock()
 	was := g.id
 	if was != "" {
-		g.id = rand.Text()
+		g.renameLocked()
 	}
 	g.mu.Unlock()
 	if was != "" {
 		g.lost(was)
 	}
 }
+
+// renameLocked makes us another member, of which nothing is written yet: until then Quiet is long.
+func (g *Group) renameLocked() { g.id, g.good = rand.Text(), time.Time{} }
 
 // Has reports whether a member is there, as far as the log has been followed.
 func (g *Group) Has(id string) bool {
@@ -186,12 +189,12 @@ func (g *Group) beat(ctx context.Context, seq uint64) {
 			g.mu.Unlock()
 		case errors.Is(err, ErrConflict): // we were buried, or forgotten
 			g.mu.Lock()
-			abandoned := g.id == id
-			if abandoned {
-				g.id = rand.Text()
+			lost := g.id == id
+			if lost {
+				g.renameLocked()
 			}
 			g.mu.Unlock()
-			if abandoned {
+			if lost {
 				g.lost(id)
 			}
 			select {

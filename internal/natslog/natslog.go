@@ -119,10 +119,14 @@ func conflict(err error) bool {
 // Write replaces the message of subject whose sequence is expect; 0: there is none. It tries until ctx ends. Any error but ErrConflict
 // may mean that the message was written, or will be: for as long as nobody else has written.
 func (l *Log) Write(ctx context.Context, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
+	return l.write(ctx, rand.Text(), subject, expect, header, data, opts...)
+}
+
+func (l *Log) write(ctx context.Context, name, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
 	if header == nil {
 		header = nats.Header{}
 	}
-	header.Set(writeName, rand.Text())
+	header.Set(writeName, name)
 	opts = append(opts, jetstream.WithExpectLastSequencePerSubject(expect), jetstream.WithRetryAttempts(0))
 	for {
 		try, cancel := context.WithTimeout(ctx, tryTime)
@@ -135,7 +139,7 @@ func (l *Log) Write(ctx context.Context, subject string, expect uint64, header n
 			// By an earlier try of ours, whose answer was lost? Or by one that is under way, and may fail?
 			last, lastErr := l.Last(ctx, subject)
 			switch {
-			case lastErr == nil && last.Header.Get(writeName) == header.Get(writeName):
+			case lastErr == nil && last.Header.Get(writeName) == name:
 				return last.Seq, nil
 			case lastErr == nil && last.Seq != expect, errors.Is(lastErr, ErrNotFound) && expect != 0:
 				return 0, ErrConflict
