@@ -52,8 +52,11 @@ type Config struct {
 	Client *smtprelay.Client
 	Route  func(Item) *smtprelay.Client
 
-	// Retry says when a message that was not accepted is tried again.
-	Retry Retry
+	// Retry says when a message that was not accepted is tried again. RetryFor, if not nil, says so for each message: by the domain of its
+	// recipients, or as it is routed. It is given the message with To as those who are to get it again; fields that it leaves
+	// zero are those of Retry. One message has one schedule: enqueue one for each domain where that matters.
+	Retry    Retry
+	RetryFor func(Item) Retry
 
 	// Intent says when the store is told that a message is being sent.
 	Intent IntentTime
@@ -152,6 +155,18 @@ func New(cfg Config) (*Outbox, error) {
 	setDefault(&cfg.Retry.Most, time.Hour)
 	setDefault(&cfg.Retry.For, 5*24*time.Hour)
 	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), hands: map[*delivery]struct{}{}}, nil
+}
+
+// retry is how i is tried again.
+func (c *Config) retry(i Item) Retry {
+	if c.RetryFor == nil {
+		return c.Retry
+	}
+	r := c.RetryFor(i)
+	setDefault(&r.First, c.Retry.First)
+	setDefault(&r.Most, max(r.First, c.Retry.Most))
+	setDefault(&r.For, c.Retry.For)
+	return r
 }
 
 func setDefault[T int | time.Duration](v *T, def T) {

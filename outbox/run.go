@@ -165,7 +165,7 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 			return
 		}
 	}
-	c.settle(err, time.Now(), o.cfg.Retry)
+	c.settle(err, time.Now(), o.cfg.retry)
 	o.end(c)
 }
 
@@ -221,7 +221,7 @@ func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
 const storePause = time.Second
 
 // settle takes in what a Send has returned.
-func (c *Claim) settle(err error, now time.Time, retry Retry) {
+func (c *Claim) settle(err error, now time.Time, schedule func(Item) Retry) {
 	c.Changed = now
 	var results []smtprelay.RecipientResult
 	e, ok := errors.AsType[*smtprelay.Error](err)
@@ -259,7 +259,9 @@ func (c *Claim) settle(err error, now time.Time, retry Retry) {
 		c.State, c.To, c.Due = Queued, again, now.Add(storePause)
 	case len(again) > 0:
 		c.Attempts++
-		c.To, c.Due = again, now.Add(retry.wait(c.Attempts))
+		c.To = again
+		retry := schedule(c.Item)
+		c.Due = now.Add(retry.wait(c.Attempts))
 		first := c.Created
 		if c.NotBefore.After(first) {
 			first = c.NotBefore

@@ -30,7 +30,7 @@ func openPlace(place string) (outbox.Store, error) {
 }
 
 func TestKilledWorkerLosesNothingAndSendsNothingTwice(t *testing.T) {
-	storetest.Kills(t, storetest.Engine{Open: openPlace, Kills: 10, Most: map[string]int{"at end": 25, "early": storetest.InHand},
+	storetest.Kills(t, storetest.Engine{Open: openPlace, Kills: 5, Most: map[string]int{"at end": 25, "early": storetest.InHand},
 		Place: func(t *testing.T) string {
 			return start(t, embedded.Config{Dir: t.TempDir(), Listen: "127.0.0.1:0"}).URL() + " outbox"
 		}})

@@ -169,6 +169,27 @@ func later(t *testing.T, b *bed) {
 	}
 }
 
+func byDomain(t *testing.T, b *bed) {
+	relay := newRelay(t)
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 not now", Count: 2})
+	s := b.serve(relay, func(c *outbox.Config) {
+		c.RetryFor = func(i outbox.Item) outbox.Retry {
+			if strings.HasSuffix(i.To[0], "@slow.example") {
+				return outbox.Retry{First: time.Hour}
+			}
+			return outbox.Retry{} // that of Retry
+		}
+	})
+	fast, slow := message("fast"), message("slow")
+	slow.To = []string{"b@slow.example"}
+	s.enqueue(fast, slow)
+	s.wait(3)
+	b.want("fast", outbox.Accepted)
+	if i := b.want("slow", outbox.Queued); time.Until(i.Due) < 40*time.Minute {
+		t.Errorf("slow is tried again at %v", i.Due)
+	}
+}
+
 func givenUp(t *testing.T, b *bed) {
 	relay := newRelay(t)
 	relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: "451 4.3.0 not now", Count: -1})

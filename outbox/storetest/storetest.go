@@ -1,5 +1,6 @@
-// Package storetest has the tests that an [outbox.Store] must pass: what it is asked for by itself, and what an Outbox on it does
-// with a relay.
+// Package storetest has the tests that an [outbox.Store] must pass: what it is asked for by itself, what an Outbox on it does with a
+// relay, and what becomes of messages whose worker is killed. The flag -kills says how often that is; make kills does it a thousand
+// times.
 package storetest
 
 import (
@@ -43,6 +44,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"what is enqueued is sent":                                sent,
 		"the relay's no is for good, and its words are kept":      refused,
 		"a no for now is tried again, for those who had it":       later,
+		"it is tried again as is said for the domain":             byDomain,
 		"it is given up in the end":                               givenUp,
 		"nothing is sent before its time or after it":             times,
 		"what is cancelled is not sent":                           cancelled,
