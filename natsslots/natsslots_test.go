@@ -207,8 +207,8 @@ func TestPlaceThatWasNotGivenBackInOrderIsHeldBackForGrace(t *testing.T) {
 	acquire(false, false)
 	ctx, cancel := context.WithTimeout(t.Context(), grace/3)
 	defer cancel()
-	if _, err := s.Acquire(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v, want the end of the context", err)
+	if slot, err := s.Acquire(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("got %+v, %v; want the end of the context", slot, err)
 	}
 	acquire(true, true) // it was given up while it was held back
 	acquire(false, true)
