@@ -7,6 +7,8 @@
 //	go box.Run(ctx)
 //	err = box.Enqueue(ctx, outbox.Message{ID: "order-1234", From: …, To: …, Body: …}) // nil: it is durable
 //
+// Package sqlitestore keeps the messages in a folder, for one worker; natsstore in NATS JetStream, for several on several machines.
+//
 // # When you need it
 //
 // A service that may tell its caller "it did not work, try again" needs none: it calls Send. One that has promised a message
