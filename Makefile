@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets browser cuts mutants api cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets browser cuts kills mutants api cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*' -not -path './tools/lint/*')))
 FUZZTIME ?= 30s
@@ -48,6 +48,10 @@ browser: ## the page of smtprelay serve in Chromium: attack mails, the keyboard,
 
 cuts: ## every dialogue with the connection cut after every octet: minutes
 	go test ./internal/test/dialogue -run CutAnywhere -cut-every=1 -timeout 60m
+
+kills: ## workers of each store of the outbox, killed a thousand times in each way of writing intents: hours
+	cd outbox/sqlitestore && go test -run Killed -v -timeout 3h . -kills=1000
+	cd outbox/natsstore && go test -run Killed -v -timeout 6h . -kills=1000
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
 	go run ./tools/mutants

@@ -7,6 +7,8 @@
 //	go box.Run(ctx)
 //	err = box.Enqueue(ctx, outbox.Message{ID: "order-1234", From: …, To: …, Body: …}) // nil: it is durable
 //
+// Package sqlitestore keeps the messages in a folder, for one worker; natsstore in NATS JetStream, for several on several machines.
+//
 // # When you need it
 //
 // A service that may tell its caller "it did not work, try again" needs none: it calls Send. One that has promised a message
@@ -52,8 +54,11 @@ type Config struct {
 	Client *smtprelay.Client
 	Route  func(Item) *smtprelay.Client
 
-	// Retry says when a message that was not accepted is tried again.
-	Retry Retry
+	// Retry says when a message that was not accepted is tried again. RetryFor, if not nil, says so for each message: by the domain of its
+	// recipients, or as it is routed. It is given the message with To as those who are to get it again; fields that it leaves
+	// zero are those of Retry. One message has one schedule: enqueue one for each domain where that matters.
+	Retry    Retry
+	RetryFor func(Item) Retry
 
 	// Intent says when the store is told that a message is being sent.
 	Intent IntentTime
@@ -125,6 +130,7 @@ type Outbox struct {
 	mu    sync.Mutex    // guards the fields below
 	hands map[*delivery]struct{}
 	ends  bool // Run is to stop
+	ended Ended
 }
 
 // New returns an Outbox; Run makes it send. It is an error where Store is missing, where not exactly one of Client and Route is given, and
@@ -152,6 +158,18 @@ func New(cfg Config) (*Outbox, error) {
 	setDefault(&cfg.Retry.Most, time.Hour)
 	setDefault(&cfg.Retry.For, 5*24*time.Hour)
 	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), hands: map[*delivery]struct{}{}}, nil
+}
+
+// retry is how i is tried again.
+func (c *Config) retry(i Item) Retry {
+	if c.RetryFor == nil {
+		return c.Retry
+	}
+	r := c.RetryFor(i)
+	setDefault(&r.First, c.Retry.First)
+	setDefault(&r.Most, max(r.First, c.Retry.Most))
+	setDefault(&r.For, c.Retry.For)
+	return r
 }
 
 func setDefault[T int | time.Duration](v *T, def T) {
@@ -247,6 +265,43 @@ func (o *Outbox) Status(ctx context.Context, id string) (Item, error) {
 // List yields the messages in a state, oldest first.
 func (o *Outbox) List(ctx context.Context, state State) iter.Seq2[Item, error] {
 	return o.cfg.Store.List(ctx, state)
+}
+
+// Stats is how an outbox stands.
+type Stats struct {
+	Stored Counts // all processes together
+	InHand int    // messages that this Outbox is sending
+	Ended  Ended  // deliveries of this Outbox since New
+}
+
+// Ended is how many deliveries have ended so.
+type Ended struct {
+	Accepted, Dead, Unknown uint64
+	Deferred                uint64 // Queued again
+}
+
+// Stats asks the store how many messages are in which state. With many messages that takes a while: not for each request.
+func (o *Outbox) Stats(ctx context.Context) (Stats, error) {
+	stored, err := o.cfg.Store.Count(ctx)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return Stats{Stored: stored, InHand: len(o.hands), Ended: o.ended}, err
+}
+
+// count counts a delivery that has ended.
+func (o *Outbox) count(state State) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch state {
+	case Accepted:
+		o.ended.Accepted++
+	case Queued:
+		o.ended.Deferred++
+	case Dead:
+		o.ended.Dead++
+	case Unknown:
+		o.ended.Unknown++
+	}
 }
 
 // Cancel keeps a message that is Queued from being sent, and reports whether it could: it is too late once the message is

@@ -12,7 +12,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// poll is how often Run looks for messages that other processes have enqueued.
+// poll is how often Run looks for messages that other processes have enqueued, if the store tells nothing of them.
 const poll = time.Second
 
 // Run sends what is due, until ctx ends. Then it waits for the relay's replies to what it has sent, and returns nil where each
@@ -80,8 +80,13 @@ func (o *Outbox) rest(ctx context.Context, next time.Time) {
 	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
+	var others <-chan struct{}
+	if n, ok := o.cfg.Store.(Newser); ok {
+		others = n.News()
+	}
 	select {
 	case <-o.news:
+	case <-others:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
@@ -160,7 +165,7 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 			return
 		}
 	}
-	c.settle(err, time.Now(), o.cfg.Retry)
+	c.settle(err, time.Now(), o.cfg.retry)
 	o.end(c)
 }
 
@@ -216,7 +221,7 @@ func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
 const storePause = time.Second
 
 // settle takes in what a Send has returned.
-func (c *Claim) settle(err error, now time.Time, retry Retry) {
+func (c *Claim) settle(err error, now time.Time, schedule func(Item) Retry) {
 	c.Changed = now
 	var results []smtprelay.RecipientResult
 	e, ok := errors.AsType[*smtprelay.Error](err)
@@ -254,7 +259,9 @@ func (c *Claim) settle(err error, now time.Time, retry Retry) {
 		c.State, c.To, c.Due = Queued, again, now.Add(storePause)
 	case len(again) > 0:
 		c.Attempts++
-		c.To, c.Due = again, now.Add(retry.wait(c.Attempts))
+		c.To = again
+		retry := schedule(c.Item)
+		c.Due = now.Add(retry.wait(c.Attempts))
 		first := c.Created
 		if c.NotBefore.After(first) {
 			first = c.NotBefore
@@ -307,6 +314,7 @@ func (o *Outbox) end(c Claim) {
 		tries++
 		time.Sleep(wait)
 	}
+	o.count(c.State)
 	if o.cfg.Ended != nil {
 		o.cfg.Ended(c.Item)
 	}

@@ -16,8 +16,8 @@ type Store interface {
 	// Put adds messages. A nil error means that the message is durable, or that its ID was there already.
 	Put(ctx context.Context, entries []Entry) []error
 
-	// Attach makes the caller the one worker of the store, until it calls detach; ErrWorking means that there is one. Messages
-	// that a worker which died was sending become Unknown: it returns how many.
+	// Attach makes the caller a worker of the store, until it calls detach. ErrWorking means that there is one, and that the store
+	// has room for one only. Messages that a worker which died was sending become Unknown: it returns how many did by then.
 	Attach(ctx context.Context) (detach func() error, parked int, err error)
 
 	// Claim returns up to n messages that are due at now and that nobody has claimed, and when the next one is due, zero if none is.
@@ -42,6 +42,9 @@ type Store interface {
 	// List yields the messages in a state, oldest first. It holds few of them in memory, and no lock while it yields.
 	List(ctx context.Context, state State) iter.Seq2[Item, error]
 
+	// Count tells how many messages are in each state that is not over, and Oldest.
+	Count(ctx context.Context) (Counts, error)
+
 	// Change calls f with a message and writes down what f has made of it, durably, unless f returns an error, which is returned.
 	// No other change comes in between.
 	Change(ctx context.Context, id string, f func(*Item) error) error
@@ -51,6 +54,19 @@ type Store interface {
 
 	Close() error
 }
+
+// Counts is how many messages of a [Store] are in a state, whoever is sending them.
+type Counts struct {
+	Queued, Sending, Dead, Unknown int
+
+	// Oldest is when that of the Queued messages was due which was enqueued first, of those that are due; zero if none is. It is some
+	// seconds ago where all is well.
+	Oldest time.Time
+}
+
+// Newser is what a [Store] may be besides: News has something when messages may be due that others have enqueued. Without it
+// they are found within a second.
+type Newser interface{ News() <-chan struct{} }
 
 // Entry is a message to put into a Store.
 type Entry struct {
@@ -79,7 +95,7 @@ var (
 	ErrConflict = errors.New("outbox: the message is in another state")
 	// ErrNotFound is returned where there is no message of the ID.
 	ErrNotFound = errors.New("outbox: no such message")
-	// ErrWorking is returned by Run where the store has a worker already.
+	// ErrWorking is returned by Run where the store has a worker already, and can have one only.
 	ErrWorking = errors.New("outbox: another worker has the store")
 )
 

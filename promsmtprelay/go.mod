@@ -2,13 +2,17 @@ module github.com/smtprelay/smtprelay/promsmtprelay
 
 go 1.26.0
 
-replace github.com/smtprelay/smtprelay => ../
+replace (
+	github.com/smtprelay/smtprelay => ../
+	github.com/smtprelay/smtprelay/outbox => ../outbox
+)
 
 require (
 	github.com/prometheus/client_golang v1.25.0
 	github.com/prometheus/client_model v0.6.3
 	github.com/prometheus/common v0.72.0
 	github.com/smtprelay/smtprelay v0.0.0
+	github.com/smtprelay/smtprelay/outbox v0.0.0
 )
 
 require (

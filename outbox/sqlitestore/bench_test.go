@@ -1,91 +1,21 @@
-// Here belongs what an outbox costs: messages a second to a relay at 5 ms, beside the client alone.
+// Here belongs what an outbox costs.
 package sqlitestore_test
 
 import (
-	"context"
-	"fmt"
-	"strings"
-	"sync"
 	"testing"
-	"time"
 
-	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/outbox"
 	"github.com/smtprelay/smtprelay/outbox/sqlitestore"
-	"github.com/smtprelay/smtprelay/smtptest"
+	"github.com/smtprelay/smtprelay/outbox/storetest"
 )
 
 // go test -run '^$' -bench . -benchtime 5000x
 func BenchmarkDelivered(b *testing.B) {
-	text := smtprelay.Bytes([]byte("Subject: order\r\n\r\n" + strings.Repeat("It is ready, and 4 KB long.\r\n", 140)))
-	for _, chunking := range []bool{false, true} {
-		relay := smtptest.New(b, func(s *smtptest.Server) {
-			s.NoTLS, s.NoAuth, s.DropBodies, s.Chunking, s.Delay, s.MaxConns, s.MaxMessages = true, true, true, true, 5*time.Millisecond, -1, -1
-		})
-		client := func(b *testing.B) *smtprelay.Client {
-			return relay.Client(b, func(c *smtprelay.Config) { c.Chunking, c.Limits.MaxMessagesPerConn = chunking, smtprelay.NoLimit })
+	storetest.Delivered(b, func(b *testing.B) outbox.Store {
+		store, err := sqlitestore.Open(b.TempDir())
+		if err != nil {
+			b.Fatal(err)
 		}
-		name := map[bool]string{false: "DATA", true: "CHUNKING"}[chunking]
-		b.Run(name+"/client alone", func(b *testing.B) {
-			c := client(b)
-			var senders sync.WaitGroup
-			next := make(chan int)
-			for range inHand {
-				senders.Go(func() {
-					for range next {
-						if _, err := c.Send(b.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: text}); err != nil {
-							b.Error(err)
-						}
-					}
-				})
-			}
-			b.ResetTimer()
-			for i := range b.N {
-				next <- i
-			}
-			close(next)
-			senders.Wait()
-			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "messages/s")
-		})
-		for intent, when := range []string{outbox.AtEnd: "at end", outbox.Early: "early"} {
-			b.Run(name+"/intent "+when, func(b *testing.B) {
-				store, err := sqlitestore.Open(b.TempDir())
-				if err != nil {
-					b.Fatal(err)
-				}
-				defer store.Close()
-				var ended sync.WaitGroup
-				ended.Add(b.N)
-				box, err := outbox.New(outbox.Config{Store: store, Client: client(b), InHand: inHand, Intent: outbox.IntentTime(intent), Ended: func(i outbox.Item) {
-					if i.State == outbox.Accepted {
-						ended.Done()
-					}
-				}})
-				if err != nil {
-					b.Fatal(err)
-				}
-				for _, err := range box.EnqueueAll(b.Context(), func(yield func(outbox.Message) bool) {
-					for i := range b.N {
-						if !yield(outbox.Message{ID: fmt.Sprint(i), From: "a@x.example", To: []string{"b@y.example"}, Body: text}) {
-							return
-						}
-					}
-				}) {
-					if err != nil {
-						b.Fatal(err)
-					}
-				}
-				ctx, cancel := context.WithCancel(b.Context())
-				stopped := make(chan error)
-				b.ResetTimer()
-				go func() { stopped <- box.Run(ctx) }()
-				ended.Wait()
-				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "messages/s")
-				cancel()
-				if err := <-stopped; err != nil {
-					b.Fatal(err)
-				}
-			})
-		}
-	}
+		return store
+	})
 }

@@ -408,6 +408,31 @@ func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) erro
 	})[0]
 }
 
+// Count implements [outbox.Store].
+func (s *Store) Count(ctx context.Context) (c outbox.Counts, err error) {
+	for state, n := range map[int]*int{int(outbox.Queued): &c.Queued, int(outbox.Sending): &c.Sending, int(outbox.Dead): &c.Dead, int(outbox.Unknown): &c.Unknown} {
+		least := state
+		if state == int(outbox.Queued) {
+			least = waiting
+		}
+		if err := s.read.QueryRowContext(ctx, `SELECT count(*) FROM message INDEXED BY message_state WHERE state BETWEEN ? AND ?`, least, state).Scan(n); err != nil {
+			return c, fmt.Errorf("sqlitestore: %w", err)
+		}
+	}
+	// One that waits and is due is made ready by the worker, if there is one.
+	now := time.Now().UnixNano()
+	var due sql.NullInt64
+	if err := s.read.QueryRowContext(ctx, `SELECT min(due) FROM (
+		SELECT due FROM (SELECT due FROM message INDEXED BY message_state WHERE state = 0 ORDER BY seq LIMIT 1)
+		UNION ALL SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1) WHERE due <= ?`, now).Scan(&due); err != nil {
+		return c, fmt.Errorf("sqlitestore: %w", err)
+	}
+	if due.Valid {
+		c.Oldest = time.Unix(0, due.Int64)
+	}
+	return c, nil
+}
+
 // Forget implements [outbox.Store].
 func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
 	var files []string

@@ -9,7 +9,7 @@ import (
 )
 
 func TestStore(t *testing.T) {
-	storetest.Run(t, func(t *testing.T, dir string) outbox.Store {
+	storetest.Run(t, storetest.One, func(t *testing.T, dir string) outbox.Store {
 		s, err := Open(dir)
 		if err != nil {
 			t.Fatal(err)

@@ -71,6 +71,16 @@ func (s *service) wait(n int) []outbox.Item {
 	return slices.Clone(s.ended)
 }
 
+// count returns how many deliveries have ended.
+func (s *service) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.ended)
+}
+
+// pause lets others do something that nobody tells of.
+func pause() { time.Sleep(5 * time.Millisecond) }
+
 func newRelay(t *testing.T) *smtptest.Server {
 	return smtptest.New(t, func(s *smtptest.Server) { s.NoTLS, s.NoAuth = true, true })
 }
@@ -126,6 +136,9 @@ func refused(t *testing.T, b *bed) {
 		t.Errorf("got %+v", i)
 	}
 	b.want("all", outbox.Dead)
+	if s, err := s.Stats(t.Context()); err != nil || s.Stored != (outbox.Counts{Dead: 2}) || s.Ended != (outbox.Ended{Dead: 2}) {
+		t.Errorf("counted %+v, %v", s, err)
+	}
 	if n := relay.Stats().Accepted; n != 1 {
 		t.Errorf("%d accepted, want 1", n)
 	}
@@ -153,6 +166,27 @@ func later(t *testing.T, b *bed) {
 	}
 	if !slices.Equal(to, []string{"b@y.example", "grey@y.example"}) {
 		t.Errorf("sent to %v", to)
+	}
+}
+
+func byDomain(t *testing.T, b *bed) {
+	relay := newRelay(t)
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 not now", Count: 2})
+	s := b.serve(relay, func(c *outbox.Config) {
+		c.RetryFor = func(i outbox.Item) outbox.Retry {
+			if strings.HasSuffix(i.To[0], "@slow.example") {
+				return outbox.Retry{First: time.Hour}
+			}
+			return outbox.Retry{} // that of Retry
+		}
+	})
+	fast, slow := message("fast"), message("slow")
+	slow.To = []string{"b@slow.example"}
+	s.enqueue(fast, slow)
+	s.wait(3)
+	b.want("fast", outbox.Accepted)
+	if i := b.want("slow", outbox.Queued); time.Until(i.Due) < 40*time.Minute {
+		t.Errorf("slow is tried again at %v", i.Due)
 	}
 }
 

@@ -1,5 +1,6 @@
-// Package storetest has the tests that an [outbox.Store] must pass: what it is asked for by itself, and what an Outbox on it does
-// with a relay.
+// Package storetest has the tests that an [outbox.Store] must pass: what it is asked for by itself, what an Outbox on it does with a
+// relay, and what becomes of messages whose worker is killed. The flag -kills says how often that is; make kills does it a thousand
+// times.
 package storetest
 
 import (
@@ -15,15 +16,22 @@ import (
 	"github.com/smtprelay/smtprelay/outbox"
 )
 
+// Workers is how many workers a store may have at once.
+type Workers int
+
+const (
+	One  Workers = iota // a second one is told ErrWorking
+	Many                // they share the messages
+)
+
 // Run runs all tests. open opens the store of a directory, again where it was open before; the test closes it.
-func Run(t *testing.T, open func(t *testing.T, dir string) outbox.Store) {
-	for name, test := range map[string]func(*testing.T, *bed){
+func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outbox.Store) {
+	tests := map[string]func(*testing.T, *bed){
 		"the same ID again adds nothing":                          sameID,
 		"what was put is there after the store was closed":        survives,
 		"intents are compare-and-set, by nonce":                   intents,
 		"ends are compare-and-set, by nonce":                      ends,
 		"what a worker left under way is unknown":                 parked,
-		"there is one worker":                                     oneWorker,
 		"a message is claimed once":                               claimedOnce,
 		"what is due later keeps nothing up":                      deferred,
 		"priorities hold within a tenant":                         priorities,
@@ -31,10 +39,12 @@ func Run(t *testing.T, open func(t *testing.T, dir string) outbox.Store) {
 		"a change excludes an intent":                             change,
 		"what has ended is forgotten":                             forget,
 		"bodies of any size":                                      bodies,
+		"messages are counted":                                    counted,
 		"a list is in pages":                                      list,
 		"what is enqueued is sent":                                sent,
 		"the relay's no is for good, and its words are kept":      refused,
 		"a no for now is tried again, for those who had it":       later,
+		"it is tried again as is said for the domain":             byDomain,
 		"it is given up in the end":                               givenUp,
 		"nothing is sent before its time or after it":             times,
 		"what is cancelled is not sent":                           cancelled,
@@ -42,11 +52,19 @@ func Run(t *testing.T, open func(t *testing.T, dir string) outbox.Store) {
 		"a graceful stop leaves nothing unknown":                  graceful,
 		"a stop in an outage leaves all queued":                   outage,
 		"an intent that cannot be written keeps the message back": noIntent,
-	} {
+	}
+	switch workers {
+	case One:
+		tests["there is one worker"] = oneWorker
+	case Many:
+		tests["workers share the messages"] = manyWorkers
+		tests["what a worker left under way is unknown to the others"] = parkedByOthers
+	}
+	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			b := &bed{t: t, dir: t.TempDir(), open: open}
 			b.reopen()
-			t.Cleanup(func() { b.store.Close() })
+			t.Cleanup(func() { b.close() })
 			test(t, b)
 		})
 	}
@@ -58,14 +76,35 @@ type bed struct {
 	dir   string
 	open  func(*testing.T, string) outbox.Store
 	store outbox.Store
+
+	detach func() error // nil: we are no worker
 }
 
 func (b *bed) reopen() {
 	b.t.Helper()
+	b.close()
+	b.store = b.open(b.t, b.dir)
+}
+
+func (b *bed) close() {
+	b.t.Helper()
+	if b.detach != nil {
+		b.must(b.detach())
+		b.detach = nil
+	}
 	if b.store != nil {
 		b.must(b.store.Close())
+		b.store = nil
 	}
-	b.store = b.open(b.t, b.dir)
+}
+
+// attach makes us a worker, and returns how many messages were parked.
+func (b *bed) attach() (parked int) {
+	b.t.Helper()
+	detach, parked, err := b.store.Attach(b.t.Context())
+	b.must(err)
+	b.detach = detach
+	return parked
 }
 
 func (b *bed) must(errs ...error) {
@@ -97,6 +136,9 @@ func one(string) int { return 1 }
 // claim claims up to n messages.
 func (b *bed) claim(n int, weight func(string) int) []outbox.Claim {
 	b.t.Helper()
+	if b.detach == nil {
+		b.attach()
+	}
 	claims, _, err := b.store.Claim(b.t.Context(), time.Now(), n, weight)
 	b.must(err)
 	return claims
@@ -219,9 +261,7 @@ func parked(t *testing.T, b *bed) {
 	claims := b.claim(2, one)
 	b.must(b.begin(claims[0]))
 	b.reopen() // as after a crash: claims are not durable
-	detach, n, err := b.store.Attach(t.Context())
-	b.must(err)
-	if n != 1 {
+	if n := b.attach(); n != 1 {
 		t.Errorf("%d parked, want 1", n)
 	}
 	b.want("begun", outbox.Unknown)
@@ -229,7 +269,6 @@ func parked(t *testing.T, b *bed) {
 		t.Errorf("claimed %v", got)
 	}
 	isConflict(t, "the end of the one that died", b.end(claims[0], outbox.Accepted))
-	b.must(detach())
 }
 
 func oneWorker(t *testing.T, b *bed) {
@@ -245,6 +284,49 @@ func oneWorker(t *testing.T, b *bed) {
 	b.must(detach())
 	again, _, err := other.Attach(t.Context())
 	b.must(err, again())
+}
+
+func manyWorkers(t *testing.T, b *bed) {
+	const messages = 400
+	relay := newRelay(t)
+	other := &bed{t: t, dir: b.dir, open: b.open}
+	other.reopen()
+	defer other.close()
+	one, two := b.serve(relay), other.serve(relay)
+	for one.count() < 20 || two.count() < 20 { // both have their share
+		one.enqueue(message(fmt.Sprintf("before%d", one.count()+two.count())))
+	}
+	for i := range messages {
+		one.enqueue(message(fmt.Sprint(i)))
+	}
+	b.must(one.stop()) // the other one takes what is left
+	for len(b.listed(outbox.Queued))+len(b.listed(outbox.Sending)) > 0 {
+		pause()
+	}
+	b.must(two.stop())
+	if stats := relay.Stats(); stats.Duplicates != 0 || stats.Accepted != len(b.listed(outbox.Accepted)) || stats.Accepted < messages {
+		t.Errorf("%d accepted, %d twice; %d in the store, %d unknown", stats.Accepted, stats.Duplicates, len(b.listed(outbox.Accepted)), len(b.listed(outbox.Unknown)))
+	}
+}
+
+func parkedByOthers(t *testing.T, b *bed) {
+	for i := range 20 {
+		b.put(entry(fmt.Sprint(i)))
+	}
+	for _, c := range b.claim(20, one) {
+		b.must(b.begin(c))
+	}
+	other := &bed{t: t, dir: b.dir, open: b.open}
+	other.reopen()
+	defer other.close()
+	if n := other.attach(); n != 0 {
+		t.Errorf("%d were parked that a worker has in hand", n)
+	}
+	b.must(b.detach())
+	b.detach = nil
+	for len(other.listed(outbox.Unknown)) < 20 {
+		pause()
+	}
 }
 
 func claimedOnce(t *testing.T, b *bed) {
@@ -268,6 +350,7 @@ func deferred(t *testing.T, b *bed) {
 	}
 	soon := time.Now().Add(time.Minute)
 	b.put(append(entries, entry("now"), entry("soon", func(i *outbox.Item) { i.Due = soon }))...)
+	b.attach()
 	claims, next, err := b.store.Claim(t.Context(), time.Now(), 10, one)
 	b.must(err)
 	if got := ids(claims); !slices.Equal(got, []string{"now"}) || !next.Equal(soon) {
@@ -374,6 +457,32 @@ var errBody = errors.New("the template failed")
 type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, errBody }
+
+func counted(t *testing.T, b *bed) {
+	want := func(want outbox.Counts) {
+		t.Helper()
+		got, err := b.store.Count(t.Context())
+		b.must(err)
+		if !got.Oldest.Equal(want.Oldest) {
+			t.Errorf("the oldest was due at %v, want %v", got.Oldest, want.Oldest)
+		}
+		if got.Oldest = want.Oldest; got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+	want(outbox.Counts{})
+	b.put(entry("later", func(i *outbox.Item) { i.Due = i.Due.Add(time.Hour) }))
+	want(outbox.Counts{Queued: 1})
+	since := time.Now().Add(-time.Minute)
+	for i := range 6 {
+		b.put(entry(fmt.Sprint(i), func(i *outbox.Item) { i.Due = since }))
+	}
+	want(outbox.Counts{Queued: 7, Oldest: since})
+	claims := b.claim(6, one)
+	b.must(b.begin(claims[0]), b.begin(claims[1]), b.end(claims[1], outbox.Accepted), b.end(claims[2], outbox.Dead), b.end(claims[3], outbox.Unknown),
+		b.end(claims[4], outbox.Cancelled))
+	want(outbox.Counts{Queued: 2, Sending: 1, Dead: 1, Unknown: 1, Oldest: since})
+}
 
 func list(t *testing.T, b *bed) {
 	var want []string

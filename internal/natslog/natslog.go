@@ -1,0 +1,359 @@
+// Package natslog is what natsstore and natsslots have in common: a stream of JetStream that many processes write and all
+// read in one order, and who of them is there.
+//
+// A subject holds its last message only. Every change is a compare-and-set: it names the sequence of the message that it
+// replaces. What a process wrote before it was paused, or what a connection held back and sent late, replaces nothing that
+// came in between.
+package natslog
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+var (
+	// ErrConflict is returned where a subject's last message is not the one that was to be replaced.
+	ErrConflict = errors.New("another process was first")
+	// ErrNotFound is returned where a subject has no message.
+	ErrNotFound = errors.New("not found")
+)
+
+// Options are those of a connection that notices within seconds that its server is gone, and returns for as long as it takes.
+// Nothing is kept back to be sent later.
+func Options() []nats.Option {
+	return []nats.Option{
+		nats.PingInterval(time.Second), nats.MaxPingsOutstanding(2), nats.Timeout(2 * time.Second),
+		nats.MaxReconnects(-1), nats.ReconnectWait(100 * time.Millisecond), nats.ReconnectBufSize(-1), nats.RetryOnFailedConnect(true),
+	}
+}
+
+// Log is a stream.
+type Log struct {
+	js   jetstream.JetStream
+	name string
+}
+
+// Message is a message of a Log.
+type Message struct {
+	Subject string // without the name of the log
+	Seq     uint64
+	Time    time.Time // by the server's clock
+	Header  nats.Header
+	Data    []byte
+	Pending uint64 // of Scan: how many follow
+}
+
+var names = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
+
+// Open opens the log of that name. It is created if it is not there, with so many replicas.
+func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int) (*Log, error) {
+	if !names.MatchString(name) {
+		return nil, fmt.Errorf("the name %q: want letters, digits, - and _", name)
+	}
+	l := &Log{js: js, name: name}
+	want := jetstream.StreamConfig{Name: name, Subjects: []string{name + ".>"}, Storage: jetstream.FileStorage, Replicas: replicas,
+		MaxMsgsPerSubject: 1, AllowMsgTTL: true}
+	for {
+		try, cancel := context.WithTimeout(ctx, tryTime)
+		stream, err := js.Stream(try, name)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			stream, err = js.CreateStream(try, want)
+		}
+		cancel()
+		if err == nil {
+			if c := stream.CachedInfo().Config; c.MaxMsgsPerSubject != 1 || !c.AllowMsgTTL || c.AllowDirect || c.Storage != jetstream.FileStorage {
+				return nil, fmt.Errorf("the stream %q is there and is none of ours: it wants one message for each subject, files, TTLs, and no direct reads", name)
+			}
+			return l, nil
+		}
+		if final(err) && !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+			return nil, err
+		}
+		if pause(ctx) != nil {
+			return nil, err
+		}
+	}
+}
+
+const (
+	tryTime   = 2 * time.Second // for an answer; a leader that dies gives none
+	tryPause  = 50 * time.Millisecond
+	noCluster = 10074   // the server's code for several replicas where it is alone
+	writeName = "Write" // the header that tells our own write from another's
+)
+
+func pause(ctx context.Context) error {
+	timer := time.NewTimer(tryPause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// final reports whether the same request would get the same answer.
+func final(err error) bool {
+	if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrPermissionViolation) || errors.Is(err, nats.ErrAuthorization) {
+		return true
+	}
+	e, ok := errors.AsType[*jetstream.APIError](err)
+	return ok && (e.Code < 500 && e.Code != 408 && e.Code != 429 || e.ErrorCode == noCluster)
+}
+
+func conflict(err error) bool {
+	e, ok := errors.AsType[*jetstream.APIError](err)
+	return ok && (e.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || e.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
+}
+
+// Write replaces the message of subject whose sequence is expect; 0: there is none. It tries until ctx ends. Any error but ErrConflict
+// may mean that the message was written, or will be: for as long as nobody else has written.
+func (l *Log) Write(ctx context.Context, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
+	return l.write(ctx, rand.Text(), subject, expect, header, data, opts...)
+}
+
+func (l *Log) write(ctx context.Context, name, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
+	if header == nil {
+		header = nats.Header{}
+	}
+	header.Set(writeName, name)
+	opts = append(opts, jetstream.WithExpectLastSequencePerSubject(expect), jetstream.WithRetryAttempts(0))
+	for {
+		try, cancel := context.WithTimeout(ctx, tryTime)
+		ack, err := l.js.PublishMsg(try, &nats.Msg{Subject: l.name + "." + subject, Header: header, Data: data}, opts...)
+		cancel()
+		if err == nil {
+			return ack.Sequence, nil
+		}
+		if conflict(err) {
+			// By an earlier try of ours, whose answer was lost? Or by one that is under way, and may fail?
+			last, lastErr := l.Last(ctx, subject)
+			switch {
+			case lastErr == nil && last.Header.Get(writeName) == name:
+				return last.Seq, nil
+			case lastErr == nil && last.Seq != expect, errors.Is(lastErr, ErrNotFound) && expect != 0:
+				return 0, ErrConflict
+			}
+		} else if final(err) {
+			return 0, err
+		}
+		if pause(ctx) != nil {
+			return 0, err
+		}
+	}
+}
+
+// Last returns the message of subject, from the stream's leader.
+func (l *Log) Last(ctx context.Context, subject string) (*Message, error) {
+	request, err := json.Marshal(map[string]string{"last_by_subj": l.name + "." + subject})
+	if err != nil {
+		return nil, err
+	}
+	for {
+		m, err := l.last(ctx, request)
+		if err == nil || errors.Is(err, ErrNotFound) || final(err) {
+			return m, err
+		}
+		if pause(ctx) != nil {
+			return nil, err
+		}
+	}
+}
+
+func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
+	prefix := "$JS.API."
+	switch o := l.js.Options(); {
+	case o.APIPrefix != "":
+		prefix = strings.TrimSuffix(o.APIPrefix, ".") + "."
+	case o.Domain != "":
+		prefix = "$JS." + o.Domain + ".API."
+	}
+	try, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	answer, err := l.js.Conn().RequestWithContext(try, prefix+"STREAM.MSG.GET."+l.name, request)
+	if err != nil {
+		return nil, err
+	}
+	var got struct {
+		Error   *jetstream.APIError
+		Message struct {
+			Subject string
+			Seq     uint64
+			Hdrs    []byte
+			Data    []byte
+			Time    time.Time
+		}
+	}
+	if err := json.Unmarshal(answer.Data, &got); err != nil {
+		return nil, err
+	}
+	if got.Error != nil {
+		if got.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound {
+			return nil, ErrNotFound
+		}
+		return nil, got.Error
+	}
+	m := &Message{Subject: strings.TrimPrefix(got.Message.Subject, l.name+"."), Seq: got.Message.Seq, Time: got.Message.Time, Data: got.Message.Data}
+	if len(got.Message.Hdrs) > 0 {
+		if m.Header, err = nats.DecodeHeadersMsg(got.Message.Hdrs); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// Remove removes the message of that sequence, if it is there.
+func (l *Log) Remove(ctx context.Context, seq uint64) error {
+	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
+		err := stream.DeleteMsg(ctx, seq)
+		if errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) {
+			if _, getErr := stream.GetMsg(ctx, seq); errors.Is(getErr, jetstream.ErrMsgNotFound) {
+				return nil
+			}
+		}
+		return err
+	})
+}
+
+// RemoveAll removes the messages whose subject begins with those tokens.
+func (l *Log) RemoveAll(ctx context.Context, tokens string) error {
+	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
+		return stream.Purge(ctx, jetstream.WithPurgeSubject(l.name+"."+tokens+".>"))
+	})
+}
+
+func (l *Log) onStream(ctx context.Context, do func(context.Context, jetstream.Stream) error) error {
+	stream, err := l.handle(ctx)
+	if err != nil {
+		return err
+	}
+	try, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	return do(try, stream)
+}
+
+func (l *Log) handle(ctx context.Context) (jetstream.Stream, error) {
+	try, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	return l.js.Stream(try, l.name)
+}
+
+// Mark writes a message that means nothing, and returns its sequence: who follows and has come so far has seen all that was
+// written before.
+func (l *Log) Mark(ctx context.Context) (seq uint64, err error) {
+	for {
+		try, cancel := context.WithTimeout(ctx, tryTime)
+		ack, err := l.js.Publish(try, l.name+".now", nil)
+		cancel()
+		if err == nil {
+			return ack.Sequence, nil
+		}
+		if final(err) || pause(ctx) != nil {
+			return 0, err
+		}
+	}
+}
+
+// silence is how long Follow hears nothing from the server before it asks anew.
+const silence = 4 * time.Second
+
+// Follow calls f with each message, in order, without its data, until ctx ends. What was replaced or removed before it came
+// so far is left out.
+func (l *Log) Follow(ctx context.Context, f func(Message)) {
+	next := uint64(1)
+	for ctx.Err() == nil {
+		l.follow(ctx, &next, f)
+		_ = pause(ctx)
+	}
+}
+
+// consumer makes a consumer that lives for a few seconds after it was used last.
+func (l *Log) consumer(ctx context.Context, from uint64, filter string, headersOnly bool) (jetstream.Consumer, error) {
+	try, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	return l.js.CreateConsumer(try, l.name, jetstream.ConsumerConfig{
+		DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: from, AckPolicy: jetstream.AckNonePolicy, FilterSubject: filter,
+		HeadersOnly: headersOnly, InactiveThreshold: 10 * time.Second, MemoryStorage: true, Replicas: 1,
+	})
+}
+
+// follow follows from *next on until something is missing.
+func (l *Log) follow(ctx context.Context, next *uint64, f func(Message)) {
+	c, err := l.consumer(ctx, *next, "", true)
+	if err != nil {
+		return
+	}
+	messages, err := c.Messages(jetstream.PullExpiry(3*silence), jetstream.PullHeartbeat(silence/2), jetstream.PullMaxMessages(1000),
+		jetstream.WithMessagesErrOnMissingHeartbeat(true))
+	if err != nil {
+		return
+	}
+	defer messages.Stop()
+	for seen := uint64(1); ; seen++ {
+		m, err := messages.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			return
+		}
+		got, number, err := l.message(m)
+		if err != nil || number != seen { // some were lost on the way
+			return
+		}
+		*next = got.Seq + 1
+		f(got)
+	}
+}
+
+func (l *Log) message(m jetstream.Msg) (got Message, number uint64, err error) {
+	meta, err := m.Metadata()
+	if err != nil {
+		return Message{}, 0, err
+	}
+	return Message{Subject: strings.TrimPrefix(m.Subject(), l.name+"."), Seq: meta.Sequence.Stream, Time: meta.Timestamp, Header: m.Headers(), Data: m.Data(),
+		Pending: meta.NumPending}, meta.Sequence.Consumer, nil
+}
+
+// Scan calls f with the messages whose subject begins with that token, in order, until there are no more or f returns false.
+func (l *Log) Scan(ctx context.Context, token string, headersOnly bool, f func(Message) bool) error {
+	c, err := l.consumer(ctx, 1, l.name+"."+token+".>", headersOnly)
+	if err != nil {
+		return err
+	}
+	if c.CachedInfo().NumPending == 0 {
+		return nil
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		batch, err := c.Fetch(100, jetstream.FetchMaxWait(tryTime))
+		if err != nil {
+			return err
+		}
+		any := false
+		for m := range batch.Messages() {
+			got, _, err := l.message(m)
+			if err != nil {
+				return err
+			}
+			if any = true; !f(got) || got.Pending == 0 {
+				return nil
+			}
+		}
+		if err := batch.Error(); err != nil {
+			return err
+		}
+		if !any {
+			return fmt.Errorf("the server has not answered for %v", tryTime)
+		}
+	}
+}

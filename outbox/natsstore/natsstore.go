@@ -1,0 +1,1030 @@
+package natsstore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/natslog"
+	"github.com/smtprelay/smtprelay/outbox"
+)
+
+// Options are how a store is kept.
+type Options struct {
+	// Name is that of the stream. Stores of different names have nothing to do with each other. "" means "outbox". It has letters,
+	// digits, - and _.
+	Name string
+
+	// Replicas is how many servers keep each message: 1, 3 or 5. 0 means 1. It is looked at when the stream is created.
+	Replicas int
+
+	// Lease is after which silence a worker is taken for dead, and what it was sending becomes Unknown. All workers have the same.
+	// It should be longer than an election among the servers takes. 0 means 10 seconds.
+	Lease time.Duration
+}
+
+// Store is an [outbox.Store] in JetStream.
+type Store struct {
+	log   *natslog.Log
+	lease time.Duration
+	large int // a body that is larger is in parts
+
+	stop      context.CancelFunc
+	running   context.Context // until Close
+	following sync.Once
+	tasks     sync.WaitGroup
+	group     *natslog.Group
+
+	mu       sync.Mutex // guards the fields below; never held across I/O
+	closed   bool       // no task may begin
+	index    *index
+	applied  uint64        // how far the log was followed
+	moved    chan struct{} // closed when applied has grown
+	claims   map[string]*claim
+	attached bool
+	working  bool     // attached, and the log was followed until then
+	parking  bool     // what is left is being parked: one at a time
+	workers  []string // who is there, as the messages are shared
+	before   []string // the same until a moment ago; nil: long enough
+	since    time.Time
+}
+
+var (
+	_ outbox.Store  = (*Store)(nil)
+	_ outbox.Newser = (*Store)(nil)
+)
+
+// claim is a message that we have in hand.
+type claim struct {
+	nonce string
+	item  outbox.Item
+	state uint64 // the sequence of the state that item is
+	mail  mail
+}
+
+// mail is the record of a mail.
+type mail struct {
+	Item  outbox.Item
+	Parts string `json:",omitempty"` // the tokens of the subjects of its body's parts; "": the body follows
+	Count int    `json:",omitempty"` // of parts
+
+	seq  uint64
+	body []byte
+}
+
+const (
+	mailToken  = "mail."  // + token: envelope and body as they were enqueued
+	stateToken = "state." // + token: what has become of it; its compare-and-set is what all agree upon
+	partToken  = "part"   // + token + a random one + number
+
+	metaHeader = "Outbox"
+	goneHeader = "Gone" // of a mail whose body is needed no more; the ID stays known
+
+	opTime     = 10 * time.Second // for what has no deadline of its own
+	intentTime = 5 * time.Second  // for an intent or an end
+	together   = 64               // requests under way at once
+)
+
+// Connect connects to servers, as in "nats://one:4222,nats://two:4222", in the way that a store wants it: a server that is gone is noticed
+// within seconds, and nothing is kept back to be sent later. A server that is not there yet is no error.
+func Connect(url string, more ...nats.Option) (*nats.Conn, error) {
+	return nats.Connect(url, append(natslog.Options(), more...)...)
+}
+
+// New opens the store, and creates it if it is not there. nc is the caller's to close, after the store.
+func New(nc *nats.Conn, o Options) (*Store, error) {
+	if o.Name == "" {
+		o.Name = "outbox"
+	}
+	if o.Replicas == 0 {
+		o.Replicas = 1
+	}
+	if o.Lease == 0 {
+		o.Lease = 10 * time.Second
+	}
+	if o.Lease < 0 || o.Replicas < 0 {
+		return nil, errors.New("natsstore: a negative number in Options")
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, fmt.Errorf("natsstore: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*opTime)
+	defer cancel()
+	log, err := natslog.Open(ctx, js, o.Name, o.Replicas)
+	if err != nil {
+		return nil, fmt.Errorf("natsstore: %w", err)
+	}
+	s := &Store{log: log, lease: o.Lease, large: int(nc.MaxPayload() / 2), index: newIndex(), moved: make(chan struct{}), claims: map[string]*claim{}}
+	s.running, s.stop = context.WithCancel(context.Background())
+	s.group = natslog.NewGroup(log, o.Lease, func(string) {})
+	return s, nil
+}
+
+// Close implements [outbox.Store].
+func (s *Store) Close() error {
+	err := s.detach()
+	s.stop()
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.tasks.Wait()
+	return err
+}
+
+// background has a task done, which ends with Close.
+func (s *Store) background(task func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.backgroundLocked(task)
+}
+
+func (s *Store) backgroundLocked(task func()) {
+	if !s.closed {
+		s.tasks.Go(task)
+	}
+}
+
+// Following.
+
+// follow follows the log from the first call on, and returns when it has come so far as seq.
+func (s *Store) follow(ctx context.Context, seq uint64) error {
+	s.following.Do(func() {
+		s.background(func() { s.log.Follow(s.running, s.see) })
+	})
+	for {
+		s.mu.Lock()
+		applied, moved := s.applied, s.moved
+		s.mu.Unlock()
+		if applied >= seq {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.running.Done():
+			return errClosed
+		}
+	}
+}
+
+var errClosed = errors.New("the store is closed")
+
+// see takes in a message of the log.
+func (s *Store) see(m natslog.Message) {
+	member, tick := s.group.See(m)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.applied = m.Seq
+	close(s.moved)
+	s.moved = make(chan struct{})
+	if member {
+		if s.working { // not for each member on the way through an old log
+			s.shareLocked(time.Now())
+		}
+		if s.working && tick {
+			s.parkLocked()
+		}
+		return
+	}
+	var header meta
+	if json.Unmarshal([]byte(m.Header.Get(metaHeader)), &header) != nil {
+		return // a part, a mark, or a mail that is gone
+	}
+	if token, ok := strings.CutPrefix(m.Subject, mailToken); ok {
+		s.index.mail(token, header)
+	} else if token, ok := strings.CutPrefix(m.Subject, stateToken); ok {
+		s.index.change(token, m.Seq, header, true)
+	}
+}
+
+// learn takes in what we have written ourselves, before it comes with the others.
+func (s *Store) learn(subject string, seq uint64, header meta) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if seq <= s.applied {
+		return
+	}
+	if token, ok := strings.CutPrefix(subject, mailToken); ok {
+		s.index.mail(token, header)
+	} else if token, ok := strings.CutPrefix(subject, stateToken); ok {
+		s.index.change(token, seq, header, false)
+	}
+}
+
+// write writes a record.
+func (s *Store) write(ctx context.Context, subject string, expect uint64, header meta, data []byte) (seq uint64, err error) {
+	text, err := json.Marshal(header)
+	if err != nil {
+		return 0, err
+	}
+	if seq, err = s.log.Write(ctx, subject, expect, nats.Header{metaHeader: {string(text)}}, data); err == nil {
+		s.learn(subject, seq, header)
+	}
+	return seq, err
+}
+
+// writeState writes what has become of a message.
+func (s *Store) writeState(ctx context.Context, token string, expect uint64, i *outbox.Item, nonce string) (seq uint64, err error) {
+	text, err := json.Marshal(i)
+	if err != nil {
+		return 0, err
+	}
+	return s.write(ctx, stateToken+token, expect, metaOf(i, nonce), text)
+}
+
+// withTime is ctx with an end.
+func withTime(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, d)
+}
+
+// atOnce calls f for each of n, several at once.
+func atOnce(n int, f func(i int)) {
+	if n == 1 {
+		f(0)
+		return
+	}
+	room := make(chan struct{}, together)
+	var all sync.WaitGroup
+	for i := range n {
+		room <- struct{}{}
+		all.Go(func() {
+			defer func() { <-room }()
+			f(i)
+		})
+	}
+	all.Wait()
+}
+
+// Messages.
+
+// Put implements [outbox.Store].
+func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
+	errs := make([]error, len(entries))
+	first := map[string]int{} // of an ID
+	var some []int
+	var bodies []*spool
+	var orders []int64
+	for i, e := range entries {
+		if _, ok := first[e.ID]; ok {
+			continue
+		}
+		first[e.ID] = i
+		b := &spool{s: s, ctx: ctx, parts: partToken + "." + tokenOf(e.ID) + "." + rand.Text()}
+		if errs[i] = b.take(e.Body); errs[i] != nil {
+			b.remove()
+			continue
+		}
+		order := e.Created.UnixNano()
+		if n := len(orders); n > 0 {
+			order = max(order, orders[n-1]+1) // they may arrive in another order than this
+		}
+		some, bodies, orders = append(some, i), append(bodies, b), append(orders, order)
+	}
+	atOnce(len(some), func(k int) {
+		added, err := s.put(ctx, &entries[some[k]].Item, orders[k], bodies[k])
+		if err == nil && !added {
+			bodies[k].remove()
+		}
+		if err != nil { // the mail may be there all the same: else Attach removes its parts
+			err = fmt.Errorf("natsstore: %w", err)
+		}
+		errs[some[k]] = err
+	})
+	for i, e := range entries {
+		errs[i] = errs[first[e.ID]]
+	}
+	return errs
+}
+
+func (s *Store) put(ctx context.Context, i *outbox.Item, order int64, b *spool) (added bool, err error) {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	m := mail{Item: *i}
+	if b.count > 0 {
+		m.Parts, m.Count = b.parts, b.count
+	}
+	text, err := json.Marshal(m)
+	if err != nil {
+		return false, err
+	}
+	data := append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
+	header := metaOf(i, "")
+	header.Order = order
+	_, err = s.write(ctx, mailToken+tokenOf(i.ID), 0, header, append(data, b.text...))
+	if errors.Is(err, natslog.ErrConflict) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// mail reads the record of a mail; ErrNotFound if there is none, or it is gone.
+func (s *Store) mail(ctx context.Context, token string) (mail, error) {
+	r, err := s.log.Last(ctx, mailToken+token)
+	switch {
+	case errors.Is(err, natslog.ErrNotFound), err == nil && r.Header.Get(goneHeader) != "":
+		return mail{}, outbox.ErrNotFound
+	case err != nil:
+		return mail{}, err
+	}
+	m := mail{seq: r.Seq}
+	if len(r.Data) >= 4 {
+		if n := int(binary.BigEndian.Uint32(r.Data)); n <= len(r.Data)-4 {
+			m.body = r.Data[4+n:]
+			err := json.Unmarshal(r.Data[4:4+n], &m)
+			return m, err
+		}
+	}
+	return mail{}, fmt.Errorf("the record %s%s is cut short", mailToken, token)
+}
+
+// state reads a message's state; ErrNotFound if it has none.
+func (s *Store) state(ctx context.Context, token string) (header meta, i outbox.Item, seq uint64, err error) {
+	r, err := s.log.Last(ctx, stateToken+token)
+	if errors.Is(err, natslog.ErrNotFound) {
+		err = outbox.ErrNotFound
+	}
+	if err != nil {
+		return meta{}, outbox.Item{}, 0, err
+	}
+	err = errors.Join(json.Unmarshal([]byte(r.Header.Get(metaHeader)), &header), json.Unmarshal(r.Data, &i))
+	return header, i, r.Seq, err
+}
+
+// load reads a message, and the sequence of its state, 0 if it has none.
+func (s *Store) load(ctx context.Context, token string) (i outbox.Item, state uint64, err error) {
+	_, i, state, err = s.state(ctx, token)
+	if !errors.Is(err, outbox.ErrNotFound) {
+		return i, state, err
+	}
+	m, err := s.mail(ctx, token)
+	if !errors.Is(err, outbox.ErrNotFound) {
+		return m.Item, 0, err
+	}
+	_, i, state, err = s.state(ctx, token) // it may have been accepted in between
+	return i, state, err
+}
+
+// Get implements [outbox.Store].
+func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	i, _, err := s.load(ctx, tokenOf(id))
+	return i, ours(err)
+}
+
+// ours is err with our name, where the outbox does not look for it.
+func ours(err error) error {
+	if err == nil || errors.Is(err, outbox.ErrNotFound) || errors.Is(err, outbox.ErrConflict) {
+		return err
+	}
+	return fmt.Errorf("natsstore: %w", err)
+}
+
+// Change implements [outbox.Store].
+func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) error) error {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	return ours(s.change(ctx, tokenOf(id), f))
+}
+
+func (s *Store) change(ctx context.Context, token string, f func(*outbox.Item) error) error {
+	for {
+		i, state, err := s.load(ctx, token)
+		if err != nil {
+			return err
+		}
+		if err := f(&i); err != nil {
+			return err
+		}
+		_, err = s.writeState(ctx, token, state, &i, "")
+		if !errors.Is(err, natslog.ErrConflict) {
+			return err
+		}
+	}
+}
+
+// List implements [outbox.Store].
+func (s *Store) List(ctx context.Context, state outbox.State) iter.Seq2[outbox.Item, error] {
+	return func(yield func(outbox.Item, error) bool) {
+		more := true
+		visit := func(i outbox.Item) bool {
+			more = i.State != state || yield(i, nil)
+			return more
+		}
+		var err error
+		if state == outbox.Accepted || state == outbox.Cancelled {
+			err = s.listOver(ctx, visit)
+		} else {
+			err = s.listIndex(ctx, state, visit)
+		}
+		if err != nil && more {
+			yield(outbox.Item{}, ours(err))
+		}
+	}
+}
+
+// listOver lists from the log what is over and not in the index.
+func (s *Store) listOver(ctx context.Context, visit func(outbox.Item) bool) (err error) {
+	return errors.Join(s.log.Scan(ctx, strings.TrimSuffix(stateToken, "."), false, func(m natslog.Message) bool {
+		var i outbox.Item
+		if err = json.Unmarshal(m.Data, &i); err != nil {
+			return false
+		}
+		return visit(i)
+	}), err)
+}
+
+func (s *Store) listIndex(ctx context.Context, state outbox.State, visit func(outbox.Item) bool) error {
+	seq, err := s.log.Mark(ctx)
+	if err == nil {
+		err = s.follow(ctx, seq)
+	}
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	tokens := s.index.in(state)
+	s.mu.Unlock()
+	for _, token := range tokens {
+		i, _, err := s.load(ctx, token)
+		if errors.Is(err, outbox.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !visit(i) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// Count implements [outbox.Store].
+func (s *Store) Count(ctx context.Context) (c outbox.Counts, err error) {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	seq, err := s.log.Mark(ctx)
+	if err == nil {
+		err = s.follow(ctx, seq)
+	}
+	if err != nil {
+		return c, ours(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.index.count(time.Now()), nil
+}
+
+// forgetMost is how many messages Forget removes at most.
+const forgetMost = 1000
+
+// Forget implements [outbox.Store].
+func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
+	type over struct {
+		token string
+		seq   uint64
+	}
+	var some []over
+	err = s.log.Scan(ctx, strings.TrimSuffix(stateToken, "."), true, func(m natslog.Message) bool {
+		var header meta
+		if json.Unmarshal([]byte(m.Header.Get(metaHeader)), &header) == nil && header.over() && header.Changed < before.UnixNano() {
+			some = append(some, over{strings.TrimPrefix(m.Subject, stateToken), m.Seq})
+		}
+		return len(some) < forgetMost && m.Time.Before(before)
+	})
+	errs := make([]error, len(some))
+	atOnce(len(some), func(k int) { errs[k] = s.forget(ctx, some[k].token, some[k].seq) })
+	for _, e := range errs {
+		if e == nil {
+			n++
+		} else {
+			err = errors.Join(err, e)
+		}
+	}
+	return n, ours(err)
+}
+
+// forget removes a message whose state has that sequence. The mail is gone for sure before the state is removed which says that it was
+// sent, even if the disk forgets a removal.
+func (s *Store) forget(ctx context.Context, token string, state uint64) error {
+	m, err := s.mail(ctx, token)
+	if err == nil {
+		err = s.bodyGone(ctx, token, &m)
+	}
+	if err != nil && !errors.Is(err, outbox.ErrNotFound) {
+		return err
+	}
+	r, err := s.log.Last(ctx, mailToken+token)
+	if err == nil && r.Header.Get(goneHeader) != "" {
+		err = s.log.Remove(ctx, r.Seq)
+	}
+	if err != nil && !errors.Is(err, natslog.ErrNotFound) {
+		return err
+	}
+	return s.log.Remove(ctx, state)
+}
+
+// bodyGone replaces a mail by a message that says that it was here.
+func (s *Store) bodyGone(ctx context.Context, token string, m *mail) error {
+	_, err := s.log.Write(ctx, mailToken+token, m.seq, nats.Header{goneHeader: {"1"}}, nil)
+	if errors.Is(err, natslog.ErrConflict) {
+		return nil
+	}
+	if err == nil && m.Parts != "" {
+		err = s.log.RemoveAll(ctx, m.Parts)
+	}
+	return err
+}
+
+// Working.
+
+// Attach implements [outbox.Store]. There may be several workers.
+func (s *Store) Attach(ctx context.Context) (detach func() error, parked int, err error) {
+	s.mu.Lock()
+	was := s.attached
+	s.attached = true
+	s.mu.Unlock()
+	if was {
+		return nil, 0, outbox.ErrWorking
+	}
+	parked, err = s.attach(ctx)
+	s.mu.Lock()
+	s.attached, s.working = err == nil, err == nil
+	s.mu.Unlock()
+	if err != nil {
+		return nil, 0, ours(err)
+	}
+	return s.detach, parked, nil
+}
+
+func (s *Store) attach(ctx context.Context) (parked int, err error) {
+	ctx, cancel := withTime(ctx, 3*opTime)
+	defer cancel()
+	seq, err := s.group.Join(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if err := s.follow(ctx, seq); err != nil {
+		return 0, errors.Join(err, s.group.Leave(ctx))
+	}
+	me := s.group.ID()
+	s.mu.Lock()
+	s.workers = slices.DeleteFunc(slices.Sorted(maps.Keys(s.group.Members())), func(id string) bool { return id == me })
+	s.shareLocked(time.Now())
+	left := s.leftLocked()
+	s.mu.Unlock()
+	s.background(func() { s.sweep(s.running) })
+	return s.park(ctx, left), nil
+}
+
+// detach ends our work, if there is any. What was under way becomes Unknown: others see to it.
+func (s *Store) detach() error {
+	s.mu.Lock()
+	was := s.attached
+	s.attached, s.working = false, false
+	for token, c := range s.claims {
+		s.releaseLocked(token, c)
+	}
+	s.mu.Unlock()
+	if !was {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), intentTime)
+	defer cancel()
+	err := s.group.Leave(ctx) // who cannot say so is buried
+	s.mu.Lock()
+	s.index.share(func(uint64) bool { return false }, true)
+	s.mu.Unlock()
+	return ours(err)
+}
+
+// shareLocked shares the messages among the workers that are there. What changes its owner is left alone for a while: its former one may
+// have it in hand, though only one of two could write an intent.
+func (s *Store) shareLocked(now time.Time) {
+	workers := slices.Sorted(maps.Keys(s.group.Members()))
+	changed := !slices.Equal(workers, s.workers)
+	switch {
+	case changed:
+		s.before, s.workers, s.since = s.workers, workers, now
+	case s.before != nil && now.Sub(s.since) > s.lease/natslog.Beats:
+		s.before, changed = nil, true
+	}
+	me := s.group.ID()
+	before := s.before
+	s.index.share(func(hash uint64) bool {
+		if owner(workers, hash) != me || me == "" {
+			return false
+		}
+		was := owner(before, hash)
+		return was == me || !slices.Contains(workers, was)
+	}, changed)
+}
+
+// owner is which of the workers a message belongs to: that for which a number made of both is the largest. A worker that comes or
+// goes changes nothing between the others.
+func owner(workers []string, hash uint64) (id string) {
+	most := uint64(0)
+	for _, w := range workers {
+		h := fnv.New64a()
+		_, _ = io.WriteString(h, w)
+		// As in splitmix64.
+		n := (h.Sum64() ^ hash) * 0xbf58476d1ce4e5b9
+		n = (n ^ n>>27) * 0x94d049bb133111eb
+		if n ^= n >> 31; n >= most {
+			most, id = n, w
+		}
+	}
+	return id
+}
+
+// leftLocked returns the messages that a worker which is gone was sending, and that are ours to see to.
+func (s *Store) leftLocked() (tokens []string) {
+	for e := range s.index.sending {
+		worker, _, _ := strings.Cut(e.Nonce, ".")
+		if !s.group.Has(worker) && owner(s.workers, e.hash) == s.group.ID() {
+			tokens = append(tokens, e.token)
+		}
+	}
+	return tokens
+}
+
+// parkLocked parks what is left, in the background.
+func (s *Store) parkLocked() {
+	left := s.leftLocked()
+	if s.parking || len(left) == 0 {
+		return
+	}
+	s.parking = true
+	s.backgroundLocked(func() {
+		ctx, cancel := context.WithTimeout(s.running, opTime)
+		defer cancel()
+		s.park(ctx, left) // the rest with the next tick
+		s.mu.Lock()
+		s.parking = false
+		s.mu.Unlock()
+	})
+}
+
+// park makes messages Unknown that a worker which is gone was sending, and returns how many.
+func (s *Store) park(ctx context.Context, tokens []string) (n int) {
+	parked := make([]bool, len(tokens))
+	atOnce(len(tokens), func(k int) {
+		header, i, seq, err := s.state(ctx, tokens[k])
+		worker, _, _ := strings.Cut(header.Nonce, ".")
+		if err != nil || header.State != outbox.Sending || s.group.Has(worker) {
+			return
+		}
+		i.State, i.Changed, i.Reason = outbox.Unknown, time.Now(), "the worker died while it was sent"
+		_, err = s.writeState(ctx, tokens[k], seq, &i, "")
+		parked[k] = err == nil // else it has ended, or the next one sees to it
+	})
+	for _, p := range parked {
+		if p {
+			n++
+		}
+	}
+	return n
+}
+
+// errAway is returned by a worker of which the others have heard nothing for so long that they may take it for dead.
+var errAway = errors.New("the servers do not answer")
+
+// News implements [outbox.Newser].
+func (s *Store) News() <-chan struct{} { return s.index.news }
+
+// away reports whether we may be taken for dead.
+func (s *Store) away() bool { return s.group.Quiet() > s.lease*4/5 }
+
+// Claim implements [outbox.Store].
+func (s *Store) Claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []outbox.Claim, next time.Time, err error) {
+	me := s.group.ID()
+	if me == "" {
+		return nil, time.Time{}, errors.New("natsstore: Claim without Attach")
+	}
+	if s.away() {
+		return nil, time.Time{}, ours(errAway)
+	}
+	s.mu.Lock()
+	s.index.advance(now)
+	taken := s.index.take(n, weight, func() string { return me + "." + rand.Text() })
+	next = s.index.next()
+	mine := make([]*claim, len(taken))
+	tokens := make([]string, len(taken))
+	for k, e := range taken {
+		mine[k], tokens[k] = &claim{nonce: e.nonce}, e.token
+		s.claims[e.token] = mine[k]
+	}
+	s.mu.Unlock()
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	errs := make([]error, len(taken))
+	atOnce(len(taken), func(k int) { errs[k] = s.fetch(ctx, tokens[k], mine[k]) })
+	for k, c := range mine {
+		if errs[k] == nil {
+			claims = append(claims, outbox.Claim{Item: c.item, Nonce: c.nonce, Body: s.bodyOf(&c.mail)})
+			continue
+		}
+		s.mu.Lock()
+		s.releaseLocked(tokens[k], c)
+		s.mu.Unlock()
+		if !errors.Is(errs[k], outbox.ErrConflict) {
+			err = ours(errs[k])
+		}
+	}
+	if len(claims) > 0 {
+		err = nil // the rest the next time
+	}
+	return claims, next, err
+}
+
+// fetch reads a message that we have claimed; ErrConflict means that it is not Queued any more.
+func (s *Store) fetch(ctx context.Context, token string, c *claim) error {
+	m, err := s.mail(ctx, token)
+	if err == nil {
+		c.mail, c.item = m, m.Item
+		_, c.item, c.state, err = s.state(ctx, token)
+		if errors.Is(err, outbox.ErrNotFound) {
+			c.item, c.state, err = m.Item, 0, nil
+		}
+	}
+	if errors.Is(err, outbox.ErrNotFound) || err == nil && c.item.State != outbox.Queued {
+		return s.refresh(ctx, token)
+	}
+	return err
+}
+
+// refresh corrects the index about a message that is not as it says. It returns ErrConflict.
+func (s *Store) refresh(ctx context.Context, token string) error {
+	header, _, seq, err := s.state(ctx, token)
+	if err != nil && !errors.Is(err, outbox.ErrNotFound) {
+		return err
+	}
+	if errors.Is(err, outbox.ErrNotFound) {
+		if _, err := s.mail(ctx, token); !errors.Is(err, outbox.ErrNotFound) {
+			return errors.Join(err, outbox.ErrConflict)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil { // it was forgotten
+		if e := s.index.entries[token]; e != nil {
+			s.index.drop(e)
+		}
+		return outbox.ErrConflict
+	}
+	s.index.change(token, seq, header, seq <= s.applied)
+	return outbox.ErrConflict
+}
+
+// Release implements [outbox.Store].
+func (s *Store) Release(ids ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		token := tokenOf(id)
+		if c := s.claims[token]; c != nil {
+			s.releaseLocked(token, c)
+		}
+	}
+}
+
+// releaseLocked ends a claim, if it is still there.
+func (s *Store) releaseLocked(token string, c *claim) {
+	if s.claims[token] != c {
+		return
+	}
+	delete(s.claims, token)
+	if e := s.index.entries[token]; e != nil && e.nonce == c.nonce {
+		s.index.release(e)
+	}
+}
+
+// claimed returns our claim of that nonce and what the index says of the message.
+func (s *Store) claimed(token, nonce string) (c *claim, now meta) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.index.entries[token]; e != nil {
+		now = e.meta
+	}
+	if c = s.claims[token]; c != nil && c.nonce != nonce {
+		c = nil
+	}
+	return c, now
+}
+
+// Begin implements [outbox.Store].
+func (s *Store) Begin(ctx context.Context, intents []outbox.Intent) []error {
+	errs := make([]error, len(intents))
+	atOnce(len(intents), func(k int) {
+		ctx, cancel := withTime(ctx, intentTime)
+		defer cancel()
+		errs[k] = ours(s.begin(ctx, tokenOf(intents[k].ID), intents[k].Nonce))
+	})
+	return errs
+}
+
+func (s *Store) begin(ctx context.Context, token, nonce string) error {
+	c, now := s.claimed(token, nonce)
+	switch {
+	case c == nil, now.ID == "":
+		return outbox.ErrConflict
+	case now.State == outbox.Sending && now.Nonce == nonce:
+		return nil
+	case !strings.HasPrefix(nonce, s.group.ID()+"."), s.away():
+		return errAway
+	}
+	i := c.item
+	i.State, i.Changed = outbox.Sending, time.Now()
+	seq, err := s.writeState(ctx, token, c.state, &i, nonce)
+	if errors.Is(err, natslog.ErrConflict) {
+		return s.refresh(ctx, token)
+	}
+	if err == nil {
+		c.state = seq
+	}
+	return err
+}
+
+// End implements [outbox.Store].
+func (s *Store) End(ctx context.Context, ends []outbox.End) []error {
+	errs := make([]error, len(ends))
+	atOnce(len(ends), func(k int) {
+		ctx, cancel := withTime(ctx, intentTime)
+		defer cancel()
+		errs[k] = ours(s.end(ctx, tokenOf(ends[k].ID), &ends[k]))
+	})
+	return errs
+}
+
+func (s *Store) end(ctx context.Context, token string, end *outbox.End) error {
+	c, _ := s.claimed(token, end.Nonce)
+	if c == nil {
+		return outbox.ErrConflict
+	}
+	for {
+		_, err := s.writeState(ctx, token, c.state, &end.Item, end.Nonce)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, natslog.ErrConflict) {
+			return err
+		}
+		// An intent or an end of ours may have been written, and its answer lost.
+		header, _, seq, err := s.state(ctx, token)
+		switch {
+		case errors.Is(err, outbox.ErrNotFound) || err == nil && header.Nonce != end.Nonce:
+			return s.refresh(ctx, token)
+		case err != nil:
+			return err
+		case header.State == outbox.Sending:
+			c.state = seq
+			continue
+		case header.State != end.State:
+			return outbox.ErrConflict
+		}
+		break
+	}
+	s.mu.Lock()
+	s.releaseLocked(token, c)
+	s.mu.Unlock()
+	if end.State == outbox.Accepted || end.State == outbox.Cancelled {
+		s.background(func() {
+			ctx, cancel := context.WithTimeout(s.running, opTime)
+			defer cancel()
+			_ = s.bodyGone(ctx, token, &c.mail) // else Forget does
+		})
+	}
+	return nil
+}
+
+// Bodies.
+
+// spool takes a body, into memory; into parts in the log once it is large.
+type spool struct {
+	s     *Store
+	ctx   context.Context
+	parts string // the tokens of their subjects
+	count int
+	text  []byte
+}
+
+func (b *spool) take(body io.WriterTo) error {
+	if body == nil {
+		return errors.New("natsstore: a message without body")
+	}
+	if _, err := body.WriteTo(b); err != nil {
+		return err
+	}
+	if b.count > 0 && len(b.text) > 0 {
+		return b.flush()
+	}
+	return nil
+}
+
+// Write implements io.Writer.
+func (b *spool) Write(p []byte) (n int, err error) {
+	for n < len(p) {
+		if len(b.text) == b.s.large {
+			if err := b.flush(); err != nil {
+				return n, err
+			}
+		}
+		some := min(b.s.large-len(b.text), len(p)-n)
+		b.text = append(b.text, p[n:n+some]...)
+		n += some
+	}
+	return n, nil
+}
+
+// flush writes a part.
+func (b *spool) flush() error {
+	ctx, cancel := withTime(b.ctx, opTime)
+	defer cancel()
+	if _, err := b.s.log.Write(ctx, fmt.Sprintf("%s.%d", b.parts, b.count), 0, nil, b.text); err != nil {
+		return fmt.Errorf("natsstore: %w", err)
+	}
+	b.count++
+	b.text = b.text[:0]
+	return nil
+}
+
+// remove removes the parts.
+func (b *spool) remove() {
+	if b.count == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.ctx), opTime)
+	defer cancel()
+	_ = b.s.log.RemoveAll(ctx, b.parts) // else Attach does
+}
+
+func (s *Store) bodyOf(m *mail) io.WriterTo {
+	if m.Parts == "" {
+		return smtprelay.Bytes(m.body)
+	}
+	return &parts{s.log, m.Parts, m.Count}
+}
+
+// parts is a body in parts.
+type parts struct {
+	log    *natslog.Log
+	tokens string
+	count  int
+}
+
+// WriteTo implements io.WriterTo.
+func (p *parts) WriteTo(w io.Writer) (n int64, err error) {
+	for i := range p.count {
+		ctx, cancel := context.WithTimeout(context.Background(), opTime)
+		m, err := p.log.Last(ctx, fmt.Sprintf("%s.%d", p.tokens, i))
+		cancel()
+		if err != nil {
+			return n, fmt.Errorf("natsstore: part %d of a body: %w", i, err)
+		}
+		some, err := w.Write(m.Data)
+		if n += int64(some); err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// sweepAge is how old a part must be whose mail does not name it, to be removed: a younger one may be that of a Put under way.
+const sweepAge = time.Hour
+
+// sweep removes parts that no mail names: their process has died on the way.
+func (s *Store) sweep(ctx context.Context) {
+	named := map[string]bool{}                                          // by the tokens of parts
+	_ = s.log.Scan(ctx, partToken, true, func(p natslog.Message) bool { // else the next Attach
+		tokens := p.Subject[:strings.LastIndexByte(p.Subject, '.')]
+		if _, ok := named[tokens]; !ok && time.Since(p.Time) > sweepAge {
+			m, err := s.mail(ctx, strings.Split(tokens, ".")[1])
+			named[tokens] = err != nil && !errors.Is(err, outbox.ErrNotFound) || m.Parts == tokens
+			if !named[tokens] {
+				_ = s.log.RemoveAll(ctx, tokens)
+			}
+		}
+		return true
+	})
+}
