@@ -28,7 +28,12 @@ func run(t *testing.T) (*promsmtprelay.Metrics, *smtprelay.Client) {
 	metrics := promsmtprelay.New()
 	cfg := relay.Config()
 	cfg.Name = "news"
-	cfg.Trace = metrics.Trace()
+	lost := make(chan struct{}, 10)
+	cfg.Trace = smtprelay.MultiTrace(metrics.Trace(), &smtprelay.Trace{ConnClosed: func(_ context.Context, i smtprelay.ConnClosedInfo) {
+		if i.Reason == "fault" && i.Messages > 0 {
+			lost <- struct{}{}
+		}
+	}})
 	client, err := smtprelay.New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -46,6 +51,7 @@ func run(t *testing.T) (*promsmtprelay.Metrics, *smtprelay.Client) {
 	send("gone@secret.example")
 	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
 	send("ann@secret.example")
+	<-lost // it is counted by then
 
 	cfg.Password = "wrong" // and of the same name
 	wrong, err := smtprelay.New(cfg)
