@@ -171,8 +171,8 @@ type Server struct {
 	maxOpen    int
 	refused    int // connections and MAIL commands
 	messages   []Message
-	grown      chan struct{}     // if somebody waits: closed when the next message is taken
-	caFile     string            // with the relay's own certificate; "" as long as nobody has wanted it
+	grown      chan struct{}     // nil unless Wait is waiting: closed when the next message is accepted
+	caFile     string            // file with the relay's own certificate; "" until URL has written it
 	seen       map[[32]byte]bool // hashes of envelope and body
 	duplicates int
 }
