@@ -133,7 +133,7 @@ func (e *Error) further(other *Error) bool {
 // ofAll returns e, the error of remote, with a note on how many addresses were tried.
 func (e *Error) ofAll(remote string, tried int) *Error {
 	if tried > 1 {
-		note := fmt.Errorf("this was %s; %d addresses of the relay were tried in vain", remote, tried)
+		note := fmt.Errorf("this was %s; %d addresses of the relay have failed", remote, tried)
 		if e.Err != nil {
 			note = fmt.Errorf("%w; %v", e.Err, note)
 		}

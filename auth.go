@@ -107,9 +107,9 @@ func (c *settings) authAdvice(r Reply) string {
 		return "this is temporary: the relay cannot check credentials now"
 	case 502, 504:
 		if own {
-			return "the relay does not take this mechanism; let Config.Auth choose another"
+			return "the relay does not accept this mechanism; let Config.Auth choose another"
 		}
-		return "the relay does not take this mechanism; set Config.Auth for another"
+		return "the relay does not accept this mechanism; set Config.Auth for another"
 	case 503:
 		return "the relay says that AUTH is out of order; the credentials may be right"
 	case 530, 538:

@@ -236,7 +236,7 @@ func TestGreetingOfSomethingElseIsPermanent(t *testing.T) {
 	for _, line := range []string{"* OK IMAP4rev1 ready", "+OK POP3 ready", "SSH-2.0-OpenSSH_9.2", "HTTP/1.1 400 Bad Request", "\x15\x03\x01\x00\x02\x02\x46", "\x4a\x00\x00\x00"} {
 		c := mustCheck(t, Config{Addr: "relay.example:25", TLS: TLSNone})
 		e := c.explain(t.Context(), &conn.OpenError{Step: conn.StepGreeting, Err: &wire.MalformedError{Line: line}})
-		checkAdvice(t, line, e.Error(), []string{"this is no SMTP server; check the port"}, nil)
+		checkAdvice(t, line, e.Error(), []string{"this is not an SMTP server; check the port"}, nil)
 		if !e.lasting() || e.Outcome != NotAccepted {
 			t.Errorf("%q: lasting %v, %v, want it told at once, and nothing accepted", line, e.lasting(), e.Outcome)
 		}
@@ -246,7 +246,7 @@ func TestGreetingOfSomethingElseIsPermanent(t *testing.T) {
 		copy(header.RecordHeader[:], line)
 		c = mustCheck(t, Config{Addr: "relay.example:465"})
 		e = c.explain(t.Context(), &conn.OpenError{Step: conn.StepTLS, Err: header})
-		checkAdvice(t, line, e.Error(), []string{"this is no SMTP server; check the port"}, []string{"TLSStartTLS"})
+		checkAdvice(t, line, e.Error(), []string{"this is not an SMTP server; check the port"}, []string{"TLSStartTLS"})
 	}
 }
 

@@ -317,7 +317,7 @@ func (c *Client) result(ctx context.Context, m Message) Result {
 }
 
 // SendMail has the signature of net/smtp's function without its first two arguments. It sends msg to all of to or, if the relay refuses
-// one of them, to nobody. It has no context: Timeouts bound it. The empty envelope sender is [NullSender], and not "" as in net/smtp.
+// one of them, to none. It has no context: Timeouts bound it. The empty envelope sender is [NullSender], and not "" as in net/smtp.
 // The error is an *[Error]. msg must not change until SendMail has returned.
 func (c *Client) SendMail(from string, to []string, msg []byte) error {
 	_, err := c.Send(context.Background(), Message{From: from, To: to, Body: Bytes(msg), AllOrNothing: true})

@@ -85,7 +85,7 @@ func (m *mistakes) splitAddr(addr string) (host, port string) {
 	host, port, err := net.SplitHostPort(addr)
 	switch {
 	case isPath(addr):
-		m.add("Addr is a path and not host:port: Config.Dial is for that; it connects to the socket, and Addr names the relay, such as localhost:25")
+		m.add("Addr is a path and not host:port: use Config.Dial to connect to a socket; Addr then names the relay, such as localhost:25")
 	case strings.Contains(addr, "@") || strings.Contains(addr, "://"):
 		m.add("Addr is not host:port but a URL or a part of one: see ParseURL") // not quoted: it may contain the password
 	case err != nil && !strings.Contains(addr, ":"):
@@ -134,7 +134,7 @@ func (m *mistakes) inCredentials(c Config, host string) {
 		m.add("Username or Password contains a NUL")
 	}
 	if c.Password != strings.TrimSpace(c.Password) {
-		m.add("Password begins or ends with white space; a key read from a file often has a line end too many")
+		m.add("Password begins or ends with white space; a key read from a file often ends with a newline")
 	}
 }
 
@@ -181,7 +181,7 @@ func (m *mistakes) inLimits(c Config) {
 		m.add("Limits.Rate is %v: want messages a second", c.Limits.Rate)
 	}
 	if c.Timeouts.Quit < 0 {
-		m.add("Timeouts.Quit is negative: a relay that never closes would be waited for without end")
+		m.add("Timeouts.Quit is negative: it must be limited, since a relay may never close")
 	}
 	if c.Retry.MinBackoff < 0 || c.Retry.MaxBackoff < 0 {
 		m.add("Retry.MinBackoff and MaxBackoff must not be negative")

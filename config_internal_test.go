@@ -355,7 +355,7 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		{"a host alone", "relay.example", []string{"no scheme"}},
 		{"host and port alone, whose host looks like a scheme", "relay.example:587", []string{"no scheme"}},
 		{"user and password without scheme, whose user is the key too (Postmark)", "s3cret:s3cret@relay.example", []string{"no scheme"}},
-		{"a line end behind it, as of a file", "smtp://u:s3cret@relay.example\n", []string{"white space", "line end"}},
+		{"a line end behind it, as of a file", "smtp://u:s3cret@relay.example\n", []string{"white space", "newline"}},
 		{"a space before it", " smtp://u:s3cret@relay.example", []string{"white space"}},
 		{"another scheme", "https://u:s3cret@relay.example", []string{`"https"`, "smtps"}},
 		{"no host", "smtp://u:s3cret@", []string{"no host"}},

@@ -142,7 +142,7 @@ func (d *delivery) tellPool(s *session, r *conn.Result, e *Error) {
 // Errors for a message whose one-shot Body is needed again.
 var (
 	errBodyOnce = errors.New("the Body can be read only once: use Bytes, BodyFunc or a Reader that can seek")
-	errBodyUsed = fmt.Errorf("the body was needed again, for the recipients that the first transaction did not have; %w", errBodyOnce)
+	errBodyUsed = fmt.Errorf("the body is needed again, for the recipients of another transaction; %w", errBodyOnce)
 )
 
 // bodyUsed adds to e that the message cannot be retried, because its Body is used up.
@@ -150,7 +150,7 @@ func bodyUsed(e *Error) *Error {
 	if e.Err == nil {
 		e.Err = errBodyOnce
 	} else {
-		e.Err = fmt.Errorf("%w; no further try: %w", e.Err, errBodyOnce)
+		e.Err = fmt.Errorf("%w; no retry: %w", e.Err, errBodyOnce)
 	}
 	return e
 }

@@ -172,9 +172,9 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 	case e.Op == OpGreeting && e.Reply.Code == 0 && !c.implicit() && (conn.IsTimeout(e.Err) || conn.ClosedByPeer(e.Err)):
 		e.Err = fmt.Errorf("%w; %s", e.Err, c.silenceHint())
 	case e.Op == OpEHLO && e.Reply.Code/100 == 5:
-		e.Err = fmt.Errorf("the relay does not like %q; Config.LocalName sets the name", failed.Said)
+		e.Err = fmt.Errorf("the relay refuses %q; Config.LocalName sets the name", failed.Said)
 	case errors.Is(e.Err, conn.ErrNoSTARTTLS):
-		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or somebody on the way hides it; nothing was sent in clear (port 465 speaks TLS from the first byte; TLSNone would do without)", c.port)
+		e.Err = fmt.Errorf("the relay does not offer STARTTLS on port %s, or an attacker on the way hides it; nothing was sent in the clear (port 465 speaks TLS from the first byte; TLSNone turns TLS off)", c.port)
 	case errors.Is(e.Err, conn.ErrClearAuth):
 		e.Err = c.explainClearAuth()
 	case e.Op == OpAuth:
@@ -189,7 +189,7 @@ func (c *settings) advise(e *Error, failed *conn.OpenError) {
 }
 
 // noSMTP is the advice if the server does not speak SMTP.
-const noSMTP = "this is no SMTP server; check the port"
+const noSMTP = "this is not an SMTP server; check the port"
 
 // explainSilence adds a hint about PIPELINING to e, if the relay offers PIPELINING but did not reply to a group of commands.
 func (c *settings) explainSilence(e *Error, ext *wire.Extensions) {
@@ -245,7 +245,7 @@ func dialTCP(ctx context.Context, dial func(ctx context.Context, network, addr s
 	// Deadlines bound every wait, and are also how cancellation ends one.
 	if err := cmp.Or(nc.SetReadDeadline(time.Time{}), nc.SetWriteDeadline(time.Time{})); err != nil {
 		nc.Close()
-		return nil, fmt.Errorf("the connection takes no deadlines: %w", err)
+		return nil, fmt.Errorf("the connection does not support deadlines: %w", err)
 	}
 	return nc, nil
 }

@@ -18,7 +18,7 @@ import (
 // ([ScopeRelay]): no connection could be opened, or it was lost or ended with 421 before the end of the message was sent. A message
 // that a relay has refused, or may have accepted, does not go to another relay.
 //
-// A relay that has failed is tried last for 30 seconds. After that one message tries it again. The pause doubles with each further
+// A relay that has failed is tried last for 30 seconds. After that, one message tries it first. The pause doubles with each further
 // failure, up to 10 minutes, and ends with the first success.
 type Failover struct {
 	relays []*standby // in the order of preference

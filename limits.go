@@ -37,15 +37,16 @@ type Limits struct {
 	// transactions. 0 means 1,000 (RFC 5321, 4.5.3.1.8 requires relays to take at least 100). [NoLimit] means no limit of the Client's.
 	//
 	// When a relay refuses recipients with "too many recipients" (452 or 552), the Client remembers how many it took. For ten minutes
-	// it puts so many into a transaction, and tries a few more now and then. Neither the default of 1,000 nor a remembered number splits
+	// it puts that many into a transaction, and tries a few more now and then. Neither the default of 1,000 nor a remembered
+	// number splits
 	// a message with AllOrNothing or one whose Body can be read only once.
 	MaxRecipients int
 
-	// MaxWaiting is the largest number of Sends that wait for a connection. One more Send fails at once with [ErrBusy], its message
-	// not accepted. SendAll waits instead. 0 means no limit. It must not be negative.
+	// MaxWaiting is the maximum number of Sends that wait for a connection. Another Send fails at once with [ErrBusy], and its
+	// message is not accepted. SendAll waits instead. 0 means no limit. It must not be negative.
 	MaxWaiting int
 
-	// Rate is the largest number of messages that are begun per second, on all connections together.
+	// Rate is the maximum number of messages that begin per second, on all connections together.
 	//
 	// 0 means no limit until the relay replies that messages come too fast (454, 450 and others). The Client then finds out the rate
 	// that the relay accepts, and sends the refused messages again at that rate, before all others. A positive Rate is kept from the
@@ -228,7 +229,7 @@ func (p *pool) sweepLocked(now time.Time) {
 
 // Slots is an allowance of connections that several processes or machines share; see [Limits]. It must be safe for concurrent use.
 type Slots interface {
-	// Acquire waits for a place for one connection until ctx ends. A Client has one call at a time under way. Meanwhile its other
+	// Acquire waits for a place for one connection until ctx ends. A Client makes one call at a time. Meanwhile its other
 	// connections go on. An error counts as a connection that could not be opened, and is in the error of a Send that gives up
 	// because of it. Waiting counts as no failure; a Send waits up to Timeouts.Outage while nothing gets through.
 	Acquire(ctx context.Context) (Slot, error)

@@ -259,7 +259,7 @@ func (p *pool) endOf(info conn.Info) *Error {
 	return e
 }
 
-var errNoWork = errors.New("the relay accepts nothing and refuses no recipient")
+var errNoWork = errors.New("the connection ended before the relay had accepted or refused a message")
 
 // toOthers returns the part of r, a reply to one message, that the errors of other messages may contain. That is all of a 421,
 // which is about the connection (RFC 5321, 3.8), and only the codes of another refusal, because its text may name addresses.
@@ -268,13 +268,13 @@ func toOthers(r Reply) (Reply, error) {
 	case r.Code == 421:
 		return r, nil
 	case r.Code < 400:
-		return Reply{}, fmt.Errorf("the relay is out of step: it said %d to another message", r.Code)
+		return Reply{}, fmt.Errorf("the relay is out of step: it replied %d to another message", r.Code)
 	}
 	r.Message = ""
 	return r, errToOther
 }
 
-var errToOther = errors.New("the relay said so to another message")
+var errToOther = errors.New("the relay sent this reply to another message")
 
 // freeSlotLocked frees the slot of a connection that is closed or was never opened.
 func (p *pool) freeSlotLocked() {

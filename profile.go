@@ -63,7 +63,7 @@ const learntFor = 10 * time.Minute
 // a timeout each time.
 func (p *profile) OverlapFailed() {
 	if !p.noOverlap.Swap(true) {
-		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not take commands behind a final dot: a message begins when the one before has its reply"})
+		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not accept commands behind a final dot: each message waits for the reply to the previous one"})
 	}
 }
 
@@ -74,7 +74,7 @@ func (p *profile) Overlaps() bool { return !p.noOverlap.Load() }
 // round trip.
 func (p *profile) RsetFailed() {
 	if !p.noRset.Swap(true) {
-		p.learned(LearnedInfo{Lesson: LessonNoRset, Text: "the relay does not know RSET: EHLO takes its place"})
+		p.learned(LearnedInfo{Lesson: LessonNoRset, Text: "the relay does not know RSET: EHLO is sent instead"})
 	}
 }
 
@@ -118,7 +118,7 @@ func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	if !now.Before(p.authAloneUntil) {
-		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not take commands behind AUTH: AUTH is sent alone"})
+		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not accept commands behind AUTH: AUTH is sent alone"})
 	}
 	p.authAloneUntil = now.Add(authAloneFor)
 	return true
@@ -171,7 +171,7 @@ func (p *profile) SessionGoesOn(n int) {
 	defer p.mu.Unlock()
 	if int64(n) > p.messages.Load() {
 		if p.messagesTimes >= 2 {
-			p.learned(LearnedInfo{Lesson: LessonMaxMessages, Text: "the relay takes more messages on a connection than it was thought to"})
+			p.learned(LearnedInfo{Lesson: LessonMaxMessages, Text: "the relay accepts more messages on a connection than the limit learned before"})
 		}
 		p.messages.Store(0)
 		p.messagesTimes = 0
@@ -309,9 +309,9 @@ func (p *profile) NoteDiscard(addr string, yes bool) {
 	switch {
 	case known && before.yes == yes:
 	case yes:
-		p.learned(LearnedInfo{Lesson: LessonChunks, Text: addr + " throws away a chunk that it refuses: bodies go in chunks"})
+		p.learned(LearnedInfo{Lesson: LessonChunks, Text: addr + " discards a chunk that it refuses: bodies are sent in chunks"})
 	default:
-		p.learned(LearnedInfo{Lesson: LessonNoChunks, Text: addr + " does not throw away a chunk that it refuses: bodies go by DATA"})
+		p.learned(LearnedInfo{Lesson: LessonNoChunks, Text: addr + " does not discard a chunk that it refuses: bodies are sent with DATA"})
 	}
 }
 

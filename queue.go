@@ -208,13 +208,13 @@ func (p *pool) explainLocked(err error) error {
 		return fmt.Errorf("%w; the last connection tried: %v", err, strings.TrimPrefix(last.Error(), "smtprelay: "))
 	}
 	if p.stopAsking != nil {
-		return fmt.Errorf("%w; others have all the places of Limits.Slots", err)
+		return fmt.Errorf("%w; other processes hold all places of Limits.Slots", err)
 	}
 	op, known := p.cfg.opening.Load().(Op)
 	if p.dialling == 0 || !known {
 		return err
 	}
-	err = fmt.Errorf("%w; a connection to %s is being opened and has come to: %s", err, p.cfg.Addr, op.Text())
+	err = fmt.Errorf("%w; a connection to %s is being opened, at step: %s", err, p.cfg.Addr, op.Text())
 	if op == OpGreeting && !p.cfg.implicit() {
 		err = fmt.Errorf("%w; %s", err, p.cfg.silenceHint())
 	}

@@ -167,7 +167,7 @@ func (r *Registry) leave(key fingerprint.Sum, c *registered) {
 	}
 }
 
-var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial, Limits.Slots or a Trace needs a Name here, by which it is told from others")
+var errNeedsName = errors.New("a Config with a TLSConfig, an Auth, a Dial, Limits.Slots or a Trace needs a Name here, to distinguish it from others")
 
 // key returns the key of c in a Registry.
 func (c Config) key() (fingerprint.Sum, error) {

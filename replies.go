@@ -177,7 +177,7 @@ func findQueueID(text string) string {
 	return ""
 }
 
-// isQueueID reports whether s, found in the place of an identifier, can be one. A lower-case word is none, as in "queued as soon
+// isQueueID reports whether s, found in the place of an identifier, can be one. A lower-case word cannot, as in "queued as soon
 // as possible".
 func isQueueID(s string) bool {
 	lower := func(r rune) bool { return 'a' <= r && r <= 'z' }

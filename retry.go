@@ -8,24 +8,24 @@ import (
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
-// Retry says how often one Send tries a message again where the relay cannot have accepted it: the connection was lost before the end of
-// the message was sent, or the relay replied 421. A message that may have been accepted is never tried again.
+// Retry says how often one Send retries a message that the relay cannot have accepted: the connection was lost before the end of
+// the message was sent, or the relay replied 421. A message that may have been accepted is never retried.
 type Retry struct {
 	_ [0]func() // not comparable, so that it may grow
 
-	// MaxAttempts is the largest number of tries of one Send, the first one included. 0 means 4. [NoLimit] means that only the context
-	// and Timeouts.Outage end the Send. 1 means that nothing is tried again, a connection that cannot be opened included.
+	// MaxAttempts is the maximum number of attempts of one Send, including the first. 0 means 4. [NoLimit] means that only the
+	// context and Timeouts.Outage end the Send. 1 means no retry, not even after a connection that cannot be opened.
 	//
 	// With any other value, two failures do not count: a connection that cannot be opened (Timeouts.Outage bounds that wait), and an
 	// idle connection that the relay had closed when the message came.
 	MaxAttempts int
 
-	// MinBackoff and MaxBackoff set the wait before the next try: exponential backoff with full jitter, that is, a random time
-	// between 0 and a limit that starts at MinBackoff, doubles with each try and is at most MaxBackoff. 0 means 500 ms and 30 s.
-	// Neither may be negative.
+	// MinBackoff and MaxBackoff set the wait before the next attempt: exponential backoff with full jitter, that is, a random
+	// time between 0 and a limit that starts at MinBackoff, doubles with each attempt and is at most MaxBackoff. 0 means 500 ms
+	// and 30 s. Neither may be negative.
 	MinBackoff, MaxBackoff time.Duration
 
-	// On4xx makes a Send also try again after a 4xx reply to MAIL, RCPT, DATA or the end of the message. By default the Send returns
+	// On4xx makes a Send also retry after a 4xx reply to MAIL, RCPT, DATA or the end of the message. By default the Send returns
 	// such a reply, since the caller knows how long the message can wait. Greylisting needs minutes: raise both backoffs for it.
 	On4xx bool
 }

@@ -64,7 +64,7 @@ func scopeOfReply(op Op, r Reply) Scope {
 	return ScopeRelay
 }
 
-// OutcomeOf returns what became of a message for which Send, or a function of another library, has returned err:
+// OutcomeOf returns the outcome of a message for which Send, or a function of another library, has returned err:
 //
 //   - nil: [Accepted], for every recipient.
 //   - an [*Error], wrapped or not: its Outcome. Accepted means: for some of the recipients.

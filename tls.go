@@ -114,10 +114,10 @@ func (c *settings) verifies() bool {
 func (c *settings) explainTLS(e *Error) {
 	if code := clearReply(e.Err); code >= 400 {
 		// Exim refuses a connection above its limit with a reply in the clear, even on a port with implicit TLS.
-		e.Op, e.Reply, e.Err = OpGreeting, Reply{Code: code}, errors.New("it was said in the clear, in place of TLS")
+		e.Op, e.Reply, e.Err = OpGreeting, Reply{Code: code}, errors.New("the reply came in the clear, in place of TLS")
 	} else if hint := c.tlsHint(e.Err); hint != "" {
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](e.Err); ok && isLoopback(c.host) && !c.implicit() {
-			hint += "; on this machine TLSNone does without TLS"
+			hint += "; for a relay on this machine, TLSNone turns TLS off"
 		}
 		e.Err = &hintedError{e.Err, hint}
 		e.permanent = true
@@ -140,7 +140,7 @@ func (e *hintedError) Unwrap() error { return e.err }
 func (c *settings) explainClearAuth() error {
 	cure := "use a mode of TLS that requires it"
 	if c.TLS == TLSOpportunistic {
-		cure = "the relay does not offer STARTTLS, or somebody on the way hides it"
+		cure = "the relay does not offer STARTTLS, or an attacker on the way hides it"
 	}
 	return fmt.Errorf("the credentials would cross the network in the clear, so they were not sent; %s, or set Config.AllowInsecureAuth", cure)
 }
@@ -201,7 +201,7 @@ func (c *settings) nameHint(cert *x509.Certificate) string {
 // issuerHint returns the advice if cert is not signed by a trusted authority.
 func (c *settings) issuerHint(cert *x509.Certificate) string {
 	whom := "its authority"
-	hint := "the certificate is signed by nobody this machine trusts"
+	hint := "the certificate is not signed by an authority that this machine trusts"
 	switch {
 	case cert == nil:
 	case bytes.Equal(cert.RawIssuer, cert.RawSubject):
@@ -241,7 +241,7 @@ var alerts = []struct{ text, hint string }{
 
 const (
 	noVersion          = "the relay and this program have no version of TLS in common; TLSConfig.MinVersion is TLS 1.2 if it is not set"
-	refusedCertificate = "the relay wants a client certificate, or does not take the one it was given (TLSConfig.Certificates)"
+	refusedCertificate = "the relay wants a client certificate, or does not accept the one it was given (TLSConfig.Certificates)"
 )
 
 // alertHint returns what to change if err is a TLS alert from the relay, or the same error detected on our side; "" otherwise.

@@ -53,7 +53,7 @@ func ParseURL(rawURL string) (Config, error) {
 		return Config{}, &Error{Op: OpConfig, Outcome: NotAccepted, Scope: ScopeCaller, Err: errors.Join(wrong...), permanent: true}
 	}
 	if trimmed := strings.TrimSpace(rawURL); rawURL != trimmed {
-		wrong.add("the URL begins or ends with white space; one read from a file often has a line end too many")
+		wrong.add("the URL begins or ends with white space; a URL read from a file often ends with a newline")
 		rawURL = trimmed
 	}
 	u, err := url.Parse(rawURL)
@@ -62,14 +62,14 @@ func ParseURL(rawURL string) (Config, error) {
 		wrong.add("the URL cannot be parsed: %s; want smtps://user:password@host:port with special characters in user and password percent-encoded", parseMistake(err))
 		return fail()
 	case isPath(rawURL):
-		wrong.add("the URL is a path: Config.Dial is for that; it connects to the socket")
+		wrong.add("the URL is a path: use Config.Dial to connect to a socket")
 		return fail()
 	case u.Scheme == "" || u.Opaque != "": // url.Parse takes the user of user:password@host for the scheme
 		wrong.add("the URL has no scheme: want smtps://, smtp:// or smtp+insecure://")
 		return fail()
 	case strings.Contains(u.Path+u.Fragment+u.RawQuery, "@") || strings.Contains(u.RawFragment, "@"):
 		// Report nothing else: any part of the URL may be a piece of the password.
-		wrong.add("the URL has an @ behind the first / # or ?: one of these stands in the password, and is not percent-encoded (%%2F, %%23, %%3F)")
+		wrong.add("the URL has an @ behind the first / # or ?: one of these is in the password, and is not percent-encoded (%%2F, %%23, %%3F)")
 		return fail()
 	}
 	if u.Path != "" && u.Path != "/" {
@@ -91,7 +91,7 @@ func ParseURL(rawURL string) (Config, error) {
 	}
 	for _, key := range slices.Sorted(maps.Keys(query)) {
 		if len(query[key]) > 1 {
-			wrong.add("%q stands twice", key)
+			wrong.add("%q is set twice", key)
 		} else if err := cfg.setParam(key, query.Get(key)); err != nil {
 			wrong = append(wrong, err)
 		}
@@ -135,7 +135,7 @@ func parseMistake(err error) string {
 			return m.say
 		}
 	}
-	return "it has not the form of a URL"
+	return "it does not have the form of a URL"
 }
 
 // setScheme applies the scheme, and returns host, port, and whether the credentials must still be checked.

@@ -19,7 +19,7 @@ func (m *Message) check() error {
 	var mistakes []error
 	mistake := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
 	if m.From == "" {
-		mistake("From is empty; NullSender is the null reverse-path, on purpose")
+		mistake("From is empty; use NullSender for the empty envelope sender")
 	} else if m.From != NullSender {
 		if err := checkPath(m.From); err != nil {
 			mistake("From %s: %w", quoted(m.From), err)
@@ -53,7 +53,7 @@ func (m *Message) check() error {
 	}
 	for to, o := range m.RcptOptions {
 		if !named[to] {
-			mistake("RcptOptions for %s, who is not in To", quoted(to))
+			mistake("RcptOptions for %s, which is not in To", quoted(to))
 		}
 		if o != nil {
 			for _, err := range o.check() {
@@ -93,7 +93,7 @@ func checkPath(addr string) error {
 	}
 	if strings.HasPrefix(local, `"`) {
 		if !validQuoted(local) {
-			return errors.New("the quoted part before @ is not ended, or something stands behind it")
+			return errors.New("the quoted part before @ has no closing quote, or text after it")
 		}
 	} else if i := strings.IndexAny(local, "()[]:;@\\,\" "); i >= 0 {
 		return fmt.Errorf("character %q before @", local[i])
@@ -275,11 +275,11 @@ func (o *RcptOptions) check() (mistakes []error) {
 		switch n {
 		case DSNNotifyNever:
 			if len(o.Notify) > 1 {
-				mistake("Notify: NEVER stands alone (RFC 3461, 4.1)")
+				mistake("Notify: NEVER must be alone (RFC 3461, 4.1)")
 			}
 		case DSNNotifyDelayed, DSNNotifyFailure, DSNNotifySuccess:
 			if slices.Contains(o.Notify[:i], n) {
-				mistake("Notify: %s stands twice", n)
+				mistake("Notify: %s is listed twice", n)
 			}
 		default:
 			mistake("Notify %s is unknown", quoted(n))

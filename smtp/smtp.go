@@ -2,7 +2,7 @@
 // changes one import line, from "net/smtp" to "github.com/smtprelay/smtprelay/smtp", and nothing else.
 //
 // It is as opportunistic as net/smtp: STARTTLS is used where the relay offers it, and a handshake that fails or a certificate that
-// does not verify is an error; where it is not offered, or somebody on the way hides it, the mail crosses the network in
+// does not verify is an error; where it is not offered, or an attacker on the way hides it, the mail crosses the network in
 // the clear. Credentials follow the rule of the Auth that is given: [PlainAuth] sends them over TLS or to localhost only,
 // [CRAMMD5Auth] and others as they like. A program that can be changed further uses [smtprelay.Client], which requires TLS,
 // takes a context and tells what became of each recipient.

@@ -249,7 +249,7 @@ func (c *conn) bdat(line, arg string) ending {
 		if c.s.KeepRefusedChunks {
 			return goOn
 		}
-		return hangUp // nobody knows how long the chunk is: what follows cannot be told from commands
+		return hangUp // the length of the chunk is unknown, so its octets cannot be told from commands
 	}
 	var b blow
 	if c.env.open { // else it is refused in any case, and is a question rather than a part of a message

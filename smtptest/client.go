@@ -14,8 +14,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Addr returns the "host:port" at which the relay listens, the first of its addresses. With InMemory nothing does; it is what a
-// client is configured with. It panics before Start.
+// Addr returns the "host:port" at which the relay listens, the first of its addresses. With InMemory nothing listens there, but
+// a client needs the address in its configuration. Addr panics before Start.
 func (s *Server) Addr() string {
 	if !s.started {
 		panic("smtptest: Server was not started: it has no address yet") // an empty one would mean a real relay

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// CloseClientConnections closes all open connections at once, without a word, as a relay does that is restarted. New ones are
-// welcome, and the relay has forgotten none of its messages. It is safe for concurrent use.
+// CloseClientConnections closes all open connections at once, without a reply, like a relay that restarts. The relay still accepts
+// connections, and keeps its messages. It is safe for concurrent use.
 func (s *Server) CloseClientConnections() {
 	s.mu.Lock()
 	var open []*conn
@@ -24,16 +24,16 @@ func (s *Server) CloseClientConnections() {
 	}
 }
 
-// Close ends the relay. Clients may be closed before it or behind it: Close does not wait for one that is merely idle.
+// Close ends the relay. Clients may be closed before or after it: Close does not wait for an idle client.
 //
-// A connection on which nothing is under way is told 421 and closed at once. Nothing is under way outside a transaction, and in
-// one in which something was refused, as the client may have given that up. In any other transaction Close waits for the next
-// command, 200 ms and one Delay; and it waits for a body, a chunk, AUTH or a TLS handshake that has begun. After five seconds it
-// logs which connections hang, and where, and cuts them. A connection that a Fault has stalled is cut at once. A client that
-// has been told has 50 ms and one Delay to close its side.
+// Close sends 421 to an idle connection and closes it at once. A connection is idle outside a transaction, and in a transaction
+// in which something was refused, since the client may have abandoned it. In any other transaction Close waits for the next
+// command, for 200 ms and one Delay; and it waits for a body, a chunk, AUTH or a TLS handshake that has begun. After five
+// seconds it logs which connections hang, and where, and cuts them. It cuts a connection that a Fault has stalled at once. After
+// the 421, the client has 50 ms and one Delay to close its side.
 //
-// When Close returns, no goroutine of the relay is left, and what it has counted is still there. Calling it again does nothing;
-// neither does calling it before Start.
+// When Close returns, no goroutine of the relay is left, and its counters and messages are still available. Calling Close again, or
+// before Start, does nothing.
 func (s *Server) Close() {
 	if !s.started {
 		return

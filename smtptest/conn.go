@@ -54,7 +54,7 @@ type conn struct {
 	// guarded by s.mu
 	stats       ConnStats
 	turnsBefore int    // before the one that brought the first MAIL
-	where       string // what it does, for whoever wonders why it does not end
+	where       string // the current activity, logged by Close if the connection hangs
 	idle        bool   // it waits for a command, and may be woken
 	woken       bool   // by moving the read deadline
 	lingering   bool

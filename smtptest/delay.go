@@ -139,8 +139,8 @@ func (l *lane) deliver() {
 		time.Sleep(time.Until(p.at))
 		if len(p.data) > 0 && !l.lost {
 			if _, err := l.dst.Write(p.data); err != nil {
-				// Nobody is there any more: TCP answers that with RST, which the sender learns half a round trip later.
-				// What else it sends goes nowhere.
+				// The receiver has closed: TCP replies with RST, which the sender gets half a round trip later. Data that the
+				// sender sends meanwhile is lost.
 				time.Sleep(l.delay)
 				l.src.Reset()
 				l.mu.Lock()

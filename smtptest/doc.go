@@ -18,11 +18,11 @@
 // A relay that runs for long has a Listener of its own, a limit of what it remembers (Keep), and hears of what happens (OnMessage,
 // OnLine).
 //
-// A relay speaks like SendGrid and, like SendGrid's classic allowance, takes 10 connections and 100 messages on each. It is
-// stricter than most about what a client may do, so that a test finds out before a customer does: it wants TLS before AUTH where
-// it offers STARTTLS, refuses parameters of extensions that it has not offered, and hangs up on a client that speaks before the
-// greeting, pipelines where PIPELINING was not offered, or sends anything behind EHLO or DATA without waiting. About addresses it
-// is generous.
+// A relay replies like SendGrid and, like SendGrid's classic allowance, accepts 10 connections and 100 messages on each. It is
+// stricter than most relays, so that a test finds a client's mistake before a customer does. It requires TLS before AUTH if it
+// offers STARTTLS, and refuses parameters of extensions that it has not offered. It closes the connection of a client that sends
+// before the greeting, pipelines if PIPELINING was not offered, or sends anything behind EHLO or DATA without waiting. It is
+// lenient about addresses.
 //
 // # What real relays do
 //
@@ -33,8 +33,8 @@
 //	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 looks like spam"})
 //	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
 //
-// A session may have only so many messages or recipients. The relay says so at MAIL, RCPT or DATA, in words of its own, and keeps
-// the connection; or it hangs up. Server.MaxMessages, which counts MAIL commands, is the limit of SendGrid:
+// A relay limits the messages or recipients of a session. It replies so at MAIL, RCPT or DATA, in words of its own, and keeps the
+// connection open or closes it. Server.MaxMessages, which counts MAIL commands, is the limit of SendGrid:
 //
 //	relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 5, Reply: "452 4.4.5 Maximum number of messages per session exceeded", Count: -1})
 //	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, AfterRecipients: 100, Reply: "452 4.5.3 Too many recipients in this session", Count: -1})
@@ -64,7 +64,7 @@
 //
 //	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Rate: 14, Burst: 14, Reply: "454 Throttling failure: Maximum sending rate exceeded.", Count: -1})
 //
-// A greeting that never comes, silence at any one step of one connection, and a relay that thinks for long:
+// A greeting that never comes, silence at a step of one connection, and a relay that takes long to reply:
 //
 //	relay.Fault(smtptest.Fault{At: smtptest.Connect, Conn: 2, Stall: true})
 //	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Conn: 2, Stall: true})
@@ -82,9 +82,9 @@
 //	relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 1000, Abort: true})
 //	relay.Fault(smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "421 4.4.2 timeout", Drop: true, Count: -1})
 //
-// What is a habit rather than an event is a field of Server: Behind (commands behind a final dot), KeepRefusedChunks (a refused
-// chunk is read as commands), Chunking (a truncated last chunk is taken for the whole), KeepEnvelopeOnRset (a transaction survives
-// RSET), Without and Extensions (what EHLO is answered).
+// Permanent behaviour is set by fields of Server: Behind (commands behind a final dot), KeepRefusedChunks (a refused chunk is
+// read as commands), Chunking (a truncated last chunk is accepted), KeepEnvelopeOnRset (a transaction survives RSET), Without
+// and Extensions (the reply to EHLO).
 //
 // # In a synctest bubble
 //

@@ -69,29 +69,28 @@ func (s Step) String() string {
 	return stepNames[s]
 }
 
-// Event is something that happens on a connection; [Fault].When looks at it. It is a snapshot, and its slice must not be changed.
+// Event is an event on a connection, passed to [Fault].When. It is a snapshot, and its slice must not be changed.
 type Event struct {
 	Step    Step
 	Addr    int      // the address of the relay that the connection was made to, counted from 1; see Server.Addresses
 	Conn    int      // the connection, counted from 1 over all addresses
-	N       int      // how many events of this Step the connection has had, this one included
-	Message int      // how many MAIL commands it has had, this one included
-	Line    string   // the command as it came, without what AUTH gives away; "" where there is none
-	From    string   // the reverse-path of the transaction, or of this MAIL
+	N       int      // 1-based number of this event among the connection's events of this Step
+	Message int      // number of MAIL commands on the connection, including this one
+	Line    string   // the command line, without the credentials of AUTH; "" if there is none
+	From    string   // the envelope sender of the transaction, or of this MAIL
 	To      []string // the recipients accepted so far in this transaction
-	Rcpt    string   // the forward-path of this RCPT
-	Bytes   int64    // how much of the body has come, in octets
+	Rcpt    string   // the envelope recipient of this RCPT
+	Bytes   int64    // octets of the body received so far
 
-	// Accepted and Recipients are how many messages the relay has taken on this connection so far, and how many recipients it
-	// has accepted: in all transactions, those included that came to nothing.
+	// Accepted and Recipients are the numbers of messages and of recipients that the relay has accepted on this connection so far.
+	// Recipients includes those of transactions without an accepted message.
 	Accepted, Recipients int
 
-	// Pipelined tells that the client did not wait for the reply: more had arrived behind the command (at Bdat, behind its
-	// chunk) when the relay came to it. It is always false at Connect, TLSHandshake, Body and Idle.
+	// Pipelined says that the client did not wait for the reply: more data had arrived behind the command (at Bdat, behind its
+	// chunk) when the relay processed it. It is always false at Connect, TLSHandshake, Body and Idle.
 	Pipelined bool
 
-	// AuthLed tells that the connection's last AUTH was Pipelined. At Mail together with N == 1 it singles out the MAIL that
-	// came behind AUTH.
+	// AuthLed says that the connection's last AUTH was Pipelined. At Mail with N == 1, the MAIL was pipelined behind AUTH.
 	AuthLed bool
 
 	chunk int64 // octets of a BDAT's chunk that were not read
@@ -99,9 +98,9 @@ type Event struct {
 
 // Fault says what goes wrong, where, and how often. A Fault is a value: [Server.Fault] copies it.
 //
-// The fields of the first two groups are filters, joined by AND; the zero value of each lets anything through. An event meets
-// the faults in the order in which they were set. Those that only delay add up; behind the first that does more, none strikes,
-// though each counts the event for its Nth. A Fault that does nothing at all is an observer: its hits count whatever the others
+// The fields of the first two groups are filters, joined by AND; the zero value of each matches everything. An event meets the
+// faults in the order in which they were set. Faults that only delay add up. After the first fault that does more, no other
+// strikes, but each counts the event for its Nth. A Fault without an effect is an observer: it counts hits whatever the others
 // do.
 type Fault struct {
 	// Which event:
@@ -109,25 +108,26 @@ type Fault struct {
 	At              Step             // the step; 0 means any but Idle
 	Addr            int              // connections to this address of the relay only, counted from 1
 	Conn            int              // this connection only, counted from 1
-	Rcpt            string           // at Rcpt: this forward-path; anywhere else: envelopes that have it. Case is ignored
-	AfterBytes      int64            // once so many octets of the body have come
-	AfterMessages   int              // once the connection has had so many messages taken: a limit of the session
-	AfterRecipients int              // once the connection has had so many recipients accepted, in all transactions together
-	Pipelined       bool             // where the client did not wait for the reply; see Event.Pipelined
+	Rcpt            string           // at Rcpt: this recipient; anywhere else: envelopes with this recipient. Case is ignored
+	AfterBytes      int64            // after this many octets of the body
+	AfterMessages   int              // after this many accepted messages on the connection: a limit of the session
+	AfterRecipients int              // after this many accepted recipients on the connection, in all transactions together
+	Pipelined       bool             // only if the client did not wait for the reply; see Event.Pipelined
 	When            func(Event) bool // called from the goroutines of connections, possibly several at once; must not block
 
-	// Which of the events that pass the filters above:
+	// Which of the events that match the filters above:
 
 	Nth   int // from the Nth on, counted from 1 since the fault was set; 0 means 1
-	Every int // from there on, only every so-manyth: with 10 the tenth, the twentieth and so on; 0 means 1
+	Every int // counted from Nth, only every Every-th event: with 10 the tenth, the twentieth and so on; 0 means 1
 
-	// Rate lets so many events a second pass, and strikes those that are too many: a relay that wants its clients to slow
-	// down. The events are those of all connections together, each of which gives back what it took in 1/Rate seconds; an event
-	// that is struck takes nothing. The clock is that of package time, so in a synctest bubble it is exact. 0 means that the
-	// Fault asks for no rate. It needs a Count, as ever: -1 for a limit that stays.
+	// Rate lets this many events per second pass, and strikes the others, like a relay that throttles. It is a token bucket for
+	// all connections together: an event that passes takes a token, which is back after 1/Rate seconds; an event that is struck
+	// takes none. The clock is that of package time, so it is exact in a synctest bubble. 0 means no rate. A Fault with a Rate
+	// needs a Count too:
+	// -1 for a permanent limit.
 	Rate float64
 
-	// Burst is how many events may pass at once where Rate is set; 0 means as many as pass in a second, but one at least.
+	// Burst is how many events may pass at once if Rate is set; 0 means as many as pass in a second, at least one.
 	Burst int
 
 	// What happens:
@@ -135,25 +135,25 @@ type Fault struct {
 	// Delay is waited first. At Idle it is how long the connection must be idle.
 	Delay time.Duration
 
-	// Stall then says nothing, and reads no more than fits into a buffer, until the fault is removed, the client hangs up, or
-	// the relay is closed.
+	// Stall then sends nothing, and reads no more than fits into a buffer, until the fault is removed, the client closes, or the
+	// relay is closed.
 	Stall bool
 
-	// Reply is said in place of what the relay would have said, such as "452 4.4.5 Too many messages"; lines are separated by
-	// "\n". If it is a 2xx or 3xx reply the command is carried out as ever. If not, the command is not carried out; at FinalDot
-	// that means that the message is not taken. In a Body it is said at once and in place of the final reply, whatever it is,
-	// and the message is not taken. 421 says nothing but 421: let Drop close the connection.
+	// Reply replaces the relay's reply, such as "452 4.4.5 Too many messages"; lines are separated by "\n". After a 2xx or 3xx
+	// reply the command is executed as usual. After any other reply it is not executed; at FinalDot that means that the message
+	// is not accepted. In a Body, Reply is sent at once in place of the final reply, and the message is not accepted whatever
+	// Reply is. A 421 does not close the connection: set Drop for that.
 	Reply string
 
-	// Drop closes the connection after Reply, or in place of a reply, with FIN and without TLS's close_notify. The command is
-	// not carried out unless there is a 2xx or 3xx Reply.
+	// Drop closes the connection after Reply, or without a reply, with FIN and without TLS's close_notify. The command is not
+	// executed unless there is a 2xx or 3xx Reply.
 	Drop bool
 
-	// Abort does the same with RST, which may destroy replies on their way. It wins over Drop.
+	// Abort does the same with RST, which may destroy replies in flight. It takes precedence over Drop.
 	Abort bool
 
-	// Discard throws away, once the command is answered, what has arrived behind it: that is never answered. During a Body,
-	// or at Bdat, it is what has arrived behind the message or the chunk.
+	// Discard discards, after the reply to the command, the data that has arrived behind the command, so that it gets no reply.
+	// During a Body, or at Bdat, that is the data behind the message or the chunk.
 	Discard bool
 
 	// How often:
@@ -162,7 +162,8 @@ type Fault struct {
 	Count int
 }
 
-// FaultHandle is a Fault that was set, to count its hits, wait for them, and end it. Its methods are safe for concurrent use.
+// FaultHandle counts the hits of a Fault that was set, waits for them, and removes the Fault. Its methods are safe for
+// concurrent use.
 type FaultHandle struct {
 	s *Server
 	f Fault
@@ -177,8 +178,7 @@ type FaultHandle struct {
 	full   time.Time     // when all of Burst is there again
 }
 
-// Fault makes something go wrong from now on, on connections that are open too. It may be called at any time, before Start as
-// well.
+// Fault sets a fault, which also applies to open connections. It may be called at any time, also before Start.
 func (s *Server) Fault(f Fault) *FaultHandle {
 	if f.Count == 0 {
 		f.Count = 1
@@ -195,7 +195,7 @@ func (s *Server) Fault(f Fault) *FaultHandle {
 	return h
 }
 
-// Hits tells how often the fault has struck.
+// Hits returns how often the fault has struck.
 func (h *FaultHandle) Hits() int {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()
@@ -219,7 +219,7 @@ func (h *FaultHandle) Wait(ctx context.Context, n int) error {
 	}
 }
 
-// Remove ends the fault. Connections that it has stalled go on where they were. Calling it again does nothing.
+// Remove ends the fault. Connections that it has stalled continue. Calling it again does nothing.
 func (h *FaultHandle) Remove() {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()

@@ -41,10 +41,10 @@ const (
 // A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
 // zero value of each is the default. Once it is started, its methods are safe for concurrent use.
 type Server struct {
-	// Name is what the relay calls itself in the greeting and in the reply to EHLO; "" means "smtp.test".
+	// Name is the relay's name in the greeting and in the reply to EHLO; "" means "smtp.test".
 	Name string
 
-	// Username and Password are what AUTH must give; "" means "apikey" and a fixed key that is obviously none.
+	// Username and Password are the accepted credentials; "" means "apikey" and a fixed key that is obviously fake.
 	Username, Password string
 
 	// NoAuth neither offers nor requires AUTH.
@@ -57,7 +57,7 @@ type Server struct {
 	// mechanisms of the list only, possibly from several goroutines at once.
 	SASL func(mechanism string) (SASLServer, error)
 
-	// NoTLS does not offer STARTTLS. Where it is offered, AUTH is neither offered nor accepted before it was used.
+	// NoTLS does not offer STARTTLS. If STARTTLS is offered, AUTH is neither offered nor accepted before TLS.
 	NoTLS bool
 
 	// TLS, if not nil, is what the relay's TLS configuration is made from. It is cloned; Certificates is filled in where it is
@@ -94,40 +94,39 @@ type Server struct {
 	Addresses int
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
-	// MT-PRIORITY the parameters of MAIL and RCPT are then understood; what they say is
-	// found in [Message.MailOptions] and [Message.RcptOptions]. Any other line is announced and no more:
-	// "LIMITS MAILMAX=5" makes a promise that MaxMessages has to keep.
+	// MT-PRIORITY, the relay then parses the parameters of MAIL and RCPT into [Message.MailOptions] and [Message.RcptOptions].
+	// Any other line is only announced: with "LIMITS MAILMAX=5", set MaxMessages to 5 too.
 	Extensions []string
 
 	// Without are the keywords of lines that are left out of the reply to EHLO, such as "PIPELINING", "SIZE" and "8BITMIME".
-	// Without PIPELINING, a client that pipelines is told "500 5.5.1 Invalid command: Pipelining not supported" and cut off.
+	// Without PIPELINING, a client that pipelines gets "500 5.5.1 Invalid command: Pipelining not supported" and is disconnected.
 	Without []string
 
-	// Chunking offers CHUNKING (RFC 3030), which SendGrid does not. As in some relays, go-smtp's server among them, a last
-	// chunk that the client cuts short by closing (FIN, not RST) is then taken as if it were whole.
+	// Chunking offers CHUNKING (RFC 3030), which SendGrid does not. A last chunk that the client cuts short by closing (FIN, not
+	// RST) is then accepted as if it were complete, as by go-smtp's server and some other relays.
 	Chunking bool
 
-	// Behind is what happens to commands that have arrived behind a final dot by the time that the relay answers it.
+	// Behind says what the relay does with commands that have arrived behind a final dot before it replies to the dot.
 	Behind Habit
 
-	// KeepRefusedChunks reads the chunk of a BDAT that is refused as commands, each with its reply, in place of throwing it
-	// away: an attacker's body can so become a message of its own. A chunk is refused outside a transaction, without an
-	// accepted recipient, or by the Reply of a Fault; a transaction in which no chunk was accepted stays open then. Such a
-	// relay does not mind what stands behind EHLO and DATA, nor pipelining that it has not offered. go-smtp before 0.25.1 does
-	// this. Without Chunking each BDAT is refused, as by nginx's mail proxy that is told to announce CHUNKING: see Extensions.
+	// KeepRefusedChunks reads the chunk of a refused BDAT as commands and replies to each, instead of discarding it, so that the
+	// body of an attacker can become a separate message. A chunk is refused outside a transaction, without an accepted
+	// recipient, or by the Reply of a Fault; a transaction in which no chunk was accepted stays open then. Such a relay accepts
+	// commands behind EHLO and DATA, and pipelining that it has not offered. go-smtp before 0.25.1 does this. Without Chunking
+	// each BDAT is refused, as by nginx's mail proxy if it is configured to announce CHUNKING: see Extensions.
 	KeepRefusedChunks bool
 
-	// KeepEnvelopeOnRset answers RSET 250 but keeps an open transaction, its sender and its recipients. The next MAIL is
-	// answered 503, RCPT adds a recipient, and the next message goes to all of them.
+	// KeepEnvelopeOnRset replies 250 to RSET but keeps an open transaction, its sender and its recipients. The next MAIL gets 503,
+	// RCPT adds a recipient, and the next message goes to all of them.
 	KeepEnvelopeOnRset bool
 
 	// Reject maps addresses, in lower case, to the reply that MAIL or RCPT gets for them, such as "550 5.1.1 no such user".
-	// For anything finer, use a Fault.
+	// For more control, use a Fault.
 	Reject map[string]string
 
-	// Delay is a round-trip time: a delay line below TLS holds everything for half of it in each direction, order kept,
-	// bandwidth unlimited. Connecting takes one Delay, so that the greeting arrives two of them after the client began to
-	// dial. The close of either side travels too.
+	// Delay is a round-trip time: a delay line below TLS delays all data by half of it in each direction, in order and with
+	// unlimited bandwidth. Connecting takes one Delay, so that the greeting arrives two Delays after the client began to dial.
+	// The close of either side is delayed too.
 	Delay time.Duration
 
 	// Buffer is the capacity of a connection in each direction, in octets: what one side can send before the other reads.
@@ -137,7 +136,7 @@ type Server struct {
 	// DropBodies keeps the size and the hash of each message, but not its octets: for bodies that do not fit into memory.
 	DropBodies bool
 
-	// InMemory uses no sockets. Dial, or the configuration that Config returns, then is the only way to the relay.
+	// InMemory uses no sockets. The relay can then be reached only through Dial, or the configuration that Config returns.
 	InMemory bool
 
 	// Listener, if not nil, is where connections are accepted, in place of a listener that Start opens. Close closes it. It is
@@ -192,27 +191,28 @@ type Server struct {
 	maxOpen    int
 	refused    int              // connections and MAIL commands
 	accepted   int              // messages
-	messages   []Message        // those that are remembered
-	grown      chan struct{}    // if somebody waits: closed when the next message is taken
-	caFile     string           // with the relay's own certificate; "" as long as nobody has wanted it
-	seen       map[[32]byte]int // how many of messages have this hash of envelope and body
+	messages   []Message        // the messages that are remembered
+	grown      chan struct{}    // nil unless Wait is waiting: closed when the next message is accepted
+	caFile     string           // file with the relay's own certificate; "" until URL has written it
+	seen       map[[32]byte]int // number of remembered messages for each hash of envelope and body
 	duplicates int
 }
 
-// Habit is what a relay does with commands that have arrived behind a final dot by the time that it answers the dot: in the
-// same read, or while the Delay of a Fault at FinalDot passes.
+// Habit says what a relay does with commands that have arrived behind a final dot before it replies to the dot: in the same
+// read, or during the Delay of a Fault at FinalDot.
 type Habit int
 
 const (
-	// HabitNone: they are carried out, as RFC 2920 wants it.
+	// HabitNone: the commands are executed, as RFC 2920 requires.
 	HabitNone Habit = iota
-	// HabitRefuse: each is answered 503; the connection stays in step. Haraka does this.
+	// HabitRefuse: each command gets 503; the connection stays in step. Haraka does this.
 	HabitRefuse
-	// HabitDiscard: they are thrown away and never answered.
+	// HabitDiscard: the commands are discarded and get no reply.
 	HabitDiscard
 )
 
-// serveFlag is where a relay is left to be talked to by hand. Like httptest's, the flag exists only if it is used.
+// serveFlag is the address at which the first relay keeps running for manual use. As in httptest, the flag exists only if it is
+// used.
 var serveFlag string
 
 func init() {
@@ -224,10 +224,10 @@ func init() {
 	}
 }
 
-// New returns a started Server for a test, which is closed when the test and its subtests have ended. Each of set changes fields
-// of it before it is started, in the order given; without any it is as [NewServer] makes it. One of
-// set may start it itself, as (*Server).StartTLS does. The clients that [Server.Client]
-// returns are closed before it. It panics if it cannot listen.
+// New returns a started Server for a test, and closes it when the test and its subtests have ended, after the clients that
+// [Server.Client] has returned. The functions in set, in their order, can change fields before the start; without any, the
+// Server is as from [NewServer]. One of them may start the Server itself, such as (*Server).StartTLS. New panics if it cannot
+// listen.
 func New(tb testing.TB, set ...func(*Server)) *Server {
 	tb.Helper()
 	s := NewUnstartedServer()

@@ -10,53 +10,53 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Message is a message that the relay has taken.
+// Message is a message that the relay has accepted.
 type Message struct {
 	ID          string   // the queue ID, as in the reply
-	Conn        int      // the connection it came on, counted from 1
-	Nth         int      // the MAIL command of the connection that it came with, counted from 1
-	From        string   // the reverse-path, as it stood between the brackets
-	To          []string // the forward-paths that were accepted, in their order
+	Conn        int      // the connection that sent it, counted from 1
+	Nth         int      // the number of its MAIL command on the connection, counted from 1
+	From        string   // the envelope sender, without brackets
+	To          []string // the accepted envelope recipients, in their order
 	MailOptions smtprelay.MailOptions
 	RcptOptions []smtprelay.RcptOptions // one for each of To
-	Body        []byte                  // as it was before dots were stuffed; nil with DropBodies. Not to be changed
+	Body        []byte                  // without dot stuffing; nil with DropBodies. It must not be changed
 	Size        int64                   // of the body, in octets
 	SHA256      [32]byte                // of the body
-	Chunked     bool                    // whether it came by BDAT
-	Received    time.Time               // when the relay took it
+	Chunked     bool                    // whether it was sent with BDAT
+	Received    time.Time               // when the relay accepted it
 }
 
-// Stats is what has happened at a Server, or on all connections of it together.
+// Stats are the counters of a Server, for all connections together.
 type Stats struct {
-	Conns      int // connections that clients have opened, refused ones included
-	Open       int // of these, the ones that the relay has not closed
-	MaxOpen    int // how many were open at one time at most, those refused for it included
-	Refused    int // connections and MAIL commands refused for MaxConns and MaxMessages; what a Fault refuses is not among them
-	Accepted   int // messages that the relay has taken: len(Messages()), unless Server.Keep forgets some
-	Duplicates int // of these, the ones whose envelope and body equal those of an earlier one
+	Conns      int // connections that clients have opened, including refused ones
+	Open       int // connections that the relay has not closed
+	MaxOpen    int // the maximum of Open, including connections refused for MaxConns
+	Refused    int // connections and MAIL commands refused for MaxConns and MaxMessages, not those refused by a Fault
+	Accepted   int // messages that the relay has accepted: len(Messages()), unless Server.Keep forgets some
+	Duplicates int // accepted messages whose envelope and body equal those of an earlier one
 	Mails      int // MAIL commands, refused ones included
 	Auths      int // AUTH commands, refused ones included
 	Overlapped int // MAIL commands that came without a wait for the reply to the final dot before them
 
-	// Turns is how often the relay had answered all that it had got, waited, and then got something: the round trips that the
-	// client has spent, those of the TLS handshake included.
+	// Turns is the number of round trips that clients have spent, including those of the TLS handshake. A turn is: the relay has
+	// replied to all input, waits, and receives more.
 	//
-	// With a Delay, what comes sooner than one Delay after the oldest answer since the last turn is none, since nobody can have
-	// waited for that answer: the count is exact however the network cuts the dialogue. Without one, whatever had not come yet
-	// when the relay answered is a turn: exact for a client that waits for its answers, and perhaps too many for one that does
-	// not.
+	// With a Delay, input that arrives sooner than one Delay after the oldest reply since the last turn is no turn, since the
+	// client cannot have waited for that reply. So the count is exact however the network splits the dialogue. Without a Delay,
+	// all input that had not arrived when the relay replied is a turn. That is exact for a client that waits for replies, and
+	// may be too many for another.
 	Turns int
 
-	// MessageTurns is how many of Turns went to messages rather than to setting up connections: on each connection those from
-	// the turn on that brought the first MAIL, itself included. One message after another costs two each where PIPELINING is
-	// used: the envelope, and the body. Where each envelope follows the final dot of the message before it, n messages cost n+1.
+	// MessageTurns is the part of Turns that was spent on messages and not on opening connections: on each connection, the turn
+	// of the first MAIL and all later turns. With PIPELINING a message costs two turns, for the envelope and the body. If each
+	// envelope is sent behind the previous message's final dot, n messages cost n+1 turns.
 	MessageTurns int
 
-	// Commands is how often each command came, by verb in upper case. Those that the relay does not know are under "".
+	// Commands counts the commands, by verb in upper case. Unknown commands are counted under "".
 	Commands map[string]int
 }
 
-// ConnStats is what has happened on one connection.
+// ConnStats are the counters of one connection.
 type ConnStats struct {
 	Conn          int            // counted from 1
 	Addr          int            // the address that it was made to, counted from 1; see Server.Addresses
@@ -74,8 +74,8 @@ type ConnStats struct {
 	Commands      map[string]int // by verb, in upper case; those that the relay does not know are under ""
 }
 
-// Stats returns what has happened so far, as one consistent picture. It is safe for concurrent use, and the caller may change
-// what it gets. What a client was told is counted before the client can know it.
+// Stats returns a consistent snapshot of the counters. It is safe for concurrent use, and the caller may change the result. A
+// reply is counted before the client can receive it.
 func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -130,16 +130,16 @@ func (s *Server) forgetConnsLocked() {
 	}
 }
 
-// Messages returns the messages that the relay has taken, in that order: all, or as many as Server.Keep says. The slice is the caller's; what its elements refer to
-// must not be changed.
+// Messages returns the accepted messages, in their order: all, or the last ones that Server.Keep keeps. The caller may change the
+// slice, but not the data that its elements refer to.
 func (s *Server) Messages() []Message {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.messages)
 }
 
-// Wait waits until the relay has taken n messages since it was started, however long that is ago. If ctx ends first, it returns
-// an error that wraps the one of ctx and tells how many there were.
+// Wait waits until the relay has accepted n messages since its start. If ctx ends first, it returns an error that wraps the
+// error of ctx and says how many there were.
 func (s *Server) Wait(ctx context.Context, n int) error {
 	for {
 		s.mu.Lock()
@@ -159,9 +159,8 @@ func (s *Server) Wait(ctx context.Context, n int) error {
 	}
 }
 
-// Conns returns what has happened on each connection, closed and refused ones included, in the order in which they were opened;
-// of closed ones as many as Server.Keep says.
-// The caller may change what it gets.
+// Conns returns the counters of each connection, including closed and refused ones, in the order in which they were opened. Of the
+// closed ones it returns those that Server.Keep keeps. The caller may change the result.
 func (s *Server) Conns() []ConnStats {
 	s.mu.Lock()
 	defer s.mu.Unlock()

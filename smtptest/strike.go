@@ -42,7 +42,7 @@ func (h *FaultHandle) strikes(may bool) bool {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()
 	if h.gone || h.hits == h.f.Count {
-		return false // somebody else was faster
+		return false // another connection was faster
 	}
 	h.passed++
 	if !may || !h.turnLocked() || !h.tooFastLocked() {

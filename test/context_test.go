@@ -236,10 +236,10 @@ func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
 		step smtptest.Step
 		says string
 	}{
-		{smtptest.Connect, "has come to: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
-		{smtptest.EHLO, "has come to: EHLO"},
-		{smtptest.StartTLS, "has come to: STARTTLS"},
-		{smtptest.TLSHandshake, "has come to: TLS handshake"},
+		{smtptest.Connect, "at step: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
+		{smtptest.EHLO, "at step: EHLO"},
+		{smtptest.StartTLS, "at step: STARTTLS"},
+		{smtptest.TLSHandshake, "at step: TLS handshake"},
 	} {
 		t.Run(test.step.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

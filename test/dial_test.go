@@ -298,7 +298,7 @@ func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
 		{func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := silent(ctx, network, addr)
 			return noDeadlines{conn}, err
-		}, "takes no deadlines: deadline not supported"},
+		}, "does not support deadlines: deadline not supported"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			c := bubbleClient(t, smtprelay.Config{Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: test.dial})

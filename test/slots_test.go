@@ -168,7 +168,7 @@ func TestSendThatEndsWhileAllPlacesAreTakenSaysSo(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		_, err := client.Send(ctx, numbered(1))
-		if want := "smtprelay: waiting for a connection: context deadline exceeded; others have all the places of Limits.Slots"; err == nil || err.Error() != want {
+		if want := "smtprelay: waiting for a connection: context deadline exceeded; other processes hold all places of Limits.Slots"; err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	})

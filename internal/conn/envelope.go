@@ -250,7 +250,7 @@ const (
 	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
 )
 
-var errStalled = &GivenUpError{errors.New("the relay does not answer the message before")}
+var errStalled = &GivenUpError{errors.New("the relay does not reply to the previous message")}
 
 // overlapRefused reports whether the transaction must start again because the relay has refused every command behind the final
 // dot (503: "pipelined after end of DATA"). A restart is safe: nothing was accepted, replies are in step, and the connection's

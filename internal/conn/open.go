@@ -289,7 +289,7 @@ func (d *dialogue) upgrade(ctx context.Context) *OpenError {
 	}
 	if c.replies.Buffered() > 0 {
 		// An attacker may have injected plaintext to be read as if it came through TLS (CVE-2011-0411).
-		return &OpenError{Step: StepSTARTTLS, Err: errors.New("there were more bytes behind the reply, in the clear")}
+		return &OpenError{Step: StepSTARTTLS, Err: errors.New("unexpected bytes in the clear after the reply")}
 	}
 	if e := d.startTLS(ctx); e != nil {
 		return e

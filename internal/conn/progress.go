@@ -86,7 +86,7 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 			if c.spent < c.limit {
 				continue // slow, but progressing
 			}
-			err = fmt.Errorf("the relay takes less than %d octets a second: %w", leastRate, err)
+			err = fmt.Errorf("the relay reads less than %d octets a second: %w", leastRate, err)
 		}
 		return n, err
 	}
@@ -179,7 +179,7 @@ func Explain(err error) error {
 	case ClosedByPeer(err):
 		return fmt.Errorf("connection lost: %w", err)
 	case errors.Is(err, syscall.ETIMEDOUT):
-		return fmt.Errorf("connection lost, nothing is acknowledged any more: %w", err)
+		return fmt.Errorf("connection lost, sent data is not acknowledged: %w", err)
 	}
 	return err
 }

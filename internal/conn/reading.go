@@ -176,7 +176,7 @@ func (c *Conn) earlyLocked(r wire.Reply) bool {
 }
 
 // errExtraReply ends a connection on which the relay has sent more replies than it got commands.
-var errExtraReply = errors.New("the relay sent a reply too many")
+var errExtraReply = errors.New("the relay sent an extra reply")
 
 // readReply reads a reply; long raises the maximum length, for replies that carry data. Credentials that the relay repeats are
 // removed from r and err, but not from raw.

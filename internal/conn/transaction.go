@@ -312,7 +312,7 @@ func (t *Transaction) giveUp(err error) {
 		return
 	}
 	t.result.BodyErr = err
-	t.c.fail(&GivenUpError{fmt.Errorf("body given up: %w", err)})
+	t.c.fail(&GivenUpError{fmt.Errorf("the body failed: %w", err)})
 }
 
 // sendNow flushes the buffer.
@@ -357,7 +357,7 @@ func (e *GivenUpError) Error() string { return e.Err.Error() }
 // Unwrap returns the cause.
 func (e *GivenUpError) Unwrap() error { return e.Err }
 
-var errGivenUp = &GivenUpError{errors.New("the connection was given up with a message that was cancelled")}
+var errGivenUp = &GivenUpError{errors.New("the connection was closed because a message on it was cancelled")}
 
 // maxFailed is how many consecutive transactions may fail before the connection is replaced. Relays count refusals and close the
 // connection in the middle of a transaction after 10 (Exim) or 20 (Postfix).

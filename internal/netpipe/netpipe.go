@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// DefaultBuffer is the capacity of each direction where none is asked for: the order of a TCP socket's.
+// DefaultBuffer is the default capacity of each direction, similar to that of a TCP socket.
 const DefaultBuffer = 64 << 10
 
 // New returns the two ends of a connection whose directions hold buffer bytes each; 0 means DefaultBuffer.
@@ -64,14 +64,14 @@ func (c *Conn) Close() error {
 	return nil
 }
 
-// Reset closes both directions at once and destroys what is under way in either, as a TCP RST does.
+// Reset closes both directions at once and destroys the data in flight in both, as a TCP RST does.
 func (c *Conn) Reset() {
 	c.in.abandon()
 	c.out.reset()
 	c.out.closeWriter()
 }
 
-// SetLinger makes *Conn satisfy the interface by which a *net.TCPConn is told to reset: with sec 0 it resets.
+// SetLinger implements the method of *net.TCPConn: with sec 0 it resets the connection.
 func (c *Conn) SetLinger(sec int) error {
 	if sec == 0 {
 		c.Reset()
@@ -91,7 +91,7 @@ func (c *Conn) SetDeadline(t time.Time) error {
 func (c *Conn) SetReadDeadline(t time.Time) error  { c.in.setReadDeadline(t); return nil }
 func (c *Conn) SetWriteDeadline(t time.Time) error { c.out.setWriteDeadline(t); return nil }
 
-// Unread tells how many bytes the peer has written that this end has not read.
+// Unread returns how many bytes the peer has written that this end has not read.
 func (c *Conn) Unread() int {
 	c.in.mu.Lock()
 	defer c.in.mu.Unlock()
@@ -114,7 +114,7 @@ func (a addr) String() string { return string(a) }
 type half struct {
 	mu         sync.Mutex // guards the fields below
 	changed    *sync.Cond // on mu: any field has changed
-	buf        []byte     // buf[off:] is under way
+	buf        []byte     // buf[off:] is in flight
 	off        int
 	max        int
 	finished   bool // the writer is done: the reader gets io.EOF behind buf
@@ -206,7 +206,7 @@ func (h *half) finish()      { h.update(func() { h.finished = true }) }
 func (h *half) reset()       { h.update(func() { h.broken, h.finished, h.buf, h.off = true, true, nil, 0 }) }
 func (h *half) closeWriter() { h.update(func() { h.writerGone = true; h.writing.stop() }) }
 
-// abandon ends reading and tells how many bytes were left unread.
+// abandon ends reading and returns the number of unread bytes.
 func (h *half) abandon() (unread int) {
 	h.update(func() {
 		unread = h.unreadLocked()
@@ -238,7 +238,7 @@ func (h *half) setDeadline(d *deadline, t time.Time) {
 	}
 }
 
-// set tells whether the deadline has passed, and remembers it.
+// set updates and returns d.expired.
 func (d *deadline) set() bool {
 	d.expired = !d.at.IsZero() && !time.Now().Before(d.at)
 	return d.expired
@@ -275,7 +275,7 @@ func (l *Listener) Dial() (*Conn, error) {
 	select {
 	case l.accepted <- server:
 		select {
-		case <-l.closed: // maybe since Close has looked for connections that nobody accepted
+		case <-l.closed: // Close may have reset the unaccepted connections before this one was added
 			l.resetUnaccepted()
 		default:
 		}
@@ -295,7 +295,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-// Close implements net.Listener. Connections that nobody accepted are reset.
+// Close implements net.Listener. It resets connections that were not accepted.
 func (l *Listener) Close() error {
 	err := errors.New("netpipe: listener closed twice")
 	l.once.Do(func() {

@@ -1,5 +1,5 @@
-// Package relaytest is the scripted relay of the tests: a func says what it answers to each line. It knows no state and no
-// rule of SMTP, so that it can say anything at any moment. A relay that behaves, and counts what the client does, is smtptest.
+// Package relaytest is the scripted relay of the tests: a func returns the reply to each line. It has no SMTP state and no
+// rules, so that it can send anything at any time. For a correct relay that counts what the client does, see smtptest.
 package relaytest
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// Relay is a relay that says what its Answer returns.
+// Relay is a relay that sends what its Answer returns.
 type Relay struct {
 	// Answer is called for each line of the nth connection, counted from 1: with "" when the connection is made, with each
 	// command, with a BDAT line once its chunk is in, and with "." once a body is in, which comes where DATA is answered 354.
@@ -134,8 +134,8 @@ func (o *Octets) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Agree is the answer of a relay that takes everything. extensions is what stands behind the first line of its reply to EHLO,
-// such as "250-PIPELINING\n250 CHUNKING".
+// Agree is the Answer of a relay that accepts everything. extensions is the rest of its reply to EHLO after the first line, such as
+// "250-PIPELINING\n250 CHUNKING".
 func Agree(extensions, line string) string {
 	switch {
 	case line == "":
