@@ -473,7 +473,11 @@ func checkReply(t *testing.T, r Reply, wire string) {
 			lines[i] = line[len(m[0]):]
 		}
 	}
-	if want := strings.ToValidUTF8(strings.Join(lines, "\n"), "\uFFFD"); r.Text != want {
+	want := strings.ToValidUTF8(strings.Join(lines, "\n"), "\uFFFD")
+	if kept := strings.TrimRight(r.Text, "\uFFFD"); len(want) > MaxText && len(r.Text) <= MaxText+len("\uFFFD") && strings.HasPrefix(want, kept) {
+		return // its beginning is kept
+	}
+	if r.Text != want {
 		t.Errorf("%q: got text %q, net/textproto %q", wire, r.Text, want)
 	}
 }
