@@ -65,8 +65,8 @@ Exit status: 0 done, 1 no such message or not possible in its state, 2 usage or 
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVar(&f.store, "store", "", "folder or `URL` of the store; without it SMTPRELAY_OUTBOX")
-	cmd.PersistentFlags().DurationVar(&f.timeout, "timeout", time.Minute, "how long the store may take; 0 is no limit; watch has none but its own")
-	cmd.AddCommand(newOutboxList(&f), newOutboxShow(&f), newOutboxResolve(&f), newOutboxRequeue(&f), newOutboxCancel(&f), newOutboxWatch(&f), newOutboxStats(&f))
+	cmd.PersistentFlags().DurationVar(&f.timeout, "timeout", time.Minute, "how long the store may take; 0 is no limit; watch and page take it for each count and each request")
+	cmd.AddCommand(newOutboxList(&f), newOutboxShow(&f), newOutboxResolve(&f), newOutboxRequeue(&f), newOutboxCancel(&f), newOutboxWatch(&f), newOutboxStats(&f), newOutboxPage(&f))
 	for _, sub := range cmd.Commands() {
 		sub.Long += "\n\n" + storeHelp + "\n\nExit status: 0 done, 1 no such message or not possible in its state, 2 usage or settings, 3 the store was not reached."
 	}
@@ -449,28 +449,12 @@ func newOutboxShow(store *storeFlags) *cobra.Command {
 			}
 			id := args[0]
 			return store.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
-				i, err := box.Status(ctx, id)
+				if withBody {
+					return writeBody(ctx, box, id, cmd.OutOrStdout())
+				}
+				i, header, err := item(ctx, box, id)
 				if err != nil {
-					return impossible(id, err)
-				}
-				body, err := box.Body(ctx, id)
-				gone := errors.Is(err, outbox.ErrNotFound)
-				switch {
-				case gone && withBody:
-					return &exit{exitNotPossible, fmt.Errorf("outbox: message %q has no body any more: it is %v", id, i.State)}
-				case err != nil && !gone:
 					return err
-				case withBody:
-					_, err := body.WriteTo(plain(cmd.OutOrStdout()))
-					return err
-				}
-				var header *string
-				if !gone {
-					var h headerWriter
-					if _, err := body.WriteTo(&h); err != nil && !errors.Is(err, errHeaderEnds) {
-						return err
-					}
-					header = new(string(h.text))
 				}
 				if asJSON {
 					r := itemOf(&i)
@@ -484,6 +468,41 @@ func newOutboxShow(store *storeFlags) *cobra.Command {
 	cmd.Flags().BoolVar(&withBody, "body", false, "write the whole message, header and body, and nothing else")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "one JSON object")
 	return cmd
+}
+
+// item returns a message, and its header: nil if that is gone, with the body.
+func item(ctx context.Context, box *outbox.Outbox, id string) (i outbox.Item, header *string, err error) {
+	if i, err = box.Status(ctx, id); err != nil {
+		return i, nil, impossible(id, err)
+	}
+	body, err := box.Body(ctx, id)
+	if errors.Is(err, outbox.ErrNotFound) {
+		return i, nil, nil
+	}
+	if err != nil {
+		return i, nil, err
+	}
+	var h headerWriter
+	if _, err := body.WriteTo(&h); err != nil && !errors.Is(err, errHeaderEnds) {
+		return i, nil, err
+	}
+	return i, new(string(h.text)), nil
+}
+
+// writeBody writes a message as it is sent.
+func writeBody(ctx context.Context, box *outbox.Outbox, id string, w io.Writer) error {
+	i, err := box.Status(ctx, id)
+	if err != nil {
+		return impossible(id, err)
+	}
+	body, err := box.Body(ctx, id)
+	if errors.Is(err, outbox.ErrNotFound) {
+		return &exit{exitNotPossible, fmt.Errorf("outbox: message %q has no body any more: it is %v", id, i.State)}
+	}
+	if err == nil {
+		_, err = body.WriteTo(plain(w))
+	}
+	return err
 }
 
 func printItem(w io.Writer, i *outbox.Item, header *string) error {
@@ -590,22 +609,6 @@ func impossible(id string, err error) error {
 	return err
 }
 
-// refusal is the error of what a message's state does not allow. can is what is possible, by state.
-func refusal(ctx context.Context, box *outbox.Outbox, id, want string, can map[outbox.State]string) error {
-	i, err := box.Status(ctx, id)
-	if err != nil {
-		return impossible(id, err)
-	}
-	what := can[i.State]
-	switch {
-	case what != "":
-		what = "; use " + what
-	case i.State == outbox.Sending:
-		what = "; wait for its end"
-	}
-	return &exit{exitNotPossible, fmt.Errorf("outbox: message %q is %v, want %s%s", id, i.State, want, what)}
-}
-
 // What is possible instead.
 const (
 	useResolve = `"smtprelay outbox resolve ID sent|resend|drop"`
@@ -613,22 +616,69 @@ const (
 	useRequeue = `"smtprelay outbox requeue ID"`
 )
 
-func printState(cmd *cobra.Command, id string, state outbox.State) error {
-	_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s: %v\n", printable(id), state)
+// A deed is what a person can decide about a message. do returns ErrConflict where the message's state does not allow it.
+type deed struct {
+	do      func(ctx context.Context, box *outbox.Outbox, id string) error
+	then    outbox.State            // what the message is after it
+	want    string                  // what it must be
+	instead map[outbox.State]string // what is possible where it is not
+}
+
+var deeds = map[string]deed{
+	"sent":    resolving(outbox.TakeAsSent, outbox.Accepted),
+	"resend":  resolving(outbox.SendAgain, outbox.Queued),
+	"drop":    resolving(outbox.Drop, outbox.Cancelled),
+	"requeue": {requeue, outbox.Queued, "dead", map[outbox.State]string{outbox.Unknown: useResolve}},
+	"cancel":  {cancel, outbox.Cancelled, "queued", map[outbox.State]string{outbox.Unknown: useResolve, outbox.Dead: useResolve + " or " + useRequeue}},
+}
+
+func resolving(v outbox.Verdict, then outbox.State) deed {
+	return deed{func(ctx context.Context, box *outbox.Outbox, id string) error { return box.Resolve(ctx, id, v) }, then, "unknown or dead", map[outbox.State]string{outbox.Queued: useCancel}}
+}
+
+func requeue(ctx context.Context, box *outbox.Outbox, id string) error { return box.Requeue(ctx, id) }
+
+func cancel(ctx context.Context, box *outbox.Outbox, id string) error {
+	cancelled, err := box.Cancel(ctx, id)
+	if err == nil && !cancelled {
+		err = outbox.ErrConflict
+	}
 	return err
 }
 
-// verdicts are what resolve can be told, and the state that follows.
-var verdicts = map[string]struct {
-	verdict outbox.Verdict
-	state   outbox.State
-}{
-	"sent":   {outbox.TakeAsSent, outbox.Accepted},
-	"resend": {outbox.SendAgain, outbox.Queued},
-	"drop":   {outbox.Drop, outbox.Cancelled},
+// decide does a deed, and returns the state of the message after it.
+func decide(ctx context.Context, box *outbox.Outbox, id string, d deed) (outbox.State, error) {
+	err := d.do(ctx, box, id)
+	if !errors.Is(err, outbox.ErrConflict) {
+		return d.then, impossible(id, err)
+	}
+	i, err := box.Status(ctx, id)
+	if err != nil {
+		return 0, impossible(id, err)
+	}
+	what := d.instead[i.State]
+	switch {
+	case what != "":
+		what = "; use " + what
+	case i.State == outbox.Sending:
+		what = "; wait for its end"
+	}
+	return i.State, &exit{exitNotPossible, fmt.Errorf("outbox: message %q is %v, want %s%s", id, i.State, d.want, what)}
+}
+
+// decide does a deed, and says what the message is after it.
+func (f *storeFlags) decide(cmd *cobra.Command, id string, d deed) error {
+	return f.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
+		state, err := decide(ctx, box, id, d)
+		if err == nil {
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %v\n", printable(id), state)
+		}
+		return err
+	})
 }
 
 func newOutboxResolve(store *storeFlags) *cobra.Command {
+	verdicts := []string{"sent", "resend", "drop"}
 	return &cobra.Command{
 		Use:   "resolve ID sent|resend|drop",
 		Short: "Decide about a message that is unknown or dead",
@@ -640,26 +690,15 @@ func newOutboxResolve(store *storeFlags) *cobra.Command {
 		Args: cobra.ExactArgs(2),
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 1 {
-				return []string{"sent", "resend", "drop"}, cobra.ShellCompDirectiveNoFileComp
+				return verdicts, cobra.ShellCompDirectiveNoFileComp
 			}
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id := args[0]
-			v, ok := verdicts[args[1]]
-			if !ok {
+			if !slices.Contains(verdicts, args[1]) {
 				return fmt.Errorf("the verdict %q: want sent, resend or drop", args[1])
 			}
-			return store.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
-				err := box.Resolve(ctx, id, v.verdict)
-				if errors.Is(err, outbox.ErrConflict) {
-					return refusal(ctx, box, id, "unknown or dead", map[outbox.State]string{outbox.Queued: useCancel})
-				}
-				if err != nil {
-					return impossible(id, err)
-				}
-				return printState(cmd, id, v.state)
-			})
+			return store.decide(cmd, args[0], deeds[args[1]])
 		},
 	}
 }
@@ -671,19 +710,7 @@ func newOutboxRequeue(store *storeFlags) *cobra.Command {
 		Long: `Requeue sends a message that is dead again, to those who have not got it: what the relay has refused is mended. An unknown one is left
 alone, since the relay may have it.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id := args[0]
-			return store.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
-				err := box.Requeue(ctx, id)
-				if errors.Is(err, outbox.ErrConflict) {
-					return refusal(ctx, box, id, "dead", map[outbox.State]string{outbox.Unknown: useResolve})
-				}
-				if err != nil {
-					return impossible(id, err)
-				}
-				return printState(cmd, id, outbox.Queued)
-			})
-		},
+		RunE: func(cmd *cobra.Command, args []string) error { return store.decide(cmd, args[0], deeds["requeue"]) },
 	}
 }
 
@@ -694,19 +721,7 @@ func newOutboxCancel(store *storeFlags) *cobra.Command {
 		Long: `Cancel keeps a message that is queued from being sent. Once a worker has begun to send its end it is too late. With exit status 0 it is
 certain that the message is not sent.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id := args[0]
-			return store.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
-				cancelled, err := box.Cancel(ctx, id)
-				if err != nil {
-					return impossible(id, err)
-				}
-				if !cancelled {
-					return refusal(ctx, box, id, "queued", map[outbox.State]string{outbox.Unknown: useResolve, outbox.Dead: useResolve + " or " + useRequeue})
-				}
-				return printState(cmd, id, outbox.Cancelled)
-			})
-		},
+		RunE: func(cmd *cobra.Command, args []string) error { return store.decide(cmd, args[0], deeds["cancel"]) },
 	}
 }
 
