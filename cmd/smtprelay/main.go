@@ -52,6 +52,7 @@
 //	smtprelay outbox requeue order-18                  # what is dead
 //	smtprelay outbox cancel order-19                   # what is queued
 //	smtprelay outbox watch --json                      # counts, once a second; stats counts once
+//	smtprelay outbox page                              # the same on a web page, guarded as that of serve
 //
 // # Exit status
 //
@@ -59,7 +60,7 @@
 //	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
 //	sendmail  as in sysexits.h
 //	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
-//	outbox    0 done               1 no such message, or not possible in its state   2 usage or settings   3 the store was not reached
+//	outbox    0 done               1 no such message, or not possible in its state   2 usage or settings   3 the store was not reached, or no address for the page
 package main
 
 import (

@@ -60,7 +60,7 @@ the command there, as the user whose folder it is.
 
 ` + storeHelp + `
 
-Exit status: 0 done, 1 no such message or not possible in its state, 2 usage or settings, 3 the store was not reached.`,
+Exit status: 0 done, 1 no such message or not possible in its state, 2 usage or settings, 3 the store was not reached, or page has no address.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

@@ -403,7 +403,7 @@ func TestOutboxStoreThatIsNotThereIsNamedAndNotCreated(t *testing.T) {
 		for _, args := range []string{"list", "show x", "resolve x sent", "requeue x", "cancel x", "watch", "stats"} {
 			code, stdout, stderr := outboxRun(t, setting, words(args)...)
 			if code != exitStore || !strings.Contains(stderr, want) || strings.Contains(stdout+stderr, "s3cret") {
-				t.Errorf("%s, %s: exit status %d, want %d and %q: %s%s", setting, args, code, exitStore, want, stdout, stderr)
+				t.Fatalf("%s, %s: exit status %d, want %d and %q: %s%s", setting, args, code, exitStore, want, stdout, stderr)
 			}
 		}
 	}
