@@ -39,6 +39,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"slices"
 	"sync"
 	"time"
 
@@ -262,6 +263,12 @@ func (o *Outbox) Status(ctx context.Context, id string) (Item, error) {
 	return o.cfg.Store.Get(ctx, id)
 }
 
+// Body returns the body of a message, to be written once and soon. [ErrNotFound] means that its ID is not known, or that the body
+// is gone: it is after the message was accepted.
+func (o *Outbox) Body(ctx context.Context, id string) (io.WriterTo, error) {
+	return o.cfg.Store.Body(ctx, id)
+}
+
 // List yields the messages in a state, oldest first.
 func (o *Outbox) List(ctx context.Context, state State) iter.Seq2[Item, error] {
 	return o.cfg.Store.List(ctx, state)
@@ -331,10 +338,21 @@ const (
 
 // Resolve decides about a message that is Unknown or Dead; [ErrConflict] means that it is neither.
 func (o *Outbox) Resolve(ctx context.Context, id string, v Verdict) error {
+	return o.resolve(ctx, id, v, Unknown, Dead)
+}
+
+// Requeue sends a message that is Dead again, to those who have not got it, as Resolve with SendAgain does. [ErrConflict] means that it is not
+// Dead: what is Unknown needs Resolve, since the relay may have it.
+func (o *Outbox) Requeue(ctx context.Context, id string) error {
+	return o.resolve(ctx, id, SendAgain, Dead)
+}
+
+// resolve decides about a message that is in one of those states.
+func (o *Outbox) resolve(ctx context.Context, id string, v Verdict, from ...State) error {
 	err := o.cfg.Store.Change(ctx, id, func(i *Item) error {
 		now := time.Now()
 		switch {
-		case i.State != Unknown && i.State != Dead:
+		case !slices.Contains(from, i.State):
 			return ErrConflict
 		case v == TakeAsSent:
 			i.State = Accepted

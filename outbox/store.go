@@ -39,6 +39,10 @@ type Store interface {
 	// Get returns a message; [ErrNotFound] if there is none.
 	Get(ctx context.Context, id string) (Item, error)
 
+	// Body returns the body of a message. [ErrNotFound] means that there is no such message, or that its body is gone: it is after the
+	// message was accepted.
+	Body(ctx context.Context, id string) (io.WriterTo, error)
+
 	// List yields the messages in a state, oldest first. It holds few of them in memory, and no lock while it yields.
 	List(ctx context.Context, state State) iter.Seq2[Item, error]
 

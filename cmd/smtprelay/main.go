@@ -1,4 +1,4 @@
-// Smtprelay checks a mail relay, sends mail through it, and is a relay to develop against, from the command line.
+// Smtprelay checks a mail relay, sends mail through it, is a relay to develop against, and looks after an outbox, from the command line.
 //
 //	export SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465'
 //	smtprelay check                                    # why does no mail go out?
@@ -6,6 +6,7 @@
 //	smtprelay send --journal news.journal news/*.eml   # interrupted or killed, it goes on where it was
 //	smtprelay sendmail -t < mail.eml                   # in the place of an MTA
 //	smtprelay serve --fault 'rcpt=450 4.2.1 later'     # a relay to develop against, with a page
+//	smtprelay outbox list --state unknown,dead         # what a service's outbox wants a person to decide
 //
 // Check tells step by step what works, and of what does not what to change. Send reads messages from files, mailboxes and
 // folders; its journal knows what became of each, so that the same command once more sends nothing twice.
@@ -36,12 +37,30 @@
 // trips, what was refused and what has arrived; HTML mail is shown in a frame without scripts, origin and network. The API is
 // described in SERVE.md, beside this file.
 //
+// # Outbox
+//
+// Outbox lists, shows, counts and decides about the messages in the store of package outbox, while its workers run. The store
+// is one setting, --store or SMTPRELAY_OUTBOX in the environment:
+//
+//	/var/lib/shop/outbox                      the folder of a sqlitestore
+//	nats://one:4222,nats://two:4222/NAME      the stream NAME of a natsstore; "outbox" without it
+//	tls://one:4222/NAME?ca=FILE&creds=FILE    with TLS and credentials
+//
+//	smtprelay outbox list --state dead --to @example.org
+//	smtprelay outbox show order-17                     # what the relay has said; envelope and header
+//	smtprelay outbox resolve order-17 sent             # or resend, or drop: what is unknown or dead
+//	smtprelay outbox requeue order-18                  # what is dead
+//	smtprelay outbox cancel order-19                   # what is queued
+//	smtprelay outbox watch --json                      # counts, once a second; stats counts once
+//	smtprelay outbox page                              # the same on a web page, guarded as that of serve
+//
 // # Exit status
 //
 //	check     0 all is well   2 usage or settings   3 not reached   4 TLS   5 AUTH   6 sender or recipient refused
 //	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
 //	sendmail  as in sysexits.h
 //	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
+//	outbox    0 done               1 no such message, or not possible in its state   2 usage or settings   3 the store was not reached, or no address for the page
 package main
 
 import (
@@ -111,12 +130,12 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "smtprelay",
-		Short:         "Check a mail relay, send mail through it, or be one to develop against",
-		Long:          "Smtprelay checks a mail relay, sends mail through it, and is a relay to develop against.\n\n" + relayHelp,
+		Short:         "Check a mail relay, send mail through it, be one to develop against, or look after an outbox",
+		Long:          "Smtprelay checks a mail relay, sends mail through it, is a relay to develop against, and looks after an outbox.\n\n" + relayHelp,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newCheck(), newSend(), newSendmail(), newServe(), newMan(root))
+	root.AddCommand(newCheck(), newSend(), newSendmail(), newServe(), newOutbox(), newMan(root))
 	return root
 }
 

@@ -118,14 +118,8 @@ func (f *serveFlags) read() error {
 		flag, file string
 		secret     *string
 	}{{"--password-file", f.passwordFile, &f.cfg.Password}, {"--token-file", f.tokenFile, &f.cfg.Token}} {
-		if from.file == "" {
-			continue
-		}
-		text, err := os.ReadFile(from.file)
-		*from.secret = strings.TrimRight(string(text), "\r\n")
-		if err == nil && *from.secret == "" {
-			err = fmt.Errorf("%s %s: the file is empty", from.flag, from.file)
-		}
+		var err error
+		*from.secret, err = secretFile(from.flag, from.file)
 		errs = append(errs, err)
 	}
 	if f.passwordFile == "" && f.cfg.Username != "" {

@@ -54,7 +54,10 @@ type Message struct {
 
 var names = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
 
-// Open opens the log of that name. It is created if it is not there, with so many replicas.
+// Existing, in the place of a number of replicas, is for a log that is not to be created.
+const Existing = 0
+
+// Open opens the log of that name. It is created if it is not there, with so many replicas, unless that is Existing.
 func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int) (*Log, error) {
 	if !names.MatchString(name) {
 		return nil, fmt.Errorf("the name %q: want letters, digits, - and _", name)
@@ -65,7 +68,7 @@ func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int
 	for {
 		try, cancel := context.WithTimeout(ctx, tryTime)
 		stream, err := js.Stream(try, name)
-		if errors.Is(err, jetstream.ErrStreamNotFound) {
+		if errors.Is(err, jetstream.ErrStreamNotFound) && replicas != Existing {
 			stream, err = js.CreateStream(try, want)
 		}
 		cancel()

@@ -33,6 +33,10 @@ type Options struct {
 	// Replicas is how many servers keep each message: 1, 3 or 5. 0 means 1. It is looked at when the stream is created.
 	Replicas int
 
+	// Existing opens a stream that is there and creates none: New then fails with jetstream.ErrStreamNotFound. It is for programs that
+	// look after the store of a service.
+	Existing bool
+
 	// Lease is after which silence a worker is taken for dead, and what it was sending becomes Unknown. All workers have the same.
 	// It should be longer than an election among the servers takes. 0 means 10 seconds.
 	Lease time.Duration
@@ -126,7 +130,11 @@ func New(nc *nats.Conn, o Options) (*Store, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*opTime)
 	defer cancel()
-	log, err := natslog.Open(ctx, js, o.Name, o.Replicas)
+	replicas := o.Replicas
+	if o.Existing {
+		replicas = natslog.Existing
+	}
+	log, err := natslog.Open(ctx, js, o.Name, replicas)
 	if err != nil {
 		return nil, fmt.Errorf("natsstore: %w", err)
 	}
@@ -390,6 +398,17 @@ func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
 	defer cancel()
 	i, _, err := s.load(ctx, tokenOf(id))
 	return i, ours(err)
+}
+
+// Body implements [outbox.Store].
+func (s *Store) Body(ctx context.Context, id string) (io.WriterTo, error) {
+	ctx, cancel := withTime(ctx, opTime)
+	defer cancel()
+	m, err := s.mail(ctx, tokenOf(id))
+	if err != nil {
+		return nil, ours(err)
+	}
+	return s.bodyOf(&m), nil
 }
 
 // ours is err with our name, where the outbox does not look for it.

@@ -3,11 +3,13 @@ package natsstore_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/smtprelay/smtprelay/outbox"
 	"github.com/smtprelay/smtprelay/outbox/natsstore"
@@ -61,4 +63,27 @@ func TestStore(t *testing.T) {
 		}
 		return s
 	})
+}
+
+func TestExistingStreamIsOpenedAndNoneIsCreated(t *testing.T) {
+	server := start(t, embedded.Config{Dir: t.TempDir()})
+	nc, err := server.Connect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	options := natsstore.Options{Name: "shop", Existing: true}
+	if _, err := natsstore.New(nc, options); !errors.Is(err, jetstream.ErrStreamNotFound) {
+		t.Errorf("without a stream: %v, want ErrStreamNotFound", err)
+	}
+	for _, o := range []natsstore.Options{{Name: "shop"}, options} {
+		s, err := natsstore.New(nc, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if _, err := s.Count(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
 }

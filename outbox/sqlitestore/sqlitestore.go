@@ -95,21 +95,39 @@ const (
 
 // Open opens the store in dir, which is created if it is not there.
 func Open(dir string) (*Store, error) {
+	if err := os.MkdirAll(filepath.Join(dir, bodies), 0o700); err != nil {
+		return nil, fmt.Errorf("sqlitestore: %w", err)
+	}
+	return open(dir, "rwc")
+}
+
+// OpenExisting opens the store in dir, as Open does, if there is one. An error that is [fs.ErrNotExist] means that there is none.
+func OpenExisting(dir string) (*Store, error) {
+	if _, err := os.Stat(filepath.Join(dir, database)); err != nil {
+		return nil, fmt.Errorf("sqlitestore: %w", err)
+	}
+	return open(dir, "rw")
+}
+
+// What is in a folder, beside the files of SQLite and of the worker's lock.
+const (
+	database = "outbox.db"
+	bodies   = "bodies"
+)
+
+func open(dir, mode string) (*Store, error) {
 	s := &Store{dir: dir, orders: make(chan order, together), done: make(chan struct{}), closed: make(chan struct{}), claimed: map[string]string{}}
-	if err := s.open(); err != nil {
+	if err := s.open(mode); err != nil {
 		return nil, fmt.Errorf("sqlitestore: %w", err)
 	}
 	go s.commit()
 	return s, nil
 }
 
-func (s *Store) open() (err error) {
-	if err := os.MkdirAll(s.bodies(), 0o700); err != nil {
-		return err
-	}
-	source := "file:" + (&url.URL{Path: filepath.Join(s.dir, "outbox.db")}).EscapedPath() +
+func (s *Store) open(mode string) (err error) {
+	source := "file:" + (&url.URL{Path: filepath.Join(s.dir, database)}).EscapedPath() +
 		"?_pragma=busy_timeout(60000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_txlock=immediate"
-	if s.write, err = sql.Open("sqlite", source); err != nil {
+	if s.write, err = sql.Open("sqlite", source+"&mode="+mode); err != nil {
 		return err
 	}
 	s.write.SetMaxOpenConns(1)
@@ -135,7 +153,7 @@ func (s *Store) open() (err error) {
 	return nil
 }
 
-func (s *Store) bodies() string { return filepath.Join(s.dir, "bodies") }
+func (s *Store) bodies() string { return filepath.Join(s.dir, bodies) }
 
 // Close implements [outbox.Store].
 func (s *Store) Close() error {
@@ -348,6 +366,28 @@ func (s *Store) put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error
 func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
 	m, err := load(s.read.QueryRowContext(ctx, byID, id))
 	return m.Item, err
+}
+
+// Body implements [outbox.Store].
+func (s *Store) Body(ctx context.Context, id string) (io.WriterTo, error) {
+	var file string
+	var text []byte
+	err := s.read.QueryRowContext(ctx, `SELECT file, text FROM body WHERE id = ?`, id).Scan(&file, &text)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, outbox.ErrNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sqlitestore: %w", err)
+	}
+	return s.body(file, text), nil
+}
+
+// body is a body as the table has it: the name of its file, or else its text.
+func (s *Store) body(file string, text []byte) io.WriterTo {
+	if file != "" {
+		return fileBody(filepath.Join(s.bodies(), file))
+	}
+	return smtprelay.Bytes(text)
 }
 
 // page is how many messages List holds in memory.
@@ -647,10 +687,7 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 		} else if err != nil {
 			return claims, err
 		}
-		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: smtprelay.Bytes(text)}
-		if file != "" {
-			c.Body = fileBody(filepath.Join(s.bodies(), file))
-		}
+		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: s.body(file, text)}
 		s.mu.Lock()
 		s.claimed[c.ID] = tenant
 		s.mu.Unlock()

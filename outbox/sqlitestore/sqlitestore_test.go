@@ -2,6 +2,10 @@
 package sqlitestore
 
 import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/smtprelay/smtprelay/outbox"
@@ -16,4 +20,24 @@ func TestStore(t *testing.T) {
 		}
 		return s
 	})
+}
+
+func TestOpenExistingOpensWhatIsThereAndCreatesNothing(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "outbox")
+	if _, err := OpenExisting(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a store: %v, want ErrNotExist", err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the folder: %v, want none", err)
+	}
+	for _, open := range []func(string) (*Store, error){Open, OpenExisting} {
+		s, err := open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if _, err := s.Count(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
 }

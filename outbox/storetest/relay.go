@@ -277,6 +277,36 @@ func unknown(t *testing.T, b *bed) {
 	b.want("two", outbox.Unknown)
 }
 
+func requeued(t *testing.T, b *bed) {
+	relay := newRelay(t)
+	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "full@y.example", Reply: "550 5.2.1 mailbox disabled"}) // once
+	s := b.serve(relay)
+	dead := message("dead")
+	dead.To = []string{"b@y.example", "full@y.example"}
+	s.enqueue(dead)
+	s.wait(1)
+	b.want("dead", outbox.Dead)
+	relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Drop: true}) // once
+	s.enqueue(message("unknown"))
+	s.wait(2)
+	isConflict(t, "Requeue of what is unknown", s.Requeue(t.Context(), "unknown"))
+	b.want("unknown", outbox.Unknown)
+	b.must(s.Requeue(t.Context(), "dead"))
+	s.wait(3)
+	b.want("dead", outbox.Accepted)
+	isConflict(t, "Requeue of what was accepted", s.Requeue(t.Context(), "dead"))
+	var to []string
+	for _, m := range relay.Messages() {
+		to = append(to, m.To...)
+	}
+	if slices.Sort(to); !slices.Equal(to, []string{"b@y.example", "full@y.example"}) {
+		t.Errorf("the relay has them for %v", to)
+	}
+	if err := s.Requeue(t.Context(), "none"); !errors.Is(err, outbox.ErrNotFound) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+}
+
 func graceful(t *testing.T, b *bed) {
 	for _, intent := range []outbox.IntentTime{outbox.Early, outbox.AtEnd} {
 		relay := newRelay(t)

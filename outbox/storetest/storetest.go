@@ -39,6 +39,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"a change excludes an intent":                             change,
 		"what has ended is forgotten":                             forget,
 		"bodies of any size":                                      bodies,
+		"a body can be read by its ID":                            bodyByID,
 		"messages are counted":                                    counted,
 		"a list is in pages":                                      list,
 		"what is enqueued is sent":                                sent,
@@ -49,6 +50,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"nothing is sent before its time or after it":             times,
 		"what is cancelled is not sent":                           cancelled,
 		"unknown is sent again by Resolve alone":                  unknown,
+		"what is dead is sent again by Requeue, and nothing else": requeued,
 		"a graceful stop leaves nothing unknown":                  graceful,
 		"a stop in an outage leaves all queued":                   outage,
 		"an intent that cannot be written keeps the message back": noIntent,
@@ -448,6 +450,39 @@ func bodies(t *testing.T, b *bed) {
 	}
 	if _, err := b.store.Get(t.Context(), "fails"); !errors.Is(err, outbox.ErrNotFound) {
 		t.Errorf("and its message: %v, want ErrNotFound", err)
+	}
+}
+
+func bodyByID(t *testing.T, b *bed) {
+	text := strings.Repeat("x", 3<<20)
+	large := entry("large")
+	large.Body = smtprelay.Reader(strings.NewReader(text))
+	b.put(large, entry("small"))
+	for id, want := range map[string]string{"large": text, "small": "Subject: small\r\n\r\nhello\r\n"} {
+		body, err := b.store.Body(t.Context(), id)
+		b.must(err)
+		var got strings.Builder
+		if n, err := body.WriteTo(&got); err != nil || n != int64(len(want)) || got.String() != want {
+			t.Errorf("of %s there are %d octets, %v; want %d", id, n, err, len(want))
+		}
+	}
+	if _, err := b.store.Body(t.Context(), "none"); !errors.Is(err, outbox.ErrNotFound) {
+		t.Errorf("the body of no message: %v, want ErrNotFound", err)
+	}
+	for _, c := range b.claim(2, one) {
+		b.must(b.begin(c))
+		if _, err := b.store.Body(t.Context(), c.ID); err != nil {
+			t.Errorf("the body of what is being sent: %v", err)
+		}
+		b.must(b.end(c, outbox.Accepted))
+		var err error
+		for err == nil { // a store may remove it a little later
+			_, err = b.store.Body(t.Context(), c.ID)
+			pause()
+		}
+		if !errors.Is(err, outbox.ErrNotFound) {
+			t.Errorf("the body of what was accepted: %v, want ErrNotFound", err)
+		}
 	}
 }
 

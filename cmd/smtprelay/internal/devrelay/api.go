@@ -6,18 +6,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"mime"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
-)
 
-// The policies of what is not a mail's HTML.
-const (
-	pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-	dataPolicy = "sandbox; default-src 'none'; frame-ancestors 'none'"
+	"github.com/smtprelay/smtprelay/cmd/smtprelay/internal/guard"
 )
 
 const (
@@ -28,7 +25,16 @@ const (
 )
 
 //go:embed page
-var pages embed.FS
+var embedded embed.FS
+
+// pages are the files of the page.
+var pages = func() fs.FS {
+	sub, err := fs.Sub(embedded, "page")
+	if err != nil {
+		panic(err) // it is not in the program
+	}
+	return sub
+}()
 
 // routes are the page and the API. cmd/smtprelay/SERVE.md describes the API.
 func (r *Relay) routes() http.Handler {
@@ -69,31 +75,13 @@ func (r *Relay) routes() http.Handler {
 }
 
 // servePage answers with a file of the page.
-func servePage(w http.ResponseWriter, name string, status int) {
-	text, err := pages.ReadFile("page/" + name)
-	if err != nil {
-		panic(err) // it is not in the program
-	}
-	w.Header().Set("Content-Security-Policy", pagePolicy)
-	w.Header().Set("X-Frame-Options", "DENY")
-	w.Header().Set("Content-Type", map[string]string{"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}[name[strings.LastIndexByte(name, '.')+1:]])
-	w.WriteHeader(status)
-	w.Write(text)
-}
+func servePage(w http.ResponseWriter, name string, status int) { guard.Page(w, pages, name, status) }
 
 // answer answers with JSON.
-func answer(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	e := json.NewEncoder(w)
-	e.SetEscapeHTML(false) // it is never HTML
-	e.Encode(v)
-}
+func answer(w http.ResponseWriter, status int, v any) { guard.Answer(w, status, v) }
 
 // fail answers with an error.
-func fail(w http.ResponseWriter, status int, text string) {
-	answer(w, status, map[string]string{"error": text})
-}
+func fail(w http.ResponseWriter, status int, text string) { guard.Fail(w, status, text) }
 
 // query reads the parameters of a request; err is the first that is wrong.
 type query struct {

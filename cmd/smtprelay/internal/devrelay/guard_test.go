@@ -8,6 +8,8 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+
+	"github.com/smtprelay/smtprelay/cmd/smtprelay/internal/guard"
 )
 
 // status sends a request with headers ("Host" among them) and returns the answer, whose body is closed.
@@ -104,7 +106,7 @@ func TestElsewhereATokenIsNeeded(t *testing.T) {
 func TestALinkOpensThePageOnce(t *testing.T) {
 	r := startRelay(t, func(c *Config) { c.HTTP, c.Token = "0.0.0.0:0", "a token of my own" })
 	link := r.PageURL()
-	if got := status(t, r, "HEAD", strings.TrimPrefix(link, web(r)[:7]+reachable(r.webAddr.String()))); got.StatusCode != 401 {
+	if got := status(t, r, "HEAD", strings.TrimPrefix(link, web(r)[:7]+guard.Reachable(r.webAddr.String()))); got.StatusCode != 401 {
 		t.Errorf("a look at the link: %d", got.StatusCode)
 	}
 	open := func() (*http.Client, *http.Response) {

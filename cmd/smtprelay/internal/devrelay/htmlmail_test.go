@@ -4,12 +4,15 @@ package devrelay
 import (
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"regexp"
 	"strings"
 	"testing"
 
 	nethtml "golang.org/x/net/html"
+
+	"github.com/smtprelay/smtprelay/cmd/smtprelay/internal/guard"
 )
 
 func get(t *testing.T, r *Relay, path string) (*http.Response, string) {
@@ -55,9 +58,9 @@ func TestAttackMailsAreServedHarmlessly(t *testing.T) {
 				t.Errorf("a link leads somewhere: %s in %s", m, page)
 			}
 			res, _ = get(t, r, "/api/v1/messages/"+id+"/source")
-			wantHeaders(t, res, "Content-Type", "text/plain; charset=utf-8", "Content-Security-Policy", dataPolicy)
+			wantHeaders(t, res, "Content-Type", "text/plain; charset=utf-8", "Content-Security-Policy", guard.DataPolicy)
 			res, _ = get(t, r, "/api/v1/messages/"+id)
-			wantHeaders(t, res, "Content-Type", "application/json", "Content-Security-Policy", dataPolicy)
+			wantHeaders(t, res, "Content-Type", "application/json", "Content-Security-Policy", guard.DataPolicy)
 			res, _ = get(t, r, "/api/v1/messages/"+id+"/source?download=1")
 			wantHeaders(t, res, "Content-Type", "application/octet-stream", "Content-Disposition", `attachment; filename=`+id+`.eml`)
 			for n := 1; ; n++ {
@@ -65,7 +68,7 @@ func TestAttackMailsAreServedHarmlessly(t *testing.T) {
 				if res.StatusCode == 404 && n > 1 {
 					break
 				}
-				wantHeaders(t, res, "Content-Type", "application/octet-stream", "Content-Security-Policy", dataPolicy)
+				wantHeaders(t, res, "Content-Type", "application/octet-stream", "Content-Security-Policy", guard.DataPolicy)
 				if d := res.Header.Get("Content-Disposition"); !regexp.MustCompile(`^attachment; filename(=[A-Za-z0-9.-]+|=".*"|\*=utf-8''[A-Za-z0-9%._-]+)$`).MatchString(d) {
 					t.Errorf("Content-Disposition: %s", d)
 				}
@@ -73,13 +76,13 @@ func TestAttackMailsAreServedHarmlessly(t *testing.T) {
 		})
 	}
 	res, _ := get(t, r, "/")
-	wantHeaders(t, res, "X-Frame-Options", "DENY", "Content-Security-Policy", pagePolicy, "Content-Type", "text/html; charset=utf-8", "Cross-Origin-Opener-Policy", "same-origin")
+	wantHeaders(t, res, "X-Frame-Options", "DENY", "Content-Security-Policy", guard.PagePolicy, "Content-Type", "text/html; charset=utf-8", "Cross-Origin-Opener-Policy", "same-origin")
 }
 
 // The page's policy forbids scripts and styles in the page, so there must be none; nothing is loaded from elsewhere.
 func TestPageHasNoInlineScriptAndNothingFromElsewhere(t *testing.T) {
 	for _, name := range []string{"index.html", "login.html", "page.css", "page.js", "icon.svg"} {
-		text, err := pages.ReadFile("page/" + name)
+		text, err := fs.ReadFile(pages, name)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,23 +8,23 @@
 //	mime.go       what is in a message
 //	htmlmail.go   HTML mail, which is hostile
 //	api.go        the HTTP API
-//	guard.go      who may use it
 //	page/         the page
+//
+// Package guard says who may use them.
 package devrelay
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"os"
 	"time"
 
+	"github.com/smtprelay/smtprelay/cmd/smtprelay/internal/guard"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -65,7 +65,7 @@ func (c *Config) Check() error {
 	wrong(c.TLS != "none" && c.TLS != "starttls" && c.TLS != "implicit", "--tls %q: want none, starttls or implicit", c.TLS)
 	wrong(c.CertFile != "" && c.TLS == "none", "--cert-file needs --tls starttls or --tls implicit")
 	wrong(c.Username == "" && c.Password != "", "--password-file needs --user")
-	wrong(c.Token != "" && len(c.Token) < 16, "the token is too short: want 16 characters or more")
+	errs = append(errs, guard.CheckToken(c.Token))
 	wrong(c.MaxConns < 1 || c.MaxConns > 10_000, "--max-conns %d: want 1 to 10000", c.MaxConns)
 	wrong(c.MaxMessages < 1, "--max-messages %d: want 1 or more", c.MaxMessages)
 	wrong(c.MaxRecipients < 1, "--max-recipients %d: want 1 or more", c.MaxRecipients)
@@ -91,7 +91,7 @@ type Relay struct {
 	faults    *faultSet
 	changed   bell
 
-	guard    *guard
+	guard    *guard.Guard
 	web      *http.Server
 	webAddr  *net.TCPAddr
 	webEnded chan struct{} // closed when web has stopped serving
@@ -206,17 +206,8 @@ func (r *Relay) certificate() []byte {
 func (r *Relay) startWeb(l *net.TCPListener) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stopWeb = cancel
-	if r.cfg.Token == "" && !r.webAddr.IP.IsLoopback() {
-		r.cfg.Token = rand.Text()
-	}
-	r.guard = newGuard(r.cfg.Token, r.webAddr.Port)
-	r.web = &http.Server{
-		Handler:           r.guard.protect(r.routes()),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		BaseContext:       func(net.Listener) context.Context { return ctx }, // ends those who wait
-	}
+	r.guard = guard.New(l, r.cfg.Token, pages)
+	r.web = r.guard.Server(ctx, r.routes())
 	go func() { // until Close
 		r.web.Serve(l)
 		close(r.webEnded)
@@ -240,7 +231,7 @@ func (r *Relay) Close() {
 
 // SMTPURL returns the relay's address in the form that smtprelay.ParseURL reads.
 func (r *Relay) SMTPURL() string {
-	u := url.URL{Scheme: map[string]string{"none": "smtp+insecure", "starttls": "smtp", "implicit": "smtps"}[r.cfg.TLS], Host: reachable(r.smtp.Addr())}
+	u := url.URL{Scheme: map[string]string{"none": "smtp+insecure", "starttls": "smtp", "implicit": "smtps"}[r.cfg.TLS], Host: guard.Reachable(r.smtp.Addr())}
 	if r.cfg.Username != "" {
 		u.User = url.UserPassword(r.cfg.Username, r.cfg.Password)
 	}
@@ -252,21 +243,8 @@ func (r *Relay) SMTPURL() string {
 
 // PageURL returns the address of the page. With a token it is a link that opens the page once.
 func (r *Relay) PageURL() string {
-	u := url.URL{Scheme: "http", Host: reachable(r.webAddr.String()), Path: "/"}
-	if r.cfg.Token != "" {
-		u.Path, u.RawQuery = "/login", url.Values{"link": {r.guard.newLink()}}.Encode()
-	}
-	return u.String()
+	return r.guard.URL(r.webAddr)
 }
 
 // Token returns what users of the page and the API must know, or "".
-func (r *Relay) Token() string { return r.cfg.Token }
-
-// reachable returns the address at which this machine reaches a listener. One of all addresses takes IPv4 too.
-func reachable(addr string) string {
-	at, err := netip.ParseAddrPort(addr)
-	if err != nil || !at.Addr().IsUnspecified() {
-		return addr
-	}
-	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port()).String()
-}
+func (r *Relay) Token() string { return r.guard.Token() }

@@ -1,13 +1,19 @@
-package devrelay
+// Package guard has what the program's web pages share: who may use them, what a browser may do with them, and how they are served.
+package guard
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -18,33 +24,112 @@ const (
 	readBody = 10 * time.Second // how long a request may take to bring its body
 )
 
-// A guard decides who may use the page and the API.
+// The policies of what is served. A mail's HTML has one of its own.
+const (
+	PagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+	DataPolicy = "sandbox; default-src 'none'; frame-ancestors 'none'"
+)
+
+// A Guard decides who may use a page and its API.
 //
 // Without a token, which there is on loopback only, it is everybody who reaches it; but not a web page that the user's browser
 // happens to show. Such a page can send requests to loopback, which CrossOriginProtection and foreign refuse, and with a name
 // that it lets resolve to 127.0.0.1 (DNS rebinding) it would be of the same origin, which the check of Host refuses. With a token
 // a request needs it, or the cookie that a link or the token has set; a name that was rebound has no cookie.
-type guard struct {
+type Guard struct {
 	token   string // "" means that none is needed
 	cookie  string // the name of the cookie
 	session string // what the cookie says
 	origin  *http.CrossOriginProtection
+	pages   fs.FS // has login.html
 
 	mu    sync.Mutex
 	links map[string]time.Time // that were not used yet, and when they end
 }
 
-// newGuard returns a guard. The port is part of the cookie's name: all ports of a host share their cookies, and two relays would log
-// each other's users out.
-func newGuard(token string, port int) *guard {
-	return &guard{
-		token: token, cookie: fmt.Sprintf("smtprelay-%d", port), session: rand.Text(),
-		origin: http.NewCrossOriginProtection(), links: map[string]time.Time{},
+// New returns a Guard. Where l is not on loopback, and token is "", it makes a token. pages has login.html.
+//
+// The port is part of the cookie's name: all ports of a host share their cookies, and two pages would log each other's users out.
+func New(l net.Listener, token string, pages fs.FS) *Guard {
+	at := l.Addr().(*net.TCPAddr)
+	if token == "" && !at.IP.IsLoopback() {
+		token = rand.Text()
+	}
+	return &Guard{
+		token: token, cookie: fmt.Sprintf("smtprelay-%d", at.Port), session: rand.Text(),
+		origin: http.NewCrossOriginProtection(), links: map[string]time.Time{}, pages: pages,
 	}
 }
 
+// CheckToken returns an error where a token is so short that it can be guessed; "" is none.
+func CheckToken(token string) error {
+	if token != "" && len(token) < 16 {
+		return errors.New("the token is too short: want 16 characters or more")
+	}
+	return nil
+}
+
+// Token is what users must know, or "".
+func (g *Guard) Token() string { return g.token }
+
+// URL is the address of a page that is served at addr. With a token it is a link that opens the page once.
+func (g *Guard) URL(addr net.Addr) string {
+	u := url.URL{Scheme: "http", Host: Reachable(addr.String()), Path: "/"}
+	if g.token != "" {
+		u.Path, u.RawQuery = "/login", url.Values{"link": {g.NewLink()}}.Encode()
+	}
+	return u.String()
+}
+
+// Reachable is the address at which this machine reaches a listener. One of all addresses takes IPv4 too.
+func Reachable(addr string) string {
+	at, err := netip.ParseAddrPort(addr)
+	if err != nil || !at.Addr().IsUnspecified() {
+		return addr
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port()).String()
+}
+
+// Server serves next, guarded. The end of ctx ends the requests.
+func (g *Guard) Server(ctx context.Context, next http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           g.protect(next),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+	}
+}
+
+// Page answers with a file of pages.
+func Page(w http.ResponseWriter, pages fs.FS, name string, status int) {
+	text, err := fs.ReadFile(pages, name)
+	if err != nil {
+		panic(err) // it is not in the program
+	}
+	w.Header().Set("Content-Security-Policy", PagePolicy)
+	w.Header().Set("X-Frame-Options", "DENY")
+	w.Header().Set("Content-Type", map[string]string{"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}[name[strings.LastIndexByte(name, '.')+1:]])
+	w.WriteHeader(status)
+	w.Write(text)
+}
+
+// Answer answers with JSON.
+func Answer(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false) // it is never HTML
+	e.Encode(v)
+}
+
+// Fail answers with an error.
+func Fail(w http.ResponseWriter, status int, text string) {
+	Answer(w, status, map[string]string{"error": text})
+}
+
 // protect returns next, guarded.
-func (g *guard) protect(next http.Handler) http.Handler {
+func (g *Guard) protect(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("X-Content-Type-Options", "nosniff")
@@ -52,16 +137,16 @@ func (g *guard) protect(next http.Handler) http.Handler {
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
 		h.Set("Cross-Origin-Opener-Policy", "same-origin")
 		h.Set("Cache-Control", "no-store")
-		h.Set("Content-Security-Policy", dataPolicy)
+		h.Set("Content-Security-Policy", DataPolicy)
 		h.Set("X-DNS-Prefetch-Control", "off")
 		if r.ContentLength != 0 { // of requests with a body none waits for anything
 			http.NewResponseController(w).SetReadDeadline(time.Now().Add(readBody))
 		}
 		switch {
 		case g.token == "" && !loopbackHost(r.Host):
-			fail(w, http.StatusForbidden, "the Host of the request is not this machine's: use http://127.0.0.1 or http://localhost")
+			Fail(w, http.StatusForbidden, "the Host of the request is not this machine's: use http://127.0.0.1 or http://localhost")
 		case g.origin.Check(r) != nil || foreign(r):
-			fail(w, http.StatusForbidden, "the request comes from another site")
+			Fail(w, http.StatusForbidden, "the request comes from another site")
 		case r.URL.Path == "/login":
 			g.login(w, r)
 		case !g.knows(r):
@@ -99,7 +184,7 @@ func same(a, b string) bool {
 }
 
 // knows reports whether the request may pass: it has the token or the cookie, or none is needed.
-func (g *guard) knows(r *http.Request) bool {
+func (g *Guard) knows(r *http.Request) bool {
 	if g.token == "" {
 		return true
 	}
@@ -110,17 +195,17 @@ func (g *guard) knows(r *http.Request) bool {
 	return err == nil && same(c.Value, g.session)
 }
 
-func (g *guard) refuse(w http.ResponseWriter, r *http.Request) {
+func (g *Guard) refuse(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("WWW-Authenticate", "Bearer")
 	if r.URL.Path == "/" {
 		http.Redirect(w, r, "/login", http.StatusSeeOther)
 		return
 	}
-	fail(w, http.StatusUnauthorized, "the token is missing or wrong: send it as \"Authorization: Bearer TOKEN\"")
+	Fail(w, http.StatusUnauthorized, "the token is missing or wrong: send it as \"Authorization: Bearer TOKEN\"")
 }
 
 // login sets the cookie for who comes with a link, or with the token, and asks others for it.
-func (g *guard) login(w http.ResponseWriter, r *http.Request) {
+func (g *Guard) login(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, 4<<10)
 	link, token := r.URL.Query().Get("link"), r.PostFormValue("token")
 	switch {
@@ -132,14 +217,14 @@ func (g *guard) login(w http.ResponseWriter, r *http.Request) {
 		if link != "" || token != "" {
 			status = http.StatusUnauthorized
 		}
-		servePage(w, "login.html", status)
+		Page(w, g.pages, "login.html", status)
 		return
 	}
 	http.Redirect(w, r, "/", http.StatusSeeOther)
 }
 
-// newLink returns the secret of a link that opens the page once.
-func (g *guard) newLink() string {
+// NewLink returns the secret of a link that opens the page once.
+func (g *Guard) NewLink() string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
@@ -154,7 +239,7 @@ func (g *guard) newLink() string {
 }
 
 // useLink reports whether a link is good, and is used up then.
-func (g *guard) useLink(link string) bool {
+func (g *Guard) useLink(link string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	end, ok := g.links[link]
