@@ -17,7 +17,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-var every = flag.Int("cut-every", 0, "play every nth of the dialogues with a cut; 1 is all; 0 is every 4th, and every 16th under the race detector")
+var every = flag.Int("cut-every", 0, "play every nth of the dialogues with a cut; 1 is all; 0 is every 4th, and every 64th under the race detector")
 
 // said is something that crossed in a run to the script.
 type said struct {
@@ -123,7 +123,7 @@ func thin(plan map[*script][]*cut) {
 		n = 4
 	}
 	if info, ok := debug.ReadBuildInfo(); ok && *every == 0 && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		n = 16
+		n = 64
 	}
 	if n <= 1 {
 		return
