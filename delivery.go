@@ -253,14 +253,15 @@ func (d *delivery) pause(what next, e *Error) *Error {
 		if e.Scope == ScopeRelay {
 			scope = ScopeRelay
 		}
-		return d.lastWords(&Error{Op: e.Op, subject: e.subject, Outcome: NotAccepted, Scope: scope, Err: err})
+		return &Error{Op: e.Op, subject: e.subject, Reply: e.Reply, Outcome: NotAccepted, Scope: scope, Err: err}
 	}
 	return nil
 }
 
-// lastWords adds the relay's reply to the last attempt to e, which ends the retries without a reply.
+// lastWords adds the relay's reply to the last attempt to e, which ends the retries without a reply. A 5xx reply after which the
+// message is retried was about the connection: in e it would look like a refusal of the message.
 func (d *delivery) lastWords(e *Error) *Error {
-	if last := d.failure; last != nil && last.Reply.Code != 0 && e.Reply.Code == 0 {
+	if last := d.failure; last != nil && last.Reply.Code/100 == 4 && e.Reply.Code == 0 {
 		e.Op, e.subject, e.Reply = last.Op, last.subject, last.Reply
 	}
 	return e

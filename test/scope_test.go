@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -244,4 +245,32 @@ func TestClientClosedBetweenTwoTriesKeepsTheMessage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A message that was refused only because its connection had had its share, and that meets the end of the Client before the next try, was
+// not refused itself: a queue keeps it.
+func TestMessageThatMeetsTheEndOfTheClientBetweenTwoTriesIsKept(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		refused := relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 1, Reply: "550 5.7.0 Too many messages in this session", Count: -1})
+		cfg := configOf(relay)
+		cfg.Limits.MaxConns = 1
+		client := newClient(t, cfg)
+		if s := sendOne(t.Context(), client, 0); s.err != nil {
+			t.Fatal(s.err)
+		}
+		relay.Fault(smtptest.Fault{At: smtptest.Connect, Stall: true, Count: -1})
+		var second sent
+		var sending sync.WaitGroup
+		sending.Go(func() { second = sendOne(t.Context(), client, 1) })
+		if err := refused.Wait(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		client.Close()
+		sending.Wait()
+		if !errors.Is(second.err, smtprelay.ErrClosed) || !smtprelay.ShouldRetry(second.err) || failure(second.err).Reply.Code != 0 || len(smtprelay.RetryTo(second.err)) != 1 {
+			t.Errorf("%v; retry: %t, to %q", second.err, smtprelay.ShouldRetry(second.err), smtprelay.RetryTo(second.err))
+		}
+	})
 }

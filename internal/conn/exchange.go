@@ -13,7 +13,7 @@ type exchange struct {
 	rcpt   int           // index of the recipient, for StepRcpt
 	limit  time.Duration // for the reply, counted from when the exchange is the oldest and end is written; 0 means no limit
 	first  bool          // the first command behind an unanswered final dot
-	behind bool          // behind the first one, in a transaction whose message has not left
+	behind bool          // behind an unanswered final dot, in a transaction whose message has not left
 	left   bool          // the transaction no longer waits for the reply
 }
 
