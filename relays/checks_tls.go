@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/smtprelay/smtprelay"
 )
@@ -75,6 +76,17 @@ func (b *bench) nothingInClear() error {
 	return nil
 }
 
+// onceCounted calls try. If the relay counts connections late, it may still count one of an earlier client that it has closed, and
+// refuse the next one with 421: then onceCounted calls try again, for two seconds.
+func (b *bench) onceCounted(try func() error) error {
+	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		err := try()
+		if e, ok := errors.AsType[*smtprelay.Error](err); !ok || !b.countsLate || e.Reply.Code != 421 || time.Since(began) > 2*time.Second {
+			return err
+		}
+	}
+}
+
 func unknownAuthority(b *bench) error {
 	if b.brokenTLS {
 		return notApplicable("its TLS is broken")
@@ -84,13 +96,7 @@ func unknownAuthority(b *bench) error {
 		if err != nil {
 			return err
 		}
-		err = b.send(c, b.mail())
-		for range 5 {
-			if e, ok := errors.AsType[*smtprelay.Error](err); !ok || !b.countsLate || e.Reply.Code != 421 {
-				break
-			}
-			err = b.send(c, b.mail()) // it has counted a connection that it had closed
-		}
+		err = b.onceCounted(func() error { return b.send(c, b.mail()) })
 		if err := expect(err, smtprelay.NotAccepted, 0); err != nil {
 			return err
 		}
@@ -111,10 +117,7 @@ func wrongPassword(b *bench) error {
 		if err != nil {
 			return err
 		}
-		err = c.Ping(b.ctx)
-		if e, ok := errors.AsType[*smtprelay.Error](err); ok && b.countsLate && e.Reply.Code == 421 { // of the client before
-			err = c.Ping(b.ctx)
-		}
+		err = b.onceCounted(func() error { return c.Ping(b.ctx) })
 		if err := expect(err, smtprelay.NotAccepted, 535); err != nil {
 			return fmt.Errorf("the Ping: %w", err)
 		}
