@@ -18,6 +18,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/smtprelay/smtprelay/internal/conn"
+	"github.com/smtprelay/smtprelay/internal/nodes"
 	"github.com/smtprelay/smtprelay/internal/scrub"
 )
 
@@ -29,7 +30,7 @@ type settings struct {
 	tls        *tls.Config
 	split      int // maximum recipients per transaction, for messages that may be split; 0 means no limit
 	profile    profile
-	nodes      nodes
+	nodes      nodes.Health
 	said       scrub.Known  // credentials sent in AUTH
 	opening    atomic.Value // Op: the step that a dial in progress has reached; of several dials, the last to progress
 	stats      counters

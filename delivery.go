@@ -28,7 +28,7 @@ type delivery struct {
 	receipt Receipt
 
 	want      ask
-	round     int       // pace.round when the transaction began
+	round     int       // pace.Round when the transaction began
 	moves     int       // failed attempts that did not count
 	slowed    int       // attempts that came too fast for the relay
 	slowedAt  time.Time // time of the first of these attempts

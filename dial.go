@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -74,7 +75,7 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 	if err != nil {
 		return func() {}, c.notReached(err), false
 	}
-	addrs = c.nodes.order(addrs, s.node, began)
+	addrs = c.nodes.Order(addrs, s.node, began)
 	left := limit - time.Since(began) // for the TCP connects to all addresses
 	var furthest *Error
 	var remote string
@@ -92,7 +93,7 @@ func (c *settings) connect(ctx context.Context, s *session) (leave func(), _ *Er
 		}
 		switch {
 		case e == nil:
-			c.nodes.worked(s.node)
+			c.nodes.Worked(s.node)
 			return nil, nil, false
 		case ctx.Err() != nil, !e.ofNode(), len(addrs) == 1:
 			return leave, e, again
@@ -304,4 +305,95 @@ func addressLiteral(addr netip.Addr) string {
 		return "[" + addr.String() + "]"
 	}
 	return "[IPv6:" + addr.String() + "]"
+}
+
+// The addresses of the relay.
+
+// nodeFailed records that addr has failed with e, in an attempt that began at began.
+func (c *settings) nodeFailed(addr netip.AddrPort, e *Error, began time.Time) {
+	if pause := c.nodes.Failed(addr, began, time.Now()); pause > 0 {
+		text := fmt.Sprintf("%v has failed and is tried after the relay's other addresses for %v: %s", addr, pause, strings.TrimPrefix(e.Error(), "smtprelay: "))
+		c.profile.learned(LearnedInfo{Lesson: LessonAddress, Reply: e.Reply, Text: text})
+	}
+}
+
+// ofNode reports whether e, from a dial, may be the fault of the address, so that another address may work. That is every
+// failure before AUTH, with two exceptions: "too many connections" in words, which a relay counts over all its addresses, and a
+// lack of file descriptors.
+func (e *Error) ofNode() bool {
+	switch e.Op {
+	case OpDial:
+		return !errors.Is(e.Err, syscall.EMFILE) && !errors.Is(e.Err, syscall.ENFILE)
+	case OpGreeting, OpEHLO, OpSTARTTLS, OpTLS:
+		return !e.Reply.says(saysTooManyConns, e.Op)
+	}
+	return false
+}
+
+// further reports whether the attempt that ended with e got further than that of other: a reply is further than a connection.
+func (e *Error) further(other *Error) bool {
+	came := func(e *Error) int {
+		switch {
+		case e.Op == OpDial:
+			return 0
+		case e.Reply.Code == 0:
+			return 1
+		}
+		return 2
+	}
+	return came(e) > came(other)
+}
+
+// ofAll returns e, the error of remote, with a note on how many addresses were tried.
+func (e *Error) ofAll(remote string, tried int) *Error {
+	if tried > 1 {
+		note := fmt.Errorf("this was %s; %d addresses of the relay have failed", remote, tried)
+		if e.Err != nil {
+			note = fmt.Errorf("%w; %v", e.Err, note)
+		}
+		e.Err = note
+	}
+	return e
+}
+
+// lookup returns the addresses of the relay in the resolver's order. It takes limit at most; 0 means no limit.
+func (c *settings) lookup(ctx context.Context, limit time.Duration) ([]netip.AddrPort, error) {
+	ctx, cancel := within(ctx, limit)
+	defer cancel()
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", c.host)
+	if err != nil {
+		// The same error as from a net.Dialer.
+		return nil, fmt.Errorf("%w; check host and port in Addr", &net.OpError{Op: "dial", Net: "tcp", Err: err})
+	}
+	port, err := strconv.ParseUint(c.port, 10, 16)
+	if err != nil {
+		return nil, err // cannot happen: the port was checked
+	}
+	addrs := make([]netip.AddrPort, len(ips))
+	for i, ip := range ips {
+		addrs[i] = netip.AddrPortFrom(ip.Unmap(), uint16(port))
+	}
+	return addrs, nil
+}
+
+// maxNodes is how many addresses one dial tries that accept the connection and fail later (RFC 5321, 5.1: at least two). The
+// next dial begins with the other addresses.
+const maxNodes = 3
+
+// tcpShare is the divisor of Timeouts.Dial for one address while there are others: 3 seconds of 30, enough to send a SYN twice.
+const tcpShare = 10
+
+// shareOf returns how long the TCP connect to one address may take, if addrs addresses and the time left remain. 0 means no limit.
+func shareOf(limit, left time.Duration, addrs int) time.Duration {
+	switch {
+	case limit == 0 && addrs == 1:
+		return 0
+	case limit == 0:
+		return defaultDial / tcpShare
+	}
+	left = max(left, 1) // 0 would mean no limit
+	if addrs == 1 {
+		return left
+	}
+	return max(min(limit/tcpShare, left/time.Duration(addrs)), 1)
 }

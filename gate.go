@@ -52,13 +52,6 @@ func (g *gate) failed(e *Error, round int, notBefore time.Time, paused bool) {
 	g.notShown()
 }
 
-func backoffUpTo(least, most time.Duration, failures int) time.Duration {
-	if shift := failures - 1; shift < 16 && least<<shift < most {
-		return least << shift
-	}
-	return most
-}
-
 // refusal returns the error for a request that needs a new connection while AUTH is paused; nil if AUTH is not paused.
 func (g *gate) refusal(now time.Time) *Error {
 	if !g.paused || !now.Before(g.notBefore) {
@@ -79,8 +72,8 @@ func (g *gate) opens() time.Time {
 
 // throughLocked returns when the relay last accepted or refused a message. A reply that messages come too fast does not count.
 func (p *pool) throughLocked() time.Time {
-	if !p.pace.cutAt.IsZero() {
-		return p.pace.recent.last(p.pace.first)
+	if accepted, slowed := p.pace.Slowed(); slowed {
+		return accepted
 	}
 	return p.through
 }
@@ -132,9 +125,9 @@ func latest(a, b time.Time) time.Time {
 func (p *pool) outageErrorLocked() *Error {
 	note := fmt.Errorf("no message got through for %v (Timeouts.Outage)", p.cfg.Timeouts.Outage)
 	last := p.gate.last
-	if last == nil && !p.pace.cutAt.IsZero() {
+	if _, slowed := p.pace.Slowed(); last == nil && slowed {
 		last = &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay}
-		last.Reply, last.Err = toOthers(p.pace.said)
+		last.Reply, last.Err = toOthers(p.throttled)
 	}
 	if last == nil {
 		return &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeRelay, Err: p.explainLocked(note)}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/backoff"
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -67,7 +68,7 @@ func (p *pool) fillLocked(now time.Time) {
 		}
 		p.dialLocked(context.WithoutCancel(p.queue.next().ctx), Slot{}, now)
 	}
-	for p.queue.len() > 0 && !p.draining && p.pace.ready(now) {
+	for p.queue.len() > 0 && !p.draining && p.pace.Ready(now) {
 		s := p.idle.Last
 		if s != nil || p.queue.len() > p.dialling-p.slow {
 			s = p.freeLocked(0, now)
@@ -304,7 +305,7 @@ func (p *pool) workingLocked() bool {
 // Failing.
 
 // accepted records that the relay has accepted a message.
-func (p *pool) accepted() { p.pace.recent.add(time.Now()) }
+func (p *pool) accepted() { p.pace.Accepted(time.Now()) }
 
 // slowDown is called when the relay has refused a message because messages come too fast. round is the round of the message's
 // grant; cut says whether to lower the pace. slowDown reports whether to retry the message, which it does not if nothing was
@@ -313,12 +314,12 @@ func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.pace.off {
+	if p.pace.Off() {
 		return false
 	}
-	p.pace.said = e.Reply
-	if cut && p.pace.tooFast(round, now) {
-		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.rate)})
+	p.throttled = e.Reply
+	if cut && p.pace.TooFast(round, now) {
+		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.Rate()), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.Rate())})
 		p.planLocked(now)
 	}
 	limit := p.cfg.Timeouts.Outage
@@ -401,12 +402,12 @@ func (p *pool) gateFailedLocked(e *Error, round int, now time.Time) {
 	wait, paused := p.cfg.Retry.backoff(failures), false
 	switch auth := e.Op == OpAuth && !e.Reply.says(tooManyConns, e.Op); {
 	case auth && e.Reply.says(tooManyLogins, e.Op):
-		wait = backoffUpTo(authPause, authPauseMost, failures)
+		wait = backoff.Doubled(authPause, authPauseMost, failures)
 	case auth && failures > 1 && !p.cfg.profile.proven.Load() && isSilence(e.Err):
 		wait = authPause // the relay may be silent because the credentials are wrong
 	case auth && e.Reply.Code/100 == 5 && p.cfg.Auth == nil && !p.forNow(e):
 		// Repeating the same credentials cannot help, and some relays lock the account.
-		wait, paused = backoffUpTo(authPause, authPauseMost, failures), true
+		wait, paused = backoff.Doubled(authPause, authPauseMost, failures), true
 	}
 	p.gate.failed(e, round, now.Add(wait), paused)
 }

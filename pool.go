@@ -11,6 +11,7 @@ import (
 
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/list"
+	"github.com/smtprelay/smtprelay/internal/pace"
 )
 
 // pool keeps the sessions of a Client and hands them to waiters, first come first served. open.go decides when to open a session.
@@ -37,7 +38,8 @@ type pool struct {
 	idle       list.List[session] // sessions without a transaction; the most recently used is last
 	ready      list.List[session] // sessions that may be overlapped; the one that has waited longest is first
 	queue      queue
-	pace       pace
+	pace       pace.Pace
+	throttled  Reply              // the last reply that messages come too fast
 	stopAsking func()             // cancels the call of Slots.Acquire in progress; nil if there is none
 	dialling   int                // dials in progress
 	dials      list.List[session] // dials in progress that are not slow yet, oldest first
@@ -116,7 +118,7 @@ func newPool(cfg *settings) *pool {
 		ready:    list.New(place),
 		dials:    list.New(place),
 		queue:    newQueue(),
-		pace:     newPace(cfg.Limits.Rate),
+		pace:     pace.New(cfg.Limits.Rate),
 		left:     make(chan struct{}),
 		ending:   make(chan struct{}),
 		empty:    make(chan struct{}),
@@ -220,7 +222,7 @@ func (p *pool) handoff(s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
-	if p.queue.len() == 0 || p.draining || s.gone || !p.pace.ready(now) {
+	if p.queue.len() == 0 || p.draining || s.gone || !p.pace.Ready(now) {
 		return false
 	}
 	if st := s.Status(now); st != conn.Overlappable && st != conn.Free {
@@ -271,7 +273,7 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 	case st == conn.Lost:
 		s.lostIdle = wasIdle
 	case st == conn.Busy, p.draining:
-	case p.queue.len() > 0 && p.pace.ready(now):
+	case p.queue.len() > 0 && p.pace.Ready(now):
 		p.serveLocked(s, now)
 	case st == conn.Free:
 		p.idleLocked(s, now)
@@ -284,8 +286,8 @@ func (p *pool) settleLocked(s *session, now time.Time) {
 func (p *pool) grantLocked(s *session, now time.Time) grant {
 	s.held = true
 	p.roomLocked(s, s.LastRoom(now.Add(-endingTrust))-1)
-	p.pace.begin(now)
-	return grant{session: s, round: p.pace.round}
+	p.pace.Begin(now)
+	return grant{session: s, round: p.pace.Round()}
 }
 
 // serveLocked gives s to the next waiter.
@@ -341,7 +343,7 @@ func (p *pool) nextWakeLocked(now time.Time) time.Time {
 	if p.dials.First != nil {
 		at = earliest(at, p.dials.First.dialled.Add(slowDial))
 	}
-	for _, t := range []time.Time{p.gate.opens(), p.pace.next} {
+	for _, t := range []time.Time{p.gate.opens(), p.pace.Next()} {
 		if t.After(now) {
 			at = earliest(at, t)
 		}

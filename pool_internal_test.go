@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -234,95 +235,46 @@ func BenchmarkCancelWaiting(b *testing.B) {
 	}
 }
 
-// The arithmetic of the pace, at times that a test chooses.
-
-func near(t *testing.T, what string, got, want float64) {
-	t.Helper()
-	if got < want*0.99 || got > want*1.01 {
-		t.Errorf("%s: a pace of %.3f, want %.3f", what, got, want)
-	}
-}
-
-func TestPaceIsCutOnceForARoundAndRisesAfterwards(t *testing.T) {
-	now := time.Unix(1_000_000, 0)
-	p := newPace(0)
-	if !p.ready(now) {
-		t.Error("no pace, and not ready")
-	}
-	for i := range 20 {
-		p.recent.add(now.Add(time.Duration(i) * 50 * time.Millisecond))
-	}
-	now = now.Add(time.Second)
-	if !p.tooFast(0, now) || p.tooFast(0, now) {
-		t.Error("a round cuts once")
-	}
-	near(t, "what the relay has accepted in the last second", p.rate, 20)
-	now = now.Add(2 * time.Second)
-	p.rise(now)
-	near(t, "two seconds later", p.rate, 20)
-	now = now.Add(time.Second)
-	p.rise(now)
-	near(t, "a second later, while it searches", p.rate, 25)
-	p.tooFast(1, now)
-	near(t, "cut again", p.rate, 22.5)
-	now = now.Add(3 * time.Second)
-	p.rise(now)
-	near(t, "three seconds later", p.rate, 22.5*paceRise)
-	for p.rate <= 25 {
-		now = now.Add(time.Second)
-		p.rise(now)
-	}
-	was := p.rate
-	now = now.Add(time.Second)
-	p.rise(now)
-	near(t, "a second later, above the rate that was refused", p.rate, was*paceBeyond)
-	now = now.Add(paceMemory)
-	p.rise(now)
-	if p.rate != 0 || !p.cutAt.IsZero() {
-		t.Errorf("after ten minutes there is still a pace of %.2f", p.rate)
-	}
-}
-
-func TestPaceNeverLeavesItsBounds(t *testing.T) {
-	now := time.Unix(1_000_000, 0)
-	p := newPace(14)
-	for round := range 200 {
-		p.tooFast(round, now)
-	}
-	near(t, "cut for ever", p.rate, paceLeast)
-	for range 3000 {
-		now = now.Add(200 * time.Millisecond)
-		p.rise(now)
-	}
-	near(t, "ten minutes later", p.rate, 14)
-	off := newPace(-1)
-	if off.tooFast(0, now) || !off.ready(now) {
-		t.Error("a pace that is off was cut")
-	}
-}
-
-// Tickets are handed out one at a time: whoever is late does not let those behind him catch up.
-func TestPaceMakesUpForNoPause(t *testing.T) {
-	now := time.Unix(1_000_000, 0)
-	p := newPace(10)
-	begun := 0
-	for range 1000 { // a second, each millisecond of it
-		if p.ready(now) {
-			p.begin(now)
-			begun++
+func TestTimeForOneOfSeveralAddresses(t *testing.T) {
+	for _, tt := range []struct {
+		limit, left time.Duration
+		addrs       int
+		want        time.Duration
+	}{
+		{30 * time.Second, 29 * time.Second, 1, 29 * time.Second},
+		{30 * time.Second, 29 * time.Second, 2, 3 * time.Second},
+		{30 * time.Second, 2 * time.Second, 2, time.Second},
+		{30 * time.Second, -time.Second, 1, 1},
+		{30 * time.Second, 0, 100, 1},
+		{0, -time.Second, 1, 0},
+		{0, -time.Second, 2, 3 * time.Second},
+	} {
+		if got := shareOf(tt.limit, tt.left, tt.addrs); got != tt.want {
+			t.Errorf("of %v, %v left, %d addresses: %v, want %v", tt.limit, tt.left, tt.addrs, got, tt.want)
 		}
-		now = now.Add(time.Millisecond)
 	}
-	if begun < 10 || begun > 11 {
-		t.Errorf("%d in the first second", begun)
-	}
-	now = now.Add(time.Hour)
-	begun = 0
-	for p.ready(now) {
-		p.begin(now)
-		begun++
-	}
-	if begun > 1 {
-		t.Errorf("%d at once after a pause", begun)
+}
+
+func TestWhatIsTheFaultOfOneAddress(t *testing.T) {
+	for _, tt := range []struct {
+		e    Error
+		want bool
+	}{
+		{Error{Op: OpDial, Err: syscall.ECONNREFUSED}, true},
+		{Error{Op: OpDial, Err: fmt.Errorf("socket: %w", syscall.EMFILE)}, false},
+		{Error{Op: OpGreeting, Err: errors.New("connection lost")}, true},
+		{Error{Op: OpGreeting, Reply: Reply{Code: 421, Message: "going down"}}, true},
+		{Error{Op: OpGreeting, Reply: Reply{Code: 554, Message: "no"}}, true},
+		{Error{Op: OpGreeting, Reply: Reply{Code: 421, Message: "too many connections from you"}}, false},
+		{Error{Op: OpEHLO, Reply: Reply{Code: 421, Message: "going down"}}, true},
+		{Error{Op: OpTLS, Err: errors.New("handshake")}, true},
+		{Error{Op: OpSTARTTLS, Reply: Reply{Code: 454}}, true},
+		{Error{Op: OpAuth, Reply: Reply{Code: 535}}, false},
+		{Error{Op: OpAuth, Err: errors.New("connection lost")}, false},
+		{Error{Op: OpData}, false}, // the question about refused chunks
+	} {
+		if got := tt.e.ofNode(); got != tt.want {
+			t.Errorf("%v: %v, want %v", &tt.e, got, tt.want)
+		}
 	}
 }

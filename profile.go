@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/backoff"
 	"github.com/smtprelay/smtprelay/internal/conn"
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
@@ -23,7 +24,7 @@ import (
 //	rcptsTaken                           recipients in a transaction (maxRcpts)                   after 10 minutes
 //	credentialsRefused                   the same credentials are not tried (RefusalOf)           after 30 seconds to 5 minutes
 //	NoteDiscard                          chunks, DATA or a probe for an address (DiscardsAt)      after an hour
-//	nodes.failed                         an address is tried after the others (nodes.order)       after 30 seconds to 10 minutes, or when it works
+//	nodes.Failed                         an address is tried after the others (nodes.Order)       after 30 seconds to 10 minutes, or when it works
 //
 // Each change is reported to Trace.Learned. A profile is safe for concurrent use.
 type profile struct {
@@ -278,9 +279,9 @@ func (p *profile) RefusalOf(mark [sha256.Size]byte) (r wire.Reply, refused bool)
 	pause := time.Duration(0)
 	switch more := p.badAuthMarks - freshTries; {
 	case p.badAuthTimes > 0 && p.badAuth == mark:
-		pause = backoffUpTo(authPause, authPauseMost, p.badAuthTimes)
+		pause = backoff.Doubled(authPause, authPauseMost, p.badAuthTimes)
 	case more >= 0:
-		pause = backoffUpTo(authPause, freshPauseMost, more+1)
+		pause = backoff.Doubled(authPause, freshPauseMost, more+1)
 	}
 	return p.badAuthReply, time.Now().Before(p.badAuthAt.Add(pause))
 }

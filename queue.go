@@ -25,7 +25,7 @@ type ask struct {
 // grant is the pool's answer to an ask.
 type grant struct {
 	session *session
-	round   int           // pace.round
+	round   int           // pace.Round
 	failed  int           // dials that failed during the wait
 	waited  time.Duration // how long take has waited
 }
@@ -153,7 +153,7 @@ func (p *pool) takeLocked(ctx context.Context, want ask, now time.Time) (grant, 
 	if err := conn.ContextError(ctx); err != nil {
 		return grant{}, &Error{Op: OpWait, Outcome: NotAccepted, Scope: ScopeCaller, Err: err}
 	}
-	if p.queue.len() == 0 && p.pace.ready(now) {
+	if p.queue.len() == 0 && p.pace.Ready(now) {
 		if s := p.freeLocked(1, now); s != nil {
 			return p.grantLocked(s, now), nil
 		}

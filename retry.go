@@ -2,9 +2,9 @@ package smtprelay
 
 import (
 	"context"
-	"math/rand/v2"
 	"time"
 
+	"github.com/smtprelay/smtprelay/internal/backoff"
 	"github.com/smtprelay/smtprelay/internal/conn"
 )
 
@@ -41,14 +41,9 @@ func (r Retry) withDefaults() Retry {
 // exhausted reports whether no attempt is left.
 func (r Retry) exhausted(attempts int) bool { return r.MaxAttempts > 0 && attempts >= r.MaxAttempts }
 
-// backoff returns how long to wait after consecutive failures: exponential backoff with full jitter, so that clients that fail
-// together do not retry together.
+// backoff returns how long to wait after consecutive failures.
 func (r Retry) backoff(failures int) time.Duration {
-	most := r.MaxBackoff
-	if shift := failures - 1; r.MinBackoff < most>>min(shift, 63) { // shifting MinBackoff to the left would overflow
-		most = r.MinBackoff << shift
-	}
-	return rand.N(most) + 1
+	return backoff.Jittered(r.MinBackoff, r.MaxBackoff, failures)
 }
 
 // next is what to do after a transaction whose message was not accepted.

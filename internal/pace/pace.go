@@ -1,4 +1,5 @@
-package smtprelay
+// Package pace limits how many messages begin per second, as a configured rate or the relay's replies demand.
+package pace
 
 import (
 	"math"
@@ -6,7 +7,7 @@ import (
 	"time"
 )
 
-// pace limits how many messages begin per second, as Limits.Rate or the relay's replies demand. It is guarded by the pool's lock.
+// Pace decides when the next message may begin. It is not safe for concurrent use, except Accepted.
 //
 // A relay that throttles does not say how high its limit is. The first such reply sets the rate to the number of messages that
 // the relay has accepted in the last second. Two seconds later the rate begins to rise by a quarter each second, until the next
@@ -15,7 +16,7 @@ import (
 // After ten minutes without such a reply the rate is as configured again.
 //
 // Messages in flight when the rate is cut belong to the previous round: their refusals do not cut it again.
-type pace struct {
+type Pace struct {
 	most      float64   // configured messages per second; 0 means no limit
 	off       bool      // ignore the relay's replies
 	rate      float64   // messages per second; 0 means no limit
@@ -26,77 +27,100 @@ type pace struct {
 	risen     time.Time // when rate was raised last
 	refused   float64   // rate when the relay throttled last, before the cut
 	searching bool      // rate was cut once, so the relay's limit is not known yet
-	said      Reply     // the last reply that cut rate
 	recent    recently  // messages that the relay has accepted
 }
 
 const (
-	paceLeast  = 0.1                   // minimum messages per second
-	paceCut    = 0.9                   // factor of a cut
-	paceRise   = 1.01                  // factor per second
-	paceBeyond = 1.10                  // factor per second, above the rate at which the relay throttled last
-	paceSearch = 1.25                  // factor per second, until the second cut
-	paceHold   = 2 * time.Second       // no rise for this long after a cut
-	paceSlack  = 20 * time.Millisecond // a message that begins late by up to this does not delay those after it
-	paceMemory = 10 * time.Minute
+	least  = 0.1                   // minimum messages per second
+	cut    = 0.9                   // factor of a cut
+	creep  = 1.01                  // factor per second
+	beyond = 1.10                  // factor per second, above the rate at which the relay throttled last
+	search = 1.25                  // factor per second, until the second cut
+	hold   = 2 * time.Second       // no rise for this long after a cut
+	slack  = 20 * time.Millisecond // a message that begins late by up to this does not delay those after it
+	memory = 10 * time.Minute
 )
 
-// newPace returns the pace for Limits.Rate: 0 means no limit until the relay throttles, negative means no limit at all.
-func newPace(rate float64) pace {
-	return pace{most: max(rate, 0), rate: max(rate, 0), off: rate < 0}
+// New returns a Pace of rate messages per second: 0 means no limit until the relay throttles, negative means no limit at all.
+func New(rate float64) Pace {
+	return Pace{most: max(rate, 0), rate: max(rate, 0), off: rate < 0}
 }
 
-// ready reports whether a message may begin now.
-func (p *pace) ready(now time.Time) bool {
+// Off reports whether the relay's replies are ignored.
+func (p *Pace) Off() bool { return p.off }
+
+// Rate returns the messages per second; 0 means no limit.
+func (p *Pace) Rate() float64 { return p.rate }
+
+// Round returns the number of cuts so far. A message has the round in which it begins.
+func (p *Pace) Round() int { return p.round }
+
+// Next returns the time before which no message begins.
+func (p *Pace) Next() time.Time { return p.next }
+
+// Accepted records that the relay has accepted a message. It is safe for concurrent use with itself and all other methods.
+func (p *Pace) Accepted(now time.Time) { p.recent.add(now) }
+
+// Slowed reports whether the relay has throttled, and if so, when it last accepted a message; if it has not since then, when it
+// first throttled.
+func (p *Pace) Slowed() (accepted time.Time, slowed bool) {
+	if p.cutAt.IsZero() {
+		return time.Time{}, false
+	}
+	return p.recent.last(p.first), true
+}
+
+// Ready reports whether a message may begin now.
+func (p *Pace) Ready(now time.Time) bool {
 	p.rise(now)
 	return p.rate == 0 || !now.Before(p.next)
 }
 
-// begin records that a message begins.
-func (p *pace) begin(now time.Time) {
+// Begin records that a message begins.
+func (p *Pace) Begin(now time.Time) {
 	if p.rate == 0 {
 		return
 	}
-	if late := now.Add(-paceSlack); p.next.Before(late) {
+	if late := now.Add(-slack); p.next.Before(late) {
 		p.next = late
 	}
 	p.next = p.next.Add(time.Duration(float64(time.Second) / p.rate))
 }
 
 // rise raises a rate that was cut, or restores the configured rate.
-func (p *pace) rise(now time.Time) {
+func (p *Pace) rise(now time.Time) {
 	if p.searching && now.Sub(p.first) <= time.Second {
 		p.rate = p.within(max(p.rate, float64(p.recent.count(now)))) // messages in flight at the cut may still be accepted
 	}
 	switch since := now.Sub(p.cutAt); {
-	case p.cutAt.IsZero() || since < paceHold || now.Sub(p.risen) < time.Second/10:
+	case p.cutAt.IsZero() || since < hold || now.Sub(p.risen) < time.Second/10:
 		return
-	case since >= paceMemory:
+	case since >= memory:
 		p.rate, p.cutAt = p.most, time.Time{}
 		return
 	}
-	rise := paceRise
+	rise := creep
 	switch {
 	case p.searching:
-		rise = paceSearch
+		rise = search
 	case p.rate > p.refused:
-		rise = paceBeyond
+		rise = beyond
 	}
 	p.rate = p.within(p.rate * math.Pow(rise, now.Sub(p.risen).Seconds()))
 	p.risen = now
 }
 
 // within returns rate, but at most the configured rate.
-func (p *pace) within(rate float64) float64 {
+func (p *Pace) within(rate float64) float64 {
 	if p.most > 0 {
 		return min(rate, p.most)
 	}
 	return rate
 }
 
-// tooFast is called when the relay has refused a message of the given round because messages come too fast. It reports whether
+// TooFast is called when the relay has refused a message of the given round because messages come too fast. It reports whether
 // it has changed the rate.
-func (p *pace) tooFast(round int, now time.Time) (cut bool) {
+func (p *Pace) TooFast(round int, now time.Time) (changed bool) {
 	if p.off || round != p.round {
 		return false
 	}
@@ -105,12 +129,12 @@ func (p *pace) tooFast(round int, now time.Time) (cut bool) {
 		p.rate = max(float64(p.recent.count(now)), 1)
 	} else {
 		p.refused = p.rate
-		p.rate = max(p.rate*paceCut, paceLeast)
+		p.rate = max(p.rate*cut, least)
 	}
 	if p.searching = p.cutAt.IsZero(); p.searching {
 		p.first = now
 	}
-	p.cutAt, p.risen = now, now.Add(paceHold)
+	p.cutAt, p.risen = now, now.Add(hold)
 	p.next = now.Add(time.Duration(float64(time.Second) / p.rate))
 	return true
 }
@@ -141,7 +165,9 @@ func (r *recently) add(now time.Time) {
 // last returns the time of the last event, to a tenth of a second, but no time before otherwise.
 func (r *recently) last(otherwise time.Time) time.Time {
 	for i := range r.tenths {
-		otherwise = latest(otherwise, time.UnixMilli(int64(r.tenths[i].Load()>>countBits)*100))
+		if t := time.UnixMilli(int64(r.tenths[i].Load()>>countBits) * 100); t.After(otherwise) {
+			otherwise = t
+		}
 	}
 	return otherwise
 }
