@@ -238,6 +238,10 @@ func mailed(r *conn.Result) bool {
 func countTooMany(r *conn.Result) (tooMany int, sure bool) {
 	sure = true
 	for i := range r.Rcpt {
+		if r.Rcpt[i].Class() == 2 {
+			sure = sure && tooMany == 0
+			continue
+		}
 		reply := publicReply(r.Rcpt[i])
 		if r.Seq > 1 && reply.endsSession(OpRcpt, r.Seq, r.Worked) {
 			continue // the reply is about the connection, not about this transaction
@@ -245,8 +249,6 @@ func countTooMany(r *conn.Result) (tooMany int, sure bool) {
 		if reply.says(tooManyRcpts, OpRcpt) {
 			tooMany++
 			sure = sure && (reply.says(numberOfRcpts, OpRcpt) || reply.EnhancedCode == EnhancedCode{} && len(r.Rcpt) > 2)
-		} else if reply.Code/100 == 2 && tooMany > 0 {
-			sure = false
 		}
 	}
 	return tooMany, sure

@@ -180,8 +180,8 @@ func findQueueID(text string) string {
 // isQueueID reports whether s, found in the place of an identifier, can be one. A lower-case word cannot, as in "queued as soon
 // as possible".
 func isQueueID(s string) bool {
-	lower := func(r rune) bool { return 'a' <= r && r <= 'z' }
-	return len(s) <= maxQueueID && isPrintable(s) && strings.TrimFunc(s, lower) != ""
+	notLower := func(r rune) bool { return r < 'a' || r > 'z' }
+	return len(s) <= maxQueueID && strings.ContainsFunc(s, notLower) && isPrintable(s)
 }
 
 // isWord reports whether s consists of letters, digits, hyphens and underscores.

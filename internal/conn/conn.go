@@ -44,7 +44,6 @@ type Conn struct {
 	line        []byte            // scratch
 	pendingAuth []byte            // an AUTH command that the first transaction will send
 	authMark    [sha256.Size]byte // hash of the credentials sent last, or in pendingAuth
-	stall       *time.Timer       // runs while a transaction waits behind an unanswered final dot
 	inStep      bool              // the relay has answered every command of an envelope, so a chunk may be sent together with its envelope
 
 	sent      chan struct{} // buffered, size 1: SendAway has finished

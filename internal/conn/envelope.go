@@ -214,17 +214,13 @@ func (t *Transaction) loneDot() {
 // fails this connection. No part of our body was sent, so the message can go to the other connection.
 func (t *Transaction) awaitEnvelope() bool {
 	c := t.c
-	var stalled <-chan time.Time
+	var began time.Time
 	if t.result.Overlapped {
-		if c.stall == nil {
-			c.stall = time.NewTimer(stallLimit)
-		} else {
-			c.stall.Reset(stallLimit)
-		}
-		stalled = c.stall.C
-		defer c.stall.Stop()
+		began = time.Now()
+		t.stall.Reset(stallLimit)
+		defer t.stall.Stop()
 	}
-	for {
+	for woken := false; ; woken = true {
 		c.mu.Lock()
 		lost, complete, silent := c.phase >= draining, t.asked == t.answered, t.answered == 0
 		forNobody := !c.waiting.empty() && c.waiting.oldest().left
@@ -232,14 +228,17 @@ func (t *Transaction) awaitEnvelope() bool {
 		if lost || complete {
 			return !lost
 		}
+		if woken && t.result.Overlapped && time.Since(began) >= stallLimit {
+			if silent && (forNobody || c.owner.Elsewhere()) {
+				c.fail(errStalled)
+				return false
+			}
+			began = time.Now()
+			t.stall.Reset(stallLimit)
+		}
 		select {
 		case <-t.signal:
 		case <-c.lost:
-		case <-stalled:
-			if silent && (forNobody || c.owner.Elsewhere()) {
-				c.fail(errStalled)
-			}
-			c.stall.Reset(stallLimit)
 		}
 	}
 }

@@ -21,6 +21,7 @@ type progressConn struct {
 	net.Conn
 	limit time.Duration // the time budget of writes; 0 means no limit
 	spent time.Duration // the part of limit that is spent; owned by the writer
+	until time.Time     // the write deadline; owned by the writer
 
 	socket syscall.RawConn // nil if nc has no socket, or the system has no socket options to set
 	hasten bool            // the relay may be waiting for a TCP acknowledgement; owned by the reader
@@ -92,13 +93,16 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 	}
 }
 
+// extend sets the write deadline, unless that of an earlier write is early by less than a slackShare of the limit. It returns
+// false if writes were interrupted.
 func (c *progressConn) extend(deadline time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.interrupted {
 		return false
 	}
-	if c.limit > 0 {
+	if early := deadline.Sub(c.until); c.limit > 0 && (early < 0 || early >= c.limit/slackShare) {
+		c.until = deadline
 		c.Conn.SetWriteDeadline(deadline)
 	}
 	return true

@@ -62,11 +62,12 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 		c.mu.Unlock()
 		return false
 	}
-	c.heard = time.Now()
+	now := time.Now()
+	c.heard = now
 	x := c.waiting.take()
 	c.answered = max(c.answered, x.end)
 	c.boundUnackedLocked()
-	more = c.handleLocked(x, r)
+	more = c.handleLocked(x, r, now)
 	c.mu.Unlock()
 	if x.op == StepQuit && r.Class() == 2 {
 		c.endTLS()
@@ -84,8 +85,9 @@ func (c *Conn) deliver(r wire.Reply) (more bool) {
 	return more
 }
 
-// handleLocked applies r, the reply to x, to the connection and the transaction, and reports whether to continue reading.
-func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
+// handleLocked applies r, the reply to x that arrived at now, to the connection and the transaction, and reports whether to
+// continue reading.
+func (c *Conn) handleLocked(x exchange, r wire.Reply, now time.Time) (more bool) {
 	c.learnLimit(x, r)
 	c.decided = c.decided || decides(x, r)
 	if r.Code == 421 && x.op != StepQuit {
@@ -115,7 +117,7 @@ func (c *Conn) handleLocked(x exchange, r wire.Reply) (more bool) {
 		c.peekLocked(x, r)
 	}
 	c.raw.hasten = c.isPartLocked(x)
-	c.armLocked()
+	c.armAtLocked(now)
 	return !c.ending.outOfStep && !stays && (c.phase < draining || c.dueLocked())
 }
 
@@ -217,11 +219,16 @@ func (c *Conn) traceReply(r wire.Reply) {
 }
 
 // armLocked sets the read deadline to that of the oldest outstanding exchange.
-func (c *Conn) armLocked() {
+func (c *Conn) armLocked() { c.armAtLocked(time.Time{}) }
+
+// armAtLocked is armLocked at the time now, if that is known. To set the deadline for each reply would be a good part of the cost
+// of a message, so one that is early by less than a slackShare of the limit stays.
+func (c *Conn) armAtLocked(now time.Time) {
 	if c.phase == closing {
 		return
 	}
 	var at time.Time
+	var slack time.Duration
 	switch {
 	case c.ending.cause != nil && !c.dueLocked():
 		at = longAgo
@@ -232,17 +239,23 @@ func (c *Conn) armLocked() {
 			limit = stallLimit // no transaction waits for this reply: do not let it block the connection for long
 		}
 		if limit > 0 && x.end <= c.written {
-			at = time.Now().Add(limit)
+			if now.IsZero() {
+				now = time.Now()
+			}
+			at, slack = now.Add(limit), limit/slackShare
 		}
 	}
 	if !c.closeBy.IsZero() && (at.IsZero() || c.closeBy.Before(at)) {
-		at = c.closeBy
+		at, slack = c.closeBy, 0
 	}
-	if at != c.deadline {
+	if early := at.Sub(c.deadline); early != 0 && (early < 0 || early >= slack) {
 		c.deadline = at
 		c.raw.SetReadDeadline(at)
 	}
 }
+
+// slackShare is the divisor of a limit for how much earlier its deadline may be: 5 s of 5 minutes.
+const slackShare = 60
 
 // dueLocked reports whether a transaction waits for a final reply that a failed connection may still deliver, because the end of
 // its message was sent in full.

@@ -117,9 +117,12 @@ func (t *Transaction) endsSessionLocked(op Step, r wire.Reply) {
 	}
 }
 
-func (t *Transaction) wake() {
+func (t *Transaction) wake() { notify(t.signal) }
+
+// notify sends to signal, unless a signal is already waiting there.
+func notify(signal chan<- struct{}) {
 	select {
-	case t.signal <- struct{}{}:
+	case signal <- struct{}{}:
 	default:
 	}
 }

@@ -27,7 +27,8 @@ type Transaction struct {
 	// fields are owned by the holder of the write side.
 	result Result
 
-	signal       chan struct{} // buffered, size 1: a reply has arrived
+	signal       chan struct{} // buffered, size 1: a reply has arrived, or stall has run out
+	stall        *time.Timer   // runs while the envelope waits behind an unanswered final dot
 	clearing     bool          // RSET must succeed: the relay has another envelope open
 	holdsPrevDot bool          // the previous transaction's final dot is still in the write buffer
 	held         bool          // with chunks: the body waits for the replies to the envelope
@@ -52,9 +53,9 @@ type Transaction struct {
 func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	t, ok := c.o.transactions.Get().(*Transaction)
 	if !ok {
-		t = &Transaction{signal: make(chan struct{}, 1)}
+		t = newTransaction()
 	}
-	*t = Transaction{ctx: ctx, c: c, m: m, mail: m.Mail, signal: t.signal, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0], unguard: unguarded}
+	t.ctx, t.c, t.m, t.mail, t.unguard = ctx, c, m, m.Mail, unguarded
 	for range m.Rcpts {
 		t.result.Rcpt = append(t.result.Rcpt, wire.Reply{})
 	}
@@ -63,6 +64,14 @@ func NewTransaction(ctx context.Context, c *Conn, m Message) *Transaction {
 	default:
 	}
 	return t
+}
+
+// newTransaction returns an empty Transaction for the pool.
+func newTransaction() *Transaction {
+	signal := make(chan struct{}, 1)
+	stall := time.AfterFunc(time.Hour, func() { notify(signal) })
+	stall.Stop()
+	return &Transaction{signal: signal, stall: stall}
 }
 
 // conclude returns the Result. Run calls it once, when nothing more of t will be written.
@@ -108,7 +117,7 @@ func (t *Transaction) Recycle() {
 	}
 	clear(t.result.Rcpt) // do not keep reply texts alive in the pool
 	clear(t.taken)
-	*t = Transaction{signal: t.signal, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0]}
+	*t = Transaction{signal: t.signal, stall: t.stall, result: Result{Replies: Replies{Rcpt: t.result.Rcpt[:0]}}, taken: t.taken[:0]}
 	o.transactions.Put(t)
 }
 
