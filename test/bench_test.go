@@ -5,9 +5,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strconv"
 	"strings"
@@ -23,11 +26,16 @@ import (
 // turns: how often it had answered all that it had got, waited, and then got something.
 type sink struct {
 	extensions []string
+	tls        *tls.Config // nil: no TLS
 	turns      atomic.Int64
 }
 
 func (s *sink) dial(context.Context, string, string) (net.Conn, error) {
-	client, server := netpipe.New(0)
+	near, far := netpipe.New(0)
+	var client, server net.Conn = near, far
+	if s.tls != nil {
+		server = tls.Server(server, s.tls)
+	}
 	go s.serve(server) // ends with the connection
 	return client, nil
 }
@@ -202,13 +210,23 @@ func TestAllocationsPerMessage(t *testing.T) {
 	}
 }
 
-// BenchmarkSendBodyInPieces writes one large body in pieces, down to single octets.
+// BenchmarkSendBodyInPieces writes one large body in pieces, down to single octets, in the clear and over TLS.
 func BenchmarkSendBodyInPieces(b *testing.B) {
 	text := body(1 << 20)
-	for name, extensions := range map[string][]string{"data": overlapped, "chunking": chunked} {
+	web := httptest.NewTLSServer(nil) // for its certificate
+	b.Cleanup(web.Close)
+	for _, way := range []struct {
+		name       string
+		extensions []string
+		tls        *tls.Config
+	}{{"data", overlapped, nil}, {"chunking", chunked, nil}, {"data-tls", overlapped, web.TLS}, {"chunking-tls", chunked, web.TLS}} {
 		for _, size := range []int{len(text), 76, 1} {
-			b.Run(fmt.Sprintf("%s/octets=%d", name, size), func(b *testing.B) {
-				c := (&sink{extensions: extensions}).client(b, nil)
+			b.Run(fmt.Sprintf("%s/octets=%d", way.name, size), func(b *testing.B) {
+				c := (&sink{extensions: way.extensions, tls: way.tls}).client(b, func(cfg *smtprelay.Config) {
+					if way.tls != nil {
+						cfg.Addr, cfg.TLS, cfg.TLSConfig = "example.com:465", smtprelay.TLSImplicit, web.Client().Transport.(*http.Transport).TLSClientConfig
+					}
+				})
 				b.SetBytes(int64(len(text)))
 				b.ReportAllocs()
 				for b.Loop() {
