@@ -56,7 +56,7 @@
 //
 // # Exit status
 //
-//	check     0 all is well   2 usage or settings   3 not reached   4 TLS   5 AUTH   6 sender or recipient refused
+//	check     0 all is well   2 usage or settings   3 not reached, or hung up   4 TLS   5 AUTH   6 sender or recipient refused
 //	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
 //	sendmail  as in sysexits.h
 //	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
@@ -145,6 +145,9 @@ func newMan(root *cobra.Command) *cobra.Command {
 		Short: "Write the manual pages into a folder",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
 			root.DisableAutoGenTag = true
 			return doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "smtprelay"}, args[0]) // of this month, or of SOURCE_DATE_EPOCH
 		},

@@ -57,7 +57,12 @@ Exit status: 0 all accepted, 1 some refused for good, 2 usage or settings, 3 som
 unknown fate.
 
 ` + relayHelp,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New(`nothing to send: name files, mailboxes or folders, or "-" for stdin`)
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd, args) },
 	}
 	f.relay.add(cmd)
@@ -76,9 +81,17 @@ unknown fate.
 }
 
 func (f *sendFlags) run(cmd *cobra.Command, args []string) (err error) {
+	if f.from != smtprelay.NullSender {
+		if err := oneAddress("--from", &f.from); err != nil {
+			return err
+		}
+	}
 	env := envelope{from: f.from}
 	if env.to, err = smtprelay.ParseAddresses(f.to...); err != nil {
-		return oneOf(err)
+		return fmt.Errorf("--to: %w", oneOf(err))
+	}
+	if f.rate < 0 {
+		return errors.New("--rate: want messages a second, or 0 for as many as the relay takes")
 	}
 	if slices.Contains(args, "-") && slices.Index(args, "-") != len(args)-1 {
 		return errors.New(`"-" is the last of the sources, and stands once`)

@@ -129,7 +129,7 @@ func TestWhatCannotBeReadIsNamedAndTheRestIsSent(t *testing.T) {
 	if code != exitUsage || out != "Messages: 1 accepted, 8 cannot be read.\n" || len(relay.Messages()) != 1 {
 		t.Errorf("exit status %d, %q", code, out)
 	}
-	for _, want := range []string{"missing: no such file or directory", `text: line 1 of the header is none: "this is no mail"`, "empty: there is no header", "endless: the header is longer", "cr: line 1 of the header has a carriage return",
+	for _, want := range []string{"missing: no such file or directory", `text: line 1 is no field of a header: "this is no mail"`, "empty: there is no header", "endless: the header is longer", "cr: line 1 of the header has a carriage return",
 		"nobody: there is no recipient", "nosender: there is no sender", "sub: there is no .eml in it"} {
 		if !strings.Contains(errs, want) {
 			t.Errorf("no %q in\n%s", want, errs)
@@ -317,9 +317,10 @@ func TestRelayAndPasswordComeFromFilesAndTheEnvironmentAndNeverFromTheCommandLin
 		"flag and .env":          {file: "SMTP_PASSWORD=" + relay.Password + "\n", args: []string{"--relay", noPassword}},
 		"password in the flag":   {args: []string{"--relay", relay.URL()}, exit: exitUsage, errs: "smtprelay: --relay has a password, and other users of this machine see the command line"},
 		"broken flag":            {args: []string{"--relay", "smtp://u:%zz" + relay.Password + "@h"}, exit: exitUsage, errs: "--relay cannot be parsed as a URL"},
-		"nothing":                {exit: exitUsage, errs: "smtprelay: no relay is set: put its URL into SMTP_URL"},
+		"nothing":                {exit: exitUsage, errs: "smtprelay: no relay is set: put its URL, such as smtps://USER:PASSWORD@HOST:465, into SMTP_URL (in the environment or in .env) or a file (--relay-file)"},
 		"broken .env":            {file: "SMTP_URL='" + relay.URL() + "\n", exit: exitUsage, errs: "smtprelay: .env cannot be read"},
 		"no such file":           {args: []string{"--relay-file", "none"}, exit: exitUsage, errs: "no such file"},
+		"no password":            {args: []string{"--relay", noPassword}, exit: exitUsage, errs: "a user and no password: put the password into SMTP_PASSWORD or a file (--password-file)"},
 		"both":                   {args: []string{"--relay-file", urlFile, "--relay", noPassword}, exit: exitUsage, errs: "one of them"},
 	} {
 		t.Run(name, func(t *testing.T) {
