@@ -78,7 +78,7 @@ Exit status: 0 all is well, 2 usage or settings, 3 the relay was not reached or 
 refused.
 
 ` + relayHelp,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if (from == "") != (to == "") || send && to == "" {
 				return errors.New("--from and --to belong together, and --send needs them")

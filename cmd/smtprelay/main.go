@@ -139,11 +139,26 @@ func newRoot() *cobra.Command {
 	return root
 }
 
+// takes is an Args for a command with n arguments.
+func takes(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == n:
+			return nil
+		case n == 0 && cmd.HasSubCommands():
+			return fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())
+		case n == 0:
+			return fmt.Errorf("%s takes flags only, and no %q", cmd.Name(), args[0])
+		}
+		return fmt.Errorf("usage: %s", cmd.UseLine())
+	}
+}
+
 func newMan(root *cobra.Command) *cobra.Command {
 	return &cobra.Command{
 		Use:   "man FOLDER",
 		Short: "Write the manual pages into a folder",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {
 				return err

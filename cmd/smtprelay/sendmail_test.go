@@ -139,6 +139,10 @@ func TestSendmailReadsItsOwnFileAndNotThatOfTheCurrentFolder(t *testing.T) {
 func TestUsageErrorsEndWith2AndSayWhat(t *testing.T) {
 	for args, want := range map[string]string{
 		"smtprelay nonsense":              "unknown command",
+		"smtprelay outbox nonsense":       `unknown command "nonsense" for "smtprelay outbox"`,
+		"smtprelay outbox resolve one":    "usage: smtprelay outbox resolve ID",
+		"smtprelay serve 8025":            `serve takes flags only, and no "8025"`,
+		"smtprelay man":                   "usage: smtprelay man FOLDER",
 		"smtprelay send":                  "nothing to send: name files, mailboxes or folders",
 		"smtprelay send --nonsense x":     "unknown flag",
 		"smtprelay check --from a@b.test": "--from and --to belong together",
