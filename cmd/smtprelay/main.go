@@ -8,6 +8,8 @@
 //	smtprelay serve --fault 'rcpt=450 4.2.1 later'     # a relay to develop against, with a page
 //	smtprelay outbox list --state unknown,dead         # what a service's outbox wants a person to decide
 //
+// To install it, run "go install ./cmd/smtprelay" in a clone of the repository.
+//
 // Check tells step by step what works, and of what does not what to change. Send reads messages from files, mailboxes and
 // folders; its journal knows what became of each, so that the same command once more sends nothing twice.
 //
