@@ -59,7 +59,7 @@
 // # Exit status
 //
 //	check     0 all is well   2 usage or settings   3 not reached, or hung up   4 TLS   5 AUTH   6 sender or recipient refused
-//	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
+//	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some unknown
 //	sendmail  as in sysexits.h
 //	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
 //	outbox    0 done               1 no such message, or not possible in its state   2 usage or settings   3 the store was not reached, or no address for the page

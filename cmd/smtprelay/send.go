@@ -50,11 +50,11 @@ Sender or From; the recipients are --to, else To, Cc and Bcc. Bcc is never sent;
 Ctrl-C takes no further message and finishes what is under way; a second one gives that up.
 
 With --journal the same command once more goes on where it was, killed or not, and sends nothing twice. A message whose end
-may have left when the program was killed is of unknown fate: it is listed, and not sent again unless --resend-unknown says
-so. Messages that were refused for now, or not reached, are sent again; those refused for good only with --retry-refused.
+may have left when the program was killed is unknown: the relay may have it or not. It is listed, and not sent again unless
+--resend-unknown says so. Messages that were refused for now, or not reached, are sent again; those refused for good only with
+--retry-refused.
 
-Exit status: 0 all accepted, 1 some refused for good, 2 usage or settings, 3 some not sent yet (run it again), 4 some of
-unknown fate.
+Exit status: 0 all accepted, 1 some refused for good, 2 usage or settings, 3 some not sent yet (run it again), 4 some unknown.
 
 ` + relayHelp,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -73,7 +73,7 @@ unknown fate.
 	flags.Float64Var(&f.rate, "rate", 0, "messages a second at most; 0 is as many as the relay takes")
 	flags.IntVar(&f.conns, "conns", 0, "connections at most; 0 is what the URL says, or 10")
 	flags.BoolVar(&f.retryRefused, "retry-refused", false, "send again to those who were refused for good")
-	flags.BoolVar(&f.resendUnknown, "resend-unknown", false, "send again what is of unknown fate: some may get it twice")
+	flags.BoolVar(&f.resendUnknown, "resend-unknown", false, "send again what is unknown: some may get it twice")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "list what would be sent, and send nothing")
 	flags.BoolVar(&f.asJSON, "json", false, "print a line of JSON for each message that was sent")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "no progress")
@@ -158,7 +158,7 @@ type job struct {
 
 	// Of the goroutine that reads the sources, until SendAll has ended.
 	before   [4]int   // messages of earlier runs: see count
-	unknown  []string // earlier runs left of unknown fate
+	unknown  []string // earlier runs left unknown
 	mistakes []string // sources that cannot be read
 
 	accepted, partly, refused, left int // messages of this run
@@ -352,7 +352,7 @@ func (j *job) exit(err error) error {
 			what string
 		}{
 			{j.accepted, "accepted"}, {j.partly, "accepted for some of their recipients"}, {j.refused, "refused"}, {j.left, "not sent yet"},
-			{len(lost), "of unknown fate"}, {j.before[0], "accepted in earlier runs"}, {j.before[exitSomeRefused], "refused in earlier runs"},
+			{len(lost), "unknown"}, {j.before[0], "accepted in earlier runs"}, {j.before[exitSomeRefused], "refused in earlier runs"},
 			{len(j.mistakes), "cannot be read"},
 		} {
 			if c.n > 0 {
@@ -365,7 +365,7 @@ func (j *job) exit(err error) error {
 		fmt.Fprintf(out, "Messages: %s.\n", strings.Join(parts, ", "))
 	}
 	if len(lost) > 0 {
-		fmt.Fprintln(out, "\nOf unknown fate (the relay may have them; --resend-unknown sends them again, and some may arrive twice):")
+		fmt.Fprintln(out, "\nUnknown (the relay may have them; --resend-unknown sends them again, and some may arrive twice):")
 		for _, l := range lost {
 			fmt.Fprintln(out, " ", l)
 		}

@@ -145,8 +145,8 @@ func TestExitStatusSaysWhatBecameOfTheMessages(t *testing.T) {
 	}{
 		"refused": {smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"}, exitSomeRefused, "Messages: 1 refused.\n"},
 		"for now": {smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 later"}, exitSomeLeft, "Messages: 1 not sent yet.\nWithout --journal the same command would send everything again.\n"},
-		"unknown": {smtptest.Fault{At: smtptest.Accepted, Drop: true}, exitSomeUnknown, "Messages: 1 of unknown fate.\n\n" +
-			"Of unknown fate (the relay may have them; --resend-unknown sends them again, and some may arrive twice):\n  stdin: to ann@example.org\n"},
+		"unknown": {smtptest.Fault{At: smtptest.Accepted, Drop: true}, exitSomeUnknown, "Messages: 1 unknown.\n\n" +
+			"Unknown (the relay may have them; --resend-unknown sends them again, and some may arrive twice):\n  stdin: to ann@example.org\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			relayFor(t).Fault(c.fault)
@@ -183,15 +183,15 @@ func TestJournalSendsTheRestAndNothingTwice(t *testing.T) {
 	}
 	const lost = "lost shop@example.com>lost@example.org"
 	first := []string{"ann shop@example.com>ann@example.org", "bob shop@example.com>bob@example.org", lost, "some shop@example.com>dan@example.org", "twin shop@example.com>twin@example.org"}
-	send(exitSomeUnknown, "Messages: 3 accepted, 1 refused, 3 not sent yet, 1 of unknown fate.\n")
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 refused, 3 not sent yet, 1 unknown.\n")
 	same(t, subjects(relay), first...)
 
 	full.Remove()
-	send(exitSomeUnknown, "Messages: 3 accepted, 1 of unknown fate, 3 accepted in earlier runs, 1 refused in earlier runs.\n")
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 unknown, 3 accepted in earlier runs, 1 refused in earlier runs.\n")
 	same(t, subjects(relay), []string{first[0], first[1], "full shop@example.com>full@example.org", lost, first[3], "some shop@example.com>full@example.org", first[4], first[4]}...)
 
 	n := len(relay.Messages())
-	send(exitSomeUnknown, "Messages: 1 of unknown fate, 5 accepted in earlier runs, 2 refused in earlier runs.\n")
+	send(exitSomeUnknown, "Messages: 1 unknown, 5 accepted in earlier runs, 2 refused in earlier runs.\n")
 	if len(relay.Messages()) != n {
 		t.Error("a third run has sent something")
 	}

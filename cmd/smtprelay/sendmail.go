@@ -53,12 +53,14 @@ func newSendmail() *cobra.Command {
 		Long: `Sendmail sends one message, as programs expect it from an MTA's command of this name. Link the program to
 /usr/sbin/sendmail. There is no queue: where the relay does not take the message now, the exit status is 75.
 
-Where the message has no From, Date or Message-ID, they are added. There are no local mailboxes and no aliases: recipients are whole
-addresses, and in a crontab MAILTO names one. The options -B, -G, -L, -m, -N, -n, -O, -R, -U, -V and -X are taken, and mean nothing. The relay is SMTP_URL in the environment, else in
-` + sendmailEnv + ` (SMTPRELAY_ENV names another file).
+Where the message has no From, Date or Message-ID, they are added. There are no local mailboxes and no aliases: recipients are
+whole addresses, and in a crontab MAILTO names one. The options -B, -G, -L, -m, -N, -n, -O, -R, -U, -V and -X are taken, and
+mean nothing. The relay is SMTP_URL in the environment, else in ` + sendmailEnv + ` (SMTPRELAY_ENV names another
+file).
 
 Exit status, as in sysexits.h: 0 accepted for all, 64 usage, 65 the message is wrong or refused, 66 stdin cannot be read, 67
-recipients refused, 69 of unknown fate (do not send it again unseen), 75 try again later, 77 login refused, 78 no relay is set.`,
+recipients refused, 69 unknown: the relay may have it (do not send it again unseen), 75 try again later, 77 login refused, 78 no
+relay is set.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd, args) },
 	}
 	flags := cmd.Flags()

@@ -91,7 +91,7 @@ func TestSendmailEndsWithTheStatusesOfSysexits(t *testing.T) {
 		"message refused":      {fault: smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 spam"}, exit: 65},
 		"for now":              {fault: smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 later"}, exit: 75},
 		"login refused":        {fault: smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 no"}, exit: 77},
-		"of unknown fate":      {fault: smtptest.Fault{At: smtptest.Accepted, Drop: true}, exit: 69},
+		"unknown":              {fault: smtptest.Fault{At: smtptest.Accepted, Drop: true}, exit: 69},
 		"nothing listens":      {url: "smtp+insecure://127.0.0.1:" + unusedPort(t), exit: 75},
 		"wrong URL":            {url: "http://example.com", exit: 78},
 		"a file of its own":    {url: "-", exit: 78},
