@@ -353,7 +353,7 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		why, url string // a secret, if there is one, has the word s3cret in it
 		says     []string
 	}{
-		{"nothing", "", []string{"no scheme"}},
+		{"nothing", "", []string{"the URL is empty"}},
 		{"a host alone", "relay.example", []string{"no scheme"}},
 		{"host and port alone, whose host looks like a scheme", "relay.example:587", []string{"no scheme"}},
 		{"user and password without scheme, whose user is the key too (Postmark)", "s3cret:s3cret@relay.example", []string{"no scheme"}},

@@ -23,6 +23,9 @@
 // allows: 10 connections and 100 messages on each, unless [Limits] says otherwise. On a busy connection it writes the next
 // message before the reply to the previous message has arrived (RFC 2920), so that a message costs one round trip.
 //
+// docs/wishes.md in the repository has the code for what services want beyond that: HTML and attachments, many messages, a queue,
+// metrics, tenants, DKIM and the rest.
+//
 // # Security
 //
 // Mail and credentials cross only a TLS connection whose certificate was verified for the host of Config.Addr. There is no silent

@@ -1,7 +1,8 @@
-// Examples of what a service needs around its mails: settings, readiness, metrics, blind copies, a rate, bodies made on the way, tests.
+// Examples of what a service needs around its mails: settings, readiness, metrics, blind copies, a rate, bodies made on the way or signed, tests.
 package smtprelay_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"expvar"
@@ -264,4 +265,33 @@ func ExampleParseAddresses() {
 	to, err := smtprelay.ParseAddresses(`"Smith, Ann" <ann@example.org>`, "bob@example.org, Carol <carol@example.org>")
 	fmt.Println(to, err)
 	// Output: [ann@example.org bob@example.org carol@example.org] <nil>
+}
+
+// DKIM, where the relay does not sign. Sign last, and change nothing afterwards; the signature covers the line ends, so they are CRLF
+// already. sign stands for dkim.Sign of github.com/emersion/go-msgauth.
+func ExampleBytes_dkim() {
+	relay := smtptest.NewServer()
+	defer relay.Close()
+	client, err := smtprelay.New(relay.Config())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	sign := func(w io.Writer, rfc5322 []byte) error {
+		_, err := fmt.Fprintf(w, "DKIM-Signature: v=1; d=example.com; s=mail; b=dGVzdA==\r\n%s", rfc5322)
+		return err
+	}
+
+	var signed bytes.Buffer
+	if err := sign(&signed, []byte("From: shop@example.com\r\nTo: ann@example.org\r\nSubject: Your order\r\n\r\nIt is ready.\r\n")); err != nil {
+		log.Fatal(err)
+	}
+	_, err = client.Send(context.Background(), smtprelay.Message{
+		From: "shop@example.com",
+		To:   []string{"ann@example.org"},
+		Body: smtprelay.Bytes(signed.Bytes()),
+	})
+	fmt.Println(err, bytes.Equal(relay.Messages()[0].Body, signed.Bytes()))
+	// Output:
+	// <nil> true
 }

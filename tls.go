@@ -147,7 +147,7 @@ func (c *settings) explainClearAuth() error {
 
 // silenceHint is the advice if the relay sends no greeting on a connection without implicit TLS.
 func (c *settings) silenceHint() string {
-	return fmt.Sprintf("if the relay speaks TLS from the first byte on port %s, use TLSImplicit", c.port)
+	return fmt.Sprintf("if the relay speaks TLS from the first byte on port %s, use TLSImplicit, or smtps:// in a URL", c.port)
 }
 
 // clearReply returns the code of an SMTP reply in the clear that arrived in place of a TLS record; 0 if there is none.

@@ -58,6 +58,9 @@ func ParseURL(rawURL string) (Config, error) {
 	}
 	u, err := url.Parse(rawURL)
 	switch {
+	case rawURL == "":
+		wrong.add("the URL is empty: is the variable or the file that holds it set? Want smtps://, smtp:// or smtp+insecure://")
+		return fail()
 	case err != nil:
 		wrong.add("the URL cannot be parsed: %s; want smtps://user:password@host:port with special characters in user and password percent-encoded", parseMistake(err))
 		return fail()

@@ -236,7 +236,7 @@ func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
 		step smtptest.Step
 		says string
 	}{
-		{smtptest.Connect, "at step: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit"},
+		{smtptest.Connect, "at step: greeting; if the relay speaks TLS from the first byte on port 587, use TLSImplicit, or smtps:// in a URL"},
 		{smtptest.EHLO, "at step: EHLO"},
 		{smtptest.StartTLS, "at step: STARTTLS"},
 		{smtptest.TLSHandshake, "at step: TLS handshake"},

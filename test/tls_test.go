@@ -130,7 +130,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and says nothing
 			},
 			op:   smtprelay.OpGreeting,
-			says: []string{"TLSImplicit"},
+			says: []string{"greeting: no greeting within 100ms; ", "TLSImplicit", "smtps://"},
 		},
 		{
 			name:   "wrong password",

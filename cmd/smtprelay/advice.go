@@ -3,10 +3,12 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"regexp"
@@ -72,8 +74,12 @@ func (p *probe) exit() int {
 		return exitTLS
 	case smtprelay.OpAuth:
 		return exitAuth
-	case smtprelay.OpMail, smtprelay.OpRcpt, smtprelay.OpData, smtprelay.OpEnd, smtprelay.OpCheck:
+	case smtprelay.OpCheck:
 		return exitRefused
+	case smtprelay.OpMail, smtprelay.OpRcpt, smtprelay.OpData, smtprelay.OpEnd:
+		if e.Reply.Code != 0 {
+			return exitRefused
+		}
 	}
 	return exitReach
 }
@@ -93,7 +99,7 @@ func (p *probe) problem() *problem {
 	if p.plain {
 		about.Step = string(smtprelay.OpTLS)
 		about.What = fmt.Sprintf("Port %s does not speak TLS from the first byte, and the relay's URL says that it does.", port)
-		about.Change = "Write smtp:// in place of smtps:// in the relay's URL, and keep the port: STARTTLS is then used."
+		about.Change = "Begin the relay's URL with smtp://, and keep the port: STARTTLS is then used."
 		return about
 	}
 	switch e.Op {
@@ -102,8 +108,12 @@ func (p *probe) problem() *problem {
 	case smtprelay.OpGreeting:
 		p.greeting(about, e, host, port, said)
 	case smtprelay.OpEHLO:
-		about.What = "The relay does not like the name by which this machine greets it: " + cmp.Or(said, shortCause(e)) + "."
+		about.What = "The relay refuses the name by which this machine greets it: " + said + "."
 		about.Change = "Add ?local_name=HOST to the relay's URL, with the full name of this machine in DNS."
+		if said == "" {
+			about.What = "The relay has greeted, and does not answer EHLO: " + shortCause(e) + "."
+			about.Change = "Try again. If it is always so: the relay may refuse this machine's name (?local_name=HOST sets another) or its address; ask its operator."
+		}
 	case smtprelay.OpSTARTTLS:
 		about.What = fmt.Sprintf("The relay does not offer STARTTLS on port %s, and mail and password would cross the network in the clear; nothing was sent.", port)
 		about.Change = "If the relay has a port with TLS from the first byte, use it: smtps:// and port 465.\n" +
@@ -144,10 +154,14 @@ func (p *probe) greeting(about *problem, e *smtprelay.Error, host, port, said st
 		about.Change = "The relay says so itself: its words tell why. It may take no mail from this machine's address, or too many connections are open already."
 	case p.tls:
 		about.What = fmt.Sprintf("Port %s speaks TLS from the first byte, and the relay's URL says that it does not.", port)
-		about.Change = "Write smtps:// in place of smtp:// in the relay's URL, and keep the port."
+		about.Change = "Begin the relay's URL with smtps://, and keep the port."
 	case isTimeout(e.Err):
 		about.What = fmt.Sprintf("Something accepts connections on port %s of %s and says nothing.", port, host)
 		about.Change = "Check the port. A relay that is overloaded or looks this machine up in DNS may take long: ?greeting_timeout=1m waits longer."
+	case errors.Is(e.Err, io.EOF) || errors.Is(e.Err, syscall.ECONNRESET):
+		about.What = fmt.Sprintf("Port %s of %s accepts the connection and closes it without a greeting.", port, host)
+		about.Change = "Check host and port in the relay's URL: relays listen on 587 (smtp://) and 465 (smtps://).\n" +
+			"If they are right, the relay, or a firewall before it, may take no connections from this machine's address."
 	default:
 		about.What = fmt.Sprintf("What answers on port %s of %s is no relay: %s.", port, host, shortCause(e))
 		about.Change = "Check host and port in the relay's URL: relays listen on 587 (smtp://) and 465 (smtps://)."
@@ -172,7 +186,6 @@ func (p *probe) speaksTLS(ctx context.Context) bool {
 }
 
 func (p *probe) handshake(about *problem, e *smtprelay.Error, host, port string) {
-	const trust = "If it is the relay's, save its certificate as a PEM file and add ?ca=FILE to the relay's URL. If not, somebody else is answering in its place."
 	_, isHeader := errors.AsType[tls.RecordHeaderError](e.Err)
 	name, isName := errors.AsType[x509.HostnameError](e.Err)
 	invalid, isInvalid := errors.AsType[x509.CertificateInvalidError](e.Err)
@@ -199,7 +212,14 @@ func (p *probe) handshake(about *problem, e *smtprelay.Error, host, port string)
 		about.Change = "The relay's operator has to renew it. If that was done, check the clock of this machine: it says " + now.UTC().Format(time.RFC1123) + "."
 	case isUnknown && unknown.Cert != nil && unknown.Cert.Issuer.String() == unknown.Cert.Subject.String():
 		about.What = "The certificate is self-signed: no authority that this machine trusts vouches for it."
-		about.Change = trust
+		starttls := " -starttls smtp"
+		if tlsWords(p.cfg) == tlsImplicit {
+			starttls = ""
+		}
+		about.Change = "Ask the relay's operator whether its certificate has this SHA-256 fingerprint:\n" +
+			fmt.Sprintf("  % X\n", sha256.Sum256(unknown.Cert.Raw)) +
+			"If not, somebody else is answering in the relay's place. If so, save the certificate, and add ?ca=relay.pem to the relay's URL:\n" +
+			fmt.Sprintf("  openssl s_client -connect %s%s </dev/null | openssl x509 >relay.pem", net.JoinHostPort(host, port), starttls)
 	case isUnknown:
 		about.What = "The certificate comes from an authority that this machine does not trust."
 		if unknown.Cert != nil {
@@ -248,10 +268,13 @@ func (p *probe) auth(about *problem, e *smtprelay.Error, host, said string) {
 	case e.Reply.Code/100 == 4:
 		about.What = "The relay cannot check user name and password now: " + said + "."
 		about.Change = "Nothing: try again later."
+	case p.state == nil && p.offers("STARTTLS"):
+		about.What = "The relay takes a login only after STARTTLS, and the relay's URL says that there is no TLS. The password was not sent."
+		about.Change = "Begin the relay's URL with smtp:// in place of smtp+insecure://."
 	default:
 		about.What = "The relay was not given the password: " + shortCause(e) + "."
 		about.Change = "Port 25 often takes no login: use port 587 (smtp://) or 465 (smtps://). Where the relay needs no login, take user and\n" +
-			"password out of the URL. smtp+insecure:// offers no login at a relay that wants TLS first: write smtp://."
+			"password out of the URL."
 	}
 }
 
@@ -278,9 +301,14 @@ func passwordAdvice(host string) string {
 var wantsLogin = regexp.MustCompile(`(?i)relay|authent|log ?in|access denied`)
 
 func (about *problem) envelope(e *smtprelay.Error, said, user string, auth bool) {
-	if e.Reply.Code == 0 {
-		about.What = "The mail could not be sent: " + e.Error() + "."
-		about.Change = "Look at the error's words."
+	switch {
+	case e.Op == smtprelay.OpCheck:
+		about.What = "The mail cannot be sent by this relay: " + shortCause(e) + "."
+		about.Change = "Use another address."
+		return
+	case e.Reply.Code == 0:
+		about.What = fmt.Sprintf("The relay gave no reply to %s: %s.", e.Op.Text(), shortCause(e))
+		about.Change = "Try again. If it is always so, ask the relay's operator what is in its log at this time: " + time.Now().UTC().Format(time.RFC1123) + "."
 		return
 	}
 	login := e.Reply.Code == 530 || wantsLogin.MatchString(e.Reply.Message)

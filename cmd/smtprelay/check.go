@@ -74,21 +74,32 @@ func newCheck() *cobra.Command {
 allows, and logs in. With --from and --to it asks whether the relay would take a mail for that envelope, and gives up before
 the content, so that nothing is sent; with --send it sends a short one.
 
-Exit status: 0 all is well, 2 usage or settings, 3 the relay was not reached, 4 TLS, 5 login, 6 sender or recipient refused.
+Exit status: 0 all is well, 2 usage or settings, 3 the relay was not reached or hung up, 4 TLS, 5 login, 6 sender or recipient
+refused.
 
 ` + relayHelp,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if (from == "") != (to == "") || send && to == "" {
 				return errors.New("--from and --to belong together, and --send needs them")
 			}
-			s, err := relay.read(true)
-			if err != nil {
+			for flag, address := range map[string]*string{"--from": &from, "--to": &to} {
+				if err := oneAddress(flag, address); err != nil {
+					return err
+				}
+			}
+			r := new(report)
+			if s, err := relay.read(true); err == nil {
+				ctx, cancel := context.WithTimeout(cmd.Context(), limit)
+				defer cancel()
+				r = check(ctx, s, from, to, send)
+			} else if asJSON {
+				r.Resolve = step{Name: "settings", Text: err.Error()}
+				r.fail(exitUsage, &problem{Step: "settings", What: err.Error(), Change: "Set the relay as smtprelay check --help says."})
+			} else {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), limit)
-			defer cancel()
-			r := check(ctx, s, from, to, send)
+			var err error
 			if asJSON {
 				out := json.NewEncoder(cmd.OutOrStdout())
 				out.SetIndent("", "  ")
@@ -117,7 +128,7 @@ func check(ctx context.Context, s setting, from, to string, send bool) *report {
 	cfg := s.cfg
 	cfg.Addr = cmp.Or(cfg.Addr, "smtp.sendgrid.net:587")
 	host, port, err := net.SplitHostPort(cfg.Addr)
-	r := &report{Relay: cfg.Addr, TLS: tlsWords(cfg.TLS, port), User: cfg.Username, From: s.from}
+	r := &report{Relay: cfg.Addr, TLS: tlsWords(cfg), User: cfg.Username, From: s.from}
 	if _, configErr := smtprelay.New(cfg); err != nil || configErr != nil {
 		r.Resolve = step{Name: "settings", Text: oneOf(err, configErr).Error()}
 		r.fail(exitUsage, &problem{Step: "settings", What: "The settings are wrong: " + r.Resolve.Text + ".", Change: "Change the relay's URL (" + s.from + ")."})
@@ -139,7 +150,9 @@ func check(ctx context.Context, s setting, from, to string, send bool) *report {
 		addrs[i] = a.Unmap()
 		texts = append(texts, addrs[i].String())
 	}
-	r.Resolve.Text = host + " is " + strings.Join(texts, ", ")
+	if r.Resolve.Text = host + " is " + strings.Join(texts, ", "); r.Resolve.Millis == 0 {
+		r.Resolve.Text = host + " is an address"
+	}
 
 	// Each address is asked without a login, and then the first that works with it: a wrong password is tried once only, since
 	// some relays lock the account.
@@ -162,7 +175,7 @@ func check(ctx context.Context, s setting, from, to string, send bool) *report {
 				r.Envelope = p.envelope(ctx, from, to, send)
 			}
 			if r.Envelope != nil && !r.Envelope.OK {
-				r.fail(exitRefused, p.problem())
+				r.fail(p.exit(), p.problem())
 			}
 		case p.err != nil && failed == nil:
 			failed = p
@@ -199,11 +212,6 @@ func oneOf(errs ...error) error {
 	return nil
 }
 
-func portOf(addr string) string {
-	_, port, _ := net.SplitHostPort(addr)
-	return port
-}
-
 func portNumber(port string) uint16 {
 	n, _ := strconv.ParseUint(port, 10, 16) // New has checked it
 	return uint16(n)
@@ -216,14 +224,17 @@ func millis(d time.Duration) float64 {
 
 const tlsImplicit = "TLS from the first byte"
 
-func tlsWords(mode smtprelay.TLSMode, port string) string {
+// tlsWords says which TLS the Client of cfg wants.
+func tlsWords(cfg smtprelay.Config) string {
+	host, port, _ := net.SplitHostPort(cfg.Addr)
+	ip, _ := netip.ParseAddr(host)
 	switch {
-	case mode == smtprelay.TLSImplicit, mode != smtprelay.TLSNone && (port == "465" || port == "2465"):
+	case cfg.TLS == smtprelay.TLSImplicit, cfg.TLS != smtprelay.TLSNone && (port == "465" || port == "2465"):
 		return tlsImplicit
-	case mode == smtprelay.TLSOpportunistic:
-		return "STARTTLS if it is offered"
-	case mode == smtprelay.TLSNone:
+	case cfg.TLS == smtprelay.TLSNone:
 		return "no TLS"
+	case cfg.TLS == smtprelay.TLSOpportunistic, cfg.TLS == smtprelay.TLSByPort && (host == "localhost" || ip.IsLoopback()):
+		return "STARTTLS if it is offered"
 	}
 	return "STARTTLS"
 }
@@ -400,7 +411,7 @@ func (p *probe) run(ctx context.Context) {
 	}
 	// A relay that is spoken to before it has greeted answers a TLS handshake with its greeting or with a refusal.
 	_, isHeader := errors.AsType[tls.RecordHeaderError](e.Err)
-	if tlsWords(p.cfg.TLS, portOf(p.cfg.Addr)) == tlsImplicit && (isHeader || e.Op == smtprelay.OpGreeting) {
+	if tlsWords(p.cfg) == tlsImplicit && (isHeader || e.Op == smtprelay.OpGreeting) {
 		p.plain = p.greets()
 	} else if e.Op == smtprelay.OpGreeting && e.Reply.Code == 0 {
 		p.tls = p.speaksTLS(ctx)
@@ -428,6 +439,22 @@ func (p *probe) run(ctx context.Context) {
 		s.Text = chainWords(p.chain)
 	}
 	p.report.Steps = append(p.report.Steps, s)
+}
+
+// oneAddress makes the value of a flag, which may be "Ann <ann@example.org>", the address alone.
+func oneAddress(flag string, value *string) error {
+	if *value == "" {
+		return nil
+	}
+	list, err := smtprelay.ParseAddresses(*value)
+	if err != nil {
+		return fmt.Errorf("%s: %w", flag, oneOf(err))
+	}
+	if len(list) != 1 {
+		return fmt.Errorf("%s: want one address", flag)
+	}
+	*value = list[0]
+	return nil
 }
 
 // expiry warns of a certificate that expires soon.
@@ -502,7 +529,7 @@ func (p *probe) allows(ctx context.Context) []string {
 		list = append(list, "no limit of size is announced")
 	}
 	if p.offers("PIPELINING") {
-		list = append(list, "PIPELINING: one round trip for each message on a busy connection; a relay that does not bear it is noticed and spared")
+		list = append(list, "PIPELINING: one round trip for each message on a busy connection; messages stop overlapping by themselves if the relay cannot do it")
 	} else {
 		list = append(list, "no PIPELINING: each command waits for the reply to the one before, some four round trips for each message")
 	}
@@ -550,11 +577,11 @@ func (p *probe) chunking(ctx context.Context) string {
 	defer q.mu.Unlock()
 	switch {
 	case q.unsound:
-		return "not sound: a refused chunk is not thrown away; bodies go by DATA, with ?chunking=on too"
+		return "not safe here: the relay does not discard a chunk that it refuses; bodies go by DATA, even with ?chunking=on"
 	case err != nil:
-		return "offered, but the question about refused chunks failed; leave it off"
+		return "offered, but the test whether it is safe failed; leave it off"
 	case q.asked:
-		return "shown sound: a refused chunk is thrown away; ?chunking=on uses it, which saves a round trip where connections are not busy"
+		return "safe here: the relay discards a chunk that it refuses; ?chunking=on saves a round trip where connections are not busy"
 	}
 	return "offered"
 }
@@ -600,7 +627,11 @@ func (r *report) print(w io.Writer) {
 	}
 	list("What the relay allows", r.Allows)
 	list("Warnings", r.Warnings)
-	if r.Problem == nil {
+	switch {
+	case r.Problem == nil && r.Envelope == nil:
+		fmt.Fprintln(w, "\nAll is well so far. To ask for a sender and a recipient too, add --from and --to.")
+		return
+	case r.Problem == nil:
 		fmt.Fprintln(w, "\nAll is well: mail can be sent.")
 		return
 	}

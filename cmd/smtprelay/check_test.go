@@ -137,6 +137,11 @@ func TestCheckGolden(t *testing.T) {
 			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
 		"sender-refused": {fault: &smtptest.Fault{At: smtptest.Mail, Reply: "550 5.7.1 the from address does not match a verified Sender Identity"},
 			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitRefused},
+		"login-behind-starttls": {url: func(u *url.URL, q url.Values) { u.Scheme = "smtp+insecure"; q.Del("ca") }, exit: exitAuth},
+		"no-greeting":           {fault: &smtptest.Fault{At: smtptest.Connect, Drop: true, Count: -1}, exit: exitReach},
+		"no-reply-to-ehlo":      {fault: &smtptest.Fault{At: smtptest.EHLO, Drop: true, Count: -1}, exit: exitReach},
+		"no-reply-to-mail": {fault: &smtptest.Fault{At: smtptest.Mail, Drop: true, Count: -1},
+			args: []string{"--from", "shop@example.com", "--to", "ann@example.org"}, exit: exitReach},
 		"wrong-url":            {url: func(u *url.URL, q url.Values) { u.Scheme = "http"; q.Set("max_conn", "3") }, exit: exitUsage},
 		"one-address-does-not": {relay: func(s *smtptest.Server) { s.Addresses = 2 }, fault: &smtptest.Fault{At: smtptest.Connect, Addr: 2, Reply: "421 4.3.2 draining", Drop: true, Count: -1}},
 	} {
@@ -206,6 +211,8 @@ func settled(text string) string {
 		{`(?i)(port) \d+`, "$1 PORT"},
 		{`\(?\b[0-9.e-]+ ms\)?`, "TIME"},
 		{`it says .*`, "it says NOW."},
+		{`at this time: .*`, "at this time: NOW."},
+		{`([0-9A-F]{2} ){31}[0-9A-F]{2}`, "FINGERPRINT"},
 		{`lookup (\S+) on \S+:`, "lookup $1:"},
 		{`session [0-9a-zA-Z]+`, "session ID"},
 	} {
@@ -224,6 +231,31 @@ func TestCheckTellsProgramsTheSameByJSON(t *testing.T) {
 	}
 	if code != exitAuth || r.Exit != code || r.Problem == nil || r.Problem.Step != "auth" || r.Problem.Change == "" || len(r.Addresses) != 1 || len(r.Addresses[0].Steps) < 6 {
 		t.Errorf("exit %d, report %s", code, out)
+	}
+}
+
+func TestCheckTellsProgramsOfWrongSettingsByJSON(t *testing.T) {
+	t.Setenv("SMTP_URL", "relay.example:587")
+	code, out, _ := command(t, "", "smtprelay", "check", "--json")
+	var r report
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		t.Fatal(err)
+	}
+	if code != exitUsage || r.Exit != code || r.Problem == nil || r.Problem.Step != "settings" {
+		t.Errorf("exit %d, report %s", code, out)
+	}
+}
+
+func TestCheckTakesAddressesWithNames(t *testing.T) {
+	relay := smtptest.New(t)
+	t.Setenv("SMTP_URL", relay.URL())
+	if code, out, errs := command(t, "", "smtprelay", "check", "--from", "Shop <shop@example.com>", "--to", "ann@example.org"); code != 0 {
+		t.Errorf("exit status %d\n%s%s", code, out, errs)
+	}
+	for _, to := range []string{"ann", "ann@example.org, bob@example.org"} {
+		if code, _, errs := command(t, "", "smtprelay", "check", "--from", "shop@example.com", "--to", to); code != exitUsage || !strings.Contains(errs, "--to: ") {
+			t.Errorf("%q: exit status %d, %s", to, code, errs)
+		}
 	}
 }
 

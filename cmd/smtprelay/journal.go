@@ -19,7 +19,7 @@ import (
 //   - an intent, on the disk before the end of the message can leave: from then on the relay may have it;
 //   - a result, once it is known.
 //
-// An intent without a result is a message of unknown fate. A result that was lost with the machine leaves its intent: nothing is
+// An intent without a result is a message whose outcome is unknown. A result that was lost with the machine leaves its intent: nothing is
 // sent twice, and one more message is unknown.
 type journal struct {
 	f     *os.File // nil: nothing is kept

@@ -8,6 +8,8 @@
 //	smtprelay serve --fault 'rcpt=450 4.2.1 later'     # a relay to develop against, with a page
 //	smtprelay outbox list --state unknown,dead         # what a service's outbox wants a person to decide
 //
+// To install it, run "go install ./cmd/smtprelay" in a clone of the repository.
+//
 // Check tells step by step what works, and of what does not what to change. Send reads messages from files, mailboxes and
 // folders; its journal knows what became of each, so that the same command once more sends nothing twice.
 //
@@ -56,8 +58,8 @@
 //
 // # Exit status
 //
-//	check     0 all is well   2 usage or settings   3 not reached   4 TLS   5 AUTH   6 sender or recipient refused
-//	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some of unknown fate
+//	check     0 all is well   2 usage or settings   3 not reached, or hung up   4 TLS   5 AUTH   6 sender or recipient refused
+//	send      0 all accepted  1 some refused        2 usage or settings   3 some not sent yet: run again   4 some unknown
 //	sendmail  as in sysexits.h
 //	serve     0 ended by Ctrl-C    2 usage or settings   3 an address or a file could not be had
 //	outbox    0 done               1 no such message, or not possible in its state   2 usage or settings   3 the store was not reached, or no address for the page
@@ -139,12 +141,30 @@ func newRoot() *cobra.Command {
 	return root
 }
 
+// takes is an Args for a command with n arguments.
+func takes(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == n:
+			return nil
+		case n == 0 && cmd.HasSubCommands():
+			return fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())
+		case n == 0:
+			return fmt.Errorf("%s takes flags only, and no %q", cmd.Name(), args[0])
+		}
+		return fmt.Errorf("usage: %s", cmd.UseLine())
+	}
+}
+
 func newMan(root *cobra.Command) *cobra.Command {
 	return &cobra.Command{
 		Use:   "man FOLDER",
 		Short: "Write the manual pages into a folder",
-		Args:  cobra.ExactArgs(1),
+		Args:  takes(1),
 		RunE: func(_ *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
 			root.DisableAutoGenTag = true
 			return doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "smtprelay"}, args[0]) // of this month, or of SOURCE_DATE_EPOCH
 		},

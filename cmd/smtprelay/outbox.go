@@ -61,7 +61,7 @@ the command there, as the user whose folder it is.
 ` + storeHelp + `
 
 Exit status: 0 done, 1 no such message or not possible in its state, 2 usage or settings, 3 the store was not reached, or page has no address.`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVar(&f.store, "store", "", "folder or `URL` of the store; without it SMTPRELAY_OUTBOX")
@@ -322,7 +322,7 @@ Where there are more than --limit, the last line (on stderr) says how to go on.
 
     smtprelay outbox list --state dead --to @example.org
     smtprelay outbox list --state dead --json --limit 0 | jq -r .id | xargs -d '\n' -n 1 smtprelay outbox requeue --`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.tenantOnly = cmd.Flags().Changed("tenant")
 			if _, _, err := f.read(); err != nil {
@@ -442,7 +442,7 @@ func newOutboxShow(store *storeFlags) *cobra.Command {
 		Short: "Show a message: its state, what the relay has said, its envelope and its header",
 		Long: `Show shows one message: its state, what the relay has said for each recipient, its envelope and its header. Its body is shown with
 --body only, which writes the whole message as it is sent, and nothing else.`,
-		Args: cobra.ExactArgs(1),
+		Args: takes(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if withBody && asJSON {
 				return errors.New("--body and --json: one of them")
@@ -687,7 +687,7 @@ func newOutboxResolve(store *storeFlags) *cobra.Command {
     sent      the relay has it: it counts as accepted
     resend    it is sent again, to all who have not certainly got it; if it is unknown they may get it twice
     drop      it is not sent again: it is cancelled`,
-		Args: cobra.ExactArgs(2),
+		Args: takes(2),
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 1 {
 				return verdicts, cobra.ShellCompDirectiveNoFileComp
@@ -709,7 +709,7 @@ func newOutboxRequeue(store *storeFlags) *cobra.Command {
 		Short: "Send a dead message again",
 		Long: `Requeue sends a message that is dead again, to those who have not got it: what the relay has refused is mended. An unknown one is left
 alone, since the relay may have it.`,
-		Args: cobra.ExactArgs(1),
+		Args: takes(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return store.decide(cmd, args[0], deeds["requeue"]) },
 	}
 }
@@ -720,7 +720,7 @@ func newOutboxCancel(store *storeFlags) *cobra.Command {
 		Short: "Keep a queued message from being sent",
 		Long: `Cancel keeps a message that is queued from being sent. Once a worker has begun to send its end it is too late. With exit status 0 it is
 certain that the message is not sent.`,
-		Args: cobra.ExactArgs(1),
+		Args: takes(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return store.decide(cmd, args[0], deeds["cancel"]) },
 	}
 }
@@ -758,7 +758,7 @@ func newOutboxStats(store *storeFlags) *cobra.Command {
 		Short: "Count the messages in each state",
 		Long: `Stats counts the messages that are queued, being sent, unknown and dead, and says for how long the oldest has been due: some
 seconds where all is well.`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return store.with(cmd, func(ctx context.Context, box *outbox.Outbox) error {
 				c, err := count(ctx, box)
@@ -785,7 +785,7 @@ func newOutboxWatch(store *storeFlags) *cobra.Command {
 		Short: "Count the messages in each state once a second, until Ctrl-C",
 		Long: `Watch writes a line with what stats counts once a second, until Ctrl-C. Where millions are stored a count takes a while: use a longer
 --every.`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if every <= 0 {
 				return errors.New("--every: want a time such as 1s")

@@ -49,7 +49,7 @@ and lets you resolve, requeue and cancel them. It shows headers and no bodies. I
 On loopback the page is open to who can reach it: all users of this machine. With --token-file it needs a token there too; elsewhere it
 always needs one, which is printed unless --token-file has it. It speaks HTTP without TLS: put a proxy before it where others
 can listen. It loads nothing from elsewhere.`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if _, _, err := net.SplitHostPort(listen); err != nil {
 				return fmt.Errorf("--http %q: want HOST:PORT, such as 127.0.0.1:8026", listen)

@@ -27,6 +27,15 @@ SMTP_PASSWORD or a prompt.`
 // relayFlags say where the relay and its password come from.
 type relayFlags struct {
 	url, file, passwordFile, envFile string
+	none                             bool // the command has none of these flags
+}
+
+// or names a flag as another way, where the command has it.
+func (f *relayFlags) or(flag string) string {
+	if f.none {
+		return ""
+	}
+	return " or a file (" + flag + ")"
 }
 
 func (f *relayFlags) add(cmd *cobra.Command) {
@@ -58,7 +67,7 @@ func (f *relayFlags) read(ask bool) (setting, error) {
 		from = "the prompt"
 	}
 	if rawURL == "" || err != nil {
-		return setting{}, errors.New("no relay is set: put its URL into SMTP_URL (smtps://USER:PASSWORD@HOST:465), or name a file that holds it with --relay-file")
+		return setting{}, fmt.Errorf("no relay is set: put its URL, such as smtps://USER:PASSWORD@HOST:465, into SMTP_URL (in the environment or in %s)%s", f.envFile, f.or("--relay-file"))
 	}
 	if u, err := url.Parse(rawURL); err == nil && u.User != nil {
 		if _, has := u.User.Password(); !has {
@@ -66,10 +75,11 @@ func (f *relayFlags) read(ask bool) (setting, error) {
 			if err != nil {
 				return setting{}, err
 			}
-			if password != "" {
-				u.User = url.UserPassword(u.User.Username(), password)
-				rawURL = u.String()
+			if password == "" {
+				return setting{}, fmt.Errorf("the relay's URL (%s) has a user and no password: put the password into SMTP_PASSWORD%s, or take the user out if the relay wants no login", from, f.or("--password-file"))
 			}
+			u.User = url.UserPassword(u.User.Username(), password)
+			rawURL = u.String()
 		}
 	}
 	cfg, err := smtprelay.ParseURL(rawURL)
@@ -92,7 +102,7 @@ func (f *relayFlags) environment() (func(string) (value, from string), error) {
 			err = nil
 		}
 		if _, ok := errors.AsType[*fs.PathError](err); err != nil && !ok {
-			err = fmt.Errorf("%s cannot be read: want lines such as SMTP_URL='smtps://…'", f.envFile) // the parser's error quotes the line, password and all
+			err = fmt.Errorf("%s cannot be read: want lines such as SMTP_URL='smtps://USER:PASSWORD@HOST:465'", f.envFile) // the parser's error quotes the line, password and all
 		}
 		if err != nil {
 			return nil, err
@@ -139,7 +149,7 @@ func (f *relayFlags) password(env func(string) (string, string), ask bool, user,
 	}
 	password, err := prompt(fmt.Sprintf("Password for %q at %s: ", user, host), true)
 	if errors.Is(err, errNoTerminal) {
-		return "", nil // New says that there is none
+		return "", nil
 	}
 	return password, err
 }

@@ -50,14 +50,19 @@ Sender or From; the recipients are --to, else To, Cc and Bcc. Bcc is never sent;
 Ctrl-C takes no further message and finishes what is under way; a second one gives that up.
 
 With --journal the same command once more goes on where it was, killed or not, and sends nothing twice. A message whose end
-may have left when the program was killed is of unknown fate: it is listed, and not sent again unless --resend-unknown says
-so. Messages that were refused for now, or not reached, are sent again; those refused for good only with --retry-refused.
+may have left when the program was killed is unknown: the relay may have it or not. It is listed, and not sent again unless
+--resend-unknown says so. Messages that were refused for now, or not reached, are sent again; those refused for good only with
+--retry-refused.
 
-Exit status: 0 all accepted, 1 some refused for good, 2 usage or settings, 3 some not sent yet (run it again), 4 some of
-unknown fate.
+Exit status: 0 all accepted, 1 some refused for good, 2 usage or settings, 3 some not sent yet (run it again), 4 some unknown.
 
 ` + relayHelp,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New(`nothing to send: name files, mailboxes or folders, or "-" for stdin`)
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd, args) },
 	}
 	f.relay.add(cmd)
@@ -68,7 +73,7 @@ unknown fate.
 	flags.Float64Var(&f.rate, "rate", 0, "messages a second at most; 0 is as many as the relay takes")
 	flags.IntVar(&f.conns, "conns", 0, "connections at most; 0 is what the URL says, or 10")
 	flags.BoolVar(&f.retryRefused, "retry-refused", false, "send again to those who were refused for good")
-	flags.BoolVar(&f.resendUnknown, "resend-unknown", false, "send again what is of unknown fate: some may get it twice")
+	flags.BoolVar(&f.resendUnknown, "resend-unknown", false, "send again what is unknown: some may get it twice")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "list what would be sent, and send nothing")
 	flags.BoolVar(&f.asJSON, "json", false, "print a line of JSON for each message that was sent")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "no progress")
@@ -76,9 +81,17 @@ unknown fate.
 }
 
 func (f *sendFlags) run(cmd *cobra.Command, args []string) (err error) {
+	if f.from != smtprelay.NullSender {
+		if err := oneAddress("--from", &f.from); err != nil {
+			return err
+		}
+	}
 	env := envelope{from: f.from}
 	if env.to, err = smtprelay.ParseAddresses(f.to...); err != nil {
-		return oneOf(err)
+		return fmt.Errorf("--to: %w", oneOf(err))
+	}
+	if f.rate < 0 {
+		return errors.New("--rate: want messages a second, or 0 for as many as the relay takes")
 	}
 	if slices.Contains(args, "-") && slices.Index(args, "-") != len(args)-1 {
 		return errors.New(`"-" is the last of the sources, and stands once`)
@@ -145,7 +158,7 @@ type job struct {
 
 	// Of the goroutine that reads the sources, until SendAll has ended.
 	before   [4]int   // messages of earlier runs: see count
-	unknown  []string // earlier runs left of unknown fate
+	unknown  []string // earlier runs left unknown
 	mistakes []string // sources that cannot be read
 
 	accepted, partly, refused, left int // messages of this run
@@ -339,7 +352,7 @@ func (j *job) exit(err error) error {
 			what string
 		}{
 			{j.accepted, "accepted"}, {j.partly, "accepted for some of their recipients"}, {j.refused, "refused"}, {j.left, "not sent yet"},
-			{len(lost), "of unknown fate"}, {j.before[0], "accepted in earlier runs"}, {j.before[exitSomeRefused], "refused in earlier runs"},
+			{len(lost), "unknown"}, {j.before[0], "accepted in earlier runs"}, {j.before[exitSomeRefused], "refused in earlier runs"},
 			{len(j.mistakes), "cannot be read"},
 		} {
 			if c.n > 0 {
@@ -352,7 +365,7 @@ func (j *job) exit(err error) error {
 		fmt.Fprintf(out, "Messages: %s.\n", strings.Join(parts, ", "))
 	}
 	if len(lost) > 0 {
-		fmt.Fprintln(out, "\nOf unknown fate (the relay may have them; --resend-unknown sends them again, and some may arrive twice):")
+		fmt.Fprintln(out, "\nUnknown (the relay may have them; --resend-unknown sends them again, and some may arrive twice):")
 		for _, l := range lost {
 			fmt.Fprintln(out, " ", l)
 		}

@@ -129,7 +129,7 @@ func TestWhatCannotBeReadIsNamedAndTheRestIsSent(t *testing.T) {
 	if code != exitUsage || out != "Messages: 1 accepted, 8 cannot be read.\n" || len(relay.Messages()) != 1 {
 		t.Errorf("exit status %d, %q", code, out)
 	}
-	for _, want := range []string{"missing: no such file or directory", `text: line 1 of the header is none: "this is no mail"`, "empty: there is no header", "endless: the header is longer", "cr: line 1 of the header has a carriage return",
+	for _, want := range []string{"missing: no such file or directory", `text: line 1 is no field of a header: "this is no mail"`, "empty: there is no header", "endless: the header is longer", "cr: line 1 of the header has a carriage return",
 		"nobody: there is no recipient", "nosender: there is no sender", "sub: there is no .eml in it"} {
 		if !strings.Contains(errs, want) {
 			t.Errorf("no %q in\n%s", want, errs)
@@ -145,8 +145,8 @@ func TestExitStatusSaysWhatBecameOfTheMessages(t *testing.T) {
 	}{
 		"refused": {smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"}, exitSomeRefused, "Messages: 1 refused.\n"},
 		"for now": {smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 later"}, exitSomeLeft, "Messages: 1 not sent yet.\nWithout --journal the same command would send everything again.\n"},
-		"unknown": {smtptest.Fault{At: smtptest.Accepted, Drop: true}, exitSomeUnknown, "Messages: 1 of unknown fate.\n\n" +
-			"Of unknown fate (the relay may have them; --resend-unknown sends them again, and some may arrive twice):\n  stdin: to ann@example.org\n"},
+		"unknown": {smtptest.Fault{At: smtptest.Accepted, Drop: true}, exitSomeUnknown, "Messages: 1 unknown.\n\n" +
+			"Unknown (the relay may have them; --resend-unknown sends them again, and some may arrive twice):\n  stdin: to ann@example.org\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			relayFor(t).Fault(c.fault)
@@ -183,15 +183,15 @@ func TestJournalSendsTheRestAndNothingTwice(t *testing.T) {
 	}
 	const lost = "lost shop@example.com>lost@example.org"
 	first := []string{"ann shop@example.com>ann@example.org", "bob shop@example.com>bob@example.org", lost, "some shop@example.com>dan@example.org", "twin shop@example.com>twin@example.org"}
-	send(exitSomeUnknown, "Messages: 3 accepted, 1 refused, 3 not sent yet, 1 of unknown fate.\n")
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 refused, 3 not sent yet, 1 unknown.\n")
 	same(t, subjects(relay), first...)
 
 	full.Remove()
-	send(exitSomeUnknown, "Messages: 3 accepted, 1 of unknown fate, 3 accepted in earlier runs, 1 refused in earlier runs.\n")
+	send(exitSomeUnknown, "Messages: 3 accepted, 1 unknown, 3 accepted in earlier runs, 1 refused in earlier runs.\n")
 	same(t, subjects(relay), []string{first[0], first[1], "full shop@example.com>full@example.org", lost, first[3], "some shop@example.com>full@example.org", first[4], first[4]}...)
 
 	n := len(relay.Messages())
-	send(exitSomeUnknown, "Messages: 1 of unknown fate, 5 accepted in earlier runs, 2 refused in earlier runs.\n")
+	send(exitSomeUnknown, "Messages: 1 unknown, 5 accepted in earlier runs, 2 refused in earlier runs.\n")
 	if len(relay.Messages()) != n {
 		t.Error("a third run has sent something")
 	}
@@ -317,9 +317,10 @@ func TestRelayAndPasswordComeFromFilesAndTheEnvironmentAndNeverFromTheCommandLin
 		"flag and .env":          {file: "SMTP_PASSWORD=" + relay.Password + "\n", args: []string{"--relay", noPassword}},
 		"password in the flag":   {args: []string{"--relay", relay.URL()}, exit: exitUsage, errs: "smtprelay: --relay has a password, and other users of this machine see the command line"},
 		"broken flag":            {args: []string{"--relay", "smtp://u:%zz" + relay.Password + "@h"}, exit: exitUsage, errs: "--relay cannot be parsed as a URL"},
-		"nothing":                {exit: exitUsage, errs: "smtprelay: no relay is set: put its URL into SMTP_URL"},
+		"nothing":                {exit: exitUsage, errs: "smtprelay: no relay is set: put its URL, such as smtps://USER:PASSWORD@HOST:465, into SMTP_URL (in the environment or in .env) or a file (--relay-file)"},
 		"broken .env":            {file: "SMTP_URL='" + relay.URL() + "\n", exit: exitUsage, errs: "smtprelay: .env cannot be read"},
 		"no such file":           {args: []string{"--relay-file", "none"}, exit: exitUsage, errs: "no such file"},
+		"no password":            {args: []string{"--relay", noPassword}, exit: exitUsage, errs: "a user and no password: put the password into SMTP_PASSWORD or a file (--password-file)"},
 		"both":                   {args: []string{"--relay-file", urlFile, "--relay", noPassword}, exit: exitUsage, errs: "one of them"},
 	} {
 		t.Run(name, func(t *testing.T) {

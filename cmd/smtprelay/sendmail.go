@@ -53,11 +53,14 @@ func newSendmail() *cobra.Command {
 		Long: `Sendmail sends one message, as programs expect it from an MTA's command of this name. Link the program to
 /usr/sbin/sendmail. There is no queue: where the relay does not take the message now, the exit status is 75.
 
-Where the message has no From, Date or Message-ID, they are added. The relay is SMTP_URL in the environment, else in
-` + sendmailEnv + ` (SMTPRELAY_ENV names another file).
+Where the message has no From, Date or Message-ID, they are added. There are no local mailboxes and no aliases: recipients are
+whole addresses, and in a crontab MAILTO names one. The options -B, -G, -L, -m, -N, -n, -O, -R, -U, -V and -X are taken, and
+mean nothing. The relay is SMTP_URL in the environment, else in ` + sendmailEnv + ` (SMTPRELAY_ENV names another
+file).
 
 Exit status, as in sysexits.h: 0 accepted for all, 64 usage, 65 the message is wrong or refused, 66 stdin cannot be read, 67
-recipients refused, 69 of unknown fate (do not send it again unseen), 75 try again later, 77 login refused, 78 no relay is set.`,
+recipients refused, 69 unknown: the relay may have it (do not send it again unseen), 75 try again later, 77 login refused, 78 no
+relay is set.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd, args) },
 	}
 	flags := cmd.Flags()
@@ -67,9 +70,20 @@ recipients refused, 69 of unknown fate (do not send it again unseen), 75 try aga
 	flags.StringVarP(&f.from2, "sender-too", "r", "", "the same as -f")
 	flags.StringVarP(&f.name, "name", "F", "", "the sender's full `name`, for From")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "tell what the relay says")
-	flags.StringArrayVarP(&f.o, "option", "o", nil, "-oi is -i; others are taken and mean nothing (em, ee, db, …)")
+	flags.StringArrayVarP(&f.o, "option", "o", nil, "-oi is -i; others (-oem, -odb) are taken and mean nothing")
 	flags.StringArrayVarP(&f.b, "mode", "b", nil, "-bm, to send a message, is the only mode")
 	flags.StringArrayVarP(&f.e, "errors", "e", nil, "taken, and means nothing: errors go to stderr")
+	// What cron and others give to every MTA. Each is taken, and means nothing.
+	for _, o := range []struct{ letter, name string }{
+		{"B", "body-type"}, {"L", "label"}, {"N", "dsn"}, {"O", "set-option"}, {"R", "dsn-return"}, {"V", "envelope-id"}, {"X", "log"},
+	} {
+		flags.StringArrayP(o.name, o.letter, nil, "")
+		flags.Lookup(o.name).Hidden = true
+	}
+	for _, o := range []struct{ letter, name string }{{"G", "gateway"}, {"U", "submission"}, {"m", "me-too"}, {"n", "no-aliases"}} {
+		flags.BoolP(o.name, o.letter, false, "")
+		flags.Lookup(o.name).Hidden = true
+	}
 	return cmd
 }
 
@@ -82,7 +96,7 @@ func (f *sendmailFlags) run(cmd *cobra.Command, args []string) error {
 	if !f.extract && len(args) == 0 {
 		return errors.New("no recipients: name them, or use -t")
 	}
-	relay := relayFlags{envFile: cmp.Or(os.Getenv("SMTPRELAY_ENV"), sendmailEnv)}
+	relay := relayFlags{envFile: cmp.Or(os.Getenv("SMTPRELAY_ENV"), sendmailEnv), none: true}
 	s, err := relay.read(false)
 	if err != nil {
 		return &exit{exConfig, err}
@@ -148,7 +162,7 @@ func (f *sendmailFlags) message(cmd *cobra.Command, text []byte, args []string) 
 	}
 	named, err := smtprelay.ParseAddresses(args...)
 	if err != nil {
-		return nil, &exit{exNoUser, oneOf(err)}
+		return nil, &exit{exNoUser, localName(err)}
 	}
 	m := inMemory("stdin", f.complete(text, env.from))
 	if err := m.err(); err != nil {
@@ -160,9 +174,17 @@ func (f *sendmailFlags) message(cmd *cobra.Command, text []byte, args []string) 
 		m.to = append(m.to, named...) // beside those of the header, as Postfix has it
 	}
 	if err := m.seal(env); err != nil {
-		return nil, &exit{exDataErr, err}
+		return nil, &exit{exDataErr, localName(err)}
 	}
 	return m, nil
+}
+
+// localName says of an error about an address what it means to those who are used to an MTA.
+func localName(err error) error {
+	if errors.Is(err, errNoRecipient) {
+		return errors.New("there is no recipient: name them, or give the message To, Cc or Bcc")
+	}
+	return fmt.Errorf("%w; a local name such as root has no mailbox here: want a whole address, in a crontab by MAILTO", oneOf(err))
 }
 
 // complete adds what a message must have and the relay would refuse it for: From, Date and Message-ID.

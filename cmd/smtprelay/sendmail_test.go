@@ -75,19 +75,23 @@ func TestSendmailEndsWithTheStatusesOfSysexits(t *testing.T) {
 		fault       smtptest.Fault
 		url         string
 		exit        int
+		says        string
 	}{
 		"accepted":             {exit: 0},
 		"no recipients":        {args: "sendmail -i", exit: 64},
 		"unknown option":       {args: "sendmail -Z x@example.org", exit: 64},
 		"daemon":               {args: "sendmail -bs", exit: 64},
 		"sender is none":       {args: "sendmail -f nobody ann@example.org", exit: 64},
-		"recipient is none":    {args: "sendmail nobody", exit: 67},
-		"no recipient in -t":   {args: "sendmail -t", stdin: "Subject: x\n\nx\n", exit: 65},
+		"recipient is none":    {args: "sendmail nobody", exit: 67, says: "a local name such as root has no mailbox here"},
+		"local name in -t":     {args: "sendmail -t", stdin: "To: root\nSubject: x\n\nx\n", exit: 65, says: "a local name such as root has no mailbox here"},
+		"as cron calls it":     {args: "sendmail -FCronDaemon -i -B8BITMIME -oem ann@example.org", exit: 0},
+		"options of all MTAs":  {args: "sendmail -i -N never -R hdrs -V x -G -n -L tag -O a=b -X log ann@example.org", exit: 0},
+		"no recipient in -t":   {args: "sendmail -t", stdin: "Subject: x\n\nx\n", exit: 65, says: "there is no recipient: name them"},
 		"recipient refused":    {fault: smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"}, exit: 67},
 		"message refused":      {fault: smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 spam"}, exit: 65},
 		"for now":              {fault: smtptest.Fault{At: smtptest.FinalDot, Reply: "451 4.3.0 later"}, exit: 75},
 		"login refused":        {fault: smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 no"}, exit: 77},
-		"of unknown fate":      {fault: smtptest.Fault{At: smtptest.Accepted, Drop: true}, exit: 69},
+		"unknown":              {fault: smtptest.Fault{At: smtptest.Accepted, Drop: true}, exit: 69},
 		"nothing listens":      {url: "smtp+insecure://127.0.0.1:" + unusedPort(t), exit: 75},
 		"wrong URL":            {url: "http://example.com", exit: 78},
 		"a file of its own":    {url: "-", exit: 78},
@@ -109,7 +113,7 @@ func TestSendmailEndsWithTheStatusesOfSysexits(t *testing.T) {
 				c.stdin = eml("ann@example.org", "x")
 			}
 			code, _, errs := command(t, c.stdin, strings.Fields(c.args)...)
-			if code != c.exit || (code != 0) != strings.HasPrefix(errs, "sendmail: ") {
+			if code != c.exit || (code != 0) != strings.HasPrefix(errs, "sendmail: ") || !strings.Contains(errs, c.says) || strings.Contains(errs, "--") {
 				t.Errorf("exit status %d, want %d: %s", code, c.exit, errs)
 			}
 		})
@@ -135,12 +139,18 @@ func TestSendmailReadsItsOwnFileAndNotThatOfTheCurrentFolder(t *testing.T) {
 func TestUsageErrorsEndWith2AndSayWhat(t *testing.T) {
 	for args, want := range map[string]string{
 		"smtprelay nonsense":              "unknown command",
-		"smtprelay send":                  "requires at least 1 arg",
+		"smtprelay outbox nonsense":       `unknown command "nonsense" for "smtprelay outbox"`,
+		"smtprelay outbox resolve one":    "usage: smtprelay outbox resolve ID",
+		"smtprelay serve 8025":            `serve takes flags only, and no "8025"`,
+		"smtprelay man":                   "usage: smtprelay man FOLDER",
+		"smtprelay send":                  "nothing to send: name files, mailboxes or folders",
 		"smtprelay send --nonsense x":     "unknown flag",
 		"smtprelay check --from a@b.test": "--from and --to belong together",
 		"smtprelay check --send":          "--send needs them",
 		"smtprelay send - x":              `"-" is the last`,
-		"smtprelay send --to nobody -":    "nobody",
+		"smtprelay send --to nobody -":    `--to: addresses "nobody"`,
+		"smtprelay send --from nobody -":  `--from: addresses "nobody"`,
+		"smtprelay send --rate -3 -":      "--rate: want messages a second",
 	} {
 		code, out, errs := command(t, "", strings.Fields(args)...)
 		if code != exitUsage || out != "" || !strings.HasPrefix(errs, "smtprelay: ") || !strings.Contains(errs, want) {
@@ -150,7 +160,7 @@ func TestUsageErrorsEndWith2AndSayWhat(t *testing.T) {
 }
 
 func TestManualPagesAndCompletionAreMadeOfTheSameCommands(t *testing.T) {
-	dir := t.TempDir()
+	dir := filepath.Join(t.TempDir(), "man1") // made by the command
 	if code, _, errs := command(t, "", "smtprelay", "man", dir); code != 0 {
 		t.Fatal(errs)
 	}

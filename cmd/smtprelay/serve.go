@@ -52,7 +52,7 @@ On loopback the page is open to who can reach it; elsewhere it needs a token, wh
 It speaks HTTP without TLS: put a proxy before it where others can listen.
 
 Exit status: 0 ended by Ctrl-C, 2 usage or settings, 3 an address or a file could not be had.`,
-		Args: cobra.NoArgs,
+		Args: takes(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return f.run(cmd) },
 	}
 	flags := cmd.Flags()

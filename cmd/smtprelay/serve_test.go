@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -50,7 +51,7 @@ func TestServeRefusesWrongFlagsBeforeAnythingListens(t *testing.T) {
 		{[]string{"--fault", "rcpt"}, "want STEP=REPLY"},
 		{[]string{"--keep", "many"}, "invalid argument"},
 		{[]string{"--no-such-flag"}, "unknown flag"},
-		{[]string{"more"}, "unknown command"},
+		{[]string{"more"}, "serve takes flags only"},
 		{[]string{"--keep", "0", "--tls", "yes"}, "; "}, // both mistakes
 	} {
 		code, out, errs := command(t, "", append([]string{"smtprelay", "serve"}, c.args...)...)
@@ -63,6 +64,15 @@ func TestServeRefusesWrongFlagsBeforeAnythingListens(t *testing.T) {
 func TestServeTellsWhereItCannotListen(t *testing.T) {
 	code, _, errs := command(t, "", "smtprelay", "serve", "--listen", "127.0.0.1:0", "--http", "203.0.113.1:80")
 	if code != exitListen || !strings.Contains(errs, "203.0.113.1:80") {
+		t.Errorf("exit status %d, %q", code, errs)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	code, _, errs = command(t, "", "smtprelay", "serve", "--listen", l.Addr().String())
+	if code != exitListen || !strings.Contains(errs, l.Addr().String()+" is in use by another program: choose another port with --listen") {
 		t.Errorf("exit status %d, %q", code, errs)
 	}
 	code, _, errs = command(t, "", "smtprelay", "serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--tls", "starttls", "--cert-file", filepath.Join(t.TempDir(), "no", "such", "folder"))

@@ -240,7 +240,7 @@ func (m *mail) readHeader(from io.Reader) (int64, error) {
 		default:
 			name, value, _ := bytes.Cut(content, []byte(":"))
 			if !isField(content) {
-				return 0, fmt.Errorf("line %d of the header is none: %q", fields+1, shorten(string(content)))
+				return 0, fmt.Errorf("line %d is no field of a header: %q; is it a message?", fields+1, shorten(string(content)))
 			}
 			bcc = strings.EqualFold(string(name), "Bcc") || strings.EqualFold(string(name), "Resent-Bcc")
 			if bcc {
@@ -268,6 +268,8 @@ func shorten(text string) string {
 	return text
 }
 
+var errNoRecipient = errors.New("there is no recipient: neither --to nor an address in To, Cc or Bcc")
+
 // seal completes the envelope from the header, and makes the sum.
 func (m *mail) seal(env envelope) error {
 	bcc := m.to
@@ -293,7 +295,7 @@ func (m *mail) seal(env envelope) error {
 	}
 	m.to = unique(m.to)
 	if len(m.to) == 0 {
-		return errors.New("there is no recipient: neither --to nor an address in To, Cc or Bcc")
+		return errNoRecipient
 	}
 	m.sum, err = m.hash(io.Discard)
 	return err

@@ -170,6 +170,9 @@ type TimeoutError struct {
 }
 
 func (e *TimeoutError) Error() string {
+	if e.Step == StepGreeting {
+		return fmt.Sprintf("no greeting within %v", e.After)
+	}
 	return fmt.Sprintf("no reply to %s within %v", e.Step, e.After)
 }
 func (e *TimeoutError) Timeout() bool   { return true }

@@ -52,6 +52,9 @@ func TestFirstProgramSendsFromAnEmptyModule(t *testing.T) {
 		return string(out)
 	}
 	version := strings.Fields(versionOf(t, "github.com/wneessen/go-mail"))[1]
+	if !strings.Contains(string(text), "github.com/wneessen/go-mail@"+version+"\n") {
+		t.Errorf("the README's go get does not name go-mail@%s, with which it is tested", version)
+	}
 	run("go", "mod", "init", "example.com/hello")
 	run("go", "mod", "edit", "-require=github.com/smtprelay/smtprelay@v0.0.0", "-replace=github.com/smtprelay/smtprelay="+root,
 		"-require=github.com/wneessen/go-mail@"+version)

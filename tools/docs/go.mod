@@ -10,6 +10,8 @@ replace (
 	github.com/smtprelay/smtprelay/adapters/relaymail => ../../adapters/relaymail
 	github.com/smtprelay/smtprelay/adapters/relaymailyak => ../../adapters/relaymailyak
 	github.com/smtprelay/smtprelay/fileslots => ../../fileslots
+	github.com/smtprelay/smtprelay/internal/natslog => ../../internal/natslog
+	github.com/smtprelay/smtprelay/natsslots => ../../natsslots
 	github.com/smtprelay/smtprelay/otelsmtprelay => ../../otelsmtprelay
 	github.com/smtprelay/smtprelay/outbox => ../../outbox
 	github.com/smtprelay/smtprelay/outbox/sqlitestore => ../../outbox/sqlitestore
@@ -41,12 +43,16 @@ require (
 	github.com/dustin/go-humanize v1.1.0 // indirect
 	github.com/go-logr/logr v1.4.4 // indirect
 	github.com/go-logr/stdr v1.2.2 // indirect
+	github.com/klauspost/compress v1.20.4 // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
+	github.com/nats-io/nkeys v0.4.17 // indirect
+	github.com/nats-io/nuid v1.0.1 // indirect
 	github.com/ncruces/go-strftime v1.1.0 // indirect
 	github.com/prometheus/client_model v0.6.3 // indirect
 	github.com/prometheus/common v0.72.0 // indirect
 	github.com/prometheus/procfs v0.22.0 // indirect
 	github.com/remyoudompheng/bigfft v0.0.0-20230129092748-24d4a6f8daec // indirect
+	github.com/smtprelay/smtprelay/internal/natslog v0.0.0 // indirect
 	go.opentelemetry.io/auto/sdk v1.2.1 // indirect
 	go.opentelemetry.io/otel v1.47.0 // indirect
 	go.opentelemetry.io/otel/log v1.47.0 // indirect
@@ -74,6 +80,7 @@ require (
 	github.com/mattn/go-colorable v0.1.14 // indirect
 	github.com/mattn/go-isatty v0.0.24 // indirect
 	github.com/mattn/go-runewidth v0.0.19 // indirect
+	github.com/nats-io/nats.go v1.55.0
 	github.com/olekukonko/cat v0.0.0-20250911104152-50322a0618f6 // indirect
 	github.com/olekukonko/errors v1.2.0 // indirect
 	github.com/olekukonko/ll v0.1.6 // indirect
@@ -85,6 +92,7 @@ require (
 	github.com/riverqueue/river/rivertype v0.51.2 // indirect
 	github.com/robfig/cron/v3 v3.0.1 // indirect
 	github.com/smtprelay/smtprelay/fileslots v0.0.0
+	github.com/smtprelay/smtprelay/natsslots v0.0.0
 	github.com/smtprelay/smtprelay/otelsmtprelay v0.0.0
 	github.com/smtprelay/smtprelay/outbox v0.0.0
 	github.com/smtprelay/smtprelay/outbox/sqlitestore v0.0.0
@@ -99,9 +107,9 @@ require (
 	golang.org/x/mod v0.42.0 // indirect
 	golang.org/x/net v0.61.0 // indirect
 	golang.org/x/sync v0.25.0 // indirect
-	golang.org/x/sys v0.49.0 // indirect
+	golang.org/x/sys v0.50.0 // indirect
 	golang.org/x/text v0.43.0 // indirect
-	golang.org/x/time v0.14.0 // indirect
+	golang.org/x/time v0.16.0 // indirect
 	google.golang.org/protobuf v1.36.12 // indirect
 	gopkg.in/alexcesaro/quotedprintable.v3 v3.0.0-20150716171945-2caba252f4dc // indirect
 )

@@ -89,7 +89,7 @@ var faultOptions = []struct {
 // options, separated by semicolons.
 func ParseFault(text string) (FaultSpec, error) {
 	at, rest, ok := strings.Cut(text, "=")
-	if !ok {
+	if !ok || strings.Contains(at, ";") {
 		return FaultSpec{}, errors.New("want STEP=REPLY or STEP=OPTION, such as rcpt=450 4.2.1 later, dot=drop, or mail=delay=2s")
 	}
 	f := FaultSpec{At: strings.ToLower(strings.TrimSpace(at))}

@@ -31,6 +31,7 @@ func TestFaultsThatCannotBeMeantAreRefused(t *testing.T) {
 		"":                                      "want STEP=REPLY",
 		"rcpt":                                  "want STEP=REPLY",
 		"rctp=450 later":                        `"rctp" is no step`,
+		"rcpt 450 later; count=2":               "want STEP=REPLY",
 		"rcpt=":                                 "is no reply",
 		"rcpt=later":                            `"later" is no reply`,
 		"rcpt=45 later":                         "three digits",

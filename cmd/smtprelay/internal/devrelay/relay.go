@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/smtprelay/smtprelay/cmd/smtprelay/internal/guard"
@@ -126,6 +127,9 @@ func Start(cfg Config) (*Relay, error) {
 
 func listenTCP(addr string) (*net.TCPListener, error) {
 	l, err := net.Listen("tcp", addr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%s is in use by another program: choose another port with --listen (SMTP) or --http (the page)", addr)
+	}
 	if err != nil {
 		return nil, err
 	}
