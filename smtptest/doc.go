@@ -10,7 +10,7 @@
 //	// … the code under test …
 //	err := relay.Wait(ctx, 2)     // until two messages have arrived
 //	first := relay.Messages()[0]  // envelope, body, connection
-//	hits := lost.Hits() // how often the fault struck
+//	hits := lost.Hits()           // how often the fault struck
 //	most := relay.Stats().MaxOpen // the largest number of connections open at once
 //
 // Without a testing.TB, create a relay with [NewServer] or [NewUnstartedServer], take its address from [Server.Config] or
