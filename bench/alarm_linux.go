@@ -1,4 +1,4 @@
-// Waiting for a moment, more exactly than the runtime's timers do.
+// Waiting for a point in time, more exactly than the runtime's timers do.
 
 package main
 
@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// alarm waits for one moment at a time. The runtime sleeps in whole milliseconds when nothing else is runnable, which
-// is a fifth of a round trip of 5 ms; a timerfd wakes the poller to within some tens of microseconds.
+// alarm waits for one point in time at a time. The runtime sleeps in whole milliseconds when nothing else is runnable, which is a
+// fifth of a round trip of 5 ms; a timerfd wakes the poller to within some tens of microseconds.
 type alarm struct {
 	file *os.File
 	buf  [8]byte
@@ -25,14 +25,14 @@ func newAlarm() *alarm {
 	return &alarm{file: os.NewFile(uintptr(fd), "timerfd")}
 }
 
-// waitUntil returns when t is reached, at once if it is past.
+// waitUntil returns at t, or at once if t has passed.
 func (a *alarm) waitUntil(t time.Time) {
 	d := time.Until(t)
 	if d <= 0 {
 		return
 	}
 	spec := unix.ItimerSpec{Value: unix.NsecToTimespec(d.Nanoseconds())}
-	raw, err := a.file.SyscallConn() // and not Fd, which would make the descriptor blocking
+	raw, err := a.file.SyscallConn() // not Fd, which would make the descriptor blocking
 	if err != nil {
 		return
 	}

@@ -1,6 +1,6 @@
 //go:build !linux
 
-// Waiting for a moment, as exactly as the runtime's timers do.
+// Waiting for a point in time, as exactly as the runtime's timers do.
 
 package main
 
@@ -10,7 +10,7 @@ type alarm struct{}
 
 func newAlarm() *alarm { return &alarm{} }
 
-// waitUntil returns when t is reached, at once if it is past.
+// waitUntil returns at t, or at once if t has passed.
 func (a *alarm) waitUntil(t time.Time) { time.Sleep(time.Until(t)) }
 
 func (a *alarm) close() {}

@@ -1,4 +1,4 @@
-// The cells of the matrix: which work is done over which line, by whom and how often.
+// The cells of the matrix: which work, over which line, by which peers, and how often.
 
 package main
 
@@ -15,9 +15,9 @@ type cell struct {
 	Senders  int
 	Size     int
 	Chunking bool // the relay offers it
-	InFlight int  // of the raw sender, with CHUNKING
-	Reps     int  // of the peers that the targets name; the median counts
-	Scale    int  // how much work, in percent
+	InFlight int  // of the raw sender and of the deep setting, with CHUNKING
+	Reps     int  // runs of the peers that the targets name; the median counts
+	Scale    int  // the amount of work, in percent
 	Peers    []string
 }
 
@@ -45,7 +45,7 @@ func sizeWord(n int) string {
 	return fmt.Sprintf("%d KB", n>>10)
 }
 
-// The relay's allowance, and the default of many: 10 connections, 100 messages on each.
+// The relay's limits: 10 connections, 100 messages on each, the default of many relays.
 const (
 	maxConns    = 10
 	maxMessages = 100
@@ -56,13 +56,13 @@ const (
 	mega = 1 << 20
 )
 
-// What the library does with CHUNKING by default, and the deep setting that is measured beside it.
+// The library's default with CHUNKING, and the deep setting measured beside it.
 const (
 	inFlightDefault = 4
 	inFlightDeep    = 32
 )
 
-// key are the peers that the targets name; lines those of the plot and of most cells; few those where lockstep costs
+// key are the peers that the targets name; lines those of the plot and of most cells; few those of the cells where lockstep takes
 // minutes.
 var (
 	key   = []string{"smtprelay", "raw DATA", "two round trips", "nodemailer"}
@@ -84,16 +84,16 @@ func all() []string {
 // chunkers are the peers of the cells whose relay offers CHUNKING.
 var chunkers = []string{"smtprelay", "smtprelay deep", "raw CHUNKING", "raw CHUNKING deep", "two round trips"}
 
-// lone are those of them that a single sender can tell apart.
+// lone are the chunkers that differ with a single sender.
 var lone = []string{"smtprelay", "raw CHUNKING", "two round trips"}
 
-// base is the cell that the others differ from in one respect.
+// base is the cell from which each other cell differs in one dimension.
 func base(rtt int) cell {
 	return cell{RTT: rtt, TLS: tlsStart, Senders: 100, Size: 10 * kilo, Reps: 1, Scale: 100, Peers: all()}
 }
 
-// matrix returns the cells. The default is a star: each dimension is varied alone, at 0 and 20 ms. The full one is the
-// product of all dimensions; the quick one shows that everything works, and the order of magnitude.
+// matrix returns the cells. The default is a star: each dimension is varied alone, at 0 and 20 ms. The full one is the product of
+// all dimensions; the quick one shows that everything works, and the order of magnitude.
 func matrix(quick, full bool) []cell {
 	var cells []cell
 	add := func(c cell, change func(*cell)) {
@@ -125,7 +125,7 @@ func matrix(quick, full bool) []cell {
 		add(base(5), nil)
 		add(base(20), func(c *cell) { c.Reps = 3 })
 		add(base(50), func(c *cell) { c.Peers, c.Reps = few, 3 })
-		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 }) // whole lives of ours only
+		add(base(100), func(c *cell) { c.Peers, c.Scale = lines, 50 }) // only peers that need one turn use up their connections
 		for _, rtt := range []int{0, 20} {
 			add(base(rtt), func(c *cell) { c.TLS, c.Peers = tlsNone, lines })
 			add(base(rtt), func(c *cell) { c.Senders, c.Peers = 1, lines })
@@ -143,8 +143,8 @@ func matrix(quick, full bool) []cell {
 	return cells
 }
 
-// messages returns how many messages a peer sends in the cell: whole lives of every connection, so that opening and
-// rotation have their true share, and less where a connection is opened for each message anyway.
+// messages returns how many messages a peer sends in the cell: as many as fill every connection, so that opening and rotation
+// have their true share; fewer if each message has its own connection anyway.
 func (c cell) messages(p *peer) int {
 	conns := min(c.Senders, maxConns)
 	n := conns * maxMessages
@@ -154,12 +154,12 @@ func (c cell) messages(p *peer) int {
 	case p.oneTurn() && c.RTT > 0 && c.Senders > 1 && c.Size < mega:
 		n *= 2
 		if c.Chunking {
-			n = n * 5 / 2 // so that it takes some time at all
+			n = n * 5 / 2 // so that it takes a measurable time
 		}
 	}
 	switch {
 	case c.Size >= mega:
-		n /= 2 // half a life, of everybody
+		n /= 2 // half of what each connection may carry
 	case c.RTT == 0:
 		n *= 5
 	}
@@ -167,7 +167,7 @@ func (c cell) messages(p *peer) int {
 	return max(n, conns)
 }
 
-// oneTurn reports whether the peer is one that needs no more than one turn for a message.
+// oneTurn reports whether the peer needs at most one turn per message.
 func (p *peer) oneTurn() bool { return p.kind == ours || p.kind == limit }
 
 // reps returns how often a peer is measured in the cell.
@@ -178,7 +178,7 @@ func (c cell) reps(p *peer) int {
 	return c.Reps
 }
 
-// senders returns how many goroutines send: a deep setting needs more of them to be deep at all.
+// senders returns how many goroutines send: a deep setting needs more of them to reach its depth.
 func (c cell) senders(p *peer) int {
 	if c.Chunking && c.Senders > 1 && p.deep {
 		return maxConns * inFlightDeep * 2
@@ -186,7 +186,7 @@ func (c cell) senders(p *peer) int {
 	return c.Senders
 }
 
-// job returns what a peer is told.
+// job returns the peer's job.
 func (c cell) job(p *peer) job {
 	inFlight := c.InFlight
 	if inFlight == 0 {

@@ -1,4 +1,4 @@
-// How the driver starts the relay's process and asks it for listeners and counts.
+// How the driver starts the relay's process, and asks it for listeners and counts.
 
 package main
 
@@ -21,16 +21,16 @@ import (
 	"time"
 )
 
-// The relay has a process of its own, so that what a client costs is what its process costs. It is told what to do in
-// lines of JSON on its standard input, and answers each with one on its standard output.
+// The relay has its own process, so that a peer's process shows only the cost of the client. It reads commands as lines of JSON
+// on its standard input, and answers each with one on its standard output.
 
 type relayRequest struct {
 	Open  *relayConfig `json:"open,omitempty"`
-	Close string       `json:"close,omitempty"` // an address that Open was answered with
+	Close string       `json:"close,omitempty"` // an address that Open has returned
 }
 
 type relayAnswer struct {
-	Roots  string       `json:"roots,omitempty"` // PEM; in the first line, which is unasked for
+	Roots  string       `json:"roots,omitempty"` // PEM; only in the first line, which answers no command
 	Addr   string       `json:"addr,omitempty"`
 	Report *relayReport `json:"report,omitempty"`
 	Err    string       `json:"err,omitempty"`
@@ -87,12 +87,12 @@ func relayMain(in io.Reader, out io.Writer) error {
 	return lines.Err()
 }
 
-// relayProcess is the driver's end.
+// relayProcess is the driver's end of the relay's process.
 type relayProcess struct {
 	cmd   *exec.Cmd
 	in    io.WriteCloser
 	out   *json.Decoder
-	roots string // name of a file
+	roots string // name of a PEM file
 }
 
 func startRelay() (*relayProcess, error) {
@@ -147,7 +147,7 @@ func (p *relayProcess) open(cfg relayConfig) (string, error) {
 	return ans.Addr, err
 }
 
-// close ends a listener and returns what it has counted.
+// close ends a listener and returns its counts.
 func (p *relayProcess) close(addr string) (relayReport, error) {
 	ans, err := p.ask(relayRequest{Close: addr})
 	if err != nil {

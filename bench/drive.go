@@ -1,4 +1,4 @@
-// The driver: one run of one peer in a process of its own, against a listener of its own.
+// The driver: runs one peer once, in its own process, against its own listener.
 
 package main
 
@@ -19,7 +19,7 @@ import (
 type driver struct {
 	relay  *relayProcess
 	self   string // this program
-	node   string // "" where there is none
+	node   string // "" if there is no Node.js
 	script string // nodemailer/peer.mjs
 	noNode string // why node is ""
 }
@@ -41,11 +41,11 @@ func newDriver() (*driver, error) {
 
 func (d *driver) stop() { d.relay.stop() }
 
-// findNode installs nodemailer beside its script, where there are node and npm to do that.
+// findNode installs nodemailer beside its script, if node and npm are installed.
 func (d *driver) findNode() error {
 	node, err := exec.LookPath("node")
 	if err != nil {
-		return errors.New("there is no node on this machine")
+		return errors.New("node is not installed")
 	}
 	dir, err := filepath.Abs("nodemailer")
 	if err != nil {
@@ -65,13 +65,13 @@ func (d *driver) findNode() error {
 	return nil
 }
 
-// outcome is what a run came to, as told by both sides.
+// outcome is the result of a run, as reported by both sides.
 type outcome struct {
 	Peer   string      `json:"peer"`
 	Job    job         `json:"job"`
 	Client result      `json:"client"`
 	Relay  relayReport `json:"relay"`
-	Err    string      `json:"err,omitempty"` // the run as such failed
+	Err    string      `json:"err,omitempty"` // the run itself failed
 }
 
 // rate returns messages accepted per second.
@@ -89,7 +89,7 @@ func (o outcome) busy() float64 {
 	return float64(o.Relay.CPU) / float64(max(o.Client.WallNs, 1))
 }
 
-// more is what the script for nodemailer is told beside a job.
+// more is the additional input of nodemailer's script.
 type more struct {
 	job
 	Header       string `json:"header"`
@@ -137,7 +137,7 @@ func (d *driver) run(p *peer, cfg relayConfig, j job) outcome {
 // patience is how long a run may take: far longer than any does.
 const patience = 3 * time.Minute
 
-// child runs a peer's process to its end and reads what it tells.
+// child runs a peer's process and reads its result.
 func (d *driver) child(p *peer, m more, told any) error {
 	m.Header, m.Username, m.Password, m.WarmMessages = header, username, password, warmMessages
 	cmd := exec.Command(d.self, "peer")
@@ -149,7 +149,7 @@ func (d *driver) child(p *peer, m more, told any) error {
 		return err
 	}
 	cmd.Args = append(cmd.Args, string(arg))
-	// Clients that take no TLS configuration, and all others alike, trust the relay by the system's roots.
+	// All clients trust the relay by the system's roots, since some take no TLS configuration.
 	cmd.Env = append(os.Environ(), "SSL_CERT_FILE="+d.relay.roots, "SSL_CERT_DIR=/nonexistent", "NODE_EXTRA_CA_CERTS="+d.relay.roots)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -172,7 +172,7 @@ func hostPort(addr string) (string, int) {
 	return addr[:i], port
 }
 
-// runCell runs every peer of a cell, each as often as it is told, in turns, and keeps of each the run of median rate.
+// runCell runs every peer of a cell several times, alternating between peers, and keeps the run with each peer's median rate.
 func (d *driver) runCell(c cell, progress func(string)) []outcome {
 	runs := make([][]outcome, len(c.Peers))
 	for rep := range max(c.Reps, 1) {

@@ -1,4 +1,4 @@
-// What the matrix does not show: opening a connection, steadiness, large bodies, a crowd that waits.
+// Measurements beside the matrix: opening a connection, steadiness, large bodies, many waiting Sends.
 
 package main
 
@@ -21,11 +21,11 @@ type opening struct {
 	TLS     tlsMode `json:"tls"`
 	TLS12   bool    `json:"tls12"`
 	Fresh   int     `json:"fresh"`   // turns with a full TLS handshake
-	Resumed int     `json:"resumed"` // turns with a resumed session; 0: the peer resumed none
+	Resumed int     `json:"resumed"` // turns with a resumed session; 0: the peer does not resume
 	Err     string  `json:"err,omitempty"`
 }
 
-// openings has each peer send two messages, each on a connection of its own: the second may resume the first's session.
+// openings has each peer send two messages, each on a new connection: the second may resume the first's session.
 func (d *driver) openings(progress func(string)) []opening {
 	var all []opening
 	for _, mode := range []tlsMode{tlsNone, tlsImplicit, tlsStart} {
@@ -52,13 +52,13 @@ func (d *driver) openings(progress func(string)) []opening {
 	return all
 }
 
-// steadiness is how evenly the relay accepted the messages of a long run, in tenths of a second. The first and the last
-// are left out: they are not whole.
+// steadiness is how evenly the relay accepted the messages of a long run, per tenth of a second, without the first and the last
+// tenth, which are incomplete.
 type steadiness struct {
 	Peer             string `json:"peer"`
 	Messages         int    `json:"messages"`
 	Min, Median, Max int
-	Later            int     `json:"later"` // the least once all connections were replaced twice
+	Later            int     `json:"later"` // the minimum once all connections were replaced twice
 	Rate             float64 `json:"rate"`  // messages a second
 	Slices           []int   `json:"slices"`
 	Err              string  `json:"err,omitempty"`
@@ -103,7 +103,7 @@ func (d *driver) large(progress func(string)) []outcome {
 	return all
 }
 
-// waiting is what a Send that waits for a connection holds, the caller's goroutine or promise included.
+// waiting is the memory of a Send that waits for a connection, including the caller's goroutine or promise.
 type waiting struct {
 	Peer   string `json:"peer"`
 	Octets int64  `json:"octets"`
@@ -117,7 +117,7 @@ func (d *driver) waiting(progress func(string)) []waiting {
 	for _, name := range []string{"goroutine", "smtprelay", "smtppool", "nodemailer"} {
 		progress("waiting: " + name)
 		w := waiting{Peer: name}
-		p := &peer{name: name, run: runSmtprelay} // any but nil: the program itself
+		p := &peer{name: name, run: runSmtprelay} // anything but nil: the program itself
 		if name == "nodemailer" {
 			p.run = nil
 		}
@@ -141,8 +141,8 @@ func (d *driver) waiting(progress func(string)) []waiting {
 	return all
 }
 
-// waitersMain is the peer's process for that: it fills the connections of a relay that answers no final dot, and weighs
-// the crowd behind them. It ends without closing anything.
+// waitersMain is the peer's process for that: it fills the connections of a relay that answers no final dot, and measures the
+// memory of the Sends that wait for them. It ends without closing anything.
 func waitersMain(j job, out io.Writer) error {
 	message := newMessage(j.Size)
 	var send func()
@@ -168,11 +168,11 @@ func waitersMain(j job, out io.Writer) error {
 		body := bodyText(j)
 		send = func() { pool.Send(smtppool.Email{From: sender, To: []string{recipient}, Text: body}) }
 	default:
-		return fmt.Errorf("no waiters of %q", j.Peer)
+		return fmt.Errorf("%q has no waiters", j.Peer)
 	}
-	// Twice as many as connections, for those that put a second message behind the first.
+	// Twice as many as connections, since a peer may send a second message after the first.
 	for range 2 * j.Conns {
-		go send() // until the process ends, as are those below
+		go send() // ends with the process, like those below
 	}
 	time.Sleep(time.Second)
 	before := heldOctets()

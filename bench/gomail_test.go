@@ -1,6 +1,6 @@
 package main
 
-// Here belongs that a message of go-mail is sent with its own envelope, and an example of one.
+// Tests that a message of go-mail is sent with its own envelope, and an example.
 
 import (
 	"context"
@@ -16,7 +16,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-func TestMessageOfGoMailIsSentToAllThatItNames(t *testing.T) {
+func TestMessageOfGoMailIsSentToAllItsRecipients(t *testing.T) {
 	relay := smtptest.NewServer()
 	defer relay.Close()
 	client, err := smtprelay.New(relay.Config())
@@ -54,7 +54,7 @@ func TestMessageOfGoMailIsSentToAllThatItNames(t *testing.T) {
 	}
 }
 
-// HTML with a text alternative and an attachment: go-mail makes the mail, and smtprelay sends it with the envelope that it names.
+// HTML with a text alternative and an attachment: go-mail builds the mail, and smtprelay sends it with its envelope.
 func Example_htmlWithAttachment() {
 	relay := smtptest.NewServer()
 	defer relay.Close()

@@ -1,4 +1,4 @@
-// One run of one peer: what it is told, what it tells, and the loop that both share.
+// One run of one peer: its input, its result, and the loop that all peers share.
 
 package main
 
@@ -15,26 +15,26 @@ import (
 	"time"
 )
 
-// job is what a peer's process is told, in JSON as its only argument.
+// job is the input of a peer's process, in JSON as its only argument.
 type job struct {
 	Peer     string  `json:"peer"`
 	Host     string  `json:"host"`
 	Port     int     `json:"port"`
-	WarmPort int     `json:"warm_port"` // a listener without delay, for what a process does only once; 0 means none
+	WarmPort int     `json:"warm_port"` // a listener without delay, for the warm-up; 0 means none
 	TLS      tlsMode `json:"tls"`
-	Senders  int     `json:"senders"`  // goroutines, or whatever the language has, that each send and wait
+	Senders  int     `json:"senders"`  // goroutines, or what the language has instead, that each send and wait
 	Size     int     `json:"size"`     // octets of a message, before dot-stuffing
-	Stream   bool    `json:"stream"`   // the body is written by a function or read from a stream, where the peer can
+	Stream   bool    `json:"stream"`   // write the body by a function or from a stream, if the peer can
 	Conns    int     `json:"conns"`    // connections that the relay allows
-	Rotate   int     `json:"rotate"`   // messages that it allows on each
+	Rotate   int     `json:"rotate"`   // messages that the relay allows on each
 	InFlight int     `json:"inflight"` // with CHUNKING
 	Resume   bool    `json:"resume"`   // keep TLS sessions
 	Messages int     `json:"messages"` // how many to send; 0 means as many as Millis allow
 	Millis   int     `json:"millis"`
-	Cold     bool    `json:"cold"`              // without a warm-up
-	Waiters  int     `json:"waiters,omitempty"` // weigh this many waiting Sends, and nothing else
+	Cold     bool    `json:"cold"`              // no warm-up
+	Waiters  int     `json:"waiters,omitempty"` // only measure the memory of this many waiting Sends
 
-	dial func() (net.Conn, error) // nil means over TCP; for those who dial by hand
+	dial func() (net.Conn, error) // nil means over TCP; for peers that dial themselves
 }
 
 // connect opens a connection to the relay.
@@ -47,22 +47,22 @@ func (j job) connect() (net.Conn, error) {
 
 func (j job) addr() string { return fmt.Sprintf("%s:%d", j.Host, j.Port) }
 
-// result is what a peer's process tells, in JSON on its standard output.
+// result is the output of a peer's process, in JSON on its standard output.
 type result struct {
 	Sent    int      `json:"sent"`
 	Failed  int      `json:"failed"`
 	Errors  []string `json:"errors,omitempty"` // a few of them
 	WallNs  int64    `json:"wall_ns"`          // until the last receipt
 	CPUNs   int64    `json:"cpu_ns"`           // until all connections are closed
-	Mallocs int64    `json:"mallocs"`          // -1 where the language does not tell
-	Octets  int64    `json:"octets"`           // allocated; -1 likewise
+	Mallocs int64    `json:"mallocs"`          // -1 if the language does not count them
+	Octets  int64    `json:"octets"`           // allocated; -1 as above
 	IdleRSS int64    `json:"idle_rss"`         // before the first message
 	PeakRSS int64    `json:"peak_rss"`
 }
 
-// source hands out the numbers of the messages that are still to be sent.
+// source hands out the numbers of the messages still to send.
 type source struct {
-	last  int64 // 0 means no last one
+	last  int64 // 0 means endless
 	until time.Time
 	taken atomic.Int64
 }
@@ -75,7 +75,7 @@ func newSource(messages int, millis int) *source {
 	return s
 }
 
-// next returns the next number, counted from 1, or 0 when there is no more to send.
+// next returns the next number, 1-based, or 0 if no more are to be sent.
 func (s *source) next() int64 {
 	if s.last == 0 && !time.Now().Before(s.until) {
 		return 0
@@ -87,10 +87,10 @@ func (s *source) next() int64 {
 	return n
 }
 
-// tally counts what became of messages.
+// tally counts the outcomes of messages.
 type tally struct {
 	sent atomic.Int64
-	last atomic.Int64 // when the last one was, in ns since the start
+	last atomic.Int64 // when the last one was counted, in ns since the start
 	from time.Time
 
 	mu     sync.Mutex // guards the fields below
@@ -98,7 +98,7 @@ type tally struct {
 	errors []string
 }
 
-// done takes note of one message. It is for many goroutines at once.
+// done counts one message. It is safe for concurrent use.
 func (t *tally) done(err error) {
 	t.last.Store(int64(time.Since(t.from)))
 	if err == nil {
@@ -118,22 +118,22 @@ type peer struct {
 	name string
 	what string // how it is driven
 	kind kind
-	each bool // a connection for each message
+	each bool // a new connection for each message
 	deep bool // with CHUNKING, many messages in flight
 
-	// run sends what src hands out and tells each message's fate. It returns when all connections are closed.
-	// It is nil for nodemailer, whose process is nodemailer/peer.mjs.
+	// run sends what src hands out and reports each outcome to t. It returns when all connections are closed. It is nil for
+	// nodemailer, whose process is nodemailer/peer.mjs.
 	run func(j job, src *source, t *tally) error
 }
 
-// kind says what a peer stands for in the tables.
+// kind is a peer's role in the tables.
 type kind int
 
 const (
-	other kind = iota // somebody else's client
+	other kind = iota // another client
 	ours
-	limit  // nothing but octets: what the rules allow at best
-	byHand // nothing but octets too, but waiting where others wait
+	limit  // octets only: the best that the protocol allows
+	byHand // octets only too, but with the waits that other clients have
 )
 
 // peerMain is a peer's process.
@@ -176,12 +176,12 @@ func peerMain(arg string, out io.Writer) error {
 	})
 }
 
-// warmMessages is how many messages are sent before the measured ones: enough to load code, verify the certificate once
-// and, in JavaScript, to have the inner loops compiled.
+// warmMessages is how many messages are sent before the measured ones: enough to load code, verify the certificate once and, in
+// JavaScript, compile the inner loops.
 const warmMessages = 300
 
-// eachSender runs j.Senders goroutines. Each calls start for a function of its own that sends one message, given its
-// number, and calls that for as long as there are messages.
+// eachSender runs j.Senders goroutines. Each calls start for a function that sends the message with the given number, and calls
+// that function while there are messages.
 func eachSender(j job, src *source, t *tally, start func() func(n int64) error) {
 	var all sync.WaitGroup
 	for range j.Senders {
@@ -201,7 +201,7 @@ const (
 	hello     = "client.example"
 )
 
-// header is that of a message whose number is still zero.
+// header is the header of a message, with 0 for its number.
 const header = "From: Bench <" + sender + ">\r\n" +
 	"To: <" + recipient + ">\r\n" +
 	"Subject: a message of a certain size\r\n" +
@@ -224,7 +224,7 @@ func stamp(message []byte, n int64) {
 	}
 }
 
-// textLine is such that no encoding has anything to change: short, ASCII, no dot in front, no equals sign.
+// textLine needs no encoding: short, ASCII, no leading dot, no equals sign.
 const textLine = "Sphinx of black quartz, judge my vow, and pack my box with jugs.\r\n"
 
 // text returns n octets of text, the last two being CRLF.
@@ -236,16 +236,14 @@ func text(n int) []byte {
 	return b
 }
 
-// newMessage returns a message of about this size.
-//
-// It has room behind it for a final dot and some commands.
+// newMessage returns a message of about this size, with capacity for a final dot and some commands after it.
 func newMessage(size int) []byte {
 	size = max(size, len(header)+2)
 	b := make([]byte, 0, size+256)
 	return append(append(b, header...), text(size-len(header))...)
 }
 
-// streamed is a message that is never whole in memory.
+// streamed is a message that is never in memory as a whole.
 type streamed struct {
 	head []byte
 	left int
@@ -260,7 +258,7 @@ func newStream(size int, n int64) *streamed {
 
 var block = text(len(textLine) * 500)
 
-// WriteTo writes it all; it can be called again.
+// WriteTo writes the whole message; it can be called again.
 func (s *streamed) WriteTo(w io.Writer) (int64, error) {
 	n, err := w.Write(s.head)
 	total := int64(n)
@@ -271,7 +269,7 @@ func (s *streamed) WriteTo(w io.Writer) (int64, error) {
 	return total, err
 }
 
-// lastLine returns the next of the text's octets when this many are left.
+// lastLine returns the next part of the text if this many octets are left.
 func lastLine(left int) []byte {
 	if left >= len(block)+2 {
 		return block
@@ -279,7 +277,7 @@ func lastLine(left int) []byte {
 	return text(left)
 }
 
-// reader returns the message as a stream to be read once.
+// reader returns the message as a stream that can be read once.
 func (s *streamed) reader() io.Reader {
 	parts := []io.Reader{bytes.NewReader(s.head)}
 	for left := s.left; left > 0; {
@@ -290,7 +288,7 @@ func (s *streamed) reader() io.Reader {
 	return io.MultiReader(parts...)
 }
 
-// heldOctets returns what this process holds for its heap and its stacks, once all garbage is gone.
+// heldOctets returns the size of this process's heap and stacks after garbage collection.
 func heldOctets() int64 {
 	var m runtime.MemStats
 	runtime.GC()

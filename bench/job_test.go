@@ -19,7 +19,7 @@ func writeFile(t *testing.T, text string) string {
 	return name
 }
 
-func TestMessagesAreOfTheirSizeInEveryForm(t *testing.T) {
+func TestMessagesHaveTheirSizeInEveryForm(t *testing.T) {
 	for _, size := range []int{0, kilo, 10 * kilo, len(block) + len(header), len(block) + len(header) + 1, len(block) + len(header) + 2, mega + 7} {
 		whole := newMessage(size)
 		stamp(whole, 42)
@@ -27,7 +27,7 @@ func TestMessagesAreOfTheirSizeInEveryForm(t *testing.T) {
 			t.Errorf("a message of %d octets has %d and ends with %q", size, len(whole), whole[len(whole)-2:])
 		}
 		if !bytes.Contains(whole, []byte("Message-ID: <"+messageID(42)+">\r\n")) {
-			t.Errorf("message 42 has not its number: %q", whole[:len(header)])
+			t.Errorf("message 42 does not have its number: %q", whole[:len(header)])
 		}
 		var written bytes.Buffer
 		if n, err := newStream(size, 42).WriteTo(&written); err != nil || int(n) != len(whole) {
@@ -35,7 +35,7 @@ func TestMessagesAreOfTheirSizeInEveryForm(t *testing.T) {
 		}
 		read, err := io.ReadAll(newStream(size, 42).reader())
 		if err != nil || !bytes.Equal(read, written.Bytes()) || !bytes.HasSuffix(read, []byte("\r\n")) {
-			t.Errorf("of %d octets, what is read and what is written differ: %d and %d, %v", size, len(read), written.Len(), err)
+			t.Errorf("a message of %d octets: reader and WriteTo differ: %d and %d, %v", size, len(read), written.Len(), err)
 		}
 	}
 }
@@ -49,7 +49,7 @@ func TestSourceHandsOutEachNumberOnce(t *testing.T) {
 	}
 }
 
-func TestTablesReplaceThoseBetweenTheMarks(t *testing.T) {
+func TestTablesBetweenTheMarksAreReplaced(t *testing.T) {
 	name := writeFile(t, "before\n"+beginMark+"old\n"+endMark+"after\n")
 	if err := new(report).update(name, "new\n"); err != nil {
 		t.Fatal(err)
@@ -62,11 +62,11 @@ func TestTablesReplaceThoseBetweenTheMarks(t *testing.T) {
 		t.Errorf("got %q, want %q", b, want)
 	}
 	if err := new(report).update(writeFile(t, "no marks"), ""); err == nil {
-		t.Error("a document without marks was written to")
+		t.Error("a document without marks was changed")
 	}
 }
 
-func TestTablesOfAPartReplaceTheirRowsOnly(t *testing.T) {
+func TestPartialRunReplacesOnlyItsRows(t *testing.T) {
 	section := func(title string, lines ...string) string {
 		return "\n### " + title + "\n\n| what | figure |\n| --- | ---: |\n" + strings.Join(lines, "\n") + "\n"
 	}
@@ -99,11 +99,11 @@ func TestTablesOfAPartReplaceTheirRowsOnly(t *testing.T) {
 		}
 	}
 	if got := mergeTables("old\n", newer); got != newer {
-		t.Errorf("among no tables: got %s", got)
+		t.Errorf("without older tables: got %s", got)
 	}
 }
 
-// sample is a report with the figures of a world in which only turns cost time.
+// sample is a report in which only turns take time.
 func sample() *report {
 	turns := map[string]float64{
 		"smtprelay": 1.07, "raw DATA": 1.07, "two round trips": 2.07, "mox": 2.08, "nodemailer": 2.1, "net/smtp kept": 4.08,
@@ -126,7 +126,7 @@ func sample() *report {
 	return r
 }
 
-func TestTargetsAreJudgedByWhatWasMeasured(t *testing.T) {
+func TestTargetsCompareWithTheMeasurements(t *testing.T) {
 	r := sample()
 	met := 0
 	for _, tg := range r.targets() {
@@ -183,7 +183,7 @@ func TestPlotHasRoomForEveryLabel(t *testing.T) {
 		}
 	}
 	if err := writeThroughput(io.Discard, nil); err != errNothingToPlot {
-		t.Errorf("a plot of nothing: %v", err)
+		t.Errorf("an empty plot: %v", err)
 	}
 }
 
@@ -206,6 +206,6 @@ func TestRotationPlotHasAStepForEachTenth(t *testing.T) {
 		t.Errorf("no path %s in\n%s", want, svg.String())
 	}
 	if err := writeRotation(io.Discard, runs[1:2]); err != errNothingToPlot {
-		t.Errorf("a plot of nothing: %v", err)
+		t.Errorf("an empty plot: %v", err)
 	}
 }

@@ -1,19 +1,19 @@
-// What a careful user writes around a client that is one connection: a few of them, kept, and replaced in time.
+// What a careful user writes around a client that is one connection: keep several of them, and replace each in time.
 
 package main
 
 import "crypto/tls"
 
-// keeper says how one client is opened, used and closed.
+// keeper opens, uses and closes one client.
 type keeper[C any] struct {
 	dial func() (C, error)
 	send func(c C, message []byte, n int64) error // message begins with header and is message n
 	quit func(c C)                                // returns once the relay has closed too
 }
 
-// keep sends from j.Senders goroutines over at most j.Conns connections, each used j.Rotate times. A goroutine takes a
-// connection from a channel, dials if it is a fresh one, sends, and puts it back. After an error the connection is given
-// up; the message counts as failed.
+// keep sends from j.Senders goroutines over at most j.Conns connections, each used j.Rotate times. A goroutine takes a connection
+// from a channel, dials if it is new, sends, and puts it back. After an error it drops the connection; the message counts as
+// failed.
 func keep[C any](j job, src *source, t *tally, k keeper[C]) error {
 	type slot struct {
 		c    C
@@ -24,7 +24,7 @@ func keep[C any](j job, src *source, t *tally, k keeper[C]) error {
 	for range j.Conns {
 		free <- new(slot)
 	}
-	// Used connections come first, so that a lone sender has one.
+	// Used connections come first, so that a single sender uses one connection.
 	take := func() *slot { return <-free }
 	give := func(s *slot) { free <- s }
 	if j.Senders < j.Conns {
@@ -69,7 +69,7 @@ func keep[C any](j job, src *source, t *tally, k keeper[C]) error {
 	return nil
 }
 
-// each sends every message over a connection of its own, at most j.Conns at a time.
+// each sends every message over a new connection, at most j.Conns at a time.
 func each(j job, src *source, t *tally, send func(message []byte, n int64) error) error {
 	places := make(chan struct{}, j.Conns)
 	eachSender(j, src, t, func() func(int64) error {
@@ -84,8 +84,8 @@ func each(j job, src *source, t *tally, send func(message []byte, n int64) error
 	return nil
 }
 
-// clientTLS is what a user gives to a client that takes a configuration. The roots are the system's, which SSL_CERT_FILE
-// points to the relay's certificate.
+// clientTLS is the TLS configuration for clients that take one. The roots are the system's; SSL_CERT_FILE sets them to the
+// relay's certificate.
 func clientTLS(j job) *tls.Config {
 	conf := &tls.Config{ServerName: j.Host}
 	if j.Resume {

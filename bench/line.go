@@ -1,4 +1,4 @@
-// The delay line: what makes a loopback connection as long as one across a continent, and counts its round trips.
+// The delay line: gives a loopback connection the round-trip time of a long one, and counts its round trips.
 
 package main
 
@@ -9,30 +9,30 @@ import (
 	"time"
 )
 
-// maxUnderWay is how many octets one direction of a line holds before it stops reading: far more than a body, so that
-// the line is long but not narrow.
+// maxUnderWay is how many octets one direction of a line holds before it stops reading: far more than a body, so the line adds
+// latency but does not limit bandwidth.
 const maxUnderWay = 64 << 20
 
-// sleeper is an alarm, or what a test has in its place.
+// sleeper is an alarm, or a test's replacement for it.
 type sleeper interface {
 	waitUntil(time.Time)
 	close()
 }
 
-// A line is the relay's end of a connection whose octets travel half a round trip in each direction. It lies below TLS.
+// A line is the relay's end of a connection that delays octets by half a round trip in each direction. It is below TLS.
 //
-// It behaves as TCP would: the relay has the connection one and a half round trips after the client has begun to dial
-// (SYN, SYN-ACK, ACK), nothing that the client writes is on its way before it could have had the SYN-ACK, and a close
-// travels like everything else. It has no bandwidth, no window and no loss.
+// It behaves like TCP: the relay has the connection one and a half round trips after the client has begun to dial (SYN, SYN-ACK,
+// ACK), nothing that the client writes leaves before the SYN-ACK could have arrived, and a close is delayed like everything else.
+// It has no bandwidth limit, no window and no loss.
 //
-// The line also counts turns, by cause and not by reads: a piece that the client sent after it had been delivered a
-// reply of turn n is of turn n+1, and what the relay writes is of the turn of what it has read. So the count of a
-// connection is the length of its longest chain of waits, however the octets were cut into segments, and where several
-// messages are in flight they share a turn. Connecting is turns 1 (the SYN) and 2 (the ACK, or a ClientHello with it).
+// The line also counts turns, by cause and not by reads: a piece that the client sent after a reply of turn n had been delivered
+// belongs to turn n+1, and the relay's output belongs to the turn of the input before it. So a connection's count is the length
+// of its longest chain of waits, however the octets are split into segments; messages in flight together share a turn. Connecting
+// is turns 1 (the SYN) and 2 (the ACK, or a ClientHello with it).
 type line struct {
 	conn        net.Conn // to the client; closed by deliver, or by kill
 	half        time.Duration
-	established time.Time // when the relay's side has the connection
+	established time.Time // when the relay has the connection
 	reading     sleeper   // owned by Read
 	writing     sleeper   // owned by deliver
 	drained     chan struct{}
@@ -45,14 +45,14 @@ type line struct {
 	out       []piece
 	closed    bool // the relay has closed its side
 	turn      int
-	delivered []delivery // replies the client has, oldest first, as far as no piece was read that came after them
+	delivered []delivery // replies that the client has, oldest first, after which no piece was read yet
 }
 
-// piece is a run of octets under way.
+// piece is a run of octets in flight.
 type piece struct {
 	data []byte
-	at   time.Time // when the client sent it (in), when the client gets it (out)
-	turn int       // of what the relay had read when it wrote this (out)
+	at   time.Time // in: when the client sent it; out: when it reaches the client
+	turn int       // out: the turn of what the relay had read when it wrote this
 	eof  bool
 }
 
@@ -61,7 +61,7 @@ type delivery struct {
 	turn int
 }
 
-// newLine lays a line of this round-trip time under a connection that was just accepted.
+// newLine puts a line with this round-trip time on a connection that was just accepted.
 func newLine(conn net.Conn, rtt time.Duration, newSleeper func() sleeper) *line {
 	now := time.Now()
 	l := &line{
@@ -75,16 +75,16 @@ func newLine(conn net.Conn, rtt time.Duration, newSleeper func() sleeper) *line 
 		turn:        2,
 	}
 	l.changed.L = &l.mu
-	go l.collect() // until the client has closed, or kill
-	go l.deliver() // until the relay has closed, or kill
+	go l.collect() // ends when the client has closed, or by kill
+	go l.deliver() // ends when the relay has closed, or by kill
 	return l
 }
 
-// accepted waits until the relay's side would have the connection.
+// accepted waits until the relay would have the connection.
 func (l *line) accepted() { l.reading.waitUntil(l.established) }
 
-// collect reads what the client sends, for as long as the connection lasts: also after the relay has closed, since
-// closing with unread octets would reset the connection and take the last replies with it.
+// collect reads what the client sends, even after the relay has closed: closing with unread octets would reset the connection and
+// destroy the last replies.
 func (l *line) collect() {
 	defer close(l.drained)
 	earliest := l.established.Add(-l.half)
@@ -158,7 +158,7 @@ func (l *line) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write sends p on its way and does not wait.
+// Write queues p for the client and does not wait.
 func (l *line) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -182,7 +182,7 @@ func (l *line) Close() error {
 	return nil
 }
 
-// deliver hands the client what has travelled for long enough.
+// deliver writes to the client what has been delayed long enough.
 func (l *line) deliver() {
 	defer close(l.over)
 	defer l.writing.close()
@@ -209,7 +209,7 @@ func (l *line) deliver() {
 	}
 }
 
-// closeGently closes the sending side, waits a while for the client to close its own, and closes.
+// closeGently closes the sending side, waits a while for the client to close its side, and closes.
 func closeGently(conn net.Conn, drained <-chan struct{}) {
 	if c, ok := conn.(interface{ CloseWrite() error }); ok {
 		c.CloseWrite()
@@ -223,14 +223,14 @@ func closeGently(conn net.Conn, drained <-chan struct{}) {
 	conn.Close()
 }
 
-// turns returns the turn of what was read last.
+// turns returns the turn of the last octets read.
 func (l *line) turns() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.turn
 }
 
-// kill ends the connection now.
+// kill ends the connection at once.
 func (l *line) kill() {
 	l.conn.Close()
 	l.Close()

@@ -1,5 +1,5 @@
-// Command bench measures smtprelay beside other SMTP clients, all at the same work against the same relay over the same
-// delay line, and prints tables of ratios and counts. See BENCHMARKS.md for the method.
+// Command bench compares smtprelay with other SMTP clients, which do the same work against the same relay over the same delay
+// line, and prints tables of ratios and counts. See BENCHMARKS.md for the method.
 //
 //	go run .             the matrix, in a quarter of an hour; writes the plots too
 //	go run . -quick      a glance, in a minute
@@ -162,7 +162,7 @@ func measure(quick, full bool, match *regexp.Regexp, only string) (*report, erro
 	return r, nil
 }
 
-// beside reports whether no cell is to be measured, but all that is beside the matrix.
+// beside reports whether to measure only what is beside the matrix.
 func beside(match *regexp.Regexp) bool { return match.String() == "-" }
 
 const (
@@ -170,7 +170,7 @@ const (
 	endMark   = "<!-- tables: end -->\n"
 )
 
-// update puts the tables into a document: all of them, or those of a part among those that are there.
+// update writes the tables into a document: all of them, or those of a partial run among the existing ones.
 func (r *report) update(name, tables string) error {
 	b, err := os.ReadFile(name)
 	if err != nil {
@@ -187,8 +187,8 @@ func (r *report) update(name, tables string) error {
 	return os.WriteFile(name, []byte(before+beginMark+tables+endMark+after), 0o644)
 }
 
-// mergeTables puts newer tables into older ones. Of the tables with a row for each cell only the rows of the newer ones
-// change; the figures of a cell are replaced as a whole.
+// mergeTables merges newer tables into older ones. In tables with a row for each cell, only the rows of the newer tables change;
+// the table of a single cell is replaced as a whole.
 func mergeTables(older, newer string) string {
 	const heading = "\n### "
 	said, sections, ok := strings.Cut(older, heading)
@@ -213,8 +213,8 @@ func mergeTables(older, newer string) string {
 	return strings.Join(lines, "") + heading + strings.Join(merged, heading)
 }
 
-// merge replaces the part of older that has the same key, for each of newer, by what join makes of both; nil means by the
-// newer. One without such a part goes behind the one before it, or to the end.
+// merge replaces, for each part of newer, the part of older with the same key by join of both; join nil means by the newer. A
+// part without a match is inserted after its predecessor, or at the end.
 func merge(older, newer []string, key func(string) string, join func(older, newer string) string) []string {
 	last := len(older) - 1
 	for _, n := range newer {

@@ -13,7 +13,7 @@ import (
 	"gopkg.in/gomail.v2"
 )
 
-// goMailClient is tuned as its options allow: no NOOP before a message.
+// goMailClient is tuned with its options: no NOOP before a message.
 func goMailClient(j job) (*mail.Client, error) {
 	options := []mail.Option{
 		mail.WithPort(j.Port), mail.WithHELO(hello), mail.WithUsername(username), mail.WithPassword(password),
@@ -30,7 +30,7 @@ func goMailClient(j job) (*mail.Client, error) {
 	return mail.NewClient(j.Host, options...)
 }
 
-// goMailMessages makes messages that are used again, with another number.
+// goMailMessages makes messages that are reused, each with another number.
 func goMailMessages(j job) *sync.Pool {
 	body := string(text(max(j.Size-len(header), 2)))
 	return &sync.Pool{New: func() any {
@@ -113,7 +113,7 @@ func gomailMessages(j job) *sync.Pool {
 }
 
 func runGomail(j job, src *source, t *tally) error {
-	// One Dialer for each connection: Dial writes to it.
+	// One Dialer for each connection: Dial modifies it.
 	dialer := func() *gomail.Dialer {
 		d := gomail.NewDialer(j.Host, j.Port, username, password)
 		d.SSL = j.TLS == tlsImplicit
@@ -134,7 +134,7 @@ func runGomail(j job, src *source, t *tally) error {
 	})
 }
 
-// bodyText is the text of a message for the clients that build one from parts.
+// bodyText is the text of a message for clients that build one from parts.
 func bodyText(j job) []byte {
 	return []byte(strings.TrimSpace(string(text(max(j.Size-len(header), 2)))))
 }

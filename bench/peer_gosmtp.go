@@ -28,7 +28,7 @@ func dialGoSMTP(j job) (*smtp.Client, error) {
 	return c, c.Auth(sasl.NewPlainClient("", username, password))
 }
 
-// runGoSMTPEach uses the package's SendMail, which insists on TLS; without TLS it does by hand what that does.
+// runGoSMTPEach uses the package's SendMail, which insists on TLS; without TLS it does the same by hand.
 func runGoSMTPEach(j job, src *source, t *tally) error {
 	return each(j, src, t, func(message []byte, _ int64) error {
 		auth := sasl.NewPlainClient("", username, password)

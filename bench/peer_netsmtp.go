@@ -9,7 +9,7 @@ import (
 
 func netSMTPAuth(j job) smtp.Auth { return smtp.PlainAuth("", username, password, j.Host) }
 
-// runSendMail is what most programs do. SendMail knows no implicit TLS.
+// runSendMail is what most programs do. SendMail does not support implicit TLS.
 func runSendMail(j job, src *source, t *tally) error {
 	auth := netSMTPAuth(j)
 	return each(j, src, t, func(message []byte, _ int64) error {

@@ -12,10 +12,10 @@ import (
 	"github.com/knadh/smtppool/v2"
 )
 
-// Neither pool can rotate: its connections run into the relay's limit, each with one 421 that goes to the caller.
+// Neither pool can rotate: its connections reach the relay's limit, and for each the caller gets one 421.
 
-// resend calls send again, up to five times in all, after what says that the relay is closing the connection. It is safe
-// only since this relay never hangs up between a final dot and its reply.
+// resend calls send again, up to five times in all, after an error that says that the relay is closing the connection. It is safe
+// only because this relay never hangs up between a final dot and its reply.
 func resend(send func() error) error {
 	var err error
 	for range 5 {

@@ -15,7 +15,7 @@ func smtprelayConfig(j job) smtprelay.Config {
 	cfg := smtprelay.Config{
 		Addr: j.addr(), Username: username, Password: password, LocalName: hello,
 		Limits:   smtprelay.Limits{MaxConns: j.Conns, MaxMessagesPerConn: j.Rotate},
-		Chunking: true, // without effect where the relay does not offer it
+		Chunking: true, // no effect if the relay does not offer it
 	}
 	if j.dial != nil {
 		cfg.Dial = func(context.Context, string, string) (net.Conn, error) { return j.dial() }
@@ -34,7 +34,7 @@ func smtprelayConfig(j job) smtprelay.Config {
 	return cfg
 }
 
-// forgetful is a cache that keeps no session.
+// forgetful is a TLS session cache that keeps no session.
 type forgetful struct{}
 
 func (forgetful) Get(string) (*tls.ClientSessionState, bool) { return nil, false }

@@ -1,4 +1,4 @@
-// The plots, as SVG by hand: throughput against round-trip time, and throughput over time.
+// The plots, as SVG written by hand: throughput against round-trip time, and throughput over time.
 
 package main
 
@@ -21,8 +21,8 @@ type curve struct {
 
 type point struct{ rtt, rate float64 } // ms; messages a second on each connection
 
-// drawn are the curves of the plot: the peer, whether its relay offers CHUNKING, and what stands at the curve's end. They
-// are told apart by that also without colours.
+// drawn are the curves of the plot: the peer, whether its relay offers CHUNKING, and the label at the curve's end, which
+// distinguishes the curves without colours too.
 var drawn = []struct {
 	peer, label, colour string
 	chunking            bool
@@ -36,7 +36,7 @@ var drawn = []struct {
 	{"net/smtp SendMail", "net/smtp SendMail", "#7e22ce", false},
 }
 
-// curves picks what the plot shows out of a report. At no delay a rate is the machine's and not the line's: left out.
+// curves returns the plot's curves from a report. Without delay a rate depends on the machine and not on the line: omitted.
 func (r *report) curves() []curve {
 	var all []curve
 	for _, d := range drawn {
@@ -66,7 +66,7 @@ const (
 	labelLeft, labelDistance = plotRight + 26, 19
 )
 
-// plotHead begins a plot; it takes width, height, title, left edge, heading and what stands below that.
+// plotHead begins a plot; its arguments are width, height, title, left edge, heading and subheading.
 const plotHead = `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img" aria-labelledby="title">
 <title id="title">%s</title>
 <style>text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#1f2937}.t{font-size:15px;font-weight:600}.s{fill:#4b5563;font-size:12px}.g{stroke:#e5e7eb}.a{stroke:#6b7280}</style>
@@ -76,7 +76,7 @@ const plotHead = `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d"
 
 var conditions = fmt.Sprintf("%d connections, %d messages on each, %s bodies, STARTTLS", maxConns, maxMessages, sizeWord(10*kilo))
 
-// scale maps values to pixels, by their logarithm.
+// scale maps values to pixels, logarithmically.
 type scale struct{ low, high, from, to float64 }
 
 func (s scale) at(v float64) float64 {
@@ -154,7 +154,7 @@ const (
 	tenthsShown                = (plotRight - plotLeft) * 10 / 49
 )
 
-// writeRotation plots what the relay accepted in each tenth of a second of a long run, a panel for each peer.
+// writeRotation plots how much the relay accepted in each tenth of a second of a long run, a panel for each peer.
 func writeRotation(w io.Writer, runs []steadiness) error {
 	runs = slices.DeleteFunc(slices.Clone(runs), func(s steadiness) bool { return s.Median == 0 })
 	if len(runs) == 0 {
@@ -221,8 +221,7 @@ func ticks(low, high float64) []float64 {
 	return all
 }
 
-// labelPlaces returns where the label of each curve stands: at the curve's end, or as near to it as the labels above
-// leave room.
+// labelPlaces returns where each curve's label goes: at the curve's end, or as near to it as the labels above allow.
 func labelPlaces(curves []curve, y scale) []float64 {
 	order := make([]int, len(curves))
 	ends := make([]float64, len(curves))
@@ -239,7 +238,7 @@ func labelPlaces(curves []curve, y scale) []float64 {
 		}
 		return 0
 	})
-	// Neighbours that are too near form a group, which is centred on what its members would have liked.
+	// Neighbours that are too near form a group, centred on the mean of its members' ideal places.
 	type group struct {
 		members []int
 		centre  float64

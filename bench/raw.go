@@ -1,4 +1,4 @@
-// The limit: octets in the order that the rules allow, by whoever knows beforehand what will be answered.
+// The limit: octets in the best order that the protocol allows, from a sender that knows the replies beforehand.
 
 package main
 
@@ -14,9 +14,9 @@ import (
 	"sync"
 )
 
-// A raw sender keeps the rules of everybody (no more connections than allowed, no more messages on each, QUIT, nothing
-// sent before a greeting or ahead of STARTTLS and EHLO, RSET between an unanswered final dot and the next MAIL, LAST on an
-// empty chunk only) and does nothing else: it prepares its octets once, writes them, and counts replies.
+// A raw sender keeps the same rules as the clients (no more connections than allowed, no more messages on each, QUIT, nothing
+// sent before a greeting or ahead of STARTTLS and EHLO, RSET between an unanswered final dot and the next MAIL, LAST on an empty
+// chunk only) and does nothing else: it prepares its octets once, writes them, and counts replies.
 
 var authPlain = "AUTH PLAIN " + base64.StdEncoding.EncodeToString([]byte("\x00"+username+"\x00"+password)) + "\r\n"
 
@@ -28,7 +28,7 @@ const (
 	rawQuit = "QUIT\r\n"
 )
 
-// rawConn is a connection that was greeted and said EHLO to.
+// rawConn is a connection after the greeting and EHLO.
 type rawConn struct {
 	net.Conn
 	r *bufio.Reader
@@ -95,16 +95,16 @@ func (c *rawConn) ask(command string, codes ...string) error {
 	return c.expect(codes...)
 }
 
-// ended reads the relay's close, so that its place there is free.
+// ended reads the relay's close, so that the slot at the relay is free.
 func (c *rawConn) ended() {
 	io.Copy(io.Discard, c.r)
 	c.Close()
 }
 
-// onEachConn runs one goroutine for each connection that senders can use. Each opens one connection after the other and
-// gives it to drive, which sends at most j.Rotate messages on it and returns the number of a message that is to be the
-// first of the next connection, or 0. Where it is known how many messages there are, each goroutine has an equal share,
-// so that none opens a connection for the last few.
+// onEachConn runs one goroutine for each connection that senders can use. Each opens one connection after the other and gives it
+// to drive, which sends at most j.Rotate messages on it and returns the number of the message to send first on the next
+// connection, or 0. If the number of messages is known, each goroutine has an equal share, so that none opens a connection for
+// the last few.
 func onEachConn(j job, src *source, drive func(c *rawConn, first int64, next func() int64) (int64, error)) error {
 	conf := clientTLS(j)
 	errs := make([]error, min(j.Conns, j.Senders))
@@ -140,8 +140,8 @@ func onEachConn(j job, src *source, drive func(c *rawConn, first int64, next fun
 	return errors.Join(errs...)
 }
 
-// runRawData sends with DATA. Where there are more senders than connections, the next envelope follows the final dot
-// in one write: one round trip a message. Otherwise a message waits for the one before it: two.
+// runRawData sends with DATA. With more senders than connections, the next envelope follows the final dot in one write: one round
+// trip per message. Otherwise a message waits for the one before it: two.
 func runRawData(j job, src *source, t *tally) error {
 	overlap := j.Senders > j.Conns
 	return onEachConn(j, src, func(c *rawConn, n int64, next func() int64) (int64, error) {
@@ -197,15 +197,15 @@ func runRawData(j job, src *source, t *tally) error {
 }
 
 // runRawChunking sends with BDAT: the envelope, the message as a chunk and the empty last chunk in one write, and up to
-// j.InFlight such before the reply to the first, as far as there are senders: one round trip for as many messages. It asks
-// the relay nothing beforehand, and waits for no envelope.
+// j.InFlight of these before the reply to the first, if there are enough senders: one round trip for as many messages. It does
+// not probe the relay first, and does not wait for envelopes.
 func runRawChunking(j job, src *source, t *tally) error {
 	depth := min(max(j.InFlight, 1), max(j.Senders/j.Conns, 1))
 	return onEachConn(j, src, func(c *rawConn, n int64, next func() int64) (int64, error) {
 		message := newMessage(j.Size)
 		bdat := fmt.Sprintf("BDAT %d\r\n", len(message))
 		var out []byte
-		var replies []string // to what was written, and not yet read
+		var replies []string // to what was written, not read yet
 		begun, answered := 0, 0
 		for {
 			out = out[:0]
@@ -228,7 +228,7 @@ func runRawChunking(j job, src *source, t *tally) error {
 				if depth > 1 || begun-answered < depth {
 					n = next()
 				} else {
-					n = -1 // asked for once this one is answered
+					n = -1 // taken from src once this one is answered
 				}
 				if begun == j.Rotate || n == 0 {
 					out = append(out, rawQuit...)
@@ -240,7 +240,7 @@ func runRawChunking(j job, src *source, t *tally) error {
 					return 0, err
 				}
 			}
-			// Read up to the reply to a message, and whatever else has come with it.
+			// Read up to the reply to a message, and everything else that has arrived with it.
 			for more := true; more; {
 				code := replies[0]
 				replies = replies[1:]
@@ -270,8 +270,8 @@ func runRawChunking(j job, src *source, t *tally) error {
 	})
 }
 
-// runTwoRoundTrips stands for a client that pipelines within a message only: the envelope in one write, then the body.
-// It is the raw sender without overlap.
+// runTwoRoundTrips stands for a client that pipelines only within a message: the envelope in one write, then the body. It is the
+// raw sender without overlap.
 func runTwoRoundTrips(j job, src *source, t *tally) error {
 	return keep(j, src, t, keeper[*rawConn]{
 		dial: func() (*rawConn, error) {

@@ -1,4 +1,4 @@
-// The relay: a small, fast and strict SMTP server that keeps nothing but counts.
+// The relay: a small, fast and strict SMTP server that keeps only counts.
 
 package main
 
@@ -16,14 +16,14 @@ import (
 	"time"
 )
 
-// relayConfig is what a listener of the relay is told to be.
+// relayConfig configures a listener of the relay.
 type relayConfig struct {
 	RTT         time.Duration `json:"rtt"`
 	TLS         tlsMode       `json:"tls"`
-	TLS12       bool          `json:"tls12"`        // no more than TLS 1.2
+	TLS12       bool          `json:"tls12"`        // at most TLS 1.2
 	Chunking    bool          `json:"chunking"`     // offer CHUNKING
-	MaxConns    int           `json:"max_conns"`    // one more is answered with 421
-	MaxMessages int           `json:"max_messages"` // one more MAIL on a connection is answered with 421
+	MaxConns    int           `json:"max_conns"`    // further connections get 421
+	MaxMessages int           `json:"max_messages"` // further MAIL commands on a connection get 421
 	Hold        bool          `json:"hold"`         // never answer a final dot
 }
 
@@ -36,7 +36,7 @@ const (
 	tlsImplicit tlsMode = "implicit"
 )
 
-// The name and password that the relay accepts. They are not a secret of anybody's.
+// The name and password that the relay accepts; not a secret.
 const (
 	username = "bench"
 	password = "correct horse battery staple"
@@ -44,11 +44,11 @@ const (
 
 const maxMessageSize = 64 << 20
 
-// relayReport is what a listener of the relay has counted.
+// relayReport has the counts of one listener.
 type relayReport struct {
 	Connections int   `json:"connections"`  // accepted
-	Refused     int   `json:"refused"`      // one too many: answered with 421
-	OverLimit   int   `json:"over_limit"`   // MAIL past MaxMessages: answered with 421
+	Refused     int   `json:"refused"`      // over the limit: answered with 421
+	OverLimit   int   `json:"over_limit"`   // MAIL over MaxMessages: answered with 421
 	MaxOpen     int   `json:"max_open"`     // connections open at once
 	Accepted    int   `json:"accepted"`     // final dots answered with 250
 	Duplicates  int   `json:"duplicates"`   // of these, with a Message-ID that was accepted before
@@ -69,7 +69,7 @@ type relayReport struct {
 	First  []firstResult `json:"first"`  // of each connection that had a message accepted, in the order of accepting
 }
 
-// firstResult tells how soon a connection had its first message accepted.
+// firstResult says how soon a connection had its first message accepted.
 type firstResult struct {
 	Turns   int  `json:"turns"`
 	Resumed bool `json:"resumed"`
@@ -82,7 +82,7 @@ type relay struct {
 	tls      *tls.Config
 	seed     maphash.Seed
 	idle     sync.WaitGroup
-	accepted []accepted // by the sessions that are over, under mu
+	accepted []accepted // of the sessions that are over, under mu
 
 	mu       sync.Mutex // guards the fields below, and accepted
 	sessions map[*session]bool
@@ -130,7 +130,7 @@ func (r *relay) serve(newSleeper func() sleeper) {
 		r.sessions[s] = true
 		r.mu.Unlock()
 		r.idle.Add(1)
-		go s.run() // until either side closes, or finish
+		go s.run() // ends when either side closes, or by finish
 	}
 }
 
@@ -178,7 +178,7 @@ type session struct {
 	line  *line // nil without a delay
 	conn  net.Conn
 	buf   []byte
-	lo    int // buf[lo:hi] is read and not yet looked at
+	lo    int // buf[lo:hi] is read but not parsed yet
 	hi    int
 	out   []byte // replies not yet written
 
@@ -190,7 +190,7 @@ type session struct {
 	mail        bool
 	rcpts       int
 	messages    int
-	head        []byte // the first octets of the message, in which its Message-ID is looked for
+	head        []byte // the first octets of the message, to find its Message-ID in
 	chunkFailed bool
 	accepted    []accepted
 	firstTurn   int
@@ -198,7 +198,7 @@ type session struct {
 	count       relayReport
 }
 
-// errDone ends a session that has said its last word.
+// errDone ends a session after its last reply.
 var errDone = errors.New("done")
 
 func (s *session) run() {
@@ -218,7 +218,7 @@ func (s *session) run() {
 	r.mu.Unlock()
 
 	s.converse()
-	// The place is free before the client can know of the close, as with a relay that counts its own sockets.
+	// The slot is free before the client can see the close, as with a relay that counts its own sockets.
 	r.mu.Lock()
 	if s.counted {
 		r.open--
@@ -253,10 +253,10 @@ func (s *session) run() {
 	}
 }
 
-// close closes the connection without destroying replies that are on their way.
+// close closes the connection without destroying replies in flight.
 func (s *session) close() {
 	if s.line != nil {
-		s.conn.Close() // through TLS, if there is any, into the line
+		s.conn.Close() // through TLS, if any, into the line
 		<-s.line.over
 		return
 	}
@@ -264,7 +264,7 @@ func (s *session) close() {
 		c.CloseWrite()
 	}
 	drained := make(chan struct{})
-	go func() { // until the client closes, or closeGently does
+	go func() { // ends when the client closes, or closeGently does
 		defer close(drained)
 		scratch := make([]byte, 4096)
 		for {
@@ -290,14 +290,13 @@ func (s *session) reply(text string) {
 	s.out = append(s.out, '\r', '\n')
 }
 
-// refuse replies with a 5xx, of which a good client sees none.
+// refuse replies with a 5xx, which a correct client never gets.
 func (s *session) refuse(text string) {
 	s.count.Violations++
 	s.reply(text)
 }
 
-// fill reads more, but first writes all replies in one go: they are held back as long as there is something to read
-// without waiting.
+// fill reads more, after writing all replies at once: they are held back while there is input to read without waiting.
 func (s *session) fill() error {
 	if len(s.out) > 0 {
 		if _, err := s.conn.Write(s.out); err != nil {
@@ -323,7 +322,7 @@ func (s *session) fill() error {
 	return err
 }
 
-// readLine returns the next line without its CRLF. It is good until the next fill.
+// readLine returns the next line without its CRLF. It is valid until the next fill.
 func (s *session) readLine() ([]byte, error) {
 	from := 0
 	for {
@@ -544,7 +543,7 @@ func (s *session) keepHead(b []byte) {
 
 var finalDot = []byte("\r\n.\r\n")
 
-// data reads a body up to its final dot, and answers that.
+// data reads a body up to its final dot, and replies to it.
 func (s *session) data() error {
 	for s.hi-s.lo < 3 {
 		if err := s.fill(); err != nil {
@@ -562,7 +561,7 @@ func (s *session) data() error {
 			s.lo += i + len(finalDot)
 			return s.accept()
 		}
-		// All but what may be the beginning of the final dot is done with.
+		// All but the possible beginning of the final dot is processed.
 		if n := len(b) - len(finalDot) + 1; n > 0 {
 			s.keepHead(b[:n])
 			s.lo += n
@@ -573,8 +572,8 @@ func (s *session) data() error {
 	}
 }
 
-// bdat reads one chunk and answers it. The octets of a refused chunk are thrown away, and it has one reply (RFC 3030, 2).
-// One that is refused in a transaction leaves nothing but RSET; one out of order leaves the session as it was.
+// bdat reads one chunk and replies to it. The octets of a refused chunk are discarded, and it gets one reply (RFC 3030, 2). After
+// a chunk refused in a transaction only RSET is possible; one out of order leaves the session unchanged.
 func (s *session) bdat(rest []byte) error {
 	length, last, hasLast := bytes.Cut(rest, []byte(" "))
 	n, err := strconv.ParseInt(string(length), 10, 64)
@@ -608,7 +607,7 @@ func (s *session) bdat(rest []byte) error {
 	return nil
 }
 
-// accept takes the message and says so.
+// accept accepts the message and replies.
 func (s *session) accept() error {
 	if s.relay.cfg.Hold {
 		for {
@@ -645,16 +644,16 @@ func (s *session) messageID() uint64 {
 	}
 }
 
-// is reports whether b is the word, in any case.
+// is reports whether b is the word, ignoring case.
 func is(b []byte, word string) bool { return len(b) == len(word) && hasPrefix(b, word) }
 
-// hasPrefix reports whether b begins with prefix, in any case.
+// hasPrefix reports whether b begins with prefix, ignoring case.
 func hasPrefix(b []byte, prefix string) bool {
 	return len(b) >= len(prefix) && bytes.EqualFold(b[:len(prefix)], []byte(prefix))
 }
 
-// medianTurns returns the median of the turns to the first receipt, over the connections that resumed a TLS session, or
-// over those that did not; 0 where there are none.
+// medianTurns returns the median of the turns to the first receipt, over the connections that resumed a TLS session, or over
+// those that did not; 0 if there are none.
 func (r relayReport) medianTurns(resumed bool) int {
 	var turns []int
 	for _, f := range r.First {

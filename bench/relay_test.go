@@ -12,13 +12,13 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// sleeping stands for an alarm where time is fake.
+// sleeping replaces an alarm in a synctest bubble.
 type sleeping struct{}
 
 func (sleeping) waitUntil(t time.Time) { time.Sleep(time.Until(t)) }
 func (sleeping) close()                {}
 
-// serveRelay starts a relay in memory, and returns how to dial it and how to end it. Without TLS no certificate is used.
+// serveRelay starts a relay in memory, and returns functions to dial it and to end it. Without TLS no certificate is used.
 func serveRelay(cfg relayConfig) (dial func() (net.Conn, error), finish func() relayReport) {
 	ln := netpipe.Listen(64 << 10)
 	cert, _, err := selfSigned()
@@ -30,7 +30,7 @@ func serveRelay(cfg relayConfig) (dial func() (net.Conn, error), finish func() r
 	return func() (net.Conn, error) { return ln.Dial() }, r.finish
 }
 
-// config is that of a relay 20 ms away.
+// config is for a relay 20 ms away.
 func config() relayConfig {
 	return relayConfig{RTT: 20 * time.Millisecond, TLS: tlsNone, Chunking: true, MaxConns: maxConns, MaxMessages: maxMessages}
 }
@@ -55,13 +55,13 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 		senders int
 		depth   int
 		conns   int
-		turns   int // on each connection, opening included
-		asking  int // more of them on the first connection, which learns how the relay refuses a chunk
-		refused int // commands: the chunk out of order by which the client asks that, once for the address
+		turns   int // on each connection, including opening
+		asking  int // further turns on the first connection, for the probe for refused chunks
+		refused int // commands: the probe's chunk out of order, once for the address
 		why     string
 	}{
 		{"raw DATA", runRawData, 10, 0, 2, 104, 0, 0, "SYN, ACK, EHLO and the envelope with AUTH; then one for each body"},
-		{"raw DATA, one sender", runRawData, 1, 0, 2, 203, 0, 0, "the same, but an envelope of its own for all but the first"},
+		{"raw DATA, one sender", runRawData, 1, 0, 2, 203, 0, 0, "the same, but a separate turn for each envelope but the first"},
 		{"raw CHUNKING", runRawChunking, 4, 4, 2, 28, 0, 0, "SYN, ACK, EHLO; then one for each four"},
 		{"raw CHUNKING, deep", runRawChunking, 25, 25, 2, 7, 0, 0, "SYN, ACK, EHLO; then one for each 25"},
 		{"raw CHUNKING, one sender", runRawChunking, 1, 4, 2, 103, 0, 0, "SYN, ACK, EHLO; then one each"},
@@ -70,8 +70,8 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 		{"smtprelay", runSmtprelayData, 10, 0, 2, 104, 1, 0, "the same as raw DATA, but AUTH goes alone on the first connection"},
 		{"smtprelay, one sender", runSmtprelayData, 1, 0, 2, 203, 1, 0, "the same"},
 		{"smtprelay, CHUNKING", runSmtprelay, 10, 4, 2, 30, 2, 1, "SYN, ACK, EHLO, AUTH with the first envelope, since no chunk is sent behind AUTH; the first body with the " +
-			"second envelope, which waits for its replies; then one for each four of 99. On the first connection AUTH goes alone, the question follows it, then the envelope"},
-		{"smtprelay, CHUNKING, one sender", runSmtprelay, 1, 4, 2, 104, 2, 1, "the same, but for the first body, which has nothing behind it; then one each"},
+			"second envelope, which waits for its replies; then one for each four of 99. On the first connection AUTH goes alone, then the probe, then the envelope"},
+		{"smtprelay, CHUNKING, one sender", runSmtprelay, 1, 4, 2, 104, 2, 1, "the same, except that nothing follows the first body; then one each"},
 		{"smtprelay, CHUNKING, deep", runSmtprelayDeep, 100, 25, 2, 9, 2, 1, "the same as with four; then one for each 25 of 99"},
 		{"net/smtp kept", runNetSMTP, 10, 0, 2, 405, 0, 0, "SYN, ACK, EHLO, AUTH; four each; QUIT"},
 	} {
@@ -88,19 +88,19 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 						rep.Turns, rep.Connections, tc.turns, tc.conns, tc.asking, tc.why)
 				}
 				if rep.Refused+rep.OverLimit != 0 || rep.Violations != tc.refused {
-					t.Errorf("%d connections and %d messages over the limits, %d commands refused; want %d of these",
+					t.Errorf("%d connections and %d messages over the limits, %d commands refused; want %d refused",
 						rep.Refused, rep.OverLimit, rep.Violations, tc.refused)
 				}
-				// Time is fake here, so that waits are all there is: the turns are the duration.
+				// In a bubble only waits take time: the duration is the number of turns.
 				if want := time.Duration(rep.Turns) * 20 * time.Millisecond; took != want {
-					t.Errorf("took %v for turns that are %v", took, want)
+					t.Errorf("took %v for turns that take %v", took, want)
 				}
 			})
 		})
 	}
 }
 
-// runSmtprelayData has smtprelay use DATA with a relay that offers CHUNKING.
+// runSmtprelayData makes smtprelay use DATA with a relay that offers CHUNKING.
 func runSmtprelayData(j job, src *source, t *tally) error {
 	cfg := smtprelayConfig(j)
 	cfg.Chunking = false
@@ -108,8 +108,7 @@ func runSmtprelayData(j job, src *source, t *tally) error {
 }
 
 func TestRelayIsStrict(t *testing.T) {
-	// say has a client write something to a fresh connection and returns all that the relay answers until it is asked for
-	// more, or closes.
+	// say writes text to a new connection and returns everything that the relay replies until it waits for more, or closes.
 	say := func(t *testing.T, dial func() (net.Conn, error), text string) string {
 		t.Helper()
 		conn, err := dial()
@@ -144,7 +143,7 @@ func TestRelayIsStrict(t *testing.T) {
 		{"BDAT with an empty last chunk", ready + rawMail + "BDAT 10\r\n0123456789" + rawLast + rawQuit, "250 235 250 250 250 250 221"},
 		{"BDAT out of order, RSET", ready + "BDAT 8\r\nXCHUNK\r\n" + rawRset + rawMail + "BDAT 10\r\n0123456789" + rawLast, "250 235 503 250 250 250 250 250"},
 		{"BDAT out of order, no RSET", ready + "BDAT 8\r\nXCHUNK\r\n" + rawMail + rawLast, "250 235 503 250 250 250"},
-		{"BDAT behind a refused one", ready + "MAIL FROM:<" + sender + ">\r\nBDAT 6\r\nQUIT\r\nRCPT TO:<" + recipient + ">\r\n" + rawLast, "250 235 250 503 250 503"},
+		{"BDAT after a refused one", ready + "MAIL FROM:<" + sender + ">\r\nBDAT 6\r\nQUIT\r\nRCPT TO:<" + recipient + ">\r\n" + rawLast, "250 235 250 503 250 503"},
 		{"an empty message", ready + rawData + ".\r\n" + rawQuit, "250 235 250 250 354 250 221"},
 		{"RSET", ready + rawMail + rawRset + "DATA\r\n", "250 235 250 250 250 503"},
 		{"STARTTLS that is not offered", "EHLO x\r\nSTARTTLS\r\n", "250 503"},
@@ -177,12 +176,12 @@ func TestRelayIsStrict(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 			if got := say(t, dial, ""); !strings.HasPrefix(got, "421 ") {
-				t.Errorf("the second connection is greeted with %q", got)
+				t.Errorf("the second connection got the greeting %q", got)
 			}
 			first.Close()
 			time.Sleep(time.Second)
 			if got := say(t, dial, ""); !strings.HasPrefix(got, "220 ") {
-				t.Errorf("once the first is closed, the third is greeted with %q", got)
+				t.Errorf("after the first closed, the third got the greeting %q", got)
 			}
 			if rep := finish(); rep.Refused != 1 || rep.MaxOpen != 1 {
 				t.Errorf("%d refused, %d open at once; want 1, 1", rep.Refused, rep.MaxOpen)
@@ -196,7 +195,7 @@ func TestRelayIsStrict(t *testing.T) {
 			dial, finish := serveRelay(cfg)
 			got := say(t, dial, ready+strings.Repeat(rawData+body, 3))
 			if !strings.HasSuffix(got, "421 4.7.0 too many messages on this connection\r\n") {
-				t.Errorf("the third message is answered with %q", got)
+				t.Errorf("the third message got the reply %q", got)
 			}
 			if rep := finish(); rep.OverLimit != 1 || rep.Accepted != 2 || rep.Duplicates != 1 {
 				t.Errorf("%d over the limit, %d accepted, %d twice; want 1, 2, 1", rep.OverLimit, rep.Accepted, rep.Duplicates)
@@ -205,7 +204,7 @@ func TestRelayIsStrict(t *testing.T) {
 	})
 }
 
-func TestBodiesAreRecognisedHoweverTheyAreCut(t *testing.T) {
+func TestBodiesAreRecognisedHoweverTheyAreSplit(t *testing.T) {
 	text := "EHLO x\r\n" + authPlain + rawData + string(newMessage(200)) + "..\r\n.x\r\n\r\n.\r\n" + rawQuit
 	for size := range len(text) {
 		synctest.Test(t, func(t *testing.T) {
@@ -237,7 +236,7 @@ func TestTLSGoesThroughTheLine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("SSL_CERT_FILE", writeFile(t, roots)) // read once, whichever mode is first
+	t.Setenv("SSL_CERT_FILE", writeFile(t, roots)) // read once, by the first mode
 	for mode, turns := range map[tlsMode]int{tlsImplicit: 6, tlsStart: 8} {
 		t.Run(string(mode), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// report is everything that one command measures.
+// report is everything that one run of the command measures.
 type report struct {
-	Kind     string       `json:"kind"` // how much of the matrix
+	Kind     string       `json:"kind"` // which part of the matrix
 	Partial  bool         `json:"partial,omitempty"`
 	Machine  []string     `json:"machine"`
 	Cells    []cellResult `json:"cells"`
@@ -41,7 +41,7 @@ func (c cellResult) of(name string) *outcome {
 	return nil
 }
 
-// best returns the fastest of other people's clients.
+// best returns the fastest client that is not ours.
 func (c cellResult) best() *outcome {
 	var best *outcome
 	for i := range c.Outcomes {
@@ -53,8 +53,8 @@ func (c cellResult) best() *outcome {
 	return best
 }
 
-// yardstick returns the peer that the others of a cell are measured by: the best of it, or that of the same work with a
-// relay that does not offer CHUNKING, since no peer uses that.
+// yardstick returns the peer that others of a cell are compared with: the cell's best, or the best of the same work with a relay
+// that does not offer CHUNKING, since no peer uses CHUNKING.
 func (r *report) yardstick(c cellResult) *outcome {
 	if best := c.best(); best != nil || !c.Cell.Chunking {
 		return best
@@ -65,7 +65,7 @@ func (r *report) yardstick(c cellResult) *outcome {
 	return nil
 }
 
-// cheapest returns the least processor time that one of those needs for a message.
+// cheapest returns the least processor time per message of these peers.
 func (c cellResult) cheapest() float64 {
 	least := 0.0
 	for _, o := range c.Outcomes {
@@ -100,17 +100,17 @@ func (c *cellResult) ratio(a, b string) float64 {
 	return x.rate() / y.rate()
 }
 
-// target is a promise of speed and what was measured.
+// target is a promised figure and the measured one.
 type target struct {
 	what string
 	want float64
-	most bool // the figure is to be no more than want, and not no less
+	most bool // want is a maximum, not a minimum
 	got  float64
 }
 
 func (t target) met() bool { return t.got > 0 && (t.got >= t.want) != (t.most && t.got != t.want) }
 
-// targets checks what was measured against what the library is to be.
+// targets compares the measurements with the targets.
 func (r *report) targets() []target {
 	var ts []target
 	add := func(want float64, got float64, format string, args ...any) {
@@ -153,14 +153,14 @@ func (r *report) targets() []target {
 	return ts
 }
 
-// The titles of the tables that are made of several cells.
+// The titles of tables with rows for several cells.
 const (
 	targetsTitle  = "Targets"
 	relayTitle    = "The relay's own limit"
 	overviewTitle = "Messages a second, as a ratio to the fastest peer of the row"
 )
 
-// cellNames returns the names of what was measured of the matrix.
+// cellNames returns the names of the measured part of the matrix.
 func (r *report) cellNames() string {
 	var names []string
 	for _, c := range r.Cells {
@@ -209,7 +209,7 @@ func (r *report) writeTargets(w io.Writer) {
 	}
 }
 
-// writePeers tells how each peer is driven.
+// writePeers says how each peer is driven.
 func writePeers(w io.Writer) {
 	fmt.Fprint(w, "\n### Who sends\n\n| name | how |\n| --- | --- |\n")
 	for _, p := range peers {
@@ -217,7 +217,7 @@ func writePeers(w io.Writer) {
 	}
 }
 
-// writeRelay writes what the relay can take: the most that anybody gave it without a delay.
+// writeRelay writes the relay's capacity: the most that any peer reached without a delay.
 func (r *report) writeRelay(w io.Writer) {
 	var most *outcome
 	var where cellResult

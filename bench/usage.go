@@ -24,7 +24,7 @@ func used() usage {
 	return usage{cpu: cpuTime(), mallocs: m.Mallocs, octets: m.TotalAlloc}
 }
 
-// settle gives back to the system what can be given back and forgets the peak so far, and returns the resident size.
+// settle returns unused memory to the system, resets the peak, and returns the resident size.
 func settle() int64 {
 	debug.FreeOSMemory()
 	os.WriteFile("/proc/self/clear_refs", []byte("5"), 0)
@@ -34,7 +34,7 @@ func settle() int64 {
 // peak returns the largest resident size since settle.
 func peak() int64 { return status("VmHWM") }
 
-// status returns a line of Linux's /proc/self/status in octets, 0 where there is none.
+// status returns a line of Linux's /proc/self/status in octets, or 0 if there is none.
 func status(name string) int64 {
 	b, err := os.ReadFile("/proc/self/status")
 	if err != nil {

@@ -1,6 +1,6 @@
 //go:build !unix
 
-// What the process has used so far, where nobody tells.
+// What the process has used so far, on systems that do not report it.
 
 package main
 

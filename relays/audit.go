@@ -12,14 +12,14 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// A sending is a message, and what the client was told about it.
+// A sending is a message, and what the client reported about it.
 type sending struct {
 	id   string // in the X-Check field, by which the ledger is searched
 	from string
 	to   []string
 	body io.WriterTo
 	want string // the body as it must arrive, with LF line ends
-	json string // the X-SMTPAPI field as it must arrive, unfolded; "": there is none
+	json string // the X-SMTPAPI field as it must arrive, unfolded; "" means none
 
 	allOrNothing bool
 	options      *smtprelay.MailOptions
@@ -43,7 +43,7 @@ func (s *sending) setBody(text string) {
 	}
 }
 
-// lastLine is the last line as it crosses the wire.
+// lastLine is the last line as sent, with dot stuffing.
 func (s *sending) lastLine() []byte {
 	text := strings.TrimSuffix(s.want, "\n")
 	return []byte(text[strings.LastIndexByte(text, '\n')+1:] + "\r\n")
@@ -53,7 +53,7 @@ func (s *sending) message() smtprelay.Message {
 	return smtprelay.Message{From: cmp.Or(s.from, smtprelay.NullSender), To: s.to, Body: s.body, AllOrNothing: s.allOrNothing, MailOptions: s.options}
 }
 
-// outcome is what the client was told, as one word.
+// outcome is what the client reported, in one word.
 func (s *sending) outcome() smtprelay.Outcome {
 	if s.err == nil {
 		return smtprelay.Accepted
@@ -65,7 +65,7 @@ func (s *sending) outcome() smtprelay.Outcome {
 	return e.Outcome
 }
 
-// fates is what the client was told about each recipient, or an error if it was told two things.
+// fates is the outcome that the client reported for each recipient, or an error if it reported two different ones.
 func (s *sending) fates() (map[string]smtprelay.Outcome, error) {
 	told := make(map[string]smtprelay.Outcome)
 	for _, r := range s.receipt.Recipients {
@@ -121,9 +121,9 @@ func (s *sending) fates() (map[string]smtprelay.Outcome, error) {
 	return fates, nil
 }
 
-// audit compares what the client was told with what the relay has queued: what was accepted is there once for each
-// recipient who was, complete; what was not accepted is not there; what is unknown is there once or not at all. Entries that
-// are not of this check, whose ids begin with prefix, are left alone.
+// audit compares what the client reported with what the relay has queued: an accepted message is queued once, complete, for each
+// accepted recipient; one not accepted is not queued; an unknown one is queued once or not at all. It ignores entries of other
+// checks, whose ids do not begin with prefix.
 func audit(prefix string, sent []*sending, ledger []entry) error {
 	byID := make(map[string][]entry)
 	for _, e := range ledger {
@@ -153,7 +153,7 @@ func audit(prefix string, sent []*sending, ledger []entry) error {
 				copies[to]++
 			}
 			if e.from != s.from {
-				report(s, "the reverse-path arrived as <%s>, not <%s>", e.from, s.from)
+				report(s, "the envelope sender arrived as <%s>, not <%s>", e.from, s.from)
 			}
 			if got := e.body(); got != s.want {
 				report(s, "the body arrived as %s, not as %s", short(got), short(s.want))
@@ -167,20 +167,20 @@ func audit(prefix string, sent []*sending, ledger []entry) error {
 			delete(copies, to)
 			switch {
 			case o == smtprelay.Accepted && n != 1, o == smtprelay.NotAccepted && n != 0, o == smtprelay.Unknown && n > 1:
-				report(s, "the client was told %q for <%s>, and the relay has queued it %d times (error: %v)", o, to, n, s.err)
+				report(s, "the client reported %q for <%s>, but the relay has queued it %d times (error: %v)", o, to, n, s.err)
 			}
 		}
 		for to, n := range copies {
-			report(s, "queued %d times for <%s>, who is no recipient", n, to)
+			report(s, "queued %d times for <%s>, which is not a recipient", n, to)
 		}
 	}
 	for id := range byID {
-		errs = append(errs, fmt.Errorf("%s is queued, and was never sent", id))
+		errs = append(errs, fmt.Errorf("%s is queued, but was never sent", id))
 	}
 	return first(errs)
 }
 
-// header returns the text of a header field that stands on one line.
+// header returns the text of a header field on one line.
 func (e entry) header(name string) string {
 	header, _, _ := bytes.Cut(e.data, []byte("\n\n"))
 	for line := range bytes.Lines(header) {
@@ -191,7 +191,7 @@ func (e entry) header(name string) string {
 	return ""
 }
 
-// unfolded returns the text of a header field without what folded it: each line end, and the white space behind it.
+// unfolded returns the text of a header field without folding: each line end and the white space after it removed.
 func (e entry) unfolded(name string) string {
 	header, _, _ := bytes.Cut(e.data, []byte("\n\n"))
 	var text []byte
@@ -244,17 +244,17 @@ func (b *slowBody) WriteTo(w io.Writer) (int64, error) {
 	return int64(n + m), err
 }
 
-// bodyOf is a body by which a result of SendAll finds its sending.
+// bodyOf is a body that identifies its sending in a result of SendAll.
 type bodyOf struct {
 	io.WriterTo
 	of *sending
 }
 
-// onlyReader hides all that a reader can do but reading, so that nobody knows its size.
+// onlyReader hides everything but Read, so that the size is unknown.
 type onlyReader struct{ io.Reader }
 
-// lines returns text of about n bytes, with lines of most lengths that are allowed, and many dots. Haraka breaks lines that
-// are longer than 992 octets with their CRLF and doubled dot.
+// lines returns text of about n bytes, with lines of most lengths that are allowed, and many dots. Haraka breaks lines longer
+// than 992 octets, CRLF and dot stuffing included.
 func lines(id string, n int) string {
 	var b strings.Builder
 	for i := 0; b.Len() < n; i++ {
@@ -266,7 +266,7 @@ func lines(id string, n int) string {
 	return b.String()
 }
 
-// waitFor polls until it is true or the time is over.
+// waitFor polls until isTrue returns true or the limit has passed.
 func waitFor(limit time.Duration, what string, isTrue func() bool) error {
 	for deadline := time.Now().Add(limit); !isTrue(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {

@@ -8,7 +8,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// newSending is a message for ann and bob, and told makes what a client says about it.
+// newSending is a message for ann and bob; told sets what the client reports about it.
 func newSending(id string) *sending {
 	s := &sending{id: id, from: "shop@client.example", to: []string{"ann@relay.example", "bob@relay.example"}, done: true}
 	s.setBody("one\r\ntwo")
@@ -31,14 +31,14 @@ func queued(s *sending, to ...string) entry {
 	return entry{from: s.from, to: to, data: []byte("Received: by relay\n" + strings.ReplaceAll(s.header(), "\r\n", "\n") + s.want)}
 }
 
-// withField is queued with an X-SMTPAPI field.
+// withField is a queue entry with an X-SMTPAPI field.
 func withField(s *sending, text string, to ...string) entry {
 	e := queued(s, to...)
 	e.data = append([]byte("X-SMTPAPI: "+strings.TrimSuffix(text, "\n")+"\n"), e.data...)
 	return e
 }
 
-func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
+func TestAuditFindsWhatTheClientReportedWrongly(t *testing.T) {
 	const accepted, notAccepted, unknown = smtprelay.Accepted, smtprelay.NotAccepted, smtprelay.Unknown
 	ann, bob := "ann@relay.example", "bob@relay.example"
 	for _, test := range []struct {
@@ -47,39 +47,39 @@ func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
 		ledger func(s *sending) []entry
 		fault  string // a part of the error; empty means none
 	}{
-		{"accepted, and there once", told(newSending("c/1"), accepted, accepted, accepted),
+		{"accepted, queued once", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, ""},
 		{"accepted in two transactions", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry { return []entry{queued(s, ann), queued(s, bob)} }, ""},
 		{"accepted, and lost", told(newSending("c/1"), accepted, accepted, accepted),
-			func(s *sending) []entry { return nil }, `told "accepted" for <`},
-		{"accepted, and lost for one", told(newSending("c/1"), accepted, accepted, accepted),
-			func(s *sending) []entry { return []entry{queued(s, ann)} }, `told "accepted" for <bob@relay.example>, and the relay has queued it 0 times`},
-		{"accepted, and there twice", told(newSending("c/1"), accepted, accepted, accepted),
+			func(s *sending) []entry { return nil }, `reported "accepted" for <`},
+		{"accepted, lost for one", told(newSending("c/1"), accepted, accepted, accepted),
+			func(s *sending) []entry { return []entry{queued(s, ann)} }, `reported "accepted" for <bob@relay.example>, but the relay has queued it 0 times`},
+		{"accepted, queued twice", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob), queued(s, ann, bob)} }, "queued it 2 times"},
-		{"not accepted, and not there", told(newSending("c/1"), notAccepted),
+		{"not accepted, not queued", told(newSending("c/1"), notAccepted),
 			func(s *sending) []entry { return nil }, ""},
-		{"not accepted, and there", told(newSending("c/1"), notAccepted),
-			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, `told "not accepted"`},
-		{"unknown, and not there", told(newSending("c/1"), unknown),
+		{"not accepted, but queued", told(newSending("c/1"), notAccepted),
+			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, `reported "not accepted"`},
+		{"unknown, not queued", told(newSending("c/1"), unknown),
 			func(s *sending) []entry { return nil }, ""},
 		{"unknown, and there", told(newSending("c/1"), unknown),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, ""},
-		{"unknown, and sent again", told(newSending("c/1"), unknown),
+		{"unknown, sent again", told(newSending("c/1"), unknown),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob), queued(s, ann)} }, "queued it 2 times"},
 		{"accepted in part", told(newSending("c/1"), accepted, accepted, notAccepted),
 			func(s *sending) []entry { return []entry{queued(s, ann)} }, ""},
-		{"accepted in part, and there for all", told(newSending("c/1"), accepted, accepted, notAccepted),
-			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, `told "not accepted" for <bob@relay.example>`},
-		{"there for a stranger", told(newSending("c/1"), accepted, accepted, accepted),
-			func(s *sending) []entry { return []entry{queued(s, ann, bob, "eve@relay.example")} }, "who is no recipient"},
+		{"accepted in part, queued for all", told(newSending("c/1"), accepted, accepted, notAccepted),
+			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, `reported "not accepted" for <bob@relay.example>`},
+		{"queued for a stranger", told(newSending("c/1"), accepted, accepted, accepted),
+			func(s *sending) []entry { return []entry{queued(s, ann, bob, "eve@relay.example")} }, "which is not a recipient"},
 		{"truncated", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry {
 				e := queued(s, ann, bob)
 				e.data = e.data[:len(e.data)-4]
 				return []entry{e}
 			}, "the body arrived as"},
-		{"a folded field arrives as it is", func() *sending {
+		{"a folded field arrives unchanged", func() *sending {
 			s := told(newSending("c/1"), accepted, accepted, accepted)
 			s.json = `{"to":["a","b"]}`
 			return s
@@ -94,11 +94,11 @@ func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
 				e := queued(s, ann, bob)
 				e.from = ""
 				return []entry{e}
-			}, "the reverse-path arrived as <>"},
-		{"no error, and a recipient forgotten", told(newSending("c/1"), accepted, accepted),
+			}, "the envelope sender arrived as <>"},
+		{"no error, but a recipient forgotten", told(newSending("c/1"), accepted, accepted),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob)} }, "does not mention <bob@relay.example>"},
 		{"never sent", told(newSending("c/1"), accepted, accepted, accepted),
-			func(s *sending) []entry { return []entry{queued(s, ann, bob), queued(newSending("c/9"), ann)} }, "c/9 is queued, and was never sent"},
+			func(s *sending) []entry { return []entry{queued(s, ann, bob), queued(newSending("c/9"), ann)} }, "c/9 is queued, but was never sent"},
 		{"another check's", told(newSending("c/1"), accepted, accepted, accepted),
 			func(s *sending) []entry { return []entry{queued(s, ann, bob), queued(newSending("d/9"), ann)} }, ""},
 		{"an error of another type", func() *sending {
@@ -124,7 +124,7 @@ func TestAuditFindsWhatIsNotAsTold(t *testing.T) {
 	}
 }
 
-func TestSendingKnowsHowItsBodyMustArrive(t *testing.T) {
+func TestBodyAsItMustArrive(t *testing.T) {
 	for _, test := range []struct{ text, want, last string }{
 		{"a\r\n.b\r\n", "a\n.b\n", ".b\r\n"},
 		{"a\rb\nc\r\r\n", "a\nb\nc\n\n", "\r\n"},
@@ -142,7 +142,7 @@ func TestSendingKnowsHowItsBodyMustArrive(t *testing.T) {
 	}
 }
 
-func TestExpectTellsWhatIsWrong(t *testing.T) {
+func TestExpectReportsWhatDiffers(t *testing.T) {
 	refused := &smtprelay.Error{
 		Reply:      smtprelay.Reply{Code: 550, EnhancedCode: smtprelay.EnhancedCode{5, 1, 1}},
 		Outcome:    smtprelay.Accepted,
@@ -153,7 +153,7 @@ func TestExpectTellsWhatIsWrong(t *testing.T) {
 		fault bool
 		got   error
 	}{
-		{"as it is", false, expect(refused, smtprelay.Accepted, 550, "b@y.example 550")},
+		{"as expected", false, expect(refused, smtprelay.Accepted, 550, "b@y.example 550")},
 		{"any code", false, expect(refused, smtprelay.Accepted, 0)},
 		{"another outcome", true, expect(refused, smtprelay.NotAccepted, 0)},
 		{"another code", true, expect(refused, smtprelay.Accepted, 450)},

@@ -17,13 +17,13 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// The modes that checks are run in: how bodies go where the relay lets them.
+// The modes that checks run in: how bodies are sent if the relay allows it.
 const (
 	byData   = "DATA"
 	inChunks = "chunks" // Config.Chunking
 )
 
-// A bench is what a check works on: one relay, clients of it, and a record of what was sent and said.
+// A bench is what a check works with: a relay, clients of it, and a record of what was sent and replied.
 type bench struct {
 	*running
 	ctx   context.Context // ends when the check has taken too long
@@ -41,8 +41,8 @@ type bench struct {
 	offers   []string // the extensions of the last connection
 }
 
-// client returns a client that keeps within the relay's limits and speaks in the clear, unless change says otherwise. It is
-// closed at the end of the check.
+// client returns a client that keeps within the relay's limits and uses plaintext, unless change says otherwise. It is closed at
+// the end of the check.
 func (b *bench) client(change ...func(*smtprelay.Config)) (*smtprelay.Client, error) {
 	cfg := smtprelay.Config{
 		Addr:      address(b.Plain),
@@ -74,7 +74,7 @@ func (b *bench) client(change ...func(*smtprelay.Config)) (*smtprelay.Client, er
 	return c, nil
 }
 
-// throughProxy makes the clients that are made afterwards talk to the relay through a proxy.
+// throughProxy makes clients created later talk to the relay through a proxy.
 func (b *bench) throughProxy(delay time.Duration) error {
 	p, err := newProxy(address(b.Plain), delay)
 	if err != nil {
@@ -84,7 +84,7 @@ func (b *bench) throughProxy(delay time.Duration) error {
 	return nil
 }
 
-// The ways to change a client's configuration.
+// Changes to a client's configuration.
 
 func conns(n int) func(*smtprelay.Config) {
 	return func(c *smtprelay.Config) { c.Limits.MaxConns = n }
@@ -98,7 +98,7 @@ func attempts(n int) func(*smtprelay.Config) {
 	return func(c *smtprelay.Config) { c.Retry.MaxAttempts = n }
 }
 
-// startTLS is for the port where STARTTLS and AUTH PLAIN are offered, implicitTLS for the one with AUTH LOGIN.
+// startTLS is for the port with STARTTLS and AUTH PLAIN, implicitTLS for the one with AUTH LOGIN.
 func (b *bench) startTLS(c *smtprelay.Config) { b.secure(c, b.StartTLS, smtprelay.TLSStartTLS) }
 
 func (b *bench) implicitTLS(c *smtprelay.Config) { b.secure(c, b.Implicit, smtprelay.TLSImplicit) }
@@ -110,7 +110,7 @@ func (b *bench) secure(c *smtprelay.Config, port int, mode smtprelay.TLSMode) {
 	c.Username, c.Password = user, password
 }
 
-// mail makes a message with a body of its own. Nothing is sent yet.
+// mail makes a message with a unique body. It does not send it.
 func (b *bench) mail(to ...string) *sending {
 	if len(to) == 0 {
 		to = []string{"ann"}
@@ -126,7 +126,7 @@ func (b *bench) mail(to ...string) *sending {
 	return s
 }
 
-// send sends a message and keeps what the client was told, for the comparison with the ledger.
+// send sends a message and keeps the result, for the comparison with the ledger.
 func (b *bench) send(c *smtprelay.Client, s *sending) error {
 	return b.sendCtx(b.ctx, c, s)
 }
@@ -137,12 +137,12 @@ func (b *bench) sendCtx(ctx context.Context, c *smtprelay.Client, s *sending) er
 	return s.err
 }
 
-// sendAll sends messages from many goroutines at once and returns the errors of those that were not accepted by all.
+// sendAll sends messages from several goroutines and returns the errors of those that not all recipients accepted.
 func (b *bench) sendAll(c *smtprelay.Client, goroutines int, all []*sending) error {
 	var wg sync.WaitGroup
 	work := make(chan *sending)
 	for range goroutines {
-		wg.Go(func() { // until work is closed
+		wg.Go(func() { // ends when work is closed
 			for s := range work {
 				b.send(c, s)
 			}
@@ -180,7 +180,7 @@ func (b *bench) offered(keyword string) bool {
 	})
 }
 
-// refused returns what the relay has refused so far.
+// refused returns the relay's refusals so far.
 func (b *bench) refused() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -209,13 +209,13 @@ func (b *bench) trace() *smtprelay.Trace {
 		ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			select {
 			case b.closed <- c:
-			default: // nobody is going to wait for it
+			default: // nothing waits for it
 			}
 		},
 	}
 }
 
-// dial records what crosses the connection, in the clear where that is what crosses.
+// dial records the bytes of the connection.
 func (b *bench) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 	if err != nil {
@@ -224,7 +224,7 @@ func (b *bench) dial(ctx context.Context, network, addr string) (net.Conn, error
 	return &recordedConn{Conn: c, to: &b.dialogue, n: b.dialogue.connection()}, nil
 }
 
-// finish closes what the check has opened, and compares what the client was told with what the relay has queued.
+// finish closes what the check has opened, and compares what the client reported with what the relay has queued.
 func (b *bench) finish() error {
 	b.mu.Lock()
 	clients := b.clients
@@ -258,10 +258,10 @@ func (b *bench) audit() error {
 	return audit(b.prefix(), b.sent, entries)
 }
 
-// prefix is what the ids of the check's messages begin with.
+// prefix begins the ids of the check's messages.
 func (b *bench) prefix() string { return b.name + "/" + b.mode + "/" + b.check + "/" }
 
-// noneLeft reports goroutines of the library that are still there. Those that are on their way out get a moment.
+// noneLeft reports goroutines of the library that are left. It waits a moment for those about to end.
 func noneLeft() error {
 	buf := make([]byte, 1<<20)
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
@@ -281,7 +281,7 @@ func noneLeft() error {
 	}
 }
 
-// first keeps an error readable that would be a page of the same.
+// first keeps the first three of many errors.
 func first(errs []error) error {
 	if len(errs) > 3 {
 		errs = append(errs[:3:3], fmt.Errorf("and %d more", len(errs)-3))
@@ -289,7 +289,7 @@ func first(errs []error) error {
 	return errors.Join(errs...)
 }
 
-// dialogue is what was said on the connections of one check.
+// dialogue is the dialogue of one check's connections.
 type dialogue struct {
 	mu    sync.Mutex // guards the fields below
 	conns int
@@ -313,7 +313,7 @@ func (d *dialogue) add(n int, who string, text []byte) {
 	}
 	all := bytes.SplitAfter(text, []byte("\n"))
 	for i, line := range all {
-		const head, tail = 12, 6 // of a body, enough to see where it begins and ends
+		const head, tail = 12, 6 // of a body: enough to see where it begins and ends
 		if len(all) > head+tail+1 && i >= head && i < len(all)-tail {
 			if i == head {
 				d.lines = append(d.lines, fmt.Sprintf("%s%d: (%d more lines)", who, n, len(all)-head-tail))
@@ -328,7 +328,7 @@ func (d *dialogue) add(n int, who string, text []byte) {
 	}
 }
 
-// ended is how many connections have ended, as the client's reads have told it.
+// ended is how many connections have ended, as seen by the client's reads.
 func (d *dialogue) ended() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -347,12 +347,12 @@ func (d *dialogue) String() string {
 	return strings.Join(d.lines, "\n")
 }
 
-// isText tells SMTP from TLS records.
+// isText distinguishes SMTP from TLS records.
 func isText(b []byte) bool {
 	return b[0] >= ' ' && b[0] < 0x7f || b[0] == '\r' || b[0] == '\n' || b[0] >= 0x80
 }
 
-// recordedConn tells a dialogue what crosses it.
+// recordedConn records its traffic in a dialogue.
 type recordedConn struct {
 	net.Conn
 	to *dialogue
@@ -390,8 +390,8 @@ func (c *recordedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// SetLinger lets the client reset a connection, for which it looks below what Dial returned.
+// SetLinger lets the client reset the connection; the client looks for it on what Dial returned.
 func (c *recordedConn) SetLinger(sec int) error { return c.Conn.(*net.TCPConn).SetLinger(sec) }
 
-// CloseWrite likewise.
+// CloseWrite is like SetLinger.
 func (c *recordedConn) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }

@@ -8,14 +8,14 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// A check sends through one relay. Whatever it looks at itself, what the client was told is compared with what the relay has
-// queued when it is over.
+// A check sends through one relay. Besides what it checks itself, at its end what the client reported is compared with what the
+// relay has queued.
 type check struct {
 	name string
 	run  func(b *bench) error
 }
 
-// notApplicable is the error of a check that means nothing to a relay; its text is the reason.
+// notApplicable is the error of a check that makes no sense for a relay; its text is the reason.
 type notApplicable string
 
 func (n notApplicable) Error() string { return string(n) }
@@ -26,7 +26,7 @@ var checks = []check{
 	{"200 messages at once", manyMessages},
 	{"200 through SendAll", sendAll},
 	{"overlap", overlap},
-	{"QUIT behind the dot", quitBehindDot},
+	{"QUIT right after the dot", quitBehindDot},
 	{"our own limits", ownLimits},
 	{"messages per connection", messagesPerConnection},
 	{"connections", connections},
@@ -49,11 +49,11 @@ var checks = []check{
 	{"X-SMTPAPI with 1,000 substitutions", substitutions},
 	{"STARTTLS, AUTH PLAIN", startTLS},
 	{"TLS, AUTH LOGIN", implicitTLS},
-	{"TLS promised and broken", brokenTLS},
+	{"TLS offered but broken", brokenTLS},
 	{"unknown authority", unknownAuthority},
 	{"wrong password", wrongPassword},
 	{"no credentials", noCredentials},
-	{"cut behind the dot", cutBehindDot},
+	{"cut after the dot", cutBehindDot},
 	{"cut before the dot", cutBeforeDot},
 	{"session killed in a body", killedInBody},
 	{"body fails half-way", bodyFails},
@@ -63,13 +63,13 @@ var checks = []check{
 	{"a body of commands", bodyOfCommands},
 }
 
-// chunkChecks are those that mean something in chunks only.
+// chunkChecks are for CHUNKING only.
 var chunkChecks = []check{
 	{"how bodies go", goInChunks},
 }
 
-// expect reports an error that is not an *Error with this outcome, this code (0: whichever) and, if any are given, these
-// refused recipients, each "address code".
+// expect reports an error that is not an *Error with this outcome, this code (0: any) and, if any are given, these refused
+// recipients, each "address code".
 func expect(err error, outcome smtprelay.Outcome, code int, refused ...string) error {
 	if err == nil {
 		return fmt.Errorf("accepted without an error; expected %q", outcome)
@@ -94,18 +94,18 @@ func expect(err error, outcome smtprelay.Outcome, code int, refused ...string) e
 		}
 	}
 	if !slices.Equal(got, refused) {
-		return fmt.Errorf("told as refused are %q, not %q: %w", got, refused, err)
+		return fmt.Errorf("reported as refused: %q, not %q: %w", got, refused, err)
 	}
 	return nil
 }
 
-// expectPermanent reports an error that is not one of a message that was not accepted and never will be.
+// expectPermanent reports an error that is not a permanent refusal.
 func expectPermanent(err error) error {
 	if err := expect(err, smtprelay.NotAccepted, 0); err != nil {
 		return err
 	}
 	if e := err.(*smtprelay.Error); e.Temporary() {
-		return fmt.Errorf("told as temporary: %w", err)
+		return fmt.Errorf("reported as temporary: %w", err)
 	}
 	return nil
 }

@@ -1,6 +1,6 @@
 package main
 
-// What breaks: connections, relays, bodies, clients.
+// Connections, relays, bodies and clients that break.
 
 import (
 	"context"
@@ -12,8 +12,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// cutBehindDot loses the connection right behind the end of a message: what became of it nobody can know, and it must not go
-// out again.
+// cutBehindDot loses the connection right after the end of a message: its fate is unknown, and it must not be sent again.
 func cutBehindDot(b *bench) error {
 	if err := b.throughProxy(0); err != nil {
 		return err
@@ -30,7 +29,7 @@ func cutBehindDot(b *bench) error {
 			return err
 		}
 		if smtprelay.ShouldRetry(err) {
-			return errors.New("ShouldRetry is true of a message whose fate is unknown")
+			return errors.New("ShouldRetry is true for a message whose fate is unknown")
 		}
 		if err := b.send(c, b.mail()); err != nil {
 			return err
@@ -39,7 +38,7 @@ func cutBehindDot(b *bench) error {
 	return nil
 }
 
-// cutBeforeDot loses it inside the last line: not accepted, and with another try accepted once.
+// cutBeforeDot loses the connection inside the last line: not accepted and, with another try, accepted once.
 func cutBeforeDot(b *bench) error {
 	if err := b.throughProxy(0); err != nil {
 		return err
@@ -76,8 +75,8 @@ func cutBeforeDot(b *bench) error {
 	return nil
 }
 
-// cutShort is what a client may say of a message that the network has cut inside the last line. The client had written all
-// of it: for a small one it cannot tell where the cut was.
+// cutShort checks what the client may report about a message that the network has cut inside the last line. The client had
+// written the whole message: for a small one it cannot know where the cut was.
 func (b *bench) cutShort(err error) error {
 	if expect(err, smtprelay.NotAccepted, 0) == nil {
 		return nil
@@ -85,8 +84,8 @@ func (b *bench) cutShort(err error) error {
 	return expect(err, smtprelay.Unknown, 0)
 }
 
-// killedInBody kills the relay's process, or the whole relay, while a body is on its way, and goes on with the body once the
-// client has seen the connection end.
+// killedInBody kills the relay's process, or the whole relay, in the middle of a body, and continues the body once the client has
+// seen the connection end.
 func killedInBody(b *bench) error {
 	kill := func() error {
 		ended := b.dialogue.ended()
@@ -122,7 +121,7 @@ func killedInBody(b *bench) error {
 		if err := b.send(c, b.mail()); err != nil {
 			return err
 		}
-		if err := c.Close(); err != nil { // the next kill ends its own connection only
+		if err := c.Close(); err != nil { // the next kill must end only its own connection
 			return err
 		}
 	}
@@ -178,7 +177,7 @@ func cancelledInBody(b *bench) error {
 	return nil
 }
 
-// shutdown ends the client while many wait: each is accepted, or told that the client is closed.
+// shutdown shuts down the client while many messages wait: each is accepted, or fails with ErrClosed.
 func shutdown(b *bench) error {
 	c, err := b.client(conns(2))
 	if err != nil {
@@ -198,7 +197,7 @@ func shutdown(b *bench) error {
 	err = c.Shutdown(b.ctx)
 	wg.Wait()
 	if err != nil {
-		return fmt.Errorf("the Shutdown: %w", err)
+		return fmt.Errorf("Shutdown: %w", err)
 	}
 	for _, s := range all {
 		if s.err != nil && (!errors.Is(s.err, smtprelay.ErrClosed) || smtprelay.OutcomeOf(s.err) != smtprelay.NotAccepted) {
@@ -208,8 +207,8 @@ func shutdown(b *bench) error {
 	return nil
 }
 
-// restarted kills the relay amid many messages and starts it again. Those whose final reply was outstanding are unknown; none
-// of the others is lost or there twice.
+// restarted kills the relay while it gets many messages and starts it again. Messages with an outstanding final reply are
+// unknown; none of the others is lost or duplicated.
 func restarted(b *bench) error {
 	c, err := b.client(attempts(-1))
 	if err != nil {
@@ -219,7 +218,7 @@ func restarted(b *bench) error {
 	var wg sync.WaitGroup
 	work := make(chan *sending)
 	for range 10 {
-		wg.Go(func() { // until work is closed
+		wg.Go(func() { // ends when work is closed
 			for s := range work {
 				b.send(c, s)
 			}

@@ -1,6 +1,6 @@
 package main
 
-// Bodies in chunks, and what a relay makes of a body whose recipients it has refused.
+// Bodies in chunks, and what a relay does with a body whose recipients it has refused.
 
 import (
 	"fmt"
@@ -9,8 +9,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// goInChunks holds the client to the answer that the relay has given the suite: bodies go in chunks to a relay that throws away
-// the octets of a refused chunk, and to no other.
+// goInChunks checks the client's choice against the relay's answer to the suite: the client sends bodies in chunks only to a
+// relay that discards the octets of a refused chunk.
 func goInChunks(b *bench) error {
 	if err := b.throughProxy(0); err != nil {
 		return err
@@ -29,16 +29,16 @@ func goInChunks(b *bench) error {
 	}
 	chunks, data := b.proxy.said("BDAT 0 LAST"), b.proxy.said("DATA")
 	if b.habit.discards() && (chunks != 3 || data != 0) {
-		return fmt.Errorf("%d of 3 bodies went in chunks, %d by DATA, to a relay that throws away refused chunks: %s", chunks, data, b.habit)
+		return fmt.Errorf("%d of 3 bodies went in chunks, %d by DATA, to a relay that discards refused chunks: %s", chunks, data, b.habit)
 	}
 	if !b.habit.discards() && (chunks != 0 || data != 3) {
-		return fmt.Errorf("%d of 3 bodies went in chunks, %d by DATA, to a relay that does not throw away refused chunks: %s", chunks, data, b.habit)
+		return fmt.Errorf("%d of 3 bodies went in chunks, %d by DATA, to a relay that does not discard refused chunks: %s", chunks, data, b.habit)
 	}
 	return nil
 }
 
-// bodyOfCommands sends bodies that are commands to a relay which refuses the recipient, the sender, or both: no mail may come
-// of them. The second needs no MAIL, for a transaction of the caller's own sender may be open.
+// bodyOfCommands sends bodies that consist of commands to a relay which refuses the recipient, the sender, or both: none may
+// become a mail. The second body needs no MAIL, since a transaction with the real sender may be open.
 func bodyOfCommands(b *bench) error {
 	victim := "victim-of-" + b.mode + "@relay.example"
 	mail := "MAIL FROM:<ceo@client.example>\r\n"
@@ -58,7 +58,7 @@ func bodyOfCommands(b *bench) error {
 					}
 					s := b.mail(to)
 					s.from = from
-					// Few lines before the commands: go-smtp hangs up after 4 that it does not know.
+					// Few lines before the commands: go-smtp hangs up after 4 unknown ones.
 					s.body = smtprelay.Bytes([]byte("Subject: a question\r\n\r\nhello\r\n" + commands))
 					if err := expect(b.send(c, s), smtprelay.NotAccepted, 0); err != nil {
 						return err
@@ -81,7 +81,7 @@ func bodyOfCommands(b *bench) error {
 		}
 	}
 	if smuggled > 0 {
-		return fmt.Errorf("%d of %d bodies became mails to the victim", smuggled, len(b.sent))
+		return fmt.Errorf("%d of %d bodies became mail to the victim", smuggled, len(b.sent))
 	}
 	return nil
 }

@@ -1,6 +1,6 @@
 package main
 
-// Many messages, and the limits that they meet.
+// Many messages, and limits.
 
 import (
 	"errors"
@@ -19,7 +19,7 @@ func oneMessage(b *bench) error {
 		return err
 	}
 	if err := c.Ping(b.ctx); err != nil {
-		return fmt.Errorf("the Ping: %w", err)
+		return fmt.Errorf("Ping: %w", err)
 	}
 	if err := b.send(c, b.mail()); err != nil {
 		return err
@@ -27,7 +27,7 @@ func oneMessage(b *bench) error {
 	return c.Shutdown(b.ctx)
 }
 
-// queueID looks for the receipt's QueueID in the relay's queue.
+// queueID looks up the receipt's QueueID in the relay's queue.
 func queueID(b *bench) error {
 	c, err := b.client()
 	if err != nil {
@@ -45,7 +45,7 @@ func queueID(b *bench) error {
 		switch {
 		case e.header("X-Check") != s.id:
 		case e.id == "":
-			return notApplicable("its reply to the final dot names none")
+			return notApplicable("its reply to the final dot has none")
 		case e.id != s.receipt.QueueID:
 			return fmt.Errorf("the receipt's QueueID is %q, the relay's is %q: %d %s", s.receipt.QueueID, e.id, s.receipt.Reply.Code, s.receipt.Reply.Message)
 		}
@@ -53,8 +53,8 @@ func queueID(b *bench) error {
 	return nil
 }
 
-// manyMessages keeps within the limits that the relay enforces, so the relay must have nothing to refuse: a client that
-// counts differently meets a 421 here.
+// manyMessages keeps within the limits that the relay enforces, so the relay must refuse nothing: a client that counts
+// differently gets a 421 here.
 func manyMessages(b *bench) error {
 	c, err := b.client()
 	if err != nil {
@@ -66,17 +66,17 @@ func manyMessages(b *bench) error {
 	return b.nothingRefused()
 }
 
-// badSequence is a reply to a chunk out of order.
+// badSequence matches the reply to a chunk out of order.
 var badSequence = regexp.MustCompile(`: DATA: 50[0-3] `)
 
-// nothingRefused reports what the relay has refused, but for what it is known for.
+// nothingRefused reports the relay's refusals, except known ones.
 func (b *bench) nothingRefused() error {
 	refused := slices.DeleteFunc(b.refused(), func(s string) bool {
-		return badSequence.MatchString(s) || // to the question about refused chunks; of a message's own Send would tell
+		return badSequence.MatchString(s) || // reply to the probe for refused chunks; a refused chunk of a message would fail its Send
 			b.noOverlap && strings.Contains(s, ": 503 ") || b.countsLate && strings.Contains(s, "greeting: 421")
 	})
 	if len(refused) > 0 {
-		return fmt.Errorf("within its limits, and yet the relay refused %d times, first: %s", len(refused), refused[0])
+		return fmt.Errorf("within its limits, but the relay refused %d times, first: %s", len(refused), refused[0])
 	}
 	return nil
 }
@@ -113,8 +113,8 @@ func sendAll(b *bench) error {
 	return first(errs)
 }
 
-// overlap sends on one connection whose replies take a while. Haraka answers 503 to what came with a final dot; all must be
-// queued once all the same.
+// overlap sends on one connection with slow replies. Haraka answers 503 to commands that arrive with a final dot; all messages
+// must still be queued once.
 func overlap(b *bench) error {
 	if err := b.throughProxy(10 * time.Millisecond); err != nil {
 		return err
@@ -128,15 +128,15 @@ func overlap(b *bench) error {
 	}
 	overlapped := c.Stats().Overlapped
 	if offered := b.offered("PIPELINING"); offered && overlapped == 0 {
-		return errors.New("PIPELINING is offered, and no transaction was overlapped")
+		return errors.New("PIPELINING is offered, but no transaction was overlapped")
 	} else if !offered && overlapped > 0 {
-		return fmt.Errorf("PIPELINING is not offered, and %d transactions were overlapped", overlapped)
+		return fmt.Errorf("PIPELINING is not offered, but %d transactions were overlapped", overlapped)
 	}
 	return nil
 }
 
-// quitBehindDot rotates after each message, with replies that take a while: QUIT has not waited for the final reply, unless
-// the relay does not offer PIPELINING.
+// quitBehindDot sends one message per connection, with slow replies: QUIT must not wait for the final reply, unless the relay
+// does not offer PIPELINING.
 func quitBehindDot(b *bench) error {
 	if err := b.throughProxy(20 * time.Millisecond); err != nil {
 		return err
@@ -155,11 +155,11 @@ func quitBehindDot(b *bench) error {
 	}
 	times, always := b.proxy.ranAhead("QUIT")
 	if b.noOverlap {
-		return nil // the client has noticed at the first QUIT, if TCP put it together with the dot
+		return nil // the client noticed at the first QUIT, if TCP sent it together with the dot
 	}
 	switch offered := b.offered("PIPELINING"); {
 	case times != 3:
-		return fmt.Errorf("QUIT was said %d times on 3 connections", times)
+		return fmt.Errorf("QUIT was sent %d times on 3 connections", times)
 	case offered && !always:
 		return errors.New("QUIT waited for the final reply although PIPELINING is offered")
 	case !offered && always:
@@ -168,7 +168,7 @@ func quitBehindDot(b *bench) error {
 	return nil
 }
 
-// ownLimits looks from outside at what the client promises: connections at once and transactions on each.
+// ownLimits counts from outside what the client promises: connections at once and transactions on each.
 func ownLimits(b *bench) error {
 	if err := b.throughProxy(0); err != nil {
 		return err
@@ -182,13 +182,13 @@ func ownLimits(b *bench) error {
 	}
 	n, atOnce, transactions := b.proxy.count()
 	if b.noOverlap {
-		transactions-- // one that was answered by 503 and begun again on the same connection
+		transactions-- // one got 503 and was repeated on the same connection
 	}
 	if atOnce > 3 || transactions > 5 {
-		return fmt.Errorf("%d connections at once where 3 are allowed, %d transactions on one where 5 are", atOnce, transactions)
+		return fmt.Errorf("%d connections at once, 3 are allowed; %d transactions on one, 5 are allowed", atOnce, transactions)
 	}
 	if n < 12 {
-		return fmt.Errorf("60 messages, 5 on each connection, went over %d connections", n)
+		return fmt.Errorf("60 messages, 5 on each connection, used %d connections", n)
 	}
 	return nil
 }
@@ -205,7 +205,7 @@ func messagesPerConnection(b *bench) error {
 		return err
 	}
 	if len(b.refused()) == 0 {
-		return errors.New("the relay's limit was not met: nothing was refused")
+		return errors.New("the relay's limit was not reached: nothing was refused")
 	}
 	return nil
 }
@@ -225,7 +225,7 @@ func connections(b *bench) error {
 		return err
 	}
 	if len(b.refused()) == 0 {
-		return errors.New("the relay's limit was not met: nothing was refused")
+		return errors.New("the relay's limit was not reached: nothing was refused")
 	}
 	return nil
 }
@@ -254,13 +254,13 @@ func idleTLS(b *bench) error {
 	return b.idle(b.startTLS)
 }
 
-// idle lets the relay close an idle connection and sends again.
+// idle lets the relay close an idle connection, and sends again.
 func (b *bench) idle(change ...func(*smtprelay.Config)) error {
 	if b.noIdle != "" {
 		return notApplicable(b.noIdle)
 	}
 	c, err := b.client(append(change, conns(1), func(c *smtprelay.Config) {
-		c.Limits.MaxIdleTime, c.Limits.MaxConnAge = -1, -1 // the relay's is to be met, not ours
+		c.Limits.MaxIdleTime, c.Limits.MaxConnAge = -1, -1 // reach the relay's limit, not ours
 	})...)
 	if err != nil {
 		return err

@@ -1,6 +1,6 @@
 package main
 
-// What is in an envelope and a body, and what relays refuse of it.
+// Envelopes and bodies, and what relays refuse in them.
 
 import (
 	"encoding/json"
@@ -36,7 +36,7 @@ func oneBusy(b *bench) error {
 		return err
 	}
 	if to := smtprelay.RetryTo(err); len(to) != 1 || to[0] != "busy@relay.example" {
-		return fmt.Errorf("to be sent again to %q; the only refusal is: %w", to, err)
+		return fmt.Errorf("RetryTo is %q, but the only refusal is: %w", to, err)
 	}
 	return b.send(c, b.mail())
 }
@@ -80,13 +80,13 @@ func mailRefused(b *bench) error {
 		return err
 	}
 	if e := err.(*smtprelay.Error); e.Op != smtprelay.OpMail {
-		return fmt.Errorf("the refusal of MAIL is reported as that of %s: %w", e.Op, err)
+		return fmt.Errorf("the refusal of MAIL is reported as a refusal of %s: %w", e.Op, err)
 	}
 	return b.send(c, b.mail())
 }
 
-// refusedInARow meets what relays do about a client that is refused again and again: Postfix says 421 after 20 errors, Exim
-// hangs up after 10 commands that sent no mail. Each message is told its own refusal all the same.
+// refusedInARow sends messages that are all refused. Postfix then says 421 after 20 errors, Exim hangs up after 10 commands that
+// sent no mail. Each message must still get its own refusal.
 func refusedInARow(b *bench) error {
 	c, err := b.client(conns(1), messages(100))
 	if err != nil {
@@ -128,7 +128,7 @@ func tooBigUnknown(b *bench) error {
 	return b.send(c, b.mail())
 }
 
-// nearlyTooBig sends what fits: a client that declares more than it sends has it refused.
+// nearlyTooBig sends a message that just fits: it fails if the client declares more than it sends.
 func nearlyTooBig(b *bench) error {
 	c, err := b.client()
 	if err != nil {
@@ -207,13 +207,13 @@ func utf8Address(b *bench) error {
 		return err
 	}
 	if err == nil {
-		return errors.New("SMTPUTF8 is not offered, and an address that needs it was sent")
+		return errors.New("SMTPUTF8 is not offered, but an address that needs it was sent")
 	}
 	return expectPermanent(err)
 }
 
-// substitutions sends the longest header field that a program writes: the names of a thousand readers for SendGrid to put in. It is
-// folded for the way there, which the relay must not notice.
+// substitutions sends the longest header field that a program writes: the names of a thousand readers for SendGrid to substitute.
+// The client folds it; the field must arrive as if it were not folded.
 func substitutions(b *bench) error {
 	c, err := b.client()
 	if err != nil {
@@ -237,7 +237,7 @@ func substitutions(b *bench) error {
 		Sub map[string][]string
 	}
 	if err := json.Unmarshal([]byte(s.json), &got); err != nil || !slices.Equal(got.To, to) || !slices.Equal(got.Sub["-name-"], names) {
-		return fmt.Errorf("the field does not hold what was put in: %v", err)
+		return fmt.Errorf("the field does not contain what was put in: %v", err)
 	}
 	s.body = smtpapi.Prepend(h, s.body)
 	return b.send(c, s)

@@ -26,14 +26,14 @@ func implicitTLS(b *bench) error {
 	return b.burst(b.implicitTLS)
 }
 
-// burst sends over authenticated connections of which several are needed.
+// burst sends over several authenticated connections.
 func (b *bench) burst(change func(*smtprelay.Config)) error {
 	c, err := b.client(change)
 	if err != nil {
 		return err
 	}
 	if err := c.Ping(b.ctx); err != nil {
-		return fmt.Errorf("the Ping: %w", err)
+		return fmt.Errorf("Ping: %w", err)
 	}
 	if err := b.sendAll(c, 20, b.mails(100)); err != nil {
 		return err
@@ -44,13 +44,13 @@ func (b *bench) burst(change func(*smtprelay.Config)) error {
 	return b.nothingRefused()
 }
 
-// brokenTLS is a relay that promises TLS and fails: nothing may cross in the clear.
+// brokenTLS is for a relay that offers TLS and fails: nothing may be sent in plaintext.
 func brokenTLS(b *bench) error {
 	if !b.brokenTLS {
 		return notApplicable("its TLS works")
 	}
 	for _, change := range []func(*smtprelay.Config){b.startTLS, b.implicitTLS} {
-		c, err := b.client(change, attempts(1)) // else it is dialled again for Timeouts.Outage
+		c, err := b.client(change, attempts(1)) // else it is retried for Timeouts.Outage
 		if err != nil {
 			return err
 		}
@@ -65,19 +65,19 @@ func brokenTLS(b *bench) error {
 	return b.nothingInClear()
 }
 
-// nothingInClear looks for what must cross TLS only.
+// nothingInClear checks that what needs TLS was not sent in plaintext.
 func (b *bench) nothingInClear() error {
 	for line := range strings.SplitSeq(b.dialogue.String(), "\n") {
 		if strings.HasPrefix(line, "C") && !strings.HasSuffix(line, " bytes") && !strings.Contains(line, ": EHLO ") &&
 			!strings.Contains(line, ": STARTTLS") && !strings.Contains(line, ": QUIT") {
-			return fmt.Errorf("crossed in the clear: %s", line)
+			return fmt.Errorf("sent in plaintext: %s", line)
 		}
 	}
 	return nil
 }
 
-// onceCounted calls try. If the relay counts connections late, it may still count one of an earlier client that it has closed, and
-// refuse the next one with 421: then onceCounted calls try again, for two seconds.
+// onceCounted calls try. A relay that counts connections late may still count one that an earlier client has closed, and refuse
+// the next with 421: then onceCounted calls try again, for two seconds.
 func (b *bench) onceCounted(try func() error) error {
 	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		err := try()
@@ -100,7 +100,7 @@ func unknownAuthority(b *bench) error {
 		if err := expect(err, smtprelay.NotAccepted, 0); err != nil {
 			return err
 		}
-		// Somebody in between may have shown the certificate, so the error may pass; but it is told by its name.
+		// A machine in the middle may have shown the certificate, so the error may be temporary; but it must be reported as TLS.
 		if e := err.(*smtprelay.Error); e.Op != smtprelay.OpTLS || !e.Temporary() {
 			return fmt.Errorf("a certificate of an unknown authority is reported as a failure of %s: %w", e.Op, err)
 		}
@@ -119,7 +119,7 @@ func wrongPassword(b *bench) error {
 		}
 		err = b.onceCounted(func() error { return c.Ping(b.ctx) })
 		if err := expect(err, smtprelay.NotAccepted, 535); err != nil {
-			return fmt.Errorf("the Ping: %w", err)
+			return fmt.Errorf("Ping: %w", err)
 		}
 		err = b.send(c, b.mail())
 		if err := expect(err, smtprelay.NotAccepted, 535); err != nil {
@@ -135,7 +135,8 @@ func wrongPassword(b *bench) error {
 	return nil
 }
 
-// noCredentials sends where the relay wants AUTH. Relays refuse that at MAIL or at RCPT, with 530, 550 or 554.
+// noCredentials sends without credentials where the relay requires AUTH. Relays refuse that at MAIL or at RCPT, with 530, 550 or
+// 554.
 func noCredentials(b *bench) error {
 	if b.brokenTLS {
 		return notApplicable("its TLS is broken")

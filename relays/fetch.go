@@ -15,14 +15,14 @@ import (
 	"strings"
 )
 
-// A recipe says what a relay is made of: Debian packages; npm packages, and for how old a Node.js; a version of go-smtp.
+// A recipe says what to fetch for a relay: Debian packages; npm packages, and the versions for old Node.js; a version of go-smtp.
 type recipe struct {
 	debs   []string // Debian packages, without their dependencies
 	npm    []npmPackage
-	goSMTP string // of go-smtp, whose server [goSMTPServer] is built with it
+	goSMTP string // version of go-smtp to build [goSMTPServer] with
 }
 
-// npmPackage is pinned, so that two runs of the suite meet the same relay. Debian 12's own Node.js is 18.
+// npmPackage is pinned, so that every run of the suite tests the same relay. Debian 12's own Node.js is 18.
 type npmPackage struct {
 	name           string
 	version        string
@@ -30,17 +30,17 @@ type npmPackage struct {
 	newestNeedNode int    // the major version of Node.js that version needs
 }
 
-// fetched is a relay as it lies in the cache, ready to be mounted.
+// fetched is a relay in the cache, ready to be mounted.
 type fetched struct {
 	Name    string
 	Debs    []string // folders of Debian packages, to be unpacked and laid over the machine's own root
-	Modules string   // the folder with node_modules; empty where there is none
-	Server  string   // a program that is put at /etc/relay/server; empty where there is none
+	Modules string   // the folder with node_modules; "" if there is none
+	Server  string   // a program that is copied to /etc/relay/server; "" if there is none
 	Version string
-	Missing string // why it could not be had; empty means that it is there
+	Missing string // why it is unavailable; "" if it is available
 }
 
-// fetch brings a relay into the cache, from which a later run takes it without asking a registry. dir is the cache.
+// fetch brings a relay into the cache in dir; a later run takes it from there without a registry.
 func fetch(ctx context.Context, dir string, r relay) (fetched, error) {
 	f := fetched{Name: r.name}
 	if len(r.debs) > 0 {
@@ -79,11 +79,11 @@ func has(program string) bool {
 	return err == nil
 }
 
-// downloadDebs downloads packages into a folder, with those of their dependencies that the machine lacks, and returns the
-// version of the first of them. Nothing is installed: Debian's mail servers conflict as installed packages, and a test has no
-// business replacing the machine's own.
+// downloadDebs downloads packages, and those of their dependencies that the machine lacks, into a folder, and returns the version
+// of the first. It installs nothing: Debian's mail servers conflict when installed, and a test must not replace the machine's
+// own.
 func downloadDebs(ctx context.Context, dir string, packages []string) (version string, err error) {
-	stamp := filepath.Join(dir, "complete") // written last: a run that was interrupted leaves none
+	stamp := filepath.Join(dir, "complete") // written last: an interrupted run leaves none
 	if b, err := os.ReadFile(stamp); err == nil {
 		if what, version, _ := strings.Cut(strings.TrimSpace(string(b)), "\n"); what == strings.Join(packages, " ") {
 			return version, nil
@@ -91,7 +91,7 @@ func downloadDebs(ctx context.Context, dir string, packages []string) (version s
 	}
 	for _, tool := range []string{"apt-get", "dpkg"} {
 		if !has(tool) {
-			return "", fmt.Errorf("%s is not on this machine: the relays come as Debian packages", tool)
+			return "", fmt.Errorf("%s is not installed: the relays come as Debian packages", tool)
 		}
 	}
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(filepath.Join(dir, "partial"), 0o755)); err != nil {
@@ -102,7 +102,7 @@ func downloadDebs(ctx context.Context, dir string, packages []string) (version s
 			"-o", "Dir::Cache::archives=" + dir, "-o", "APT::Sandbox::User=root"}, packages...)...)
 	}
 	if err = download(); err != nil {
-		// Lists that are missing or out of date name packages that the archive no longer has.
+		// Missing or outdated lists name packages that the archive no longer has.
 		if err := command(ctx, "apt-get", "update", "-qq"); err != nil {
 			return "", err
 		}
@@ -115,7 +115,7 @@ func downloadDebs(ctx context.Context, dir string, packages []string) (version s
 	if err != nil {
 		return "", err
 	}
-	version = installedVersion(ctx, packages[0]) // if it is on the machine already there was nothing to download
+	version = installedVersion(ctx, packages[0]) // nothing was downloaded if it is installed already
 	for _, file := range files {
 		if name, rest, _ := strings.Cut(filepath.Base(file), "_"); name == packages[0] {
 			version, _, _ = strings.Cut(rest, "_")
@@ -134,8 +134,8 @@ func installedVersion(ctx context.Context, name string) string {
 	return string(out)
 }
 
-// installModules runs npm in the same kind of root that the relay will run in, so that a Node.js that was only unpacked
-// serves too.
+// installModules runs npm in the same kind of root that the relay will run in, so that it can use a Node.js that was only
+// unpacked.
 func installModules(ctx context.Context, dir string, f fetched, packages []npmPackage) (version string, err error) {
 	if err := os.MkdirAll(f.Modules, 0o755); err != nil {
 		return "", err
@@ -185,7 +185,7 @@ func nodeMajor(ctx context.Context, dir string, f fetched) (int, error) {
 //go:embed gosmtp/main.go
 var goSMTPServer []byte
 
-// buildGoSMTP builds the server with a version of go-smtp, in a module of its own in dir. It is linked statically, because it runs
+// buildGoSMTP builds the server with a version of go-smtp, in a separate module in dir. It is linked statically, because it runs
 // in the relay's root.
 func buildGoSMTP(ctx context.Context, dir, version string) (program string, err error) {
 	program = filepath.Join(dir, "server")
@@ -214,7 +214,7 @@ func buildGoSMTP(ctx context.Context, dir, version string) (program string, err 
 	return program, nil
 }
 
-// inRoot runs a command once in a root made for f, with the machine's network, and returns its output.
+// inRoot runs a command once in a new root for f, with the machine's network, and returns its output.
 func inRoot(ctx context.Context, dir string, f fetched, args []string) ([]byte, error) {
 	in, err := json.Marshal(enterOrder{Dir: dir, Relay: f, Args: args})
 	if err != nil {
@@ -225,7 +225,7 @@ func inRoot(ctx context.Context, dir string, f fetched, args []string) ([]byte, 
 	return cmd.CombinedOutput()
 }
 
-// command runs a tool of the machine and puts what it printed into the error if it fails.
+// command runs a tool of the machine, and adds its output to the error if it fails.
 func command(ctx context.Context, name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(slices.Clone(os.Environ()), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C.UTF-8")

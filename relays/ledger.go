@@ -12,15 +12,15 @@ import (
 	"strings"
 )
 
-// An entry is a message that a relay has queued, as its own queue files or records have it.
+// An entry is a message that a relay has queued, as found in its own queue files or records.
 type entry struct {
-	id   string // the relay's own name for it, which its reply to the final dot tells; empty where there is none
+	id   string // the relay's own name for it, as in its reply to the final dot; "" if the reply has none
 	from string
 	to   []string
 	data []byte // header and body as stored, with LF line ends
 }
 
-// postfixQueue reads the hold queue, where the configuration sends everything: a file there is a message that Postfix has
+// postfixQueue reads the hold queue, to which the configuration sends everything: a file there is a message that Postfix has
 // taken responsibility for.
 func postfixQueue(root string) ([]entry, error) {
 	return readFolder(filepath.Join(root, "var/spool/postfix/hold"), func(path string) (entry, bool, error) {
@@ -34,8 +34,8 @@ func postfixQueue(root string) ([]entry, error) {
 	})
 }
 
-// parsePostfix reads a queue file: records of a type, a length in base 128 with the lowest part first, and that many bytes
-// (Postfix, src/global/record.c).
+// parsePostfix reads a queue file: records of a type, a length in base 128, little-endian, and that many bytes (Postfix,
+// src/global/record.c).
 func parsePostfix(b []byte) (entry, error) {
 	var e entry
 	var inMessage, complete bool
@@ -56,7 +56,7 @@ func parsePostfix(b []byte) (entry, error) {
 			}
 		}
 		if n > len(b) {
-			return e, errors.New("a record is cut short")
+			return e, errors.New("a record is truncated")
 		}
 		text := b[:n]
 		b = b[n:]
@@ -71,7 +71,7 @@ func parsePostfix(b []byte) (entry, error) {
 			inMessage = false
 		case kind == 'N' && inMessage:
 			e.data = append(append(e.data, text...), '\n')
-		case kind == 'L' && inMessage: // a line that goes on in the next record
+		case kind == 'L' && inMessage: // a line that continues in the next record
 			e.data = append(e.data, text...)
 		case kind == 'E':
 			complete = true
@@ -83,7 +83,7 @@ func parsePostfix(b []byte) (entry, error) {
 	return e, nil
 }
 
-// eximQueue reads Exim's input folder: a message is there once its -H file has got its name.
+// eximQueue reads Exim's input folder: a message is queued once its -H file has its final name.
 func eximQueue(root string) ([]entry, error) {
 	return readFolder(filepath.Join(root, "var/spool/exim4/input"), func(path string) (entry, bool, error) {
 		if !strings.HasSuffix(path, "-H") {
@@ -118,7 +118,7 @@ func parseExim(header, body []byte) (entry, error) {
 	next() // the file's name
 	next() // who received it
 	e.from = strings.Trim(next(), "<>")
-	for len(lines) > 0 && next() != "XX" { // flags, up to an empty tree of recipients that are done with
+	for len(lines) > 0 && next() != "XX" { // flags, up to an empty tree of completed recipients
 	}
 	n, err := strconv.Atoi(next())
 	if err != nil {
@@ -129,14 +129,14 @@ func parseExim(header, body []byte) (entry, error) {
 		e.to = append(e.to, address)
 	}
 	if next() != "" {
-		return e, errors.New("no empty line behind the recipients")
+		return e, errors.New("no empty line after the recipients")
 	}
 	rest := strings.Join(lines, "")
 	for rest != "" {
 		digits := len(rest) - len(strings.TrimLeft(rest, "0123456789"))
 		size, err := strconv.Atoi(rest[:digits])
 		if err != nil || digits+2+size > len(rest) {
-			return e, fmt.Errorf("a header line is cut short: %.60q", rest)
+			return e, fmt.Errorf("a header line is truncated: %.60q", rest)
 		}
 		flag, text := rest[digits], rest[digits+2:digits+2+size]
 		if flag != '*' { // deleted
@@ -192,7 +192,7 @@ func parseOpenSMTPD(envelope []byte) (from, to string) {
 		switch name {
 		case "sender":
 			from = value
-		case "rcpt": // as the client gave it
+		case "rcpt": // as the client sent it
 			to = value
 		}
 	}
@@ -202,13 +202,13 @@ func parseOpenSMTPD(envelope []byte) (from, to string) {
 	return from, to
 }
 
-// recordFile is where the relays that are programs of ours around a library (aiosmtpd, smtp-server, Haraka) write a line for
-// each message before they say 250.
+// recordFile is where relays that are programs of ours around a library (aiosmtpd, smtp-server, Haraka) write a line for each
+// message before they reply 250.
 const recordFile = "/var/spool/relay/queue"
 
 // record is such a line.
 type record struct {
-	ID   string   `json:"id"` // empty where the relay's reply names none
+	ID   string   `json:"id"` // "" if the relay's reply has none
 	From string   `json:"from"`
 	To   []string `json:"to"`
 	Data []byte   `json:"data"` // base64
@@ -225,7 +225,7 @@ func recorded(root string) ([]entry, error) {
 	var all []entry
 	for line := range bytes.Lines(b) {
 		if !bytes.HasSuffix(line, []byte("\n")) {
-			break // being written
+			break // still being written
 		}
 		var r record
 		if err := json.Unmarshal(line, &r); err != nil {
@@ -236,7 +236,7 @@ func recorded(root string) ([]entry, error) {
 	return all, nil
 }
 
-// readFolder reads the files of a queue folder. Relays rename complete files into it.
+// readFolder reads the files of a queue folder. Relays move complete files into it by rename.
 func readFolder(dir string, read func(path string) (e entry, complete bool, err error)) ([]entry, error) {
 	files, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -29,10 +29,10 @@ func TestPostfixQueueFileIsRead(t *testing.T) {
 		postfixRecord('N', "Subject: x") + postfixRecord('N', "") + postfixRecord('L', string(long)) + postfixRecord('N', "y") +
 		postfixRecord('N', ".dot") + postfixRecord('X', "") + postfixRecord('R', "kept@relay.example")
 	if _, err := parsePostfix([]byte(file)); err == nil {
-		t.Error("a file without its end was taken")
+		t.Error("a file without its end was accepted")
 	}
 	if _, err := parsePostfix([]byte(file[:len(file)-3])); err == nil {
-		t.Error("a file that is cut in a record was taken")
+		t.Error("a file that is cut in a record was accepted")
 	}
 	got, err := parsePostfix([]byte(file + postfixRecord('E', "")))
 	if err != nil {
@@ -64,7 +64,7 @@ func TestEximSpoolFilesAreRead(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	if _, err := parseExim([]byte(header[:len(header)-4]), []byte("1xVqox-000006-0R-D\n")); err == nil {
-		t.Error("a header that is cut was taken")
+		t.Error("a truncated header was accepted")
 	}
 }
 

@@ -1,8 +1,8 @@
 // Command relays runs the conformance suite against real relays.
 //
-// It fetches Postfix, Exim, OpenSMTPD, Haraka, aiosmtpd, nodemailer's smtp-server, nginx's mail proxy and go-smtp's server (Debian
-// and npm packages, Go modules), runs each in namespaces of its own on loopback, sends through it with smtprelay, and compares what the client was told with what the
-// relay has queued. It needs Linux and root.
+// It fetches Postfix, Exim, OpenSMTPD, Haraka, aiosmtpd, nodemailer's smtp-server, nginx's mail proxy and go-smtp's server
+// (Debian and npm packages, Go modules), runs each in its own namespaces on loopback, sends through it with smtprelay, and
+// compares what the client reported with what the relay has queued. It needs Linux and root.
 package main
 
 import (
@@ -19,13 +19,13 @@ import (
 	"syscall"
 )
 
-// suiteOrder is what stageSuite is told.
+// suiteOrder is the input of stageSuite.
 type suiteOrder struct {
 	Dir     string
-	Relays  []fetched // those that could be had and those that could not, in the table's order
+	Relays  []fetched // available or not, in the table's order
 	Check   string    // only checks with this in their name
 	Verbose bool
-	Speed   bool // measure, and check nothing
+	Speed   bool // measure, without checks
 }
 
 func main() {
@@ -41,9 +41,9 @@ func main() {
 }
 
 func run() error {
-	only := flag.String("only", "", "run only these relays, separated by commas, and fail if one of them cannot be had")
+	only := flag.String("only", "", "run only these relays, separated by commas, and fail if one of them is unavailable")
 	check := flag.String("check", "", "run only the checks with this in their name")
-	speed := flag.Bool("speed", false, "measure a lone sender beside net/smtp, and check nothing")
+	speed := flag.Bool("speed", false, "compare a single sender with net/smtp, without checks")
 	verbose := flag.Bool("v", false, "print the dialogues")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: go run . [flags]\n\nThe packages are kept in $RELAYS_DIR, or in smtprelay-relays below the user's cache folder.")
@@ -59,7 +59,7 @@ func run() error {
 		for name := range strings.SplitSeq(*only, ",") {
 			i := slices.IndexFunc(relays, func(r relay) bool { return r.name == name })
 			if i < 0 {
-				return fmt.Errorf("there is no relay %q; those there are: %s", name, names(relays))
+				return fmt.Errorf("unknown relay %q; the relays are: %s", name, names(relays))
 			}
 			wanted = append(wanted, relays[i])
 		}
@@ -88,14 +88,14 @@ func run() error {
 			return ctx.Err()
 		}
 		if err != nil {
-			fmt.Printf("%s could not be had: %v\n", r.name, err)
+			fmt.Printf("%s is unavailable: %v\n", r.name, err)
 			f.Missing = err.Error()
 			missing++
 		}
 		order.Relays = append(order.Relays, f)
 	}
 	if missing == len(wanted) {
-		return fmt.Errorf("no relay could be had")
+		return fmt.Errorf("no relay is available")
 	}
 	in, err := json.Marshal(order)
 	if err != nil {
@@ -107,7 +107,7 @@ func run() error {
 		return fmt.Errorf("the suite: %w", err)
 	}
 	if *only != "" && missing > 0 {
-		return fmt.Errorf("%d of the relays asked for could not be had", missing)
+		return fmt.Errorf("%d of the relays asked for are unavailable", missing)
 	}
 	return nil
 }

@@ -8,16 +8,16 @@ import (
 	"time"
 )
 
-// A proxy stands between the client and a relay's port in the clear. It counts, it can hold back replies so that what runs
-// ahead of them is seen, and it breaks one connection where it is told to.
+// A proxy stands between the client and a relay's plaintext port. It counts, can delay replies so that what the client sends
+// ahead of them becomes visible, and breaks one connection on request.
 type proxy struct {
 	listener net.Listener
 	target   string
-	delay    time.Duration // of what the relay says
+	delay    time.Duration // of the relay's replies
 	all      sync.WaitGroup
 
 	mu      sync.Mutex // guards the fields below
-	cut     *cut       // nil when there is nothing to break, or it was broken
+	cut     *cut       // nil if there is nothing to break, or it is broken already
 	open    int
 	maxOpen int
 	passes  []*pass
@@ -26,7 +26,7 @@ type proxy struct {
 // A cut breaks the connection that a message crosses.
 type cut struct {
 	marker []byte // the last line of the message's body, with its CRLF
-	behind bool   // break right behind the end of the message, before anything that the relay says to it; else inside marker
+	behind bool   // break right after the end of the message, before the relay's reply to it; else inside marker
 	reset  bool   // with RST; else with FIN
 }
 
@@ -35,12 +35,12 @@ type pass struct {
 	client, relay *net.TCPConn
 
 	mu     sync.Mutex // guards the fields below
-	muted  bool       // what the relay says goes no further
-	fromUs []byte     // what the client has said
+	muted  bool       // the relay's replies are not forwarded any more
+	fromUs []byte     // what the client has sent
 	answer []answer
 }
 
-// answer is something the relay said, and how much the client had said when it was handed on.
+// answer is something the relay sent, and how much the client had sent when it was forwarded.
 type answer struct {
 	text   []byte
 	behind int // bytes of fromUs
@@ -56,7 +56,7 @@ func newProxy(target string, delay time.Duration) (*proxy, error) {
 	return p, nil
 }
 
-// listen opens a port for TCP alone. On Linux a Go listener speaks Multipath TCP too, and does not pass on a reset.
+// listen opens a port for plain TCP. On Linux a Go listener also accepts Multipath TCP, which does not forward a reset.
 func listen() (net.Listener, error) {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
@@ -86,7 +86,7 @@ func (p *proxy) serve() {
 		}
 		r, err := net.Dial("tcp", p.target)
 		if err != nil {
-			c.Close() // the relay is down: as good as a refused connection
+			c.Close() // the relay is down: like a refused connection
 			continue
 		}
 		s := &pass{client: c.(*net.TCPConn), relay: r.(*net.TCPConn)}
@@ -95,7 +95,7 @@ func (p *proxy) serve() {
 		p.maxOpen = max(p.maxOpen, p.open)
 		p.passes = append(p.passes, s)
 		p.mu.Unlock()
-		p.all.Go(func() { // until both directions have ended
+		p.all.Go(func() { // ends when both directions have ended
 			var both sync.WaitGroup
 			both.Go(func() { p.toRelay(s) })
 			both.Go(func() { p.toClient(s) })
@@ -134,7 +134,7 @@ func (p *proxy) toRelay(s *pass) {
 	}
 }
 
-// cutAt tells whether the cut falls into what a client has said so far, and where, and takes it.
+// cutAt reports whether and where the cut falls into what a client has sent so far, and takes it.
 func (p *proxy) cutAt(said []byte) (*cut, int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -160,7 +160,7 @@ func (p *proxy) cutAt(said []byte) (*cut, int) {
 	return c, at
 }
 
-// break_ hands the relay the last of what it gets, and breaks the connection on both sides.
+// break_ forwards the last bytes to the relay, and breaks the connection on both sides.
 func (s *pass) break_(c *cut, last []byte) {
 	s.mu.Lock()
 	s.muted = true
@@ -174,7 +174,7 @@ func (s *pass) break_(c *cut, last []byte) {
 		return
 	}
 	s.client.Close()
-	s.relay.CloseWrite() // toClient goes on reading until the relay has closed its side, too
+	s.relay.CloseWrite() // toClient keeps reading until the relay has closed its side too
 }
 
 // toClient runs until the relay has closed its side.
@@ -194,7 +194,7 @@ func (p *proxy) toClient(s *pass) {
 			s.mu.Unlock()
 		}
 		if err != nil {
-			// Counted down before the client can know of it, and dial the next.
+			// Counted before the client can see the close and dial again.
 			p.mu.Lock()
 			p.open--
 			p.mu.Unlock()
@@ -208,7 +208,7 @@ func (p *proxy) toClient(s *pass) {
 	}
 }
 
-// count returns how many connections there were, how many at once, and how many transactions at most on one of them.
+// count returns the number of connections, the most at once, and the most transactions on one of them.
 func (p *proxy) count() (connections, atOnce, transactions int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -220,7 +220,7 @@ func (p *proxy) count() (connections, atOnce, transactions int) {
 	return len(p.passes), p.maxOpen, transactions
 }
 
-// ranAhead reports whether the client, each time it said line, had not waited for the answer to what it had said before.
+// ranAhead counts how often the client sent line, and reports whether it never waited for the reply to what it had sent before.
 func (p *proxy) ranAhead(line string) (times int, always bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -238,7 +238,7 @@ func (p *proxy) ranAhead(line string) (times int, always bool) {
 	return times, always
 }
 
-// said counts how often the client has said line.
+// said counts how often the client has sent line.
 func (p *proxy) said(line string) (times int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

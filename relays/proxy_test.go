@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// echo is a relay that answers each line with "250 " and that line, and keeps what it was told.
+// echo is a relay that answers each line with "250 " and that line, and keeps what it received.
 type echo struct {
 	listener net.Listener
 	all      sync.WaitGroup
@@ -27,7 +27,7 @@ func newEcho(t *testing.T) *echo {
 		t.Fatal(err)
 	}
 	e := &echo{listener: l}
-	e.all.Go(func() { // until the listener is closed
+	e.all.Go(func() { // ends when the listener is closed
 		for {
 			c, err := l.Accept()
 			if err != nil {
@@ -47,7 +47,7 @@ func (e *echo) serve(c net.Conn) {
 		line, err := r.ReadString('\n')
 		said.WriteString(line)
 		if err == nil {
-			_, err = fmt.Fprintf(c, "250 %s", line) // a reset is told once: to the write if that comes first
+			_, err = fmt.Fprintf(c, "250 %s", line) // a reset is reported once: to the write if that comes first
 		}
 		if err != nil {
 			e.mu.Lock()
@@ -71,30 +71,30 @@ func dialProxy(t *testing.T, e *echo) (*proxy, net.Conn, *bufio.Reader) {
 	return p, c, bufio.NewReader(c)
 }
 
-func TestProxyCutsWhereItIsTold(t *testing.T) {
+func TestProxyCutsAtTheMarker(t *testing.T) {
 	for _, test := range []struct {
 		why  string
 		cut  cut
 		say  string
-		told string // what the relay has got in the end; with a reset that is not sure
+		told string // what the relay received in the end; not certain after a reset
 	}{
-		{"behind the dot", cut{marker: []byte("last\r\n"), behind: true}, "one\r\nlast\r\n.\r\nMAIL\r\n", "one\r\nlast\r\n.\r\n"},
-		{"behind the dot, reset", cut{marker: []byte("last\r\n"), behind: true, reset: true}, "one\r\nlast\r\n.\r\n", ""},
-		{"behind a chunk", cut{marker: []byte("last\r\n"), behind: true}, "BDAT 6 LAST\r\nlast\r\nRSET\r\n", "BDAT 6 LAST\r\nlast\r\n"},
+		{"after the dot", cut{marker: []byte("last\r\n"), behind: true}, "one\r\nlast\r\n.\r\nMAIL\r\n", "one\r\nlast\r\n.\r\n"},
+		{"after the dot, reset", cut{marker: []byte("last\r\n"), behind: true, reset: true}, "one\r\nlast\r\n.\r\n", ""},
+		{"after a chunk", cut{marker: []byte("last\r\n"), behind: true}, "BDAT 6 LAST\r\nlast\r\nRSET\r\n", "BDAT 6 LAST\r\nlast\r\n"},
 		{"in the last line", cut{marker: []byte("last\r\n")}, "one\r\nlast\r\n.\r\n", "one\r\nlas"},
 	} {
 		t.Run(test.why, func(t *testing.T) {
 			e := newEcho(t)
 			p, c, r := dialProxy(t, e)
 			p.arm(test.cut)
-			// In two writes, so that the place is found when it comes in parts.
+			// In two writes, so that the marker is found even if it is split.
 			half := strings.Index(test.say, "last") + 2
 			io.WriteString(c, test.say[:half])
 			io.WriteString(c, test.say[half:])
 			for {
 				line, err := r.ReadString('\n')
 				if strings.Contains(line, "last") || strings.Contains(line, "250 .") {
-					t.Errorf("the client was told %q", line)
+					t.Errorf("the client received %q", line)
 				}
 				if err != nil {
 					break
@@ -106,7 +106,7 @@ func TestProxyCutsWhereItIsTold(t *testing.T) {
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			if !test.cut.reset && e.said[0] != test.told {
-				t.Errorf("the relay was told %q, want %q", e.said[0], test.told)
+				t.Errorf("the relay received %q, want %q", e.said[0], test.told)
 			}
 			if test.cut.reset == errors.Is(e.errs[0], io.EOF) {
 				t.Errorf("the relay's connection ended with %v", e.errs[0])
@@ -116,7 +116,7 @@ func TestProxyCutsWhereItIsTold(t *testing.T) {
 	}
 }
 
-func TestProxyTellsWhoWaited(t *testing.T) {
+func TestProxyReportsWhetherTheClientWaited(t *testing.T) {
 	for _, waits := range []bool{false, true} {
 		e := newEcho(t)
 		p, c, r := dialProxy(t, e)
@@ -130,7 +130,7 @@ func TestProxyTellsWhoWaited(t *testing.T) {
 			}
 			answers = 0
 		}
-		// Answers are held back until QUIT has been said, where the client does not wait.
+		// Without waiting, the client sends QUIT while replies are held back.
 		io.WriteString(c, "QUIT\r\n")
 		c.(*net.TCPConn).CloseWrite()
 		io.ReadAll(r)
@@ -142,7 +142,7 @@ func TestProxyTellsWhoWaited(t *testing.T) {
 			t.Errorf("QUIT was seen %d times", times)
 		}
 		if waits && always {
-			t.Error("a QUIT that waited is told as one that did not")
+			t.Error("a QUIT that waited is reported as one that did not")
 		}
 		n, atOnce, transactions := p.count()
 		if n != 1 || atOnce != 1 || transactions != 1 {

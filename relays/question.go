@@ -1,6 +1,7 @@
 package main
 
-// What the client's question about refused chunks meets, asked by the suite itself: the client is not believed here.
+// What the relay replies to the client's probe for refused chunks, as asked by the suite itself: the suite does not trust the
+// client here.
 
 import (
 	"bufio"
@@ -14,15 +15,15 @@ import (
 	"time"
 )
 
-// habit is what a relay does when it is sent a chunk out of order with RSET behind it.
+// habit is what a relay does when it gets a chunk out of order, then RSET.
 type habit struct {
-	offers  bool     // CHUNKING, and PIPELINING without which nobody sends a body ahead
-	replies []string // of the chunk, of what it read as commands, of RSET
-	after   string   // how the connection goes on: what it says to NOOP, or how it ended
+	offers  bool     // CHUNKING, and PIPELINING, without which no client sends a body ahead
+	replies []string // to the chunk, to what it read as commands, to RSET
+	after   string   // how the connection continues: the reply to NOOP, or how it ended
 	took    time.Duration
 }
 
-// discards reports whether the relay has shown that it throws away the octets of a chunk that it refuses.
+// discards reports whether the relay has shown that it discards the octets of a chunk that it refuses.
 func (h habit) discards() bool {
 	return len(h.replies) == 2 && h.replies[0][0] >= '4' && h.replies[1][0] == '2'
 }
@@ -34,7 +35,7 @@ func (h habit) String() string {
 	return fmt.Sprintf("%q, then %s (after %d ms)", h.replies, h.after, h.took.Milliseconds())
 }
 
-// askAboutChunks asks the relay on a connection of its own.
+// askAboutChunks probes the relay on a separate connection.
 func askAboutChunks(r *running) (habit, error) {
 	var h habit
 	c, err := net.Dial("tcp", address(r.Plain))
@@ -68,7 +69,7 @@ func askAboutChunks(r *running) (habit, error) {
 			return h, nil
 		}
 		h.replies = append(h.replies, fmt.Sprintf("%d %s", code, text))
-		if code/100 == 2 { // to RSET: there is no yes to anything else
+		if code/100 == 2 { // to RSET: nothing else gets a 2xx
 			break
 		}
 	}

@@ -19,26 +19,26 @@ import (
 	"time"
 )
 
-// A relay is a server as the suite installs and runs it.
+// A relay is a server that the suite can install and run.
 type relay struct {
 	name string
 	recipe
 	command []string
 	users   []string                           // system users that it runs as, each with a group of its name
-	folders []folder                           // made before it starts
-	prepare func(r *running) error             // what remains to be done in its root; optional
+	folders []folder                           // created before it starts
+	prepare func(r *running) error             // other preparations in its root; optional
 	queued  func(root string) ([]entry, error) // its ledger
-	log     string                             // where it logs, in its root; empty means its output
-	session func(p process) bool               // picks the processes that serve one session each; nil where one serves all
+	log     string                             // where it logs, in its root; "" means its output
+	session func(p process) bool               // selects the processes that serve one session each; nil if one serves all
 
-	onlyChecks []string // the names of those that mean something to it; nil means all
+	onlyChecks []string // the names of the checks that make sense for it; nil means all
 
-	// What it is known for.
-	brokenTLS  bool   // promises TLS, and fails every handshake
-	noOverlap  bool   // answers 503 to what came together with a final dot
-	countsLate bool   // counts a connection as open for a moment longer than the client can
-	busyCode   string // with which it puts off a recipient
-	noMaxConns string // why it has no limit of connections, or of messages on one, or none of idle time that can be met
+	// Known deviations.
+	brokenTLS  bool   // offers TLS, but fails every handshake
+	noOverlap  bool   // answers 503 to commands that arrived together with a final dot
+	countsLate bool   // still counts a connection as open for a moment after the client has seen it close
+	busyCode   string // in its temporary refusal of a recipient
+	noMaxConns string // why it has no limit of connections, or of messages on one, or no idle limit short enough to reach
 	noMaxMails string
 	noIdle     string
 }
@@ -48,7 +48,7 @@ type folder struct {
 	mode               fs.FileMode
 }
 
-// limits are what every relay here allows, small enough to be met.
+// limits are enforced by every relay here, small enough to be reached.
 var limits = struct {
 	MaxConns, MaxMessages, MaxRecipients, MaxSize, IdleSeconds int
 }{MaxConns: 4, MaxMessages: 15, MaxRecipients: 10, MaxSize: 200 << 10, IdleSeconds: 3}
@@ -58,7 +58,7 @@ const (
 	password = "SG.correct-horse"
 )
 
-// settings is what configurations are filled in with.
+// settings fills in the configuration files.
 type settings struct {
 	Plain, StartTLS, Implicit                                  int // ports
 	MaxConns, MaxMessages, MaxRecipients, MaxSize, IdleSeconds int
@@ -81,7 +81,7 @@ var relays = []relay{
 		log:      "/var/log/postfix.log",
 		session:  func(p process) bool { return p.name == "smtpd" },
 
-		noMaxMails: "Postfix counts messages by the minute, not by the connection",
+		noMaxMails: "Postfix limits messages per minute, not per connection",
 	},
 	{
 		name:       "exim",
@@ -112,8 +112,8 @@ var relays = []relay{
 		queued: opensmtpdQueue,
 
 		brokenTLS:  true,
-		noMaxConns: "OpenSMTPD has no limit of connections, only one of file descriptors",
-		noIdle:     "OpenSMTPD's idle time is 5 minutes, and not to be set",
+		noMaxConns: "OpenSMTPD limits file descriptors, not connections",
+		noIdle:     "OpenSMTPD's idle time is fixed at 5 minutes",
 	},
 	{
 		name:      "haraka",
@@ -142,8 +142,8 @@ var relays = []relay{
 		queued:  recorded,
 	},
 	{
-		// Its mail proxy in front of Postfix. It offers CHUNKING where its administrator says so, does not know the command, and
-		// answers the envelope itself up to the first recipient.
+		// nginx's mail proxy in front of Postfix. It offers CHUNKING if configured to, does not implement BDAT, and answers the
+		// envelope itself up to the first recipient.
 		name:     "nginx",
 		busyCode: "450",
 		recipe:   recipe{debs: []string{"nginx", "libnginx-mod-mail", "postfix"}},
@@ -157,11 +157,11 @@ var relays = []relay{
 		queued:  postfixQueue,
 		log:     "/var/log/nginx-error.log",
 
-		// Without TLS, without limits, and MAIL is refused at RCPT only.
+		// No TLS, no limits, and MAIL is refused only at RCPT.
 		onlyChecks: []string{
-			"one message", "queue ID", "200 messages at once", "200 through SendAll", "overlap", "QUIT behind the dot", "our own limits",
+			"one message", "queue ID", "200 messages at once", "200 through SendAll", "overlap", "QUIT right after the dot", "our own limits",
 			"too many recipients", "one of three refused", "one of three busy", "all refused", "all or nothing", "too big",
-			"too big, size unknown", "nearly too big", "line ends and dots", "8-bit body", "null reverse-path", "cut behind the dot",
+			"too big, size unknown", "nearly too big", "line ends and dots", "8-bit body", "null reverse-path", "cut after the dot",
 			"cut before the dot", "body fails half-way", "cancelled in a body", "Shutdown under load", "relay restarted",
 			"a body of commands", "how bodies go",
 		},
@@ -172,7 +172,7 @@ var relays = []relay{
 	goSMTP("0.26.0"),
 }
 
-// goSMTP is go-smtp's own server. Versions differ in whether they throw away the octets of a chunk that they refuse.
+// goSMTP is go-smtp's own server. Versions differ in whether they discard the octets of a chunk that they refuse.
 func goSMTP(version string) relay {
 	return relay{
 		name:       "go-smtp-" + version,
@@ -181,7 +181,7 @@ func goSMTP(version string) relay {
 		command:    []string{"/etc/relay/server"},
 		queued:     recorded,
 		noMaxConns: "go-smtp has no limit of connections",
-		noMaxMails: "go-smtp counts no messages",
+		noMaxMails: "go-smtp has no limit of messages",
 	}
 }
 
@@ -193,7 +193,7 @@ func preparePostfix(r *running) error {
 	return forgetMaster(r)
 }
 
-// forgetMaster removes what a Postfix that was killed leaves behind.
+// forgetMaster removes what a killed Postfix leaves behind.
 func forgetMaster(r *running) error {
 	return os.Remove(filepath.Join(r.root, "var/spool/postfix/pid/master.pid"))
 }
@@ -204,13 +204,13 @@ type running struct {
 	settings
 	root    string
 	version string
-	habit   habit // to the question about refused chunks
+	habit   habit // its replies to the probe for refused chunks
 	output  bytes.Buffer
 	cmd     *exec.Cmd
 	gone    chan struct{} // closed when the process has ended
 }
 
-// install makes a root for the relay and writes its configuration; start runs it.
+// install creates a root for the relay and writes its configuration; start runs it.
 func install(b *box, f fetched, rel relay, certs *certificates) (*running, error) {
 	root, err := b.newRoot(f, false)
 	if err != nil {
@@ -245,7 +245,7 @@ func install(b *box, f fetched, rel relay, certs *certificates) (*running, error
 			return nil, err
 		}
 	}
-	// Exim reads the key as its own user, and OpenSMTPD none that everybody can read.
+	// Exim reads the key as its own user; OpenSMTPD accepts no world-readable key.
 	key := filepath.Join(root, r.Key)
 	if err := errors.Join(os.MkdirAll(filepath.Join(root, filepath.Dir(recordFile)), 0o755), os.Chown(key, 0, firstID),
 		os.Chmod(key, 0o640)); err != nil {
@@ -277,7 +277,7 @@ func install(b *box, f fetched, rel relay, certs *certificates) (*running, error
 // firstID is the number of a relay's first user, and of its group.
 const firstID = 64000
 
-// addUsers does what the packages' installation scripts would have done.
+// addUsers does what the packages' installation scripts would do.
 func (r *running) addUsers() error {
 	ids := map[string]int{"root": 0}
 	for i, name := range r.users {
@@ -305,7 +305,7 @@ func (r *running) addUsers() error {
 	}
 	for _, f := range r.folders {
 		path := filepath.Join(r.root, f.path)
-		// What a relay of the machine's own has queued is neither read nor counted.
+		// Do not read or count what the machine's own relay has queued.
 		if err := errors.Join(os.RemoveAll(path), os.MkdirAll(path, 0o755), os.Chown(path, ids[f.owner], ids[f.group]),
 			os.Chmod(path, f.mode)); err != nil {
 			return err
@@ -314,7 +314,7 @@ func (r *running) addUsers() error {
 	return nil
 }
 
-// writeConfiguration fills in the files of conf/NAME, whose layout is that of the root.
+// writeConfiguration fills in the files of conf/NAME, which is laid out like the root.
 func (r *running) writeConfiguration() error {
 	base := "conf/" + r.name
 	if _, err := fs.Stat(conf, base); errors.Is(err, fs.ErrNotExist) {
@@ -340,7 +340,7 @@ func (r *running) writeConfiguration() error {
 	})
 }
 
-// writeFile replaces what stands at path, a link included: what it leads to may be mounted from the machine.
+// writeFile replaces the file at path, even if it is a link: its target may be mounted from the machine.
 func writeFile(root, path string, content []byte, mode fs.FileMode) error {
 	path = filepath.Join(root, path)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -360,7 +360,7 @@ func (r *running) start() error {
 	}
 	gone := make(chan struct{})
 	r.cmd, r.gone = cmd, gone
-	go func() { // until the process has ended
+	go func() { // ends when the process has ended
 		cmd.Wait()
 		close(gone)
 	}()
@@ -377,7 +377,7 @@ func (r *running) waitListening(port int, deadline time.Time) error {
 	for time.Now().Before(deadline) {
 		select {
 		case <-r.gone:
-			return fmt.Errorf("it ended before it listened:\n%s", r.tail())
+			return fmt.Errorf("the relay ended before it listened:\n%s", r.tail())
 		case <-time.After(50 * time.Millisecond):
 		}
 		if port == r.Plain {
@@ -389,7 +389,7 @@ func (r *running) waitListening(port int, deadline time.Time) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("it does not listen on port %d:\n%s", port, r.tail())
+	return fmt.Errorf("the relay does not listen on port %d:\n%s", port, r.tail())
 }
 
 func greets(port int) bool {
@@ -403,7 +403,7 @@ func greets(port int) bool {
 	if _, err := c.Read(line[:]); err != nil || string(line[:]) != "220" {
 		return false
 	}
-	// Hanging up without a word would stay in the relay's logs, and in its counters, as a fault.
+	// A close without QUIT would count as a fault in the relay's logs and counters.
 	fmt.Fprintf(c, "QUIT\r\n")
 	var rest [512]byte
 	for {
@@ -421,7 +421,7 @@ func (r *running) stop() {
 	<-r.gone
 }
 
-// restart kills the relay in whatever it is doing and starts it again on the same ports.
+// restart kills the relay at any moment and starts it again on the same ports.
 func (r *running) restart() error {
 	r.stop()
 	if r.prepare != nil {
@@ -430,7 +430,7 @@ func (r *running) restart() error {
 	return r.start()
 }
 
-// tail is the end of what the relay had to say.
+// tail is the end of the relay's log.
 func (r *running) tail() string {
 	text := r.output.String()
 	if r.log != "" {
@@ -441,14 +441,14 @@ func (r *running) tail() string {
 	return strings.Join(lines[max(0, len(lines)-30):], "\n")
 }
 
-// process is one of the relay's.
+// process is one of the relay's processes.
 type process struct {
 	pid   int
 	name  string
-	first bool // the one that was started
+	first bool // the one that start started
 }
 
-// processes finds the relay's by their root.
+// processes finds the relay's processes by their root.
 func (r *running) processes() ([]process, error) {
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {
@@ -462,18 +462,18 @@ func (r *running) processes() ([]process, error) {
 		}
 		root, err := os.Readlink(filepath.Join("/proc", d.Name(), "root"))
 		if err != nil || root != r.root && !strings.HasPrefix(root, r.root+"/") {
-			continue // not ours, or gone
+			continue // another root, or ended
 		}
 		name, err := os.ReadFile(filepath.Join("/proc", d.Name(), "comm"))
 		if err != nil {
-			continue // it has just ended
+			continue // just ended
 		}
 		all = append(all, process{pid: pid, name: strings.TrimSpace(string(name)), first: pid == r.cmd.Process.Pid})
 	}
 	return all, nil
 }
 
-// killSessions kills the processes that serve sessions, and reports how many those were.
+// killSessions kills the processes that serve sessions, and returns how many.
 func (r *running) killSessions() (int, error) {
 	all, err := r.processes()
 	if err != nil {
@@ -488,7 +488,7 @@ func (r *running) killSessions() (int, error) {
 	return len(all), nil
 }
 
-// freePorts finds ports that nobody listens on. In the suite's own network that is any.
+// freePorts finds unused ports. In the suite's own network all are unused.
 func freePorts(n int) ([]int, error) {
 	var ports []int
 	for range n {
@@ -496,7 +496,7 @@ func freePorts(n int) ([]int, error) {
 		if err != nil {
 			return nil, err
 		}
-		defer l.Close() // after the last: no port twice
+		defer l.Close() // closed after the last: no port twice
 		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
 	}
 	return ports, nil

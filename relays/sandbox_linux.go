@@ -17,12 +17,11 @@ import (
 	"unsafe"
 )
 
-// The program starts itself again in namespaces of its own. The relays then live in a network where they can reach
-// nobody, on mounts that the machine does not see, in a tree of processes that the kernel ends with the first of them:
-// whatever becomes of the suite, no process, port, mount or mail of it is left, and none of the machine's own mail server
-// is touched.
+// The program starts itself again in its own namespaces. There the relays live in a network without a way out, on mounts that the
+// machine does not see, in a process tree that the kernel ends with its first process: however the suite ends, it leaves no
+// process, port, mount or mail, and it does not touch the machine's own mail server.
 const (
-	stageSuite = "suite" // runs the suite; the order comes on standard input
+	stageSuite = "suite" // runs the suite; its suiteOrder comes on standard input
 	stageEnter = "enter" // runs one command in a relay's root, with the machine's network
 	stageEnv   = "SMTPRELAY_RELAYS_STAGE"
 )
@@ -35,16 +34,16 @@ const (
 // modulesInRoot is where a relay that runs on Node.js finds its node_modules.
 const modulesInRoot = "/opt/relay"
 
-// enterOrder is what stageEnter is told.
+// enterOrder is the input of stageEnter.
 type enterOrder struct {
 	Dir   string
 	Relay fetched
 	Args  []string
 }
 
-// reexec returns a command that runs this program again as a stage. When ctx ends the stage is killed, and with it, since
-// it is the first process of its namespace, everything that it has started. The caller's thread must stay alive meanwhile
-// (see main), because the stage is killed with it, too.
+// reexec returns a command that runs this program again as a stage. When ctx ends, the stage is killed and, since it is the first
+// process of its namespace, everything that it has started. The caller's thread must stay alive meanwhile (see main): the stage
+// is killed when the thread ends.
 func reexec(ctx context.Context, stage string, namespaces uintptr) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")
 	cmd.Env = append(os.Environ(), stageEnv+"="+stage)
@@ -52,15 +51,15 @@ func reexec(ctx context.Context, stage string, namespaces uintptr) *exec.Cmd {
 	return cmd
 }
 
-// runStage runs the stage that the environment names, and reports whether there was one.
+// runStage runs the stage that the environment names, and reports whether it names one.
 func runStage() (ran bool, err error) {
 	stage := os.Getenv(stageEnv)
 	if stage == "" {
 		return false, nil
 	}
 	os.Unsetenv(stageEnv)
-	// The first process of a namespace is sent only those signals that it handles. The parent kills it when it is
-	// interrupted itself, so here a signal from the terminal is ignored.
+	// The first process of a namespace gets only the signals that it handles. The parent kills it when it is interrupted itself,
+	// so a signal from the terminal is ignored here.
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	in, err := io.ReadAll(os.Stdin)
 	if err != nil {
@@ -72,7 +71,7 @@ func runStage() (ran bool, err error) {
 	case stageSuite:
 		return true, runSuite(in)
 	}
-	return true, fmt.Errorf("there is no stage %q", stage)
+	return true, fmt.Errorf("unknown stage %q", stage)
 }
 
 func enter(in []byte) error {
@@ -100,7 +99,7 @@ func enter(in []byte) error {
 	return err
 }
 
-// lookIn finds a program below a root, as it will be called from inside.
+// lookIn finds a program below a root, and returns its path as seen from inside.
 func lookIn(root, program string) (string, error) {
 	if strings.Contains(program, "/") {
 		return program, nil
@@ -113,17 +112,17 @@ func lookIn(root, program string) (string, error) {
 	return "", fmt.Errorf("%s is not in the relay's root", program)
 }
 
-// box is the mount namespace that the roots of the relays are made in.
+// box is the mount namespace in which the relays' roots are created.
 type box struct {
 	dir    string            // the cache
-	work   string            // a file system in memory: what was unpacked, and what the relays write
+	work   string            // a file system in memory: unpacked packages, and what the relays write
 	layers map[string]string // folder of Debian packages → where they were unpacked
 }
 
-// newBox prepares the mount namespace that the process is in. It must be a private one.
+// newBox prepares the mount namespace of this process, which must be a private one.
 func newBox(dir string) (*box, error) {
 	if os.Getpid() != 1 {
-		return nil, errors.New("bug: newBox outside a namespace of its own")
+		return nil, errors.New("bug: newBox outside a private namespace")
 	}
 	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
 		return nil, fmt.Errorf("making the mounts private: %w", err)
@@ -141,8 +140,8 @@ func newBox(dir string) (*box, error) {
 	return b, nil
 }
 
-// layer unpacks a folder of packages, once. It must not lie in the machine's own root file system: layers of an overlay may
-// not be parts of each other.
+// layer unpacks a folder of packages, once. It must not be in the machine's root file system: the layers of an overlay must not
+// contain each other.
 func (b *box) layer(debs string) (string, error) {
 	if at := b.layers[debs]; at != "" {
 		return at, nil
@@ -155,7 +154,7 @@ func (b *box) layer(debs string) (string, error) {
 	if err := os.MkdirAll(at, 0o755); err != nil {
 		return "", err
 	}
-	// Where /lib is a link to /usr/lib it must be one in the layer too, for a folder there would hide the machine's.
+	// If /lib is a link to /usr/lib it must be one in the layer too: a folder there would hide the machine's.
 	for _, name := range []string{"bin", "sbin", "lib", "lib32", "lib64", "libx32"} {
 		target, err := os.Readlink("/" + name)
 		if err != nil {
@@ -166,7 +165,7 @@ func (b *box) layer(debs string) (string, error) {
 		}
 	}
 	for _, file := range files {
-		// As dpkg -x does it, except that a folder does not take the place of such a link.
+		// Like dpkg -x, but a folder does not replace such a link.
 		if err := command(context.Background(), "sh", "-c",
 			`dpkg-deb --fsys-tarfile "$1" | tar --extract --preserve-permissions --keep-directory-symlink --directory "$2"`,
 			"sh", file, at); err != nil {
@@ -229,7 +228,7 @@ func (b *box) newRoot(f fetched, writableModules bool) (root string, err error) 
 		return "", fmt.Errorf("mount %s: %w", target, err)
 	}
 	if writableModules {
-		// npm asks the machine's resolver, whose file may be a link into /run.
+		// npm needs the machine's resolver, whose file may be a link into /run.
 		run := filepath.Join(root, "run")
 		return root, syscall.Mount("/run", run, "", syscall.MS_BIND|syscall.MS_REC, "")
 	}
@@ -255,8 +254,8 @@ func loopbackUp() error {
 	return nil
 }
 
-// startIn starts a program in a root, as the first process of a namespace of its own: killing it kills all of the relay.
-// A relay that runs as a daemon must be told to stay in the foreground.
+// startIn starts a program in a root, as the first process of its own namespace: killing it kills all of the relay. A relay that
+// is a daemon must be told to stay in the foreground.
 func startIn(root string, args []string, output io.Writer) (*exec.Cmd, error) {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir = "/"
@@ -271,7 +270,7 @@ func startIn(root string, args []string, output io.Writer) (*exec.Cmd, error) {
 	return cmd, cmd.Start()
 }
 
-// runIn runs a program in a root to its end.
+// runIn runs a program in a root and waits for its end.
 func runIn(root string, args ...string) error {
 	var out bytes.Buffer
 	cmd, err := startIn(root, args, &out)
@@ -284,6 +283,6 @@ func runIn(root string, args ...string) error {
 	return nil
 }
 
-// keepThread pins the main goroutine to its thread. Linux counts the death of the thread that started a process as that of
-// the parent, and kills the stages then.
+// keepThread pins the main goroutine to its thread. Linux treats the end of the thread that started a process as the end of the
+// parent, and would kill the stages.
 func keepThread() { runtime.LockOSThread() }

@@ -12,8 +12,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// How long a message of a lone sender takes, beside net/smtp's Client on a connection that is kept: the least that a client can do. Both
-// replace their connection after as many messages, and take turns, so that they meet the same machine.
+// Compares the time per message of a single sender with net/smtp's Client on a kept connection, the minimum that a client can do.
+// Both replace their connection after equally many messages, and alternate, so that the machine's load is the same for both.
 
 const (
 	speedRounds   = 12
@@ -22,7 +22,7 @@ const (
 	speedMost     = 1.5     // times net/smtp's
 )
 
-// speed measures one relay in one mode. It fails where the client takes longer than speedMost times net/smtp.
+// speed measures one relay in one mode. It fails if the client takes longer than speedMost times net/smtp.
 func speed(r *running, mode string) (string, error) {
 	cfg := smtprelay.Config{
 		Addr: address(r.Plain), TLS: smtprelay.TLSNone, LocalName: "client.example", Chunking: mode == inChunks,
@@ -58,7 +58,7 @@ func speed(r *running, mode string) (string, error) {
 			}
 		}
 	}
-	// The mean without the slowest twentieth, which is the machine's: the messages that open a connection are more.
+	// The mean without the slowest twentieth, which is the machine's noise: more messages than that open a connection.
 	var means [2]time.Duration
 	for i, all := range times {
 		slices.Sort(all)
@@ -115,7 +115,7 @@ func (k *keptNetSMTP) close() {
 	}
 }
 
-// speeds measures one relay in each mode that it has.
+// speeds measures one relay in each mode that it supports.
 func speeds(r *running, name string) []verdict {
 	var verdicts []verdict
 	for _, mode := range []string{byData, inChunks} {

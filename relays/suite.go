@@ -16,19 +16,19 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// checkLimit is how long a check may take. The slowest, on the slowest relay, wait for several seconds of idleness.
+// checkLimit is how long a check may take. The slowest, on the slowest relay, wait several seconds for an idle limit.
 const checkLimit = 90 * time.Second
 
-// A verdict is one field of the table.
+// A verdict is one cell of the table.
 type verdict struct {
 	relay, check string
-	mode         string // byData or inChunks; empty where it is the same
+	mode         string // byData or inChunks; "" if both are the same
 	state        string // "ok", "FAIL" or "n.a."
-	reason       string // of the other two
+	reason       string // why not "ok"
 	dialogue     string
 }
 
-// runSuite runs the checks on each relay in turn and prints what came of it. It is the first process of its namespace: when it
+// runSuite runs the checks on each relay in turn and prints the results. It is the first process of its namespace: when it
 // returns, everything that it has started is killed.
 func runSuite(in []byte) error {
 	var order suiteOrder
@@ -62,7 +62,7 @@ func runSuite(in []byte) error {
 	printTable(os.Stdout, columns, verdicts)
 	for _, f := range order.Relays {
 		if f.Missing != "" {
-			fmt.Printf("%s was not run, since it could not be had: %s\n", f.Name, firstLine(f.Missing))
+			fmt.Printf("%s was not run, because it is unavailable: %s\n", f.Name, firstLine(f.Missing))
 		}
 	}
 	if slices.ContainsFunc(verdicts, func(v verdict) bool { return v.state == "FAIL" }) {
@@ -79,13 +79,13 @@ func onRelay(box *box, f fetched, rel relay, certs *certificates, order suiteOrd
 		err = r.start()
 	}
 	if err != nil {
-		fmt.Printf("  FAIL it does not run: %v\n", err)
+		fmt.Printf("  FAIL the relay does not run: %v\n", err)
 		return []verdict{{relay: f.Name, check: "start", state: "FAIL", reason: err.Error()}}
 	}
 	defer r.stop()
 	verdicts := []verdict{{relay: f.Name, check: "start", state: "ok"}}
 	if r.habit, err = askAboutChunks(r); err != nil {
-		return append(verdicts, verdict{relay: f.Name, check: "start", state: "FAIL", reason: "asked about chunks: " + err.Error()})
+		return append(verdicts, verdict{relay: f.Name, check: "start", state: "FAIL", reason: "probe for refused chunks: " + err.Error()})
 	}
 	fmt.Printf("  a chunk out of order, RSET: %s\n", r.habit)
 	if order.Speed {
@@ -118,7 +118,7 @@ func onRelay(box *box, f fetched, rel relay, certs *certificates, order suiteOrd
 	return verdicts
 }
 
-// lastLook compares once more at the end: a relay that queues late what it was sent before a break would be caught here.
+// lastLook compares once more at the end: this finds a relay that queues late what was sent before a break.
 func lastLook(name string, benches []*bench) verdict {
 	v := verdict{relay: name, check: "ledger at the end", state: "ok"}
 	var errs []error
@@ -139,7 +139,7 @@ func runCheck(r *running, c check, mode string, certs *certificates) (*bench, ve
 	defer cancel()
 	b := &bench{running: r, ctx: ctx, certs: certs, check: c.name, mode: mode, closed: make(chan smtprelay.ConnClosedInfo, 1)}
 	result := make(chan error, 1)
-	go func() { // until the check is over; one that hangs is left behind, to end with the program
+	go func() { // ends with the check; one that hangs is abandoned, and ends with the program
 		defer func() {
 			if p := recover(); p != nil {
 				result <- fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -152,7 +152,7 @@ func runCheck(r *running, c check, mode string, certs *certificates) (*bench, ve
 	case err = <-result:
 	case <-time.After(checkLimit + 30*time.Second):
 		buf := make([]byte, 1<<20)
-		err = fmt.Errorf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
+		err = fmt.Errorf("the check hangs:\n%s", buf[:runtime.Stack(buf, true)])
 	}
 	v := verdict{relay: r.name, check: c.name, mode: mode, state: "ok", dialogue: b.dialogue.String()}
 	if na, ok := errors.AsType[notApplicable](err); ok {
@@ -170,12 +170,12 @@ func firstLine(s string) string {
 
 func indent(s string) string { return strings.ReplaceAll(s, "\n", "\n       ") }
 
-// shorten keeps the end of a dialogue, where the fault mostly is.
+// shorten keeps the end of a dialogue, which usually contains the fault.
 func shorten(s string, whole bool) string {
 	all := strings.Split(s, "\n")
 	const most = 60
 	if whole || len(all) <= most {
 		return s
 	}
-	return fmt.Sprintf("(%d lines before these)\n", len(all)-most) + strings.Join(all[len(all)-most:], "\n")
+	return fmt.Sprintf("(%d earlier lines)\n", len(all)-most) + strings.Join(all[len(all)-most:], "\n")
 }

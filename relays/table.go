@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// printTable prints relay × check, in both modes where there are two, and below it why a field is not "ok".
+// printTable prints relay × check, in both modes if there are two, and below it why a cell is not "ok".
 func printTable(w io.Writer, columns []fetched, verdicts []verdict) {
 	var rows []string
 	for _, v := range verdicts {

@@ -1,4 +1,4 @@
-// The loop that accepts connections, on listeners that fail.
+// The loop that accepts connections, on a listener that fails.
 
 package smtptest
 
@@ -47,7 +47,7 @@ func TestAcceptSurvivesErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := plainRelay()
-	s.InMemory = true // it makes no listener of its own
+	s.InMemory = true // no listener of its own
 	start(t, s)
 	l := &failing{Listener: tcp, times: 3, closed: make(chan struct{})}
 	s.listeners = []net.Listener{l}

@@ -8,7 +8,7 @@ import (
 	"github.com/emersion/go-smtp"
 )
 
-// auth carries out AUTH, all its rounds included.
+// auth executes AUTH with all its challenges.
 func (c *conn) auth(line string) ending {
 	e := Event{Step: Auth, Line: redact(line)}
 	c.authLed = c.pipelined(&e)
@@ -19,7 +19,7 @@ func (c *conn) auth(line string) ending {
 	if c.canStartTLS() {
 		return c.answer(b, func() string { return "530 5.7.0 Must issue a STARTTLS command first" })
 	}
-	challenge := "" // a fault's, in place of go-smtp's
+	challenge := "" // a fault's, replaces go-smtp's
 	if b.challenges() {
 		f := strings.Fields(line)
 		line = strings.Join(f[:min(2, len(f))], " ")
@@ -60,11 +60,11 @@ func (c *conn) auth(line string) ending {
 	return c.answer(b, func() string { return reply })
 }
 
-// SASLServer is the relay's side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Server of
+// SASLServer is the server side of a SASL mechanism (RFC 4422) for one authentication. Each sasl.Server of
 // github.com/emersion/go-sasl is one.
 type SASLServer interface {
-	// Next takes a response of the client, which is nil where AUTH came without one, and returns the next challenge, or
-	// that the exchange is done. An error refuses the credentials.
+	// Next takes a response of the client, nil if AUTH had no initial response, and returns the next challenge, or done when the
+	// exchange is complete. An error refuses the credentials.
 	Next(response []byte) (challenge []byte, done bool, err error)
 }
 
@@ -76,7 +76,7 @@ func (s *Server) check(username, password string) error {
 	return nil
 }
 
-// loginServer is the relay's side of LOGIN, which go-sasl has not got, with SendGrid's prompts.
+// loginServer is the server side of LOGIN, which go-sasl lacks, with SendGrid's prompts.
 type loginServer struct {
 	check    func(username, password string) error
 	username string
@@ -88,7 +88,7 @@ func (l *loginServer) Next(response []byte) (challenge []byte, done bool, err er
 		l.asked = 1
 		return []byte("Username:"), false, nil
 	}
-	if l.asked < 2 { // a user name, perhaps with the AUTH command itself
+	if l.asked < 2 { // a user name, perhaps the initial response
 		l.asked = 2
 		l.username = string(response)
 		return []byte("Password:"), false, nil

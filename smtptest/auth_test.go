@@ -1,5 +1,5 @@
-// The dialogue of AUTH that goes wrong: objections to what is pipelined behind it, and challenges. What AUTH does when all is
-// well is in server_test.go and tls_test.go.
+// AUTH dialogues that go wrong: objections to commands pipelined after AUTH, and challenges. Successful AUTH is in server_test.go
+// and tls_test.go.
 
 package smtptest
 
@@ -13,7 +13,7 @@ import (
 
 func base64Of(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }
 
-// authRelay returns a relay in the clear that wants AUTH.
+// authRelay returns a plaintext relay that requires AUTH.
 func authRelay() *Server {
 	s := NewUnstartedServer()
 	s.NoTLS = true
@@ -35,17 +35,16 @@ func greeted(t testing.TB, s *Server) *raw {
 	return r
 }
 
-// TestObjectionsBehindAuth has each way in which relays object to commands that have arrived behind AUTH. None minds AUTH
-// that comes alone.
+// TestObjectionsBehindAuth has each way in which relays object to commands pipelined after AUTH. None objects to AUTH alone.
 func TestObjectionsBehindAuth(t *testing.T) {
 	led := func(e Event) bool { return e.AuthLed }
 	leading := func(e Event) bool { return e.AuthLed && e.N == 1 }
-	const hangsUp = "-" // in place of a reply
+	const hangsUp = "-" // no reply but a close
 	tests := []struct {
 		why   string
 		f     Fault
-		wants []string // in answer to AUTH, MAIL, RCPT and NOOP in one write
-		mail  string   // in answer to the next MAIL; "" if there is none
+		wants []string // replies to AUTH, MAIL, RCPT and NOOP in one write
+		mail  string   // the reply to the next MAIL; "" if there is none
 	}{
 		{"503", Fault{At: Auth, Pipelined: true, Reply: "503 5.5.1 no"}, []string{"503 5.5.1 no", "550 ", "502 ", "250 "}, "550 "},
 		{"500", Fault{At: Auth, Pipelined: true, Reply: "500 5.5.2 no"}, []string{"500 5.5.2 no", "550 ", "502 ", "250 "}, "550 "},
@@ -56,8 +55,8 @@ func TestObjectionsBehindAuth(t *testing.T) {
 		{"421 and hangs up", Fault{At: Auth, Pipelined: true, Reply: "421 4.7.0 no", Drop: true}, []string{"421 ", hangsUp}, ""},
 		{"hangs up", Fault{At: Auth, Pipelined: true, Drop: true}, []string{hangsUp}, ""},
 		{"235 and hangs up", Fault{At: Auth, Pipelined: true, Reply: "235 2.7.0 yes", Drop: true}, []string{"235 ", hangsUp}, ""},
-		{"235 and throws away the rest", Fault{At: Auth, Pipelined: true, Discard: true}, []string{"235 "}, "250 "},
-		{"503 and throws away the rest", Fault{At: Auth, Pipelined: true, Reply: "503 5.5.1 no", Discard: true}, []string{"503 "}, "550 "},
+		{"235 and discards the rest", Fault{At: Auth, Pipelined: true, Discard: true}, []string{"235 "}, "250 "},
+		{"503 and discards the rest", Fault{At: Auth, Pipelined: true, Reply: "503 5.5.1 no", Discard: true}, []string{"503 "}, "550 "},
 		{"334 to an initial response", Fault{At: Auth, Pipelined: true, Reply: "334 "}, []string{"334 ", "454 ", "502 ", "250 "}, "550 "},
 		{"235, then 530 to MAIL", Fault{At: Mail, When: led, Reply: "530 5.7.0 no"}, []string{"235 ", "530 ", "502 ", "250 "}, "530 "},
 		{"235, then 503 to MAIL", Fault{At: Mail, When: led, Reply: "503 5.5.1 no"}, []string{"235 ", "503 ", "502 ", "250 "}, "503 "},
@@ -101,7 +100,7 @@ func TestObjectionsBehindAuth(t *testing.T) {
 					r.want("235 ")
 					r.send("a@x.example", "b@y.example", "text")
 					if h.Hits() != hits {
-						t.Error("it minds AUTH that comes alone")
+						t.Error("the relay objects to AUTH alone")
 					}
 				})
 			})
@@ -109,7 +108,7 @@ func TestObjectionsBehindAuth(t *testing.T) {
 	}
 }
 
-// A relay that does not read the initial response, whatever stands behind it, gets it behind its challenge.
+// A relay that ignores the initial response sends a challenge, and reads the next line as the response.
 func TestInitialResponseIsIgnored(t *testing.T) {
 	s := authRelay()
 	bubble(t, s, func(t *testing.T) {
@@ -132,15 +131,15 @@ func TestFaultsOfAuthResponses(t *testing.T) {
 	tests := []struct {
 		why   string
 		f     Fault
-		wants []string // in answer to both responses of LOGIN
+		wants []string // replies to both responses of LOGIN
 		open  bool
 	}{
 		{"a refusal", Fault{At: AuthResponse, Reply: "454 4.7.0 not now", Nth: 2}, []string{"334 ", "454 4.7.0 not now"}, true},
-		{"another word for success", Fault{At: AuthResponse, Reply: "235 in", Nth: 2}, []string{"334 ", "235 in"}, true},
+		{"another reply for success", Fault{At: AuthResponse, Reply: "235 in", Nth: 2}, []string{"334 ", "235 in"}, true},
 		{"drop", Fault{At: AuthResponse, Drop: true, Nth: 2}, []string{"334 "}, false},
 		{"success and drop", Fault{At: AuthResponse, Reply: "235 in", Drop: true, Nth: 2}, []string{"334 ", "235 in"}, false},
 		{"one more challenge", Fault{At: AuthResponse, Reply: "334 eA=="}, []string{"334 eA==", "334 "}, true},
-		{"challenges for ever", Fault{At: AuthResponse, Reply: "334 eA==", Count: -1}, []string{"334 eA==", "334 eA=="}, true},
+		{"endless challenges", Fault{At: AuthResponse, Reply: "334 eA==", Count: -1}, []string{"334 eA==", "334 eA=="}, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.why, func(t *testing.T) {
@@ -164,7 +163,7 @@ func TestFaultsOfAuthResponses(t *testing.T) {
 						r.want("334 eA==")
 						return
 					}
-					r.want("535 ") // it is the password that has been taken for the user name
+					r.want("535 ") // the password was read as the user name
 				}
 				r.say("NOOP")
 				r.want("250 ")
@@ -173,7 +172,7 @@ func TestFaultsOfAuthResponses(t *testing.T) {
 	}
 }
 
-// What is pipelined is what has arrived when the relay comes to the command, and no more.
+// A command is Pipelined only if more had arrived when the relay processed it.
 func TestPipelinedIsWhatHasArrived(t *testing.T) {
 	s := chunking()
 	bubble(t, s, func(t *testing.T) {
@@ -198,12 +197,12 @@ func TestPipelinedIsWhatHasArrived(t *testing.T) {
 	})
 }
 
-// Discard works at any step, and in the time that a fault at it takes.
+// Discard works at any step, also for what arrives during the fault's Delay.
 func TestDiscard(t *testing.T) {
 	tests := []struct {
 		f     Fault
 		says  []string
-		late  []string // in a write of its own
+		late  []string // in a separate write
 		wants []string
 	}{
 		{Fault{At: Noop, Discard: true}, []string{"NOOP", "NOOP"}, nil, []string{"250 "}},
@@ -236,7 +235,7 @@ func TestDiscard(t *testing.T) {
 	}
 }
 
-// A Discard is more than a delay: behind it no other fault strikes, nor does it behind another.
+// A Discard is not a mere delay: no other fault strikes after it, and it does not strike after another.
 func TestDiscardIsABlow(t *testing.T) {
 	for _, first := range []bool{true, false} {
 		s := plainRelay()
@@ -256,7 +255,7 @@ func TestDiscardIsABlow(t *testing.T) {
 	}
 }
 
-// Over TLS, what lies in a record of its own has arrived too.
+// Over TLS, data in a separate record counts as arrived too.
 func TestPipelinedInARecordOfItsOwn(t *testing.T) {
 	s := NewUnstartedServer()
 	bubble(t, s, func(t *testing.T) {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// command reads the next command that is to be carried out.
+// command reads the next command to execute.
 func (c *conn) command() (string, ending) {
 	for {
 		if c.br.Buffered() == 0 {
@@ -22,7 +22,7 @@ func (c *conn) command() (string, ending) {
 		if end != goOn || c.refuse == 0 {
 			return line, end
 		}
-		// It came behind a final dot, which this relay does not like.
+		// Pipelined after a final dot: HabitRefuse.
 		c.refuse = max(0, c.refuse-n)
 		c.log("C", redact(line))
 		verb, arg, _ := strings.Cut(line, " ")
@@ -42,7 +42,7 @@ func (c *conn) command() (string, ending) {
 	}
 }
 
-// readLine reads a line and returns it without its end, and its length with it.
+// readLine reads a line. It returns it without its line end, and its length with it.
 func (c *conn) readLine() (line string, n int, end ending) {
 	raw, err := c.br.ReadSlice('\n')
 	if err == bufio.ErrBufferFull {
@@ -60,11 +60,11 @@ func (c *conn) readLine() (line string, n int, end ending) {
 	return string(raw), n, goOn
 }
 
-// await waits, everything having been answered, until the client says something.
+// await flushes the replies and waits until the client sends something.
 func (c *conn) await() ending {
 	c.bw.Flush()
 	since := time.Now()
-	var spared []*FaultHandle // have decided not to strike this time
+	var spared []*FaultHandle // faults that have decided not to strike this time
 	for {
 		h, due, ok := c.beginWait(since, spared)
 		if !ok {
@@ -113,9 +113,10 @@ func (c *conn) nextIdleFault(since time.Time, spared []*FaultHandle) (first *Fau
 	return first, due
 }
 
-// beginWait notes that the connection waits for a command: until due, if that is not zero, when h wants to strike or, without
-// h, a relay that is being closed loses its patience. It reports false if a relay that is being closed waits no more. Faults
-// are looked at under the lock under which the connection becomes idle: one that is set later finds it so and wakes it.
+// beginWait marks the connection as waiting for a command. If due is not zero, the wait ends then: h is the fault that may
+// strike, or nil if the relay is being closed and stops waiting for the command. beginWait reports false if a relay that is being
+// closed does not wait at all. It looks at the faults under the lock under which the connection becomes idle, so that a fault set
+// later finds the connection idle and wakes it.
 func (c *conn) beginWait(since time.Time, spared []*FaultHandle) (h *FaultHandle, due time.Time, ok bool) {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()

@@ -21,11 +21,11 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// startBackend starts go-smtp's server, to which each conn is a plain connection that does one thing at a time.
+// startBackend starts go-smtp's server. For the server, each conn is a plaintext connection that does not pipeline.
 func (s *Server) startBackend() {
 	b := smtp.NewServer(smtp.BackendFunc(newSession))
 	b.Domain = s.Name
-	b.AllowInsecureAuth = true // whether there is TLS, conn knows
+	b.AllowInsecureAuth = true // conn checks for TLS
 	b.MaxLineLength = 0
 	b.MaxMessageBytes = max(0, s.MaxSize)
 	b.MaxRecipients = max(0, s.MaxRecipients)
@@ -38,13 +38,13 @@ func (s *Server) startBackend() {
 	s.backend = b
 	s.backends = &backListener{conns: make(chan net.Conn), done: make(chan struct{})}
 	s.served = make(chan struct{})
-	go func() { // until Close shuts it down
+	go func() { // ends when Close shuts b down
 		b.Serve(s.backends)
 		close(s.served)
 	}()
 }
 
-// panicLog is a log for go-smtp that keeps to itself what is no more than a client that went away.
+// panicLog is go-smtp's log: it drops everything but panics, since clients that disconnect are normal here.
 type panicLog struct{}
 
 func (panicLog) Println(v ...any) {}
@@ -78,13 +78,13 @@ func (l *backListener) Close() error {
 
 func (l *backListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe", Name: "smtptest"} }
 
-// backConn is go-smtp's end of the connection that a conn talks to it on.
+// backConn is go-smtp's end of its connection to a conn.
 type backConn struct {
 	*netpipe.Conn
 	front *conn
 }
 
-// dialBackend gives the conn a fresh connection to go-smtp.
+// dialBackend gives the conn a new connection to go-smtp.
 func (c *conn) dialBackend() bool {
 	near, far := netpipe.New(0)
 	select {
@@ -119,8 +119,8 @@ func (c *conn) reply() string {
 	}
 }
 
-// session is go-smtp's idea of a client. Its methods run while the conn waits for go-smtp's reply, so that what the conn owns is
-// theirs meanwhile; only Reset and Logout do not, and have nothing to do.
+// session is go-smtp's view of a client. While its methods run, the conn waits for go-smtp's reply, so they may use what the conn
+// owns; only Reset and Logout run at other times, and do nothing.
 type session struct{ c *conn }
 
 func newSession(sc *smtp.Conn) (smtp.Session, error) {
@@ -155,7 +155,7 @@ func (s session) Mail(from string, opts *smtp.MailOptions) error {
 	if !c.authed && !c.s.NoAuth {
 		return &smtp.SMTPError{Code: 550, EnhancedCode: smtp.NoEnhancedCode, Message: "Unauthenticated senders not allowed"}
 	}
-	o := c.ours // what go-smtp is not asked about
+	o := c.ours // the parameters that go-smtp does not parse
 	if o.Size == 0 {
 		o.Size = opts.Size
 	}
@@ -180,16 +180,16 @@ func (s session) Rcpt(to string, opts *smtp.RcptOptions) error {
 	return nil
 }
 
-// Data is called when the body begins, and takes the message when it ends. The body is in the conn's hands: in the case of
-// DATA go-smtp gets the final dot alone, in that of BDAT one empty chunk.
+// Data is called when the body begins, and takes the message when it ends. The conn reads the body itself: for DATA go-smtp gets
+// only the final dot, for BDAT one empty chunk.
 func (s session) Data(r io.Reader) error {
 	if _, err := io.Copy(io.Discard, r); err != nil {
-		return err // the client is gone, or has thought better of it
+		return err // the client is gone, or has abandoned the message
 	}
 	return s.c.take()
 }
 
-// take makes a Message of what has come. The error is go-smtp's way of saying a reply.
+// take makes a Message of what has arrived. Its error is how go-smtp is given the reply.
 func (c *conn) take() error {
 	s := c.s
 	if c.msg.refused {

@@ -22,7 +22,7 @@ func TestChunks(t *testing.T) {
 		r.say("EHLO client.test")
 		r.want("250-smtp.test\n250-8BITMIME\n250-PIPELINING\n250-SIZE 31457280\n250 CHUNKING")
 		begin := "MAIL FROM:<a@x.example>\r\nRCPT TO:<b@y.example>\r\n"
-		big := strings.Repeat(".\r\n", 100_000) // larger than any buffer, and dots mean nothing
+		big := strings.Repeat(".\r\n", 100_000) // larger than any buffer; dots have no meaning
 		fmt.Fprintf(r, "%sBDAT 2\r\nabBDAT 0\r\nBDAT %d\r\n%sBDAT 1 LAST\r\nc", begin, len(big), big)
 		r.want("250 ", "250 ", "250 ", "250 ", "250 ", "250 Ok")
 		fmt.Fprintf(r, "%sBDAT 3\r\n.\r\nBDAT 0 LAST\r\n%sBDAT 0 LAST\r\n%sbdat 1 last\r\nxQUIT\r\n", begin, begin, begin)
@@ -46,9 +46,9 @@ func TestChunksOutOfOrder(t *testing.T) {
 		r := open(t, s)
 		r.say("BDAT 6 LAST", "text", "MAIL FROM:<a@x.example>", "BDAT 6 LAST", "text", "RCPT TO:<b@y.example>", "BDAT 6", "text", "MAIL FROM:<a@x.example>")
 		r.want("503 ", "250 ", "503 ", "250 ", "250 ", "503 ")
-		r.say("BDAT 6", "text", "BDAT 6 LAST", "text", "RSET") // twelve octets are too many; the rest has no transaction
+		r.say("BDAT 6", "text", "BDAT 6 LAST", "text", "RSET") // twelve octets are too many; the next chunk has no transaction
 		r.want("552 ", "503 ", "250 ")
-		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 6", "text", "RSET") // thought better of it
+		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 6", "text", "RSET") // the client abandons the message
 		r.want("250 ", "250 ", "250 ", "250 ")
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 5 LAST", "new")
 		r.want("250 ", "250 ", "250 Ok")
@@ -61,7 +61,7 @@ func TestChunksOutOfOrder(t *testing.T) {
 	})
 }
 
-// TestChunkThatIsCutShort shows the trap that go-smtp's server and others have for clients that give up a chunk with FIN.
+// TestChunkThatIsCutShort shows what go-smtp's server and others do to clients that abandon a chunk with FIN.
 func TestChunkThatIsCutShort(t *testing.T) {
 	tests := []struct {
 		why      string

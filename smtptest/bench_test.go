@@ -9,7 +9,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// BenchmarkServer measures what the relay can carry, with the client of this module in front of it.
+// BenchmarkServer measures the relay's throughput with this module's client.
 func BenchmarkServer(b *testing.B) {
 	s := smtptest.NewUnstartedServer()
 	s.DropBodies = true

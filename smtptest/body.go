@@ -10,9 +10,9 @@ import (
 	"strings"
 )
 
-// data carries out DATA and all that follows it.
+// data executes DATA and everything up to the final reply.
 func (c *conn) data(line string) ending {
-	if c.crowded() || !c.s.KeepRefusedChunks && c.wire.Unread() > 0 { // RFC 2920, 3.1: the last of its group; the body is not for the asking
+	if c.crowded() || !c.s.KeepRefusedChunks && c.wire.Unread() > 0 { // RFC 2920, 3.1: DATA is the last of its group; the body must wait for 354
 		c.say("554 5.5.0 SMTP protocol error: nothing may follow DATA before its reply")
 		return hangUp
 	}
@@ -54,7 +54,7 @@ func (c *conn) data(line string) ending {
 	})
 }
 
-// finish ends a message whose last octet has come. early says that a fault has already answered it.
+// finish ends a message whose last octet has arrived. early says that a fault has already answered it.
 func (c *conn) finish(early bool, ask func() string) ending {
 	c.is("answering the final dot")
 	var before blow
@@ -93,7 +93,7 @@ func (c *conn) finish(early bool, ask func() string) ending {
 	return end
 }
 
-// mindBehind does to what has arrived behind the final dot what Behind says.
+// mindBehind applies Server.Behind to what has arrived after the final dot.
 func (c *conn) mindBehind() {
 	if c.s.Behind == HabitNone {
 		return
@@ -106,7 +106,7 @@ func (c *conn) mindBehind() {
 	}
 }
 
-// arrived reads what has arrived into the buffer, and returns how much that is.
+// arrived reads what has arrived into the buffer, and returns its length.
 func (c *conn) arrived() int {
 	for c.wire.Unread() > 0 && c.br.Buffered() < c.br.Size() {
 		if _, err := c.br.Peek(c.br.Buffered() + 1); err != nil {
@@ -116,7 +116,7 @@ func (c *conn) arrived() int {
 	return c.br.Buffered()
 }
 
-// discardArrived throws away what has arrived.
+// discardArrived discards what has arrived.
 func (c *conn) discardArrived() {
 	c.discard = false
 	if n := c.arrived(); n > 0 {
@@ -125,16 +125,16 @@ func (c *conn) discardArrived() {
 	}
 }
 
-// incoming is a message on its way in.
+// incoming is a message being received.
 type incoming struct {
 	max  int64 // 0 or negative means no limit
 	drop bool  // keep no octets
 
-	buf     []byte // what is kept, or what was not hashed yet
+	buf     []byte // the octets kept, or those not hashed yet
 	hash    hash.Hash
 	size    int64
 	chunked bool
-	refused bool // not to be taken
+	refused bool // too large
 	taken   bool
 }
 
@@ -185,7 +185,7 @@ func (c *conn) beginBody() {
 	c.is("in a body")
 }
 
-// meetBody lets faults loose on the body as far as it has come. It reports whether one of them has answered the message.
+// meetBody applies the faults to the body received so far. It reports whether one of them has answered the message.
 func (c *conn) meetBody(early *bool) ending {
 	if len(c.s.faultList()) == 0 {
 		return goOn
@@ -202,7 +202,7 @@ func (c *conn) meetBody(early *bool) ending {
 // readBody reads a body up to its final dot. early says that a fault has answered it.
 func (c *conn) readBody() (early bool, end ending) {
 	bol := true // at the beginning of a line
-	cr := false // the octet before was CR
+	cr := false // the previous octet was CR
 	for {
 		p, err := c.br.ReadSlice('\n')
 		if err != nil && err != bufio.ErrBufferFull {
@@ -218,7 +218,7 @@ func (c *conn) readBody() (early bool, end ending) {
 		if end := c.meetBody(&early); end != goOn {
 			return early, end
 		}
-		// Only CRLF ends a line. A bare LF in front of a dot ends nothing, whatever some relays think.
+		// Only CRLF ends a line. A dot after a bare LF ends nothing, whatever some relays think.
 		n := len(p)
 		bol = n > 0 && p[n-1] == '\n' && (n > 1 && p[n-2] == '\r' || n == 1 && cr)
 		cr = n > 0 && p[n-1] == '\r'
@@ -240,8 +240,8 @@ func parseBdat(arg string) (size int64, last, ok bool) {
 	return int64(n), last, err == nil
 }
 
-// bdat carries out BDAT and takes its chunk. go-smtp gets to see one empty chunk in the place of all: in 0.25.1 a transfer that
-// the client gives up can end the next one with its own error.
+// bdat executes BDAT and reads its chunk. go-smtp gets one empty chunk in place of all: in 0.25.1, a transfer that the client
+// abandons can end the next one with its own error.
 func (c *conn) bdat(line, arg string) ending {
 	size, last, ok := parseBdat(arg)
 	if !ok || !c.s.Chunking {
@@ -252,7 +252,7 @@ func (c *conn) bdat(line, arg string) ending {
 		return hangUp // the length of the chunk is unknown, so its octets cannot be told from commands
 	}
 	var b blow
-	if c.env.open { // else it is refused in any case, and is a question rather than a part of a message
+	if c.env.open { // else it is refused anyway, and is a probe rather than part of a message
 		b = c.meet(Event{Step: Bdat, Line: line, Bytes: c.chunked(), chunk: size})
 	}
 	if b.refuses() && b.end != goOn {
@@ -293,21 +293,21 @@ func (c *conn) bdat(line, arg string) ending {
 	return c.answer(b, func() string { return "250 2.0.0 Continue" })
 }
 
-// refuseChunk refuses a chunk, as b says or because there is no recipient.
+// refuseChunk refuses a chunk, with the blow's reply or because there is no recipient.
 func (c *conn) refuseChunk(b blow, size int64) ending {
 	if !c.s.KeepRefusedChunks {
 		if _, err := io.CopyN(io.Discard, c.br, size); err != nil {
 			return lost
 		}
 	}
-	if b.refuses() && (c.env.chunks > 0 || !c.s.KeepRefusedChunks) { // a message without this chunk is no message (RFC 3030, 2)
+	if b.refuses() && (c.env.chunks > 0 || !c.s.KeepRefusedChunks) { // without this chunk the message is incomplete (RFC 3030, 2)
 		c.ask("RSET")
 		c.env = envelope{}
 	}
 	return c.answer(b, func() string { return "503 5.5.1 Missing RCPT TO command" })
 }
 
-// chunked returns how much of the message has come in chunks before this one.
+// chunked returns how many octets of the message arrived in earlier chunks.
 func (c *conn) chunked() int64 {
 	if c.env.chunks == 0 {
 		return 0
@@ -315,7 +315,7 @@ func (c *conn) chunked() int64 {
 	return c.msg.size
 }
 
-// readChunk reads a chunk. early says that a fault has answered it, err that it was cut short.
+// readChunk reads a chunk. early says that a fault has answered it, err that it is truncated.
 func (c *conn) readChunk(size int64) (early bool, end ending, err error) {
 	for size > 0 {
 		if _, err := c.br.Peek(1); err != nil {

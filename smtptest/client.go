@@ -14,26 +14,26 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Addr returns the "host:port" at which the relay listens, the first of its addresses. With InMemory nothing listens there, but
-// a client needs the address in its configuration. Addr panics before Start.
+// Addr returns the "host:port" at which the relay listens, the first of its addresses. With InMemory nothing listens there, but a
+// client needs an address in its configuration. Addr panics before Start.
 func (s *Server) Addr() string {
 	if !s.started {
-		panic("smtptest: Server was not started: it has no address yet") // an empty one would mean a real relay
+		panic("smtptest: Server was not started and has no address") // an empty address would mean a real relay
 	}
 	return s.addrs[0]
 }
 
-// Addrs returns all addresses of the relay, each as "host:port" with the same port: see Server.Addresses. The slice is the
-// caller's. It panics before Start.
+// Addrs returns all addresses of the relay, each as "host:port" with the same port: see Server.Addresses. The caller may change
+// the slice. It panics before Start.
 func (s *Server) Addrs() []string {
 	s.Addr()
 	return slices.Clone(s.addrs)
 }
 
-// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads, for programs that take their
-// relay from one setting. Without TLS the scheme is "smtp+insecure", else "smtp" or, after StartTLS, "smtps". With TLS the
-// parameter "ca" is the path of a file with the relay's own certificate (PEM), which is in the system's directory for temporary
-// files until Close. With InMemory nothing listens at the address. URL panics before Start, and if it cannot write the file.
+// URL returns the relay's address and credentials in the form that [smtprelay.ParseURL] reads, for programs that have one setting
+// for their relay. Without TLS the scheme is "smtp+insecure", else "smtp" or, after StartTLS, "smtps". With TLS the parameter
+// "ca" is the path of a PEM file with the relay's own certificate, in the system's directory for temporary files; Close removes
+// it. With InMemory nothing listens at the address. URL panics before Start, and if it cannot write the file.
 func (s *Server) URL() string {
 	u := url.URL{Scheme: "smtp+insecure", Host: s.Addr()}
 	switch {
@@ -51,7 +51,7 @@ func (s *Server) URL() string {
 	return u.String()
 }
 
-// writeCA returns the path of a file with the relay's own certificate. It is written once.
+// writeCA returns the path of a file with the relay's own certificate. It writes the file once.
 func (s *Server) writeCA() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -69,7 +69,7 @@ func (s *Server) writeCA() string {
 	return s.caFile
 }
 
-// removeCA removes the file that writeCA has written.
+// removeCA removes writeCA's file.
 func (s *Server) removeCA() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -78,16 +78,15 @@ func (s *Server) removeCA() {
 	}
 }
 
-// Certificate returns the relay's own certificate, or nil without TLS and before Start. It is signed by itself.
+// Certificate returns the relay's own, self-signed certificate, or nil without TLS and before Start.
 func (s *Server) Certificate() *x509.Certificate { return s.cert }
 
-// Roots returns a pool with the relay's own certificate, by which it can be verified, or nil without TLS and
-// before Start.
+// Roots returns a pool with the relay's own certificate, for verifying it, or nil without TLS and before Start.
 func (s *Server) Roots() *x509.CertPool { return s.roots }
 
-// Config returns a configuration for [smtprelay.New] in which the relay's address, TLS mode, roots and credentials are filled
-// in, and Dial with InMemory. Each call returns a new one, which may be changed. All else has
-// its default. It panics before Start.
+// Config returns a configuration for [smtprelay.New] with the relay's address, TLS mode, roots and credentials and, with
+// InMemory, Dial. Everything else has its default. Each call returns a new one, which the caller may change. It panics before
+// Start.
 func (s *Server) Config() smtprelay.Config {
 	cfg := smtprelay.Config{Addr: s.Addr(), TLS: smtprelay.TLSNone}
 	switch {
@@ -104,15 +103,14 @@ func (s *Server) Config() smtprelay.Config {
 	}
 	if s.InMemory {
 		cfg.Dial = s.Dial
-		cfg.LocalName = "client.test" // a pipe has no address, and asking for the host's name would use the network
+		cfg.LocalName = "client.test" // a pipe has no address, and looking up the host's name would use the network
 	}
 	return cfg
 }
 
-// Client returns a new client of the relay, made from Config as the options change it, in the order given. It is closed when
-// the test and its subtests have ended; so is the relay if it is one of [New], after its clients. One that a test closes itself
-// (defer relay.Close()) ends before the client, which does no harm. Client fails the test where the configuration has a mistake,
-// and panics before Start.
+// Client returns a new client of the relay, made from Config after each option, in order, has changed it. It is closed when the
+// test and its subtests have ended, before a relay that [New] returned. A relay that the test closes itself (defer relay.Close())
+// closes before the client, which does no harm. Client fails the test if the configuration is invalid, and panics before Start.
 func (s *Server) Client(tb testing.TB, options ...func(*smtprelay.Config)) *smtprelay.Client {
 	tb.Helper()
 	cfg := s.Config()

@@ -1,4 +1,4 @@
-// What a test of a program meets: a Server and smtprelay's own client, their clean-up, and the ways to point a client at a relay.
+// A Server with smtprelay's own client: clean-up, and the ways to point a client at a relay.
 
 package smtptest_test
 
@@ -22,8 +22,8 @@ import (
 
 func inMemory(s *smtptest.Server) { s.InMemory = true }
 
-// The first test that most people write is of a refused recipient. The client keeps the connection, with the transaction as it
-// is, for the next message.
+// After a refusal the client keeps the connection, with the transaction open, for the next message. Refused recipients are the
+// first thing that most people test.
 func TestCloseDoesNotWaitForAnIdleClient(t *testing.T) {
 	both := message
 	both.To = []string{"ann@example.org", "bob@example.org"}
@@ -56,7 +56,7 @@ func TestCloseDoesNotWaitForAnIdleClient(t *testing.T) {
 					}
 					began := time.Now()
 					relay.Close()
-					if waited := time.Since(began); waited != 0 { // in a bubble time passes only where somebody waits
+					if waited := time.Since(began); waited != 0 { // in a bubble time passes only while everything waits
 						t.Errorf("Close waited %v", waited)
 					}
 				})
@@ -73,7 +73,7 @@ func TestClientsAreClosedBeforeTheRelay(t *testing.T) {
 		for n, client := range clients {
 			_, err := client.Send(t.Context(), message)
 			if closed := errors.Is(err, smtprelay.ErrClosed); closed != (n >= i) || !closed && err != nil {
-				t.Errorf("%d clean-ups to come, client %d: %v", i+1, n+1, err)
+				t.Errorf("with %d clean-ups left, client %d returned: %v", i+1, n+1, err)
 			}
 		}
 		cleanup()
@@ -87,7 +87,7 @@ func TestClientsAreClosedBeforeTheRelay(t *testing.T) {
 	}
 }
 
-// A client that outlives its relay ends in peace.
+// A client that outlives its relay closes without an error.
 func TestRelayMayBeClosedBeforeItsClients(t *testing.T) {
 	tb := &faulty{TB: t}
 	relay := smtptest.NewServer()
@@ -100,7 +100,7 @@ func TestRelayMayBeClosedBeforeItsClients(t *testing.T) {
 		cleanup()
 	}
 	if _, err := client.Send(t.Context(), message); !errors.Is(err, smtprelay.ErrClosed) {
-		t.Errorf("the client is open: %v", err)
+		t.Errorf("the client is not closed: %v", err)
 	}
 }
 
@@ -120,7 +120,7 @@ func TestClientTakesOptions(t *testing.T) {
 	}
 }
 
-// A faulty is a testing.TB that notes that the test was failed, and what is to be cleaned up.
+// A faulty is a testing.TB that records failures and clean-ups.
 type faulty struct {
 	testing.TB
 	failed   bool
@@ -139,7 +139,7 @@ func TestClientFailsTheTestForAMistake(t *testing.T) {
 		relay.Client(tb, func(c *smtprelay.Config) { c.Limits.MaxConns = -7 })
 	}()
 	if !tb.failed {
-		t.Error("it did not")
+		t.Error("the test was not failed")
 	}
 }
 
@@ -151,13 +151,13 @@ func TestWaitForMessages(t *testing.T) {
 			t.Error(err)
 		}
 		come := make(chan error, 3)
-		for range 3 { // any number may wait
+		for range 3 { // several may wait at once
 			go func() { come <- relay.Wait(t.Context(), 2) }()
 		}
 		client.Send(t.Context(), message)
 		synctest.Wait()
 		if len(come) != 0 {
-			t.Error("did not wait for the second")
+			t.Error("Wait did not wait for the second message")
 		}
 		client.Send(t.Context(), message)
 		for range 3 {
@@ -201,7 +201,7 @@ func TestStatsAreOnePicture(t *testing.T) {
 	}
 }
 
-// By its URL alone a program finds the relay, and can verify it.
+// From its URL alone a program reaches the relay and verifies its certificate.
 func TestURLTellsHowToTrustTheRelay(t *testing.T) {
 	for _, implicit := range []bool{false, true} {
 		relay := smtptest.NewUnstartedServer()
@@ -265,7 +265,7 @@ func TestURLWithoutTLSIsReadByParseURL(t *testing.T) {
 
 func nodes(n int) func(*smtptest.Server) { return func(s *smtptest.Server) { s.Addresses = n } }
 
-// Each address has faults of its own; the rest they share.
+// Each address has its own faults; everything else is shared.
 func TestAddresses(t *testing.T) {
 	for _, set := range []func(*smtptest.Server){inMemory, func(*smtptest.Server) {}} {
 		relay := smtptest.New(t, nodes(3), set)

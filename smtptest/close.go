@@ -27,10 +27,10 @@ func (s *Server) CloseClientConnections() {
 // Close ends the relay. Clients may be closed before or after it: Close does not wait for an idle client.
 //
 // Close sends 421 to an idle connection and closes it at once. A connection is idle outside a transaction, and in a transaction
-// in which something was refused, since the client may have abandoned it. In any other transaction Close waits for the next
-// command, for 200 ms and one Delay; and it waits for a body, a chunk, AUTH or a TLS handshake that has begun. After five
-// seconds it logs which connections hang, and where, and cuts them. It cuts a connection that a Fault has stalled at once. After
-// the 421, the client has 50 ms and one Delay to close its side.
+// in which something was refused, since the client may have abandoned it. In any other transaction Close waits 200 ms and one
+// Delay for the next command; and it waits for a body, a chunk, AUTH or a TLS handshake in progress. After five seconds it logs
+// which connections hang, and where, and cuts them. It cuts a connection that a Fault has stalled at once. After the 421, the
+// client has 50 ms and one Delay to close its side.
 //
 // When Close returns, no goroutine of the relay is left, and its counters and messages are still available. Calling Close again, or
 // before Start, does nothing.
@@ -70,7 +70,7 @@ func (s *Server) Close() {
 	<-s.served
 }
 
-// cutAll ends the connections that are left, and tells which.
+// cutAll cuts the remaining connections, and logs them.
 func (s *Server) cutAll() {
 	var b strings.Builder
 	s.mu.Lock()

@@ -79,7 +79,7 @@ func TestCloseWaitsForTransactions(t *testing.T) {
 	})
 }
 
-// A client whose next command is late is given a moment, counted from its last one.
+// Close gives a client in a transaction some time for its next command, counted from the last one.
 func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 	tests := []struct {
 		why   string
@@ -87,7 +87,7 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 		says  []string
 		wants []string
 	}{
-		{"behind a sender", 0, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
+		{"after a sender", 0, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
 		{"between chunks", 0, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "BDAT 2", ""}, []string{"250 ", "250 ", "250 "}},
 		{"far away", time.Second, []string{"MAIL FROM:<a@x.example>"}, []string{"250 "}},
 	}
@@ -104,7 +104,7 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 				began := time.Now()
 				go func() { s.Close(); closed <- time.Now() }()
 				time.Sleep(lastWords / 2)
-				r.say("NOOP") // takes half a round trip, and begins the wait again
+				r.say("NOOP") // takes half a round trip, and restarts the wait
 				r.want("250 ", "421 4.3.2 ")
 				r.closed()
 				if took := (<-closed).Sub(began); took < lastWords*3/2+tt.delay || took >= lastWords*2+3*tt.delay {
@@ -115,9 +115,9 @@ func TestCloseGivesAnOpenTransactionAMoment(t *testing.T) {
 	}
 }
 
-// A client leaves the transaction in which something was refused as it is until it has the next message: nothing tells one
-// that is idle from one that goes on.
-func TestCloseDoesNotWaitBehindARefusal(t *testing.T) {
+// After a refusal a client may leave its transaction open until it has the next message: the relay cannot tell an idle client
+// from one that continues.
+func TestCloseDoesNotWaitAfterARefusal(t *testing.T) {
 	mail, no, yes := "MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>", "RCPT TO:<b@y.example>"
 	tests := []struct {
 		why   string
@@ -147,7 +147,7 @@ func TestCloseDoesNotWaitBehindARefusal(t *testing.T) {
 				r.want("421 4.3.2 ")
 				r.closed()
 				<-closed
-				if took := time.Since(began); took != 0 { // in a bubble time passes only where somebody waits
+				if took := time.Since(began); took != 0 { // in a bubble time passes only while everything waits
 					t.Errorf("waited %v", took)
 				}
 			})
@@ -155,8 +155,8 @@ func TestCloseDoesNotWaitBehindARefusal(t *testing.T) {
 	}
 }
 
-// What was refused in one transaction says nothing about the next.
-func TestCloseWaitsForTheTransactionBehindARefusedOne(t *testing.T) {
+// A refusal in one transaction does not affect the next.
+func TestCloseWaitsForTheTransactionAfterARefusedOne(t *testing.T) {
 	s := plainRelay()
 	s.Reject = map[string]string{"no@y.example": "550 no"}
 	bubble(t, s, func(t *testing.T) {
@@ -283,7 +283,7 @@ func TestCloseOverSockets(t *testing.T) {
 	noneLeft(t, before)
 	if nc, err := net.Dial("tcp", s.Addr()); err == nil {
 		nc.Close()
-		t.Error("somebody still listens")
+		t.Error("the port is still open")
 	}
 	NewUnstartedServer().Close() // never started: nothing to do
 }
@@ -354,7 +354,7 @@ func TestSmallBuffersDoNotDeadlock(t *testing.T) {
 	s.Buffer = 300
 	bubble(t, s, func(t *testing.T) {
 		r := open(t, s)
-		go func() { // a client whose reader and writer are apart
+		go func() { // a client that reads and writes in separate goroutines
 			io.WriteString(r, "MAIL FROM:<a@x.example>\r\n"+strings.Repeat("RCPT TO:<b@y.example>\r\n", 1000)+"DATA\r\n")
 		}()
 		for range 1001 {
@@ -392,7 +392,7 @@ func TestServeFlagLeavesARelayToTalkTo(t *testing.T) {
 	r.want("220 SG ESMTP service ready at smtp.test")
 }
 
-// A configuration without an address would be that of a real relay, and TLSNone its TLS.
+// A configuration without an address would be for a real relay, and TLSNone would be its TLS mode.
 func TestServerThatWasNotStartedHasNoConfig(t *testing.T) {
 	s := NewUnstartedServer()
 	for name, call := range map[string]func(){
@@ -430,7 +430,7 @@ func TestConfigs(t *testing.T) {
 	s.Start()
 }
 
-// FuzzServer feeds a relay with anything. It must neither panic nor hang, nor take a message without a whole dialogue.
+// FuzzServer sends a relay arbitrary input. It must neither panic nor hang, nor accept a message without a whole dialogue.
 func FuzzServer(f *testing.F) {
 	f.Add([]byte("EHLO x\r\nMAIL FROM:<a@x.example>\r\nRCPT TO:<b@y.example>\r\nBDAT 3\r\nabcBDAT 1 LAST\r\ndQUIT\r\n"))
 	f.Add([]byte("HELO x\r\nMAIL FROM:<>\r\nRCPT TO:<\"a>b\"@y.example>\r\nDATA\r\n"))
@@ -452,7 +452,7 @@ func FuzzServer(f *testing.F) {
 			}
 			defer nc.Close()
 			go io.Copy(io.Discard, nc)
-			synctest.Wait() // until it has greeted: before that nothing may be said
+			synctest.Wait() // the client must not send before the greeting
 			nc.Write(in)
 			synctest.Wait()
 			for _, m := range s.Messages() {

@@ -8,7 +8,7 @@ var commands = map[string]Step{
 	"RSET": Rset, "NOOP": Noop, "QUIT": Quit, "VRFY": Other, "EXPN": Other, "HELP": Other,
 }
 
-// rcpt carries out RCPT.
+// rcpt executes RCPT.
 func (c *conn) rcpt(line, arg string) ending {
 	c.path = path(arg)
 	return c.answer(c.meet(Event{Step: Rcpt, Line: line, Rcpt: c.path}), func() string {
@@ -20,7 +20,7 @@ func (c *conn) rcpt(line, arg string) ending {
 	})
 }
 
-// do carries out a command.
+// do executes a command.
 func (c *conn) do(line string) ending {
 	line = strings.TrimRight(line, " \t")
 	verb, arg, _ := strings.Cut(line, " ")
@@ -42,7 +42,7 @@ func (c *conn) do(line string) ending {
 
 	switch step {
 	case EHLO:
-		if c.crowded() { // RFC 2920, 3.1: the last of its group
+		if c.crowded() { // RFC 2920, 3.1: EHLO and the like are the last of their group
 			c.say("554 5.5.0 SMTP protocol error: commands behind " + verb)
 			return hangUp
 		}
@@ -79,8 +79,8 @@ func (c *conn) do(line string) ending {
 	})
 }
 
-// crowded reports whether something stands behind a command that must be the last of its group, on a relay that minds. One
-// that takes chunks for commands does not: a body has no pauses.
+// crowded reports whether more has arrived after a command that must be the last of its group. With KeepRefusedChunks it reports
+// false: the text of a chunk read as commands does not wait for replies.
 func (c *conn) crowded() bool { return c.br.Buffered() > 0 && !c.s.KeepRefusedChunks }
 
 // count counts a command.
@@ -123,7 +123,7 @@ func path(arg string) string {
 	return p[1:]
 }
 
-// greet carries out EHLO or HELO.
+// greet executes EHLO or HELO.
 func (c *conn) greet(verb, line string) string {
 	reply := c.ask(line)
 	if !positive(reply) {
@@ -144,7 +144,7 @@ func (c *conn) greet(verb, line string) string {
 	return "250-" + strings.Join(lines[:len(lines)-1], "\n250-") + "\n250 " + lines[len(lines)-1]
 }
 
-// askAbout asks go-smtp about c.path, unless it is to be rejected, and puts it in SendGrid's words if it agrees.
+// askAbout asks go-smtp about c.path, unless Reject has it, and replies in SendGrid's words if go-smtp accepts.
 func (c *conn) askAbout(line, accepted string) string {
 	if reply, ok := c.s.Reject[strings.ToLower(c.path)]; ok {
 		return reply
@@ -159,5 +159,5 @@ func (c *conn) askAbout(line, accepted string) string {
 	return reply
 }
 
-// underWay is what commands are told that have no place between the chunks of a message.
+// underWay is the reply to commands that are not allowed between the chunks of a message.
 const underWay = "503 5.5.1 A message is under way"

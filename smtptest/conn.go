@@ -14,62 +14,62 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// readBuffer is the longest command line, and the most that is read from a client at once.
+// readBuffer is the longest command line, and the most that one read from a client returns.
 const readBuffer = 64 << 10
 
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
-// conn is a connection as the relay sees it. It stands between the client and go-smtp's server: it ends TCP and TLS, knows
-// which command each reply belongs to, and lets the faults loose; go-smtp parses the commands and judges their order. It
-// hands go-smtp one command at a time, and flushes the replies when it has nothing more to read.
+// conn is the relay's side of a connection. It stands between the client and go-smtp's server: it terminates TCP and TLS, knows
+// which command each reply belongs to, and applies the faults; go-smtp parses the commands and checks their order. It hands
+// go-smtp one command at a time, and flushes the replies when there is no more input.
 type conn struct {
 	s    *Server
 	wire *wire
 	cut  chan struct{} // closed by abandon
 	once sync.Once     // of abandon
 
-	// owned by the connection's goroutine, and by that of go-smtp while it is asked something
-	rw         io.ReadWriter // the wire, or TLS on it
-	tls        *tls.Conn     // nil in the clear
+	// owned by the connection's goroutine, and by go-smtp's while conn waits for its reply
+	rw         io.ReadWriter // wire, or TLS over it
+	tls        *tls.Conn     // nil in plaintext
 	br         *bufio.Reader
 	bw         *bufio.Writer
 	back       *netpipe.Conn // to go-smtp
 	backR      *bufio.Reader
-	line       []byte // what is sent to go-smtp
+	line       []byte // buffer for a line to go-smtp
 	events     [steps]int
-	messages   int // taken
+	messages   int // accepted
 	recipients int // accepted, in all transactions
 	authed     bool
-	authLed    bool                  // the last AUTH had more behind it
-	path       string                // of the MAIL or RCPT that go-smtp is asked about, as it stands between the brackets
-	ours       smtprelay.MailOptions // the parameters of that MAIL that go-smtp is not asked about
+	authLed    bool                  // the last AUTH was pipelined with later commands
+	path       string                // of the MAIL or RCPT that go-smtp is asked about, as written between the brackets
+	ours       smtprelay.MailOptions // the parameters of that MAIL that go-smtp does not parse
 	env        envelope
 	msg        incoming
-	metBody    []*FaultHandle // that have met the body
-	finalTurns int64          // turns when the last final dot was answered; -1 if none was since the last MAIL
-	refuse     int            // how many of the octets read are behind a final dot and refused for it
-	discard    bool           // a fault wants what has arrived behind the command under way thrown away
+	metBody    []*FaultHandle // faults that have met the body
+	finalTurns int64          // turns when the last final dot was answered; -1 if there was none since the last MAIL
+	refuse     int            // how many of the octets read follow a final dot and are refused for it
+	discard    bool           // a fault wants what has arrived after the current command discarded
 
 	// guarded by s.mu
 	stats       ConnStats
-	turnsBefore int    // before the one that brought the first MAIL
+	turnsBefore int    // turns before the one with the first MAIL
 	where       string // the current activity, logged by Close if the connection hangs
-	idle        bool   // it waits for a command, and may be woken
-	woken       bool   // by moving the read deadline
+	idle        bool   // waits for a command, and may be woken
+	woken       bool   // by a change of the read deadline
 	lingering   bool
 	over        bool
 }
 
-// ending says how a connection goes on.
+// ending says whether and how a connection ends.
 type ending int
 
 const (
 	goOn   ending = iota
-	hangUp        // close as a relay should: TLS's close_notify, FIN
+	hangUp        // close like a real relay: TLS's close_notify, FIN
 	drop          // FIN alone
 	reset         // RST
-	lost          // the client has closed, or the relay was cut off
+	lost          // the client has closed, or abandon was called
 )
 
 func newConn(s *Server, l link, number, addr int) *conn {
@@ -83,8 +83,8 @@ func newConn(s *Server, l link, number, addr int) *conn {
 	return c
 }
 
-// input reads from the client, once everything is sent that it may be waiting for. If that cannot be sent any more, what the
-// client said before it went is still heard: a relay takes a message whose sender does not wait for the reply.
+// input reads from the client, after sending all replies that the client may be waiting for. If they cannot be sent any more, it
+// still reads what the client sent before it closed: a relay accepts a message whose sender does not wait for the reply.
 type input struct{ c *conn }
 
 func (in input) Read(p []byte) (int, error) {
@@ -105,8 +105,8 @@ func (c *conn) run(opened time.Time) {
 	c.leave(end)
 }
 
-// arrive waits, on a link with a delay, until the client's acknowledgement of the connection has come; only then has the
-// relay got it.
+// arrive waits, on a link with a delay, until the client's acknowledgement of the connection has arrived; only then does the
+// relay see the connection.
 func (c *conn) arrive(opened time.Time) bool {
 	if c.s.Delay == 0 {
 		return true
@@ -114,7 +114,7 @@ func (c *conn) arrive(opened time.Time) bool {
 	return c.pause(time.Until(opened.Add(c.s.Delay / 2)))
 }
 
-// talk holds the whole dialogue and returns how it ended.
+// talk runs the whole dialogue and returns how it ended.
 func (c *conn) talk() ending {
 	refused := c.enter()
 	if c.s.implicitTLS {
@@ -152,7 +152,7 @@ func (c *conn) talk() ending {
 	}
 }
 
-// enter counts the connection and reports whether it is one too many.
+// enter counts the connection and reports whether it exceeds MaxConns.
 func (c *conn) enter() (refused bool) {
 	s := c.s
 	c.note("opened by ", c.wire.RemoteAddr().String())
@@ -207,7 +207,7 @@ func (c *conn) leave(end ending) {
 	c.s.forgetConnsLocked()
 }
 
-// linger reads on until the client has closed too.
+// linger keeps reading until the client has closed too.
 func (c *conn) linger() {
 	c.s.mu.Lock()
 	c.where = "waiting for the client to close"
@@ -229,7 +229,7 @@ func (c *conn) abandon() {
 	})
 }
 
-// wakeLocked makes a connection that is idle look around, and one that lingers hurry.
+// wakeLocked makes an idle connection look at faults and closing again, and shortens the wait of one that lingers.
 func (c *conn) wakeLocked() {
 	switch {
 	case c.idle:
@@ -240,7 +240,7 @@ func (c *conn) wakeLocked() {
 	}
 }
 
-// is remembers what the connection does.
+// is records what the connection does.
 func (c *conn) is(where string) {
 	c.s.mu.Lock()
 	c.where = where
@@ -251,7 +251,7 @@ func (c *conn) whereLocked() string {
 	return fmt.Sprintf("%s, after %d messages begun and %d accepted", c.where, c.stats.Mails, c.stats.Accepted)
 }
 
-// say puts a reply, whose lines are separated by "\n", into the write buffer.
+// say writes a reply, whose lines are separated by "\n", to the write buffer.
 func (c *conn) say(reply string) {
 	c.env.refused = c.env.refused || !positive(reply)
 	for line := range strings.SplitSeq(reply, "\n") {
@@ -261,7 +261,7 @@ func (c *conn) say(reply string) {
 	}
 }
 
-// positive reports whether a reply is a 2xx or 3xx one.
+// positive reports whether a reply is 2xx or 3xx.
 func positive(reply string) bool {
 	if len(reply) < 3 {
 		return false
@@ -270,7 +270,7 @@ func positive(reply string) bool {
 	return err == nil && 200 <= code && code < 400
 }
 
-// answer says the reply of carry, or what the blow has in its place.
+// answer sends the blow's reply, or else the reply that carry returns.
 func (c *conn) answer(b blow, carry func() string) ending {
 	reply := b.reply
 	if !b.refuses() {

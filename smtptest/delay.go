@@ -9,12 +9,12 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// delayWindow bounds the octets that are under way in one direction of a delay line, so that a body of any size passes in
-// constant memory. It is far more than a relay on loopback can need in a round trip that anyone would wait for.
+// delayWindow bounds the octets in flight in one direction of a delay line, so that a body of any size passes in constant memory.
+// A relay on loopback cannot need as much in any realistic round trip.
 const delayWindow = 16 << 20
 
-// delayedLink is a link whose ends are a round trip apart. Between them lie the real link, a lane in each direction, and a
-// pipe: the relay's end of the pipe is what it reads and writes.
+// delayedLink is a link whose ends are a round trip apart. Between them are the real link, a lane in each direction, and a pipe:
+// the relay reads and writes its end of the pipe.
 //
 //	client ═ raw ─ up lane ─> far ═ near ═ relay
 //	             <─ down lane ─
@@ -26,9 +26,8 @@ type delayedLink struct {
 	once          sync.Once
 }
 
-// delayed puts a delay line of the given round-trip time in front of raw. Nothing passes before opened, when the
-// connection has come about at the client's end. The goroutines that it starts are counted in wg; they end once the
-// returned link is closed.
+// delayed puts a delay line of the given round-trip time in front of raw. Nothing passes before opened, when the connection is
+// established at the client's end. The goroutines that it starts are counted in wg; they end once the returned link is closed.
 func delayed(raw link, delay time.Duration, opened time.Time, buffer int, wg *sync.WaitGroup) link {
 	near, far := netpipe.New(buffer)
 	l := &delayedLink{Conn: near, raw: raw, delay: delay, closed: make(chan struct{})}
@@ -38,7 +37,7 @@ func delayed(raw link, delay time.Duration, opened time.Time, buffer int, wg *sy
 	wg.Go(up.deliver)
 	wg.Go(down.load)
 	wg.Go(down.deliver)
-	wg.Go(func() { // until the link is closed, and the client has been told
+	wg.Go(func() { // ends when the link is closed, and the FIN or RST sent
 		<-l.closed
 		<-down.delivered
 		raw.Close() // ends up.load
@@ -49,14 +48,14 @@ func delayed(raw link, delay time.Duration, opened time.Time, buffer int, wg *sy
 func (l *delayedLink) RemoteAddr() net.Addr { return l.raw.RemoteAddr() }
 func (l *delayedLink) LocalAddr() net.Addr  { return l.raw.LocalAddr() }
 
-// Close sends FIN, or RST if something was left unread, behind what is under way to the client.
+// Close sends FIN, or RST if something was left unread, after the data in flight to the client.
 func (l *delayedLink) Close() error {
 	err := l.Conn.Close()
 	l.end()
 	return err
 }
 
-// Reset sends RST behind what is under way to the client: on a real network too a packet cannot overtake all others.
+// Reset sends RST after the data in flight to the client: on a real network a packet does not overtake all others either.
 func (l *delayedLink) Reset() {
 	l.Conn.Reset()
 	l.end()
@@ -64,13 +63,13 @@ func (l *delayedLink) Reset() {
 
 func (l *delayedLink) end() {
 	l.once.Do(func() {
-		// A client that reads nothing must not keep the last octets, and with them the goroutines, for ever.
+		// A client that does not read must not keep the last octets, and the goroutines, for ever.
 		l.raw.SetWriteDeadline(time.Now().Add(l.delay + lingerTime))
 		close(l.closed)
 	})
 }
 
-// lane carries one direction of a delayedLink: load takes what comes out of src and stamps it, deliver hands it to dst when
+// lane carries one direction of a delayedLink: load reads from src and timestamps what it reads, deliver writes it to dst when
 // its time has come.
 type lane struct {
 	src, dst  link
@@ -82,14 +81,14 @@ type lane struct {
 	changed *sync.Cond // on mu
 	queue   []packet
 	size    int  // octets in queue
-	lost    bool // dst takes no more
+	lost    bool // dst accepts no more
 }
 
 // packet is what one read returned.
 type packet struct {
 	at   time.Time
 	data []byte
-	err  error // behind data: io.EOF for FIN, anything else for RST
+	err  error // after data: io.EOF for FIN, anything else for RST
 }
 
 func newLane(src, dst link, delay time.Duration, opened time.Time) *lane {
@@ -98,7 +97,7 @@ func newLane(src, dst link, delay time.Duration, opened time.Time) *lane {
 	return l
 }
 
-// load runs until src has no more.
+// load runs until src ends.
 func (l *lane) load() {
 	buf := make([]byte, 32<<10)
 	for {

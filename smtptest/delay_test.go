@@ -53,7 +53,7 @@ func TestDelayLineIsExact(t *testing.T) {
 		r.want("250 ", "221 ")
 		c.took(rtt, "body and QUIT")
 		r.closed()
-		c.took(0, "the close, which follows the 221 at once")
+		c.took(0, "the close right after the 221")
 		synctest.Wait()
 		if st := s.Conns()[0]; st.Turns != 6 || st.MessageTurns != 2 {
 			// EHLO, STARTTLS, ClientHello, Finished and EHLO, AUTH and envelope, body
@@ -81,7 +81,7 @@ func TestDelayLineCarriesTheCloseOfEitherSide(t *testing.T) {
 		open(0, "when it has")
 		time.Sleep(rtt - rtt/2 - 1)
 		if r.pipe.Unread() > 0 {
-			t.Error("octets came")
+			t.Error("data arrived")
 		}
 		c := &clock{t, time.Now()}
 		r.closed()
@@ -169,7 +169,7 @@ func TestDialOverADelayLineCanBeCancelled(t *testing.T) {
 	})
 }
 
-// TestTurns counts the turns of dialogues, each line of which is one write whose replies are awaited.
+// TestTurns counts the turns of dialogues. Each line is one write; the next waits for its replies.
 func TestTurns(t *testing.T) {
 	envelope := []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA"}
 	body := []string{"text", "."}
@@ -187,7 +187,7 @@ func TestTurns(t *testing.T) {
 	tests := []struct {
 		why      string
 		groups   []group
-		turns    int // behind EHLO, whose own is not counted here
+		turns    int // after EHLO, which is not counted here
 		messages int
 		overlaps int
 	}{
@@ -240,7 +240,7 @@ func TestWhatComesTooSoonToBeAnAnswerIsNoTurn(t *testing.T) {
 			before := s.Stats().Turns
 			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 			r.want("250 ", "250 ", "354 ")
-			r.say("text", ".") // and, in a write of its own and a little later, the next envelope
+			r.say("text", ".") // and a little later, in a separate write, the next envelope
 			time.Sleep(rtt / 3)
 			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 			r.want("250 ", "250 ", "250 ", "354 ")

@@ -1,4 +1,4 @@
-// The code in the package comment: all of it runs here, as it stands there.
+// The code of the package comment: all of it runs here, unchanged.
 
 package smtptest_test
 
@@ -23,14 +23,15 @@ func TestTheFirstExampleOfTheDocRuns(t *testing.T) {
 	}
 	err := relay.Wait(ctx, 2)     // until two messages have arrived
 	first := relay.Messages()[0]  // envelope, body, connection
-	hits := lost.Hits()           // how often the fault has struck
-	most := relay.Stats().MaxOpen // what a promise is checked with
+	hits := lost.Hits()           // how often the fault struck
+	most := relay.Stats().MaxOpen // the largest number of connections open at once
 	if err != nil || hits != 1 || first.To[0] != message.To[0] || most < 1 {
 		t.Errorf("%v, %d hits, %+v, %d open", err, hits, first, most)
 	}
 }
 
-// TestTheFaultsOfTheDocStrike has each fault of the package comment strike clients that send some messages. What becomes of them is not smtptest's business.
+// TestTheFaultsOfTheDocStrike checks that each fault of the package comment strikes clients that send some messages. It does not
+// check what the clients make of it.
 func TestTheFaultsOfTheDocStrike(t *testing.T) {
 	long := message
 	long.To = []string{"ann@example.org", "bob@example.org"}
@@ -127,7 +128,7 @@ func TestTheFaultsOfTheDocStrike(t *testing.T) {
 					if n == 0 {
 						messages = 60
 					}
-					go func() { // until the client is closed at the latest
+					go func() { // ends at the latest when the client is closed
 						for range messages {
 							client.Send(t.Context(), long)
 						}
@@ -137,14 +138,14 @@ func TestTheFaultsOfTheDocStrike(t *testing.T) {
 				time.Sleep(time.Minute)
 				relay.CloseClientConnections()
 				if struck.Hits() == 0 {
-					t.Error("never")
+					t.Error("the fault did not strike")
 				}
 			})
 		})
 	}
 }
 
-// The package comment holds no line of code that does not stand in this file.
+// Each line of code in the package comment is in this file.
 func TestTheDocHasNoOtherCode(t *testing.T) {
 	doc, err := os.ReadFile("doc.go")
 	if err != nil {
@@ -166,7 +167,7 @@ func TestTheDocHasNoOtherCode(t *testing.T) {
 			continue
 		}
 		if lines++; !strings.Contains(string(here), code) {
-			t.Errorf("is run nowhere: %s", code)
+			t.Errorf("not run in this file: %s", code)
 		}
 	}
 	if lines < 25 {

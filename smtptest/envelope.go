@@ -12,7 +12,7 @@ import (
 // envelope is what a transaction has collected. go-smtp's goroutine fills it in.
 type envelope struct {
 	open        bool // MAIL was accepted
-	refused     bool // something was refused since: the client may have given the transaction up, and leave it as it is
+	refused     bool // something was refused since: the client may have abandoned the transaction
 	from        string
 	to          []string
 	mailOptions smtprelay.MailOptions
@@ -20,7 +20,7 @@ type envelope struct {
 	chunks      int // BDAT commands so far
 }
 
-// mail carries out MAIL.
+// mail executes MAIL.
 func (c *conn) mail(line, arg string) ending {
 	s := c.s
 	turns := c.wire.turns.Load()
@@ -50,7 +50,7 @@ func (c *conn) mail(line, arg string) ending {
 		if tooBig {
 			return "552 5.3.4 Max message size exceeded"
 		}
-		if c.env.open { // go-smtp lets a second one pass
+		if c.env.open { // go-smtp accepts a second one
 			return "503 5.5.1 Sender already given"
 		}
 		params, urgency := c.cutUrgency(params)
@@ -64,13 +64,13 @@ func (c *conn) mail(line, arg string) ending {
 	})
 }
 
-// cutPath parts a MAIL or RCPT command behind c.path, in which there may be spaces and equals signs too.
+// cutPath splits a MAIL or RCPT command after c.path, which may contain spaces and equals signs.
 func (c *conn) cutPath(line string) (command, params string) {
 	end := strings.Index(line, c.path) + len(c.path)
 	return line[:end], line[end:]
 }
 
-// bigSize takes SIZE= out of the parameters of MAIL if it does not fit into the 32 bits that go-smtp has for it.
+// bigSize removes SIZE= from the parameters of MAIL if it does not fit into go-smtp's 32 bits.
 func bigSize(params string, limit int64) (string, int64, bool) {
 	for field := range strings.FieldsSeq(params) {
 		if len(field) < 5 || !strings.EqualFold(field[:5], "SIZE=") {
@@ -83,8 +83,8 @@ func bigSize(params string, limit int64) (string, int64, bool) {
 	return params, 0, false
 }
 
-// cutUrgency takes BY= and MT-PRIORITY= out of parameters, where they are offered. They belong to MAIL (RFC 2852, 4;
-// RFC 6710, 3); go-smtp reads them there since its version 0.26, and behind RCPT before.
+// cutUrgency removes BY= and MT-PRIORITY= from the parameters if they are offered. They belong to MAIL (RFC 2852, 4; RFC 6710,
+// 3); go-smtp before 0.26 read them after RCPT.
 func (c *conn) cutUrgency(params string) (rest string, urgency []string) {
 	rest = params
 	for field := range strings.FieldsSeq(params) {
@@ -102,7 +102,7 @@ var (
 	priorityParam = regexp.MustCompile(`^(?i:MT-PRIORITY)=(0|-?[1-9])$`)
 )
 
-// readUrgency reads a parameter that cutUrgency has found into o. It reports false where that is malformed.
+// readUrgency reads a parameter that cutUrgency has found into o. It reports false if the parameter is malformed.
 func readUrgency(o *smtprelay.MailOptions, field string) bool {
 	if m := priorityParam.FindStringSubmatch(field); m != nil {
 		n, _ := strconv.Atoi(m[1])
@@ -119,5 +119,5 @@ func readUrgency(o *smtprelay.MailOptions, field string) bool {
 		Mode:  smtprelay.DeliverByMode(strings.ToUpper(m[2])),
 		Trace: m[3] != "",
 	}
-	return o.DeliverBy.Mode == smtprelay.DeliverByNotify || seconds > 0 // a time that has passed cannot be kept
+	return o.DeliverBy.Mode == smtprelay.DeliverByNotify || seconds > 0 // BY=0;R or less: a deadline that has passed cannot be met
 }

@@ -10,47 +10,47 @@ import (
 type Step int
 
 const (
-	// Connect: the greeting is due.
+	// Connect: before the greeting.
 	Connect Step = iota + 1
-	// EHLO: EHLO or HELO has come.
+	// EHLO: EHLO or HELO has arrived.
 	EHLO
-	// StartTLS: STARTTLS has come.
+	// StartTLS: STARTTLS has arrived.
 	StartTLS
-	// TLSHandshake: the TLS handshake is due, after the reply to STARTTLS or, with StartTLS, before the greeting. A Reply is
-	// sent in the clear, in place of the handshake.
+	// TLSHandshake: before the TLS handshake, which follows the reply to STARTTLS or, with StartTLS, precedes the greeting. A
+	// Reply is sent in plaintext, in place of the handshake.
 	TLSHandshake
-	// Auth: AUTH has come. A Reply that begins with 334 is a challenge in place of the relay's own: an initial response that
-	// came with the command is ignored, and the next line is read as the response.
+	// Auth: AUTH has arrived. A Reply that begins with 334 replaces the relay's own challenge: an initial response in the command
+	// is ignored, and the next line is read as the response.
 	Auth
-	// AuthResponse: the client has answered a challenge of AUTH. A Reply that begins with 334 challenges it once more, in
-	// place of looking at the response.
+	// AuthResponse: the client has answered a challenge of AUTH. A Reply that begins with 334 is one more challenge, and the
+	// response is ignored.
 	AuthResponse
-	// Mail: MAIL has come.
+	// Mail: MAIL has arrived.
 	Mail
-	// Rcpt: RCPT has come.
+	// Rcpt: RCPT has arrived.
 	Rcpt
-	// Data: DATA has come. A Reply that begins with 354 is followed by a body even if there is no recipient.
+	// Data: DATA has arrived. After a Reply that begins with 354 the relay reads a body even if there is no recipient.
 	Data
-	// Body: some of the body has come, and Fault.AfterBytes of it at least. A fault strikes once in a body.
+	// Body: part of the body has arrived, at least Fault.AfterBytes of it. A fault strikes once in a body.
 	Body
-	// FinalDot: the final dot or the last chunk of BDAT has come. The relay has not taken the message yet.
+	// FinalDot: the final dot or the last chunk of BDAT has arrived. The relay has not accepted the message yet.
 	FinalDot
-	// Accepted: the relay has taken the message. Its reply is not sent yet.
+	// Accepted: the relay has accepted the message, and not replied yet.
 	Accepted
-	// Bdat: BDAT has come; its chunk has not been read. With Server.KeepRefusedChunks, a chunk refused here is read as
+	// Bdat: BDAT has arrived; its chunk has not been read. With Server.KeepRefusedChunks, a chunk refused here is read as
 	// commands.
 	Bdat
-	// Rset: RSET has come.
+	// Rset: RSET has arrived.
 	Rset
-	// Noop: NOOP has come.
+	// Noop: NOOP has arrived.
 	Noop
-	// Quit: QUIT has come.
+	// Quit: QUIT has arrived.
 	Quit
-	// Other: any other command has come.
+	// Other: any other command has arrived.
 	Other
 	// Idle: the relay has answered everything, and waits for a command outside a transaction. The fault strikes if nothing
-	// comes for its Delay. One that is set while a connection is idle strikes that connection, if it has been idle for so
-	// long. Idle must be asked for: a Fault without At does not strike here.
+	// arrives for its Delay. If it is set while a connection is idle, the time that the connection has been idle counts. A Fault
+	// without At does not strike at Idle.
 	Idle
 
 	steps
@@ -61,7 +61,7 @@ var stepNames = [steps]string{
 	"message accepted", "BDAT", "RSET", "NOOP", "QUIT", "other command", "idle",
 }
 
-// String returns the step's name: the command, or what is going on.
+// String returns the step's name: the command, or what happens at it.
 func (s Step) String() string {
 	if s < 0 || s >= steps {
 		return "unknown step"
@@ -86,14 +86,14 @@ type Event struct {
 	// Recipients includes those of transactions without an accepted message.
 	Accepted, Recipients int
 
-	// Pipelined says that the client did not wait for the reply: more data had arrived behind the command (at Bdat, behind its
+	// Pipelined says that the client did not wait for the reply: more data had arrived after the command (at Bdat, after its
 	// chunk) when the relay processed it. It is always false at Connect, TLSHandshake, Body and Idle.
 	Pipelined bool
 
-	// AuthLed says that the connection's last AUTH was Pipelined. At Mail with N == 1, the MAIL was pipelined behind AUTH.
+	// AuthLed says that the connection's last AUTH was Pipelined. At Mail with N == 1, the MAIL was pipelined after AUTH.
 	AuthLed bool
 
-	chunk int64 // octets of a BDAT's chunk that were not read
+	chunk int64 // octets of a BDAT's chunk that were not read yet
 }
 
 // Fault says what goes wrong, where, and how often. A Fault is a value: [Server.Fault] copies it.
@@ -118,21 +118,20 @@ type Fault struct {
 	// Which of the events that match the filters above:
 
 	Nth   int // from the Nth on, counted from 1 since the fault was set; 0 means 1
-	Every int // counted from Nth, only every Every-th event: with 10 the tenth, the twentieth and so on; 0 means 1
+	Every int // of the events from the Nth on, only every Every-th: with 10 the tenth, the twentieth and so on; 0 means 1
 
-	// Rate lets this many events per second pass, and strikes the others, like a relay that throttles. It is a token bucket for
-	// all connections together: an event that passes takes a token, which is back after 1/Rate seconds; an event that is struck
-	// takes none. The clock is that of package time, so it is exact in a synctest bubble. 0 means no rate. A Fault with a Rate
-	// needs a Count too:
-	// -1 for a permanent limit.
+	// Rate lets this many events per second pass and strikes the others, like a relay that throttles. It is a token bucket for
+	// all connections together: an event that passes takes a token, which is refilled after 1/Rate seconds; an event that is
+	// struck takes none. It uses the clock of package time, so it is exact in a synctest bubble. 0 means no rate. A permanent
+	// limit also needs a Count of -1.
 	Rate float64
 
-	// Burst is how many events may pass at once if Rate is set; 0 means as many as pass in a second, at least one.
+	// Burst is how many events may pass at once if Rate is set; 0 means as many as pass in a second, but at least one.
 	Burst int
 
 	// What happens:
 
-	// Delay is waited first. At Idle it is how long the connection must be idle.
+	// Delay comes first: the relay waits this long. At Idle it is how long the connection must be idle.
 	Delay time.Duration
 
 	// Stall then sends nothing, and reads no more than fits into a buffer, until the fault is removed, the client closes, or the
@@ -152,8 +151,8 @@ type Fault struct {
 	// Abort does the same with RST, which may destroy replies in flight. It takes precedence over Drop.
 	Abort bool
 
-	// Discard discards, after the reply to the command, the data that has arrived behind the command, so that it gets no reply.
-	// During a Body, or at Bdat, that is the data behind the message or the chunk.
+	// Discard discards, after the reply to the command, the data that has arrived after the command, so that it gets no reply.
+	// During a Body, or at Bdat, that is the data after the message or the chunk.
 	Discard bool
 
 	// How often:
@@ -171,14 +170,14 @@ type FaultHandle struct {
 	removed chan struct{} // closed by Remove
 
 	// guarded by s.mu
-	gone   bool          // by Remove
-	passed int           // events that the filters let through
-	hits   int           //
+	gone   bool // by Remove
+	passed int  // events that the filters matched
+	hits   int
 	struck chan struct{} // closed at the next hit
-	full   time.Time     // when all of Burst is there again
+	full   time.Time     // when the token bucket is full again
 }
 
-// Fault sets a fault, which also applies to open connections. It may be called at any time, also before Start.
+// Fault sets a fault, which also applies to open connections. It may be called at any time, even before Start.
 func (s *Server) Fault(f Fault) *FaultHandle {
 	if f.Count == 0 {
 		f.Count = 1
@@ -189,7 +188,7 @@ func (s *Server) Fault(f Fault) *FaultHandle {
 	s.setFaultsLocked(append(s.faultList(), h))
 	if f.At == Idle {
 		for _, c := range s.conns {
-			c.wakeLocked() // those that are idle already look at it now
+			c.wakeLocked() // the idle ones look for an Idle fault now
 		}
 	}
 	return h
@@ -219,7 +218,7 @@ func (h *FaultHandle) Wait(ctx context.Context, n int) error {
 	}
 }
 
-// Remove ends the fault. Connections that it has stalled continue. Calling it again does nothing.
+// Remove removes the fault. Connections that it has stalled continue. Calling it again does nothing.
 func (h *FaultHandle) Remove() {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()
@@ -237,7 +236,7 @@ func (s *Server) faultList() []*FaultHandle {
 	return nil
 }
 
-// setFaultsLocked replaces the list by a copy of list: connections read it without a lock.
+// setFaultsLocked replaces the list with a copy: connections read it without a lock.
 func (s *Server) setFaultsLocked(list []*FaultHandle) {
 	list = slices.Clone(list)
 	s.faults.Store(&list)

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// dialogue is a whole session with one message on a relay that offers CHUNKING, step by step: what the client says, and how
-// many replies it waits for then.
+// dialogue is a whole session with one message on a relay that offers CHUNKING: for each step what the client sends, and how many
+// replies it then waits for.
 var dialogue = []struct {
 	step    Step
 	says    []string
@@ -36,7 +36,7 @@ var dialogue = []struct {
 	{Quit, []string{"QUIT"}, 1},
 }
 
-// until says the dialogue up to a step and waits for all replies to what comes before it.
+// until runs the dialogue up to a step, and waits for all replies before it.
 func (r *raw) until(step Step) {
 	r.t.Helper()
 	for _, d := range dialogue {
@@ -57,7 +57,7 @@ func (r *raw) until(step Step) {
 
 var plainSteps = []Step{Connect, EHLO, Mail, Rcpt, Data, Body, FinalDot, Accepted, Rset, Noop, Other, Bdat, Quit}
 
-// taken tells whether the message of the dialogue has been taken when the given step, and nothing behind it, has failed.
+// taken returns how many messages are accepted if the dialogue fails at step, and only there.
 func taken(step Step) int {
 	if slices.Contains([]Step{Accepted, Rset, Bdat, Quit}, step) {
 		return 1
@@ -85,7 +85,7 @@ func TestFaultsAtEachStep(t *testing.T) {
 			})
 		}
 	}
-	// What the BDAT of the second message adds once it was allowed to end is not counted.
+	// The second message, which may complete after the fault at BDAT, is not counted.
 	first := func(s *Server) int {
 		return min(s.Stats().Accepted, 1)
 	}
@@ -113,7 +113,7 @@ func TestFaultsAtEachStep(t *testing.T) {
 		each(t, Fault{Reply: "451 4.3.0 not now"}, func(t *testing.T, s *Server, r *raw, h *FaultHandle) {
 			r.want("451 4.3.0 not now")
 			if h.f.At == Body {
-				r.say(".") // must not be answered: the reply was early
+				r.say(".") // must not be answered: the reply was sent early
 			}
 			if h.f.At == Quit {
 				r.closed()
@@ -194,7 +194,7 @@ func TestFaultsOfTLSAndAuth(t *testing.T) {
 					r.say("EHLO client.test")
 					r.want("250-")
 					r.say("STARTTLS")
-					if step != StartTLS && !(step == TLSHandshake && f.Abort) { // a reset destroys what was not read
+					if step != StartTLS && !(step == TLSHandshake && f.Abort) { // a reset destroys unread replies
 						r.want("220 ")
 					}
 					if step == Auth {
@@ -221,7 +221,7 @@ func TestFaultsOfTLSAndAuth(t *testing.T) {
 	}
 }
 
-// What the client has said by the time that a stall is over is not lost, its ClientHello included.
+// What the client sent during a stall is not lost, including its ClientHello.
 func TestStalledHandshakeGoesOn(t *testing.T) {
 	for _, implicit := range []bool{false, true} {
 		t.Run(fmt.Sprintf("implicit %t", implicit), func(t *testing.T) {
@@ -348,13 +348,13 @@ func TestBodyFaultStrikesAfterSoManyOctets(t *testing.T) {
 			r.want("250 ", "250 ", "354 ")
 		}
 		begin()
-		r.say("0123456789", "0123456789", "0123456789", ".") // the first that is long enough
+		r.say("0123456789", "0123456789", "0123456789", ".") // the first long enough
 		r.want("250 ")
 		begin()
 		r.say("01234567", ".") // too short
 		r.want("250 ")
 		begin()
-		r.say("0123456789") // twelve, with its CRLF
+		r.say("0123456789") // twelve octets, with CRLF
 		r.want("552 5.3.4 enough")
 		r.say("more", ".", "RSET")
 		r.want("250 ")
@@ -382,7 +382,7 @@ func TestStallInABodyStopsReading(t *testing.T) {
 		}()
 		n := <-wrote
 		if n > 3*readBuffer {
-			t.Errorf("%d octets went to a relay that does not read", n)
+			t.Errorf("wrote %d octets to a relay that does not read", n)
 		}
 		h.Remove()
 		r.SetWriteDeadline(time.Time{})
@@ -432,7 +432,7 @@ func TestResetOverSockets(t *testing.T) {
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA")
 		r.want("250 ", "250 ", "354 ")
 		r.say("text", ".")
-		const wsaECONNRESET = syscall.Errno(10054) // what Windows calls it
+		const wsaECONNRESET = syscall.Errno(10054) // the error on Windows
 		if _, err := r.br.ReadByte(); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, wsaECONNRESET) {
 			t.Errorf("got %v", err)
 		}

@@ -1,5 +1,5 @@
-// What the filters of a Fault single out: sessions that have had enough, every so-manyth event, what comes too fast, and one
-// connection of several. What a fault does to an event is in fault_test.go.
+// Which events the filters of a Fault select: after a limit per session, every Nth, above a rate, and on one of several
+// connections. What a fault does to an event is in fault_test.go.
 
 package smtptest
 
@@ -35,7 +35,7 @@ func TestFilters(t *testing.T) {
 			}
 		}
 		r.say("MAIL FROM:<a@x.example>", "RCPT TO:<ann@y.example>", "DATA", "RSET")
-		r.want("250 ", "250 ", "554 ") // behind DATA nothing may come
+		r.want("250 ", "250 ", "554 ") // nothing may follow DATA
 		r = open(t, s)
 		r.say("MAIL FROM:<a@x.example>")
 		r.want("451 second connection")
@@ -52,7 +52,7 @@ func TestFilters(t *testing.T) {
 	})
 }
 
-// sessionLimits are what relays say when a session has had its messages or recipients.
+// sessionLimits are replies of relays when a session has reached its limit of messages or recipients.
 var sessionLimits = []string{
 	"452 4.4.5 Maximum number of messages per session exceeded",
 	"452 4.5.3 Too many recipients in this session",
@@ -69,12 +69,12 @@ func TestSessionHasALimitOfMessages(t *testing.T) {
 				s := plainRelay()
 				bubble(t, s, func(t *testing.T) {
 					h := s.Fault(Fault{At: at, AfterMessages: 5, Reply: reply, Count: -1})
-					for range 2 { // each session has its own
+					for range 2 { // each session has its own limit
 						r := open(t, s)
 						for range 5 {
 							r.send("a@x.example", "b@y.example", "text")
 						}
-						for range 2 { // the connection stays open, and goes on refusing
+						for range 2 { // the connection stays open, and keeps refusing
 							r.say(envelope[:i+1]...)
 							r.want([]string{"250 ", "250 ", "354 "}[:i]...)
 							r.want(reply)
@@ -91,7 +91,7 @@ func TestSessionHasALimitOfMessages(t *testing.T) {
 	}
 }
 
-// What was refused is not counted, and a limit may close the connection.
+// Refused messages are not counted, and a limit may close the connection.
 func TestSessionLimitCountsWhatWasTaken(t *testing.T) {
 	s := plainRelay()
 	s.Reject = map[string]string{"no@y.example": "550 no"}
@@ -169,7 +169,7 @@ func TestEvery(t *testing.T) {
 	}{
 		{0, 10, "10 20 30"},
 		{1, 10, "10 20 30"},
-		{2, 10, "11 21"}, // the first is spared, and every tenth of the others struck
+		{2, 10, "11 21"}, // the first is spared, then every tenth struck
 		{28, 0, "28 29 30"},
 		{28, 1, "28 29 30"},
 		{31, 0, ""},
@@ -180,7 +180,7 @@ func TestEvery(t *testing.T) {
 	}
 }
 
-// An AUTH that hiccups: good credentials are refused now and then, at once or after a while.
+// Good credentials are refused from time to time, at once or after a delay.
 func TestAuthHiccups(t *testing.T) {
 	for _, delay := range []time.Duration{0, 20 * time.Second} {
 		s := authRelay()
@@ -205,7 +205,7 @@ func TestAuthHiccups(t *testing.T) {
 	}
 }
 
-// burst sends so many messages at once and returns how many were taken.
+// burst sends n messages at once and returns how many were accepted.
 func (r *raw) burst(n int) (taken int) {
 	r.t.Helper()
 	for range n {
@@ -230,7 +230,7 @@ func TestRate(t *testing.T) {
 		for _, tt := range []struct {
 			rate  float64
 			burst int
-			waits []time.Duration // before each 30 messages at once
+			waits []time.Duration // before each burst of 30 messages
 			taken []int
 		}{
 			{14, 0, []time.Duration{0, 0, time.Second / 14, 499 * time.Millisecond, time.Hour}, []int{14, 0, 0, 7, 14}},
@@ -247,7 +247,7 @@ func TestRate(t *testing.T) {
 				for i, wait := range tt.waits {
 					time.Sleep(wait)
 					if tt.rate == 14 && tt.burst == 0 && i == 2 {
-						continue // what was given back is still there at the next
+						continue // the tokens of this wait remain for the next
 					}
 					taken := rs[0].burst(15) + rs[1].burst(15) // two clients share it
 					if taken != tt.taken[i] {
@@ -263,7 +263,7 @@ func TestRate(t *testing.T) {
 	}
 }
 
-// A fault that has struck before the rate's turn has come takes nothing from it.
+// An event that another fault has struck takes no token of the rate.
 func TestRateCountsNoEventOfAnotherFault(t *testing.T) {
 	s := plainRelay()
 	bubble(t, s, func(t *testing.T) {
@@ -279,11 +279,11 @@ func TestRateCountsNoEventOfAnotherFault(t *testing.T) {
 	})
 }
 
-// Silence at any one step, on the connections that were chosen, while the others are served.
+// Silence at each step, on selected connections, while the others are served.
 func TestSilenceOnOneConnection(t *testing.T) {
 	for step := Connect; step < steps; step++ {
 		if step == Other || step == Bdat || step == Idle {
-			continue // the client below does not come by
+			continue // the client below does not reach it
 		}
 		t.Run(step.String(), func(t *testing.T) {
 			s := NewUnstartedServer()
@@ -327,20 +327,20 @@ func TestSilenceOnOneConnection(t *testing.T) {
 				whole(dial(t, s))
 				silent.Close()
 				if <-done {
-					t.Error("the client was answered in the end")
+					t.Error("the client got a reply")
 				}
 			})
 		})
 	}
 }
 
-// quiet is a testing.TB that ends a client rather than the test.
+// quiet is a testing.TB whose Fatalf ends the client, not the test.
 type quiet struct{ testing.TB }
 
 func (quiet) Helper()               {}
 func (quiet) Fatalf(string, ...any) { panic("ended") }
 
-// A connection that is made to one address only meets the faults of that address.
+// A fault with Addr strikes only connections to that address.
 func TestFaultOfAnAddress(t *testing.T) {
 	s := plainRelay()
 	s.Addresses = 2

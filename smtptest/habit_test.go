@@ -7,8 +7,8 @@ import (
 
 var habitEnvelope = []string{"RSET", "MAIL FROM:<a@x.example>", "RCPT TO:<c@y.example>", "DATA"}
 
-// overlap sends a message and, behind its final dot, another envelope: in the same write, or in one of its own that arrives
-// before the dot is answered.
+// overlap sends a message and, after its final dot, another envelope: in the same write, or in a separate one that arrives before
+// the dot is answered.
 func overlap(r *raw, s *Server, split bool) {
 	if split {
 		s.Fault(Fault{At: FinalDot, Delay: time.Second})
@@ -32,7 +32,7 @@ func TestHabits(t *testing.T) {
 					name += " over TLS"
 				}
 				if split {
-					name += ", in writes of their own"
+					name += ", in separate writes"
 				}
 				t.Run(name, func(t *testing.T) {
 					s := NewUnstartedServer()
@@ -42,7 +42,7 @@ func TestHabits(t *testing.T) {
 						overlap(r, s, split)
 						f(r)
 						r.silent()
-						r.say(habitEnvelope...) // in step and usable, and nothing behind a dot this time
+						r.say(habitEnvelope...) // still in step, and no pipelining this time
 						r.want("250 ", "250 ", "250 ", "354 ")
 						r.say("text", ".")
 						r.want("250 Ok")

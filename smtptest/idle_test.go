@@ -1,4 +1,4 @@
-// Faults at Idle, which strike where nothing happens.
+// Faults at Idle, which strike when the client sends nothing.
 
 package smtptest
 
@@ -16,7 +16,7 @@ func TestIdleFault(t *testing.T) {
 			s.Fault(timeout)
 			r := open(t, s)
 			time.Sleep(9 * time.Second)
-			r.send("a@x.example", "b@y.example", "text") // in time, and begins the wait again
+			r.send("a@x.example", "b@y.example", "text") // in time, and restarts the wait
 			before := time.Now()
 			r.want("421 4.4.2 timeout")
 			r.closed()
@@ -35,7 +35,7 @@ func TestIdleFault(t *testing.T) {
 			time.Sleep(time.Hour)
 			r.silent()
 			if h.Hits() != 0 {
-				t.Error("it has struck")
+				t.Error("the fault struck")
 			}
 			r.say("RSET")
 			r.want("250 ")
@@ -43,7 +43,7 @@ func TestIdleFault(t *testing.T) {
 			r.want("421 ")
 		})
 	})
-	t.Run("once, although several are idle", func(t *testing.T) {
+	t.Run("once, with several idle connections", func(t *testing.T) {
 		s := plainRelay()
 		bubble(t, s, func(t *testing.T) {
 			h := s.Fault(timeout)
@@ -57,7 +57,7 @@ func TestIdleFault(t *testing.T) {
 			r2.Close()
 		})
 	})
-	t.Run("strikes who is idle already", func(t *testing.T) {
+	t.Run("strikes a connection that is already idle", func(t *testing.T) {
 		s := NewUnstartedServer()
 		bubble(t, s, func(t *testing.T) {
 			r := open(t, s)
@@ -68,7 +68,7 @@ func TestIdleFault(t *testing.T) {
 			r.closed()
 		})
 	})
-	t.Run("a reply that closes nothing", func(t *testing.T) {
+	t.Run("a reply that does not close", func(t *testing.T) {
 		s := NewUnstartedServer()
 		bubble(t, s, func(t *testing.T) {
 			r := open(t, s)

@@ -28,7 +28,7 @@ func TestEleventhConnectionIsRefused(t *testing.T) {
 		conns[0].say("QUIT")
 		conns[0].want("221 ")
 		conns[0].closed()
-		// The client has seen the close: the place is free, no matter how far the relay's goroutine is.
+		// Once the client has seen the close the slot is free, however far the relay's goroutine is.
 		r = dial(t, s)
 		r.want("220 ")
 		for _, r := range append(conns[1:], r) {
@@ -41,7 +41,7 @@ func TestEleventhConnectionIsRefused(t *testing.T) {
 	})
 }
 
-func TestPlaceIsFreeWhenTheClientSeesTheClose(t *testing.T) {
+func TestSlotIsFreeWhenTheClientSeesTheClose(t *testing.T) {
 	s := plainRelay()
 	s.MaxConns = 1
 	start(t, s)
@@ -179,7 +179,7 @@ func TestExtensions(t *testing.T) {
 	})
 }
 
-func TestUrgencyIsReadBehindMailAndNotBehindRcpt(t *testing.T) {
+func TestUrgencyIsAParameterOfMailOnly(t *testing.T) {
 	s := plainRelay()
 	s.Extensions = []string{"DELIVERBY", "MT-PRIORITY"}
 	bubble(t, s, func(t *testing.T) {
@@ -202,7 +202,7 @@ func TestUrgencyIsReadBehindMailAndNotBehindRcpt(t *testing.T) {
 	})
 }
 
-func TestUrgencyIsReadAsItsRFCsHaveIt(t *testing.T) {
+func TestUrgencyIsParsedAsItsRFCsSay(t *testing.T) {
 	for _, tt := range []struct {
 		param string
 		by    smtprelay.DeliverBy // the zero value means that the parameter is refused
@@ -243,18 +243,18 @@ func TestUrgencyIsReadAsItsRFCsHaveIt(t *testing.T) {
 	}
 }
 
-func TestClientsThatDoNotWaitAreCutOff(t *testing.T) {
+func TestClientsThatDoNotWaitAreDisconnected(t *testing.T) {
 	tests := []struct {
 		why  string
 		set  func(*Server)
 		talk func(*raw)
 	}{
-		{"commands behind EHLO", nil, func(r *raw) {
+		{"commands right after EHLO", nil, func(r *raw) {
 			r.want("220 ")
 			r.say("EHLO client.test", "MAIL FROM:<a@x.example>")
 			r.want("554 5.5.0")
 		}},
-		{"the body behind DATA", nil, func(r *raw) {
+		{"the body right after DATA", nil, func(r *raw) {
 			r.want("220 ")
 			r.say("EHLO client.test")
 			r.want("250-")
@@ -268,7 +268,7 @@ func TestClientsThatDoNotWaitAreCutOff(t *testing.T) {
 			r.say("MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>")
 			r.want("500 5.5.1 Invalid command: Pipelining not supported")
 		}},
-		{"QUIT behind the dot where pipelining was not offered", func(s *Server) { s.Without = []string{"PIPELINING"} }, func(r *raw) {
+		{"QUIT right after the final dot without PIPELINING", func(s *Server) { s.Without = []string{"PIPELINING"} }, func(r *raw) {
 			r.want("220 ")
 			for _, line := range []string{"EHLO client.test", "MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "DATA"} {
 				r.say(line)

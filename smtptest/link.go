@@ -11,12 +11,12 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// link is a client's connection as the network carries it, below TLS. *netpipe.Conn is one.
+// link is a client's connection below TLS. *netpipe.Conn is one.
 type link interface {
 	net.Conn
 	CloseWrite() error // FIN
 	Reset()            // RST; the link is closed then
-	Unread() int       // octets that have arrived and were not read; may be told as 1, or as 0 where the system cannot tell
+	Unread() int       // octets that have arrived and were not read; may be 1 for any number, or 0 if the system cannot tell
 }
 
 var (
@@ -43,24 +43,24 @@ func (l *tcpLink) Reset() {
 
 func (l *tcpLink) Unread() int { return peek(l.raw) }
 
-// wire is a link with a read buffer: what lies in it, or in the link, has arrived. It counts turns: the times that the relay
-// had answered, waited, and then got something.
+// wire is a link with a read buffer: octets in the buffer, or unread in the link, have arrived. It counts turns: the times that
+// the relay had answered, waited, and then received input.
 type wire struct {
 	link
 	in    *bufio.Reader // over link
 	delay time.Duration // the round-trip time of the link
-	turns atomic.Int64  // written by whoever reads
+	turns atomic.Int64  // written by the reader
 
 	// owned by the connection's goroutine
 	answered bool      // something was written since the last turn
-	since    time.Time // when that was
-	early    bool      // there was input already when something was written last; used without a delay only
+	since    time.Time // when answered was set
+	early    bool      // input had already arrived at the last write; used without a delay only
 }
 
-// Read counts a turn if what it returns can have waited for what was written. With a delay that is what comes no sooner than
-// an answer can have travelled there and the next command back, counted from the oldest answer, not the latest: a client which
-// overlaps its commands, and always gets an answer while the next one is under way, still pays for the round trips that pass.
-// Without one, it is what had not come yet when the answer was written.
+// Read counts a turn if the client can have waited for the relay's output before it sent what Read returns. With a delay, that is
+// input that arrives no sooner than one round trip after the oldest output since the last turn. The oldest, not the latest: a
+// client that overlaps its commands, and always gets a reply while the next command is in flight, still pays for the round trips
+// that pass. Without a delay, it is input that had not arrived when the output was written.
 func (w *wire) Read(p []byte) (int, error) {
 	if w.in.Buffered() > 0 {
 		return w.in.Read(p)
@@ -85,7 +85,7 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.link.Write(p)
 }
 
-// Unread tells whether anything has arrived that was not read.
+// Unread reports, as a number above 0, whether something has arrived that was not read.
 func (w *wire) Unread() int {
 	if n := w.in.Buffered(); n > 0 {
 		return n
@@ -93,11 +93,11 @@ func (w *wire) Unread() int {
 	return w.link.Unread()
 }
 
-// records is a wire for crypto/tls to read from. It returns no more than one record at a time, so that what has arrived
-// stays in the wire, where it can be counted, and not in TLS's own buffer.
+// records is a wire for crypto/tls to read from. It returns at most one record at a time, so that what has arrived stays in the
+// wire, where it can be counted, and not in TLS's own buffer.
 type records struct {
 	*wire
-	head []byte // of the record's header, as far as it was read
+	head []byte // the part of the record's header that was read
 	left int    // octets of the record's body to come
 }
 

@@ -28,7 +28,7 @@ func (s *Server) listen() {
 		first, s.Addresses = serveFlag, 1
 	}
 	var err error
-	for range 10 { // times until a port is found that is free on all addresses
+	for range 10 { // until a port is free on all addresses
 		if err = s.listenFrom(first); err == nil {
 			return
 		}
@@ -60,8 +60,8 @@ func (s *Server) listenFrom(first string) error {
 	return nil
 }
 
-// accept serves the connections that are made to the address addr, counted from 1, until Close. An error such as too many open
-// files passes: it tries again after a pause that grows, as net/http does.
+// accept serves the connections to the address addr, 1-based, until Close. After an error, such as too many open files, it tries
+// again after a growing pause, as net/http does.
 func (s *Server) accept(listener net.Listener, addr int) {
 	var pause time.Duration
 	for {
@@ -93,9 +93,9 @@ func (s *Server) accept(listener net.Listener, addr int) {
 	}
 }
 
-// Dial opens a connection to the relay: to the one of its addresses whose host addr has, and to the first where addr is any
-// other name or address. It takes one Delay, ends with ctx, and is refused once the relay is closed. It has the type of
-// [smtprelay.Config].Dial, is safe for concurrent use, and panics before Start.
+// Dial opens a connection to the relay: to the address whose host addr has, or to the first if addr has any other host. It takes
+// one Delay, ends with ctx, and is refused once the relay is closed. It has the type of [smtprelay.Config].Dial, is safe for
+// concurrent use, and panics before Start.
 func (s *Server) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	s.Addr() // panics before Start
 	if !s.InMemory {
@@ -121,7 +121,7 @@ func (s *Server) Dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return client, nil
 }
 
-// node returns the index of the address in s.addrs whose host addr has, or 0.
+// node returns the index in s.addrs of the address with addr's host, or 0.
 func (s *Server) node(addr string) int {
 	host, _, _ := net.SplitHostPort(addr)
 	for n := range s.addrs {
@@ -132,8 +132,8 @@ func (s *Server) node(addr string) int {
 	return 0
 }
 
-// serve starts the relay's side of a connection that has come about at the client's end at opened. It reports false, and
-// closes l, if the relay is closed.
+// serve starts the relay's side of a connection that the client sees as established at opened. It reports false, and closes l, if
+// the relay is closed.
 func (s *Server) serve(l link, addr int, opened time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -147,6 +147,6 @@ func (s *Server) serve(l link, addr int, opened time.Time) bool {
 	c := newConn(s, l, s.opened+1, addr)
 	s.opened++
 	s.conns = append(s.conns, c)
-	s.wg.Go(func() { c.run(opened) }) // until either side closes; Close cuts it if it must
+	s.wg.Go(func() { c.run(opened) }) // ends when either side closes; Close cuts it if it must
 	return true
 }

@@ -8,12 +8,12 @@ import (
 
 // Line is a line of a connection's transcript: see [Server].OnLine. Messages and secrets are not in it.
 type Line struct {
-	Conn int       // the connection, counted from 1
-	Who  string    // "C": the client has said Text; "S": the relay has answered; "--": something else has happened
-	Text string    // without its line end; what a client has sent may have any octets
-	Turn int       // how many turns the connection has had so far: see Stats.Turns
+	Conn int       // the connection, 1-based
+	Who  string    // "C": the client sent Text; "S": the relay replied; "--": any other event
+	Text string    // without its line end; a client's line may contain any octets
+	Turn int       // turns of the connection so far: see Stats.Turns
 	TLS  bool      // the connection is encrypted
-	Time time.Time // when the relay wrote or carried out the line
+	Time time.Time // when the relay wrote or processed the line
 }
 
 // log writes a line of the transcript: who is "C", "S" or "--".
@@ -32,7 +32,7 @@ func (c *conn) log(who, text string) {
 	}
 }
 
-// note writes what is neither said nor answered.
+// note logs an event that is neither a command nor a reply.
 func (c *conn) note(parts ...string) {
 	if c.s.Log != nil || c.s.OnLine != nil {
 		c.log("--", strings.Join(parts, ""))

@@ -1,4 +1,4 @@
-// Pauses that a Fault makes at each step of a whole session.
+// A Delay at each step of a whole session.
 
 package smtptest
 
@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// wholeSession holds a session that passes every step but Idle: STARTTLS, LOGIN with its two challenges, a message by DATA, one in
-// chunks with an empty last one, and one that is such a chunk alone. Each command waits for its reply.
+// wholeSession runs a session that passes every step but Idle: STARTTLS, LOGIN with its two challenges, a message by DATA, one in
+// chunks with an empty last chunk, and one that is only an empty last chunk. Each command waits for its reply.
 func wholeSession(t *testing.T, s *Server) {
 	t.Helper()
 	r := dial(t, s)
@@ -48,16 +48,16 @@ func TestPauseAtEachStep(t *testing.T) {
 		{Fault{At: Rcpt}, 3},
 		{Fault{At: Data}, 1},
 		{Fault{At: Body}, 2},
-		{Fault{At: Body, AfterBytes: 13}, 2}, // in the midst of it; by BDAT, in the second chunk
+		{Fault{At: Body, AfterBytes: 13}, 2}, // in the middle of the body; with BDAT, in the second chunk
 		{Fault{At: FinalDot}, 3},
 		{Fault{At: Accepted}, 3},
 		{Fault{At: Bdat}, 4},
-		{Fault{At: Bdat, AfterBytes: 24}, 1}, // the empty last chunk, behind the whole body
+		{Fault{At: Bdat, AfterBytes: 24}, 1}, // the empty last chunk, after the whole body
 		{Fault{At: Rset}, 1},
 		{Fault{At: Noop}, 1},
 		{Fault{At: Quit}, 1},
 		{Fault{At: Other}, 1},
-		{Fault{}, 31}, // each of the above but those with AfterBytes
+		{Fault{}, 31}, // all of the above except those with AfterBytes
 	}
 	met := make(map[Step]bool)
 	for _, tt := range tests {
@@ -87,7 +87,8 @@ func TestPauseAtEachStep(t *testing.T) {
 	}
 }
 
-// A chunk that has only begun to come is met at once: a pause holds it, and the client that goes meanwhile leaves nothing.
+// A fault at Body strikes as soon as part of a chunk has arrived: its Delay holds the chunk, and a client that disconnects
+// meanwhile leaves no message.
 func TestPauseWithinAChunk(t *testing.T) {
 	s := chunking()
 	bubble(t, s, func(t *testing.T) {
@@ -104,12 +105,12 @@ func TestPauseWithinAChunk(t *testing.T) {
 		fmt.Fprint(r, "01")
 		time.Sleep(2 * time.Minute)
 		if within.Hits() != 0 {
-			t.Error("struck too early")
+			t.Error("the fault struck too early")
 		}
 		fmt.Fprint(r, "2")
 		synctest.Wait()
 		if within.Hits() != 1 {
-			t.Error("not struck in the midst of the chunk")
+			t.Error("the fault did not strike in the middle of the chunk")
 		}
 		fmt.Fprint(r, "3456789")
 		r.want("250 ")

@@ -4,5 +4,5 @@ package smtptest
 
 import "syscall"
 
-// peek cannot tell here whether a socket has input.
+// peek cannot detect input on this system.
 func peek(syscall.RawConn) int { return 0 }

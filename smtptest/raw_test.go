@@ -17,7 +17,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// raw is a client that says what it is told to.
+// raw is a client that sends exactly what a test tells it to.
 type raw struct {
 	t testing.TB
 	net.Conn
@@ -37,7 +37,7 @@ func dial(t testing.TB, s *Server) *raw {
 	return r
 }
 
-// tls upgrades the connection.
+// tls runs the client's TLS handshake.
 func (r *raw) tls(cfg *tls.Config) {
 	r.t.Helper()
 	tc := tls.Client(r.Conn, cfg)
@@ -71,7 +71,7 @@ func (r *raw) reply() (string, error) {
 	}
 }
 
-// want reads replies, each of which must begin as told.
+// want reads replies and checks the beginning of each.
 func (r *raw) want(prefixes ...string) {
 	r.t.Helper()
 	for i, prefix := range prefixes {
@@ -85,7 +85,7 @@ func (r *raw) want(prefixes ...string) {
 	}
 }
 
-// closed wants the relay to have closed with nothing left to say.
+// closed checks that the relay has closed, with nothing left to read.
 func (r *raw) closed() {
 	r.t.Helper()
 	if b, err := io.ReadAll(r.br); len(b) > 0 || err != nil {
@@ -94,7 +94,7 @@ func (r *raw) closed() {
 	r.Close()
 }
 
-// wasReset wants the relay to have reset the connection.
+// wasReset checks that the relay has reset the connection.
 func (r *raw) wasReset() {
 	r.t.Helper()
 	if _, err := r.br.ReadByte(); err == nil || errors.Is(err, io.EOF) {
@@ -103,7 +103,7 @@ func (r *raw) wasReset() {
 	r.Close()
 }
 
-// silent wants the relay to have no more to say until time passes or the client speaks. It is for bubbles only.
+// silent checks that the relay sends nothing more until time passes or the client sends. For bubbles only.
 func (r *raw) silent() {
 	r.t.Helper()
 	synctest.Wait()
@@ -113,7 +113,7 @@ func (r *raw) silent() {
 	}
 }
 
-// ready brings the connection to where MAIL is possible.
+// ready logs in if necessary, so that MAIL is possible.
 func (r *raw) ready(s *Server) {
 	r.t.Helper()
 	if s.implicitTLS {
@@ -160,14 +160,14 @@ func (r *raw) send(from, to, body string) {
 	r.want("250 Ok: queued as ")
 }
 
-// plainRelay returns an unstarted relay without TLS and AUTH, for dialogues that are about something else.
+// plainRelay returns an unstarted relay without TLS and AUTH, for tests of other things.
 func plainRelay() *Server {
 	s := NewUnstartedServer()
 	s.NoTLS, s.NoAuth = true, true
 	return s
 }
 
-// start starts s and sees to it that it is closed and leaves no goroutine behind.
+// start starts s, closes it at the end of the test, and checks that no goroutine is left.
 func start(t testing.TB, s *Server) *Server {
 	t.Helper()
 	before := runtime.NumGoroutine()
@@ -179,7 +179,7 @@ func start(t testing.TB, s *Server) *Server {
 	return s
 }
 
-// bubble runs f in a synctest bubble with s started, in memory, which does not end before every goroutine has.
+// bubble runs f in a synctest bubble with s started in memory. The bubble ends only when every goroutine has.
 func bubble(t *testing.T, s *Server, f func(t *testing.T)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -190,7 +190,7 @@ func bubble(t *testing.T, s *Server, f func(t *testing.T)) {
 	})
 }
 
-// noneLeft fails the test if there are more goroutines than before. The last of them may still be on their way out.
+// noneLeft fails the test if there are more goroutines than before, after waiting for those about to end.
 func noneLeft(t testing.TB, before int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)

@@ -8,10 +8,10 @@ import (
 	"net/netip"
 )
 
-// Resolver returns a resolver by which every name has the addresses of the relay, in their order, but for the names that the
-// system's hosts file has. No packet leaves the process. The port is another matter: it is that of [Server.Addr].
+// Resolver returns a resolver that resolves every name to the addresses of the relay, in their order, except names in the
+// system's hosts file. No packet leaves the process. It does not resolve the port: use that of [Server.Addr].
 //
-// It can be a net.Dialer's Resolver, whose DialContext is then [smtprelay.Config].Dial, or net.DefaultResolver while a test
+// Use it as the Resolver of a net.Dialer whose DialContext is [smtprelay.Config].Dial, or as net.DefaultResolver while a test
 // runs. It is safe for concurrent use. Resolver panics before Start.
 func (s *Server) Resolver() *net.Resolver {
 	s.Addr()
@@ -19,13 +19,13 @@ func (s *Server) Resolver() *net.Resolver {
 		PreferGo: true,
 		Dial: func(context.Context, string, string) (net.Conn, error) {
 			client, server := net.Pipe()
-			go s.answerNames(server) // until the resolver closes its end
+			go s.answerNames(server) // ends when the resolver closes its end
 			return client, nil
 		},
 	}
 }
 
-// answerNames answers questions of DNS (RFC 1035, 4), each behind its length, as over TCP.
+// answerNames answers DNS queries (RFC 1035, 4), each preceded by its length, as over TCP.
 func (s *Server) answerNames(c net.Conn) {
 	defer c.Close()
 	for {
@@ -47,7 +47,7 @@ func (s *Server) answerNames(c net.Conn) {
 	}
 }
 
-// answerName returns the message that answers question, or nil if that is none.
+// answerName returns the answer to question, or nil if it is not a DNS query.
 func (s *Server) answerName(question []byte) []byte {
 	const (
 		header   = 12
@@ -78,7 +78,7 @@ func (s *Server) answerName(question []byte) []byte {
 		answer = binary.BigEndian.AppendUint16(answer, name)
 		answer = binary.BigEndian.AppendUint16(answer, kind)
 		answer = binary.BigEndian.AppendUint16(answer, classIN)
-		answer = binary.BigEndian.AppendUint32(answer, 0) // seconds that it may be kept
+		answer = binary.BigEndian.AppendUint32(answer, 0) // TTL
 		answer = binary.BigEndian.AppendUint16(answer, uint16(len(data)))
 		answer = append(answer, data...)
 		records++

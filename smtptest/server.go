@@ -27,19 +27,19 @@ const (
 	defaultMaxRecipients = 1000
 	defaultMaxSize       = 30 << 20
 
-	// lingerTime is how long the relay goes on reading, into nothing, on a connection that it has closed: closing with input
-	// unread would make TCP reset it, which can destroy the replies under way (RFC 1122, 4.2.2.13).
+	// lingerTime is how long the relay keeps reading, and discarding, on a connection that it has closed: closing with unread
+	// input would make TCP send RST, which can destroy replies in flight (RFC 1122, 4.2.2.13).
 	lingerTime = 2 * time.Second
 
-	// patience is how long Close waits for clients that are in the midst of something.
+	// patience is how long Close waits for clients that have something in progress.
 	patience = 5 * time.Second
 
 	// lastWords is how long Close waits for the next command of a client that has a transaction open.
 	lastWords = 200 * time.Millisecond
 )
 
-// A Server is a fake relay. Its fields are set between [NewUnstartedServer] and Start or StartTLS, and not changed later; the
-// zero value of each is the default. Once it is started, its methods are safe for concurrent use.
+// A Server is a fake relay. Set its fields between [NewUnstartedServer] and Start or StartTLS, and do not change them later; the
+// zero value of each is the default. Once the Server is started, its methods are safe for concurrent use.
 type Server struct {
 	// Name is the relay's name in the greeting and in the reply to EHLO; "" means "smtp.test".
 	Name string
@@ -47,50 +47,48 @@ type Server struct {
 	// Username and Password are the accepted credentials; "" means "apikey" and a fixed key that is obviously fake.
 	Username, Password string
 
-	// NoAuth neither offers nor requires AUTH.
+	// NoAuth means that AUTH is neither offered nor required.
 	NoAuth bool
 
-	// Mechanisms are the SASL mechanisms that are offered; nil means PLAIN and LOGIN. Others need SASL.
+	// Mechanisms are the SASL mechanisms offered; nil means PLAIN and LOGIN. Others need SASL.
 	Mechanisms []string
 
-	// SASL, if not nil, replaces Username and Password: it returns the relay's side of a mechanism. It is called for
-	// mechanisms of the list only, possibly from several goroutines at once.
+	// SASL, if not nil, replaces Username and Password: it returns the server side of a mechanism. It is called only for
+	// mechanisms of the list, possibly from several goroutines at once.
 	SASL func(mechanism string) (SASLServer, error)
 
-	// NoTLS does not offer STARTTLS. If STARTTLS is offered, AUTH is neither offered nor accepted before TLS.
+	// NoTLS means that STARTTLS is not offered. If it is offered, AUTH is neither offered nor accepted before TLS.
 	NoTLS bool
 
-	// TLS, if not nil, is what the relay's TLS configuration is made from. It is cloned; Certificates is filled in where it is
-	// empty.
+	// TLS, if not nil, is the base of the relay's TLS configuration. It is cloned; empty Certificates are filled in.
 	TLS *tls.Config
 
-	// CertNames are the names and addresses that the relay's own certificate is good for; nil means its Addresses, ::1,
-	// localhost and Name.
+	// CertNames are the names and addresses in the relay's own certificate; nil means its Addresses, ::1, localhost and Name.
 	CertNames []string
 
 	// CertNotAfter is when the relay's own certificate expires; zero means in 2084.
 	CertNotAfter time.Time
 
-	// MaxConns is how many connections may be open at once; 0 means 10, negative means no limit. One more is greeted with
+	// MaxConns is how many connections may be open at once; 0 means 10, negative means no limit. Each further one is greeted with
 	// "421 4.7.0 Too many concurrent SMTP connections" and closed.
 	MaxConns int
 
-	// MaxMessages is how many MAIL commands a connection may carry, refused ones included; 0 means 100, negative means no
-	// limit. One more is answered "421 4.7.0 Too many messages in this connection", and the connection closed.
+	// MaxMessages is how many MAIL commands a connection may carry, refused ones included; 0 means 100, negative means no limit.
+	// The next MAIL is answered "421 4.7.0 Too many messages in this connection", and the connection is closed.
 	MaxMessages int
 
-	// MaxRecipients is how many recipients a transaction may have; 0 means 1,000, negative means no limit. One more is
+	// MaxRecipients is how many recipients a transaction may have; 0 means 1,000, negative means no limit. Each further one is
 	// answered 452.
 	MaxRecipients int
 
-	// MaxSize is how many octets a message may have; 0 means 31457280, negative means no limit, and none announced. A longer
-	// one is answered 552 at MAIL, if SIZE= says so, or at its end.
+	// MaxSize is how many octets a message may have; 0 means 31457280, negative means no limit, and none is announced. A larger
+	// message is answered 552, at MAIL if SIZE= announces it, else at its end.
 	MaxSize int64
 
-	// Addresses is how many addresses the relay has, as the nodes behind one name; 0 means 1. They are 127.0.0.1, 127.0.0.2 and
-	// so on, all with one port, which needs a system on which all of 127.0.0.0/8 is loopback, as Linux; with InMemory any
-	// will do. Connections, limits, messages and counters are the Server's as a whole; a Fault with Addr strikes one
-	// address alone. Resolver makes a name of them.
+	// Addresses is how many addresses the relay has, like several hosts under one name; 0 means 1. They are 127.0.0.1, 127.0.0.2
+	// and so on, all with one port. Without InMemory that needs a system on which all of 127.0.0.0/8 is loopback, such as Linux.
+	// Connections, limits, messages and counters are for the Server as a whole; a Fault with Addr strikes at one address only.
+	// Resolver resolves every name to these addresses.
 	Addresses int
 
 	// Extensions are further lines of the reply to EHLO. For SMTPUTF8, DSN, REQUIRETLS, BINARYMIME, RRVS, DELIVERBY and
@@ -98,21 +96,21 @@ type Server struct {
 	// Any other line is only announced: with "LIMITS MAILMAX=5", set MaxMessages to 5 too.
 	Extensions []string
 
-	// Without are the keywords of lines that are left out of the reply to EHLO, such as "PIPELINING", "SIZE" and "8BITMIME".
-	// Without PIPELINING, a client that pipelines gets "500 5.5.1 Invalid command: Pipelining not supported" and is disconnected.
+	// Without are keywords of lines to omit from the reply to EHLO, such as "PIPELINING", "SIZE" and "8BITMIME". Without
+	// PIPELINING, a client that pipelines gets "500 5.5.1 Invalid command: Pipelining not supported" and is disconnected.
 	Without []string
 
 	// Chunking offers CHUNKING (RFC 3030), which SendGrid does not. A last chunk that the client cuts short by closing (FIN, not
 	// RST) is then accepted as if it were complete, as by go-smtp's server and some other relays.
 	Chunking bool
 
-	// Behind says what the relay does with commands that have arrived behind a final dot before it replies to the dot.
+	// Behind says what the relay does with commands that arrive after a final dot before it has replied to the dot.
 	Behind Habit
 
 	// KeepRefusedChunks reads the chunk of a refused BDAT as commands and replies to each, instead of discarding it, so that the
-	// body of an attacker can become a separate message. A chunk is refused outside a transaction, without an accepted
-	// recipient, or by the Reply of a Fault; a transaction in which no chunk was accepted stays open then. Such a relay accepts
-	// commands behind EHLO and DATA, and pipelining that it has not offered. go-smtp before 0.25.1 does this. Without Chunking
+	// body of an attacker can become a separate message. A chunk is refused outside a transaction, without an accepted recipient,
+	// or by the Reply of a Fault; a transaction in which no chunk was accepted then stays open. Such a relay also accepts
+	// commands after EHLO and DATA, and pipelining that it has not offered. go-smtp before 0.25.1 does this. Without Chunking
 	// each BDAT is refused, as by nginx's mail proxy if it is configured to announce CHUNKING: see Extensions.
 	KeepRefusedChunks bool
 
@@ -133,32 +131,33 @@ type Server struct {
 	// 0 means the system's, or 64 KiB with InMemory or a Delay.
 	Buffer int
 
-	// DropBodies keeps the size and the hash of each message, but not its octets: for bodies that do not fit into memory.
+	// DropBodies keeps the size and the hash of each message, but not its octets: for bodies that are too large for memory.
 	DropBodies bool
 
-	// InMemory uses no sockets. The relay can then be reached only through Dial, or the configuration that Config returns.
+	// InMemory uses no sockets. The relay can then be reached only through Dial, or with the configuration that Config returns.
 	InMemory bool
 
-	// Listener, if not nil, is where connections are accepted, in place of a listener that Start opens. Close closes it. It is
-	// neither for InMemory nor for more than one of Addresses.
+	// Listener, if not nil, accepts the connections, in place of a listener that Start opens. Close closes it. It excludes
+	// InMemory and more than one of Addresses.
 	Listener *net.TCPListener
 
-	// Keep is how many messages and how many closed connections Messages and Conns go back, for a relay that runs for long;
-	// 0 means all, negative means none. Stats and Wait count those forgotten too, but Stats.Duplicates looks at the
-	// messages that are remembered alone.
+	// Keep is how many messages, and how many closed connections, are remembered for Messages and Conns, for a relay that runs
+	// for long; 0 means all, negative means none. Stats and Wait count forgotten ones too, but Stats.Duplicates compares only
+	// with messages that are remembered.
 	Keep int
 
-	// OnMessage, if not nil, is given each message when the relay has taken it and before the client is told, also if nothing
-	// is kept. It is called from the goroutines of connections, possibly several at once; the client waits meanwhile. The
-	// message's octets must not be changed.
+	// OnMessage, if not nil, is called with each message when the relay has accepted it and before it replies, even if none is
+	// kept. It is called from the goroutines of connections, possibly several at once; the client waits meanwhile. It must not
+	// change the message's octets.
 	OnMessage func(Message)
 
-	// OnLine, if not nil, is given each line of the transcript that Log gets. Calls are made one at a time and must not block.
+	// OnLine, if not nil, is called with each line of the transcript that Log gets. Calls are made one at a time and must not
+	// block.
 	OnLine func(Line)
 
-	// Log, if not nil, gets a transcript of all connections: "C2: NOOP" is what the client said on the second, "S2: 250 ok"
-	// what it was answered, "--2: …" what else happened. Messages and secrets are not in it. Writes are made one at a time and
-	// must not block.
+	// Log, if not nil, gets a transcript of all connections: "C2: NOOP" is what the client sent on the second, "S2: 250 ok" a
+	// reply to it, "--2: …" any other event. Messages and secrets are not in it. Writes are made one at a time and must not
+	// block.
 	Log io.Writer
 
 	// fixed by Start
@@ -185,8 +184,8 @@ type Server struct {
 	closedAt   time.Time // when closing was set
 	opened     int       // connections
 	conns      []*conn   // those that are open, and those that are remembered
-	over       int       // of conns, the ones that are over
-	past       Stats     // the sums of the connections that are forgotten
+	over       int       // how many of conns are over
+	past       Stats     // the sums over the connections that are forgotten
 	open       int
 	maxOpen    int
 	refused    int              // connections and MAIL commands
@@ -198,21 +197,21 @@ type Server struct {
 	duplicates int
 }
 
-// Habit says what a relay does with commands that have arrived behind a final dot before it replies to the dot: in the same
-// read, or during the Delay of a Fault at FinalDot.
+// Habit says what a relay does with commands that arrive after a final dot before it has replied to the dot: in the same read, or
+// during the Delay of a Fault at FinalDot.
 type Habit int
 
 const (
 	// HabitNone: the commands are executed, as RFC 2920 requires.
 	HabitNone Habit = iota
-	// HabitRefuse: each command gets 503; the connection stays in step. Haraka does this.
+	// HabitRefuse: each command gets 503; replies still match commands. Haraka does this.
 	HabitRefuse
 	// HabitDiscard: the commands are discarded and get no reply.
 	HabitDiscard
 )
 
 // serveFlag is the address at which the first relay keeps running for manual use. As in httptest, the flag exists only if it is
-// used.
+// given.
 var serveFlag string
 
 func init() {
@@ -225,7 +224,7 @@ func init() {
 }
 
 // New returns a started Server for a test, and closes it when the test and its subtests have ended, after the clients that
-// [Server.Client] has returned. The functions in set, in their order, can change fields before the start; without any, the
+// [Server.Client] has returned. The functions in set are called in order before the start and can change fields; without any, the
 // Server is as from [NewServer]. One of them may start the Server itself, such as (*Server).StartTLS. New panics if it cannot
 // listen.
 func New(tb testing.TB, set ...func(*Server)) *Server {
@@ -242,18 +241,18 @@ func New(tb testing.TB, set ...func(*Server)) *Server {
 }
 
 // NewServer returns a started Server with all defaults: loopback TCP, its own certificate, STARTTLS, AUTH PLAIN and LOGIN,
-// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. The caller closes it. It panics if it cannot
-// listen.
+// PIPELINING, SIZE 31457280, 8BITMIME, 10 connections, 100 messages on each. The caller must close it. NewServer panics if it
+// cannot listen.
 func NewServer() *Server {
 	s := NewUnstartedServer()
 	s.Start()
 	return s
 }
 
-// NewUnstartedServer returns a Server whose fields can be set before it is started, by Start or StartTLS.
+// NewUnstartedServer returns a Server whose fields can be set before Start or StartTLS.
 func NewUnstartedServer() *Server { return &Server{} }
 
-// Start starts a Server whose connections begin in the clear; it offers STARTTLS unless NoTLS is set. It panics if it cannot
+// Start starts a Server whose connections begin in plaintext; it offers STARTTLS unless NoTLS is set. It panics if it cannot
 // listen or was started before.
 func (s *Server) Start() { s.start(false) }
 
@@ -318,7 +317,7 @@ func setDefault[T comparable](p *T, def T) {
 	}
 }
 
-// makeEHLO fixes what EHLO is answered, in SendGrid's order, but for STARTTLS and AUTH.
+// makeEHLO builds the reply to EHLO, in SendGrid's order, except for STARTTLS and AUTH.
 func (s *Server) makeEHLO() {
 	lines := []string{"8BITMIME", "PIPELINING"}
 	if s.MaxSize > 0 {

@@ -62,10 +62,10 @@ func TestBodyArrivesAsItWasSent(t *testing.T) {
 		{"an empty message is a lone dot", ".\r\n", ""},
 		{"dots are unstuffed at the beginning of lines only", "..a\r\nb..\r\n...\r\n.\r\n", ".a\r\nb..\r\n..\r\n"},
 		{"a bare LF ends no line", "a\n.\r\n\n.\nb\r\n.\r\n", "a\n.\r\n\n.\nb\r\n"},
-		{"nor does a bare CR", "a\r.\r\nb\r\n.\r\n", "a\r.\r\nb\r\n"},
+		{"a bare CR ends no line", "a\r.\r\nb\r\n.\r\n", "a\r.\r\nb\r\n"},
 		{"a line longer than the buffer", long + "\r\n." + long + "\r\n.\r\n", long + "\r\n" + long + "\r\n"},
 		{"a CR that is the buffer's last octet", long[:readBuffer-1] + "\r\n.\r\n", long[:readBuffer-1] + "\r\n"},
-		{"a buffer full that ends in front of LF", long[:2*readBuffer-1] + "\r\n..\r\n.\r\n", long[:2*readBuffer-1] + "\r\n.\r\n"},
+		{"a full buffer that ends before LF", long[:2*readBuffer-1] + "\r\n..\r\n.\r\n", long[:2*readBuffer-1] + "\r\n.\r\n"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.why, func(t *testing.T) {

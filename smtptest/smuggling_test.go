@@ -1,5 +1,5 @@
-// Relays on which one message becomes another: a refused chunk that is read as commands, a transaction that survives RSET, a
-// message that is complete or is not. Chunks on a relay that behaves are in bdat_test.go.
+// Relays that turn one message into another: a refused chunk read as commands, a transaction that survives RSET, a truncated
+// message taken as complete. Chunks on a relay that behaves well are in bdat_test.go.
 
 package smtptest
 
@@ -18,7 +18,7 @@ const (
 	smuggled           = "Subject: a question\r\n\r\nhello\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n"
 )
 
-// TestRefusedChunkReadAsCommands says an envelope, a chunk with a smuggled message and NOOP in one write.
+// TestRefusedChunkReadAsCommands sends an envelope, a chunk with a smuggled message, and NOOP in one write.
 func TestRefusedChunkReadAsCommands(t *testing.T) {
 	const unknown = "500 5.5.2 " // to a line of text
 	refuse := Fault{At: Bdat, Reply: "451 no"}
@@ -28,7 +28,7 @@ func TestRefusedChunkReadAsCommands(t *testing.T) {
 		chunking bool
 		envelope []string
 		chunk    string
-		wants    []string // behind those to the envelope, until that to NOOP
+		wants    []string // replies after those to the envelope, up to the one to NOOP
 		from     string   // of the smuggled message; "" if there is none
 	}{
 		{"no recipient accepted", Fault{}, true, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<no@y.example>"}, smuggled,
@@ -37,11 +37,11 @@ func TestRefusedChunkReadAsCommands(t *testing.T) {
 			[]string{"503 ", unknown, unknown, unknown, "250 ", "250 ", "354 ", "250 Ok"}, "ceo@x.example"},
 		{"no transaction", Fault{}, true, nil, smuggledWithSender,
 			[]string{"503 ", unknown, unknown, unknown, "250 ", "250 ", "354 ", "250 Ok"}, "ceo@x.example"},
-		{"no transaction, nor one smuggled", Fault{}, true, nil, smuggled,
+		{"no transaction, no smuggled sender", Fault{}, true, nil, smuggled,
 			[]string{"503 ", unknown, unknown, unknown, "502 ", "502 ", unknown, unknown, unknown, unknown}, ""},
 		{"a fault's refusal", refuse, true, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>"}, smuggled,
 			[]string{"451 no", unknown, unknown, unknown, "250 ", "354 ", "250 Ok"}, "a@x.example"},
-		{"announced and not known", Fault{}, false, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>"}, smuggled,
+		{"announced but not implemented", Fault{}, false, []string{"MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>"}, smuggled,
 			[]string{"500 5.5.1", unknown, unknown, unknown, "250 ", "354 ", "250 Ok"}, "a@x.example"},
 		{"a probe", Fault{}, true, nil, "XCHUNK\r\n", []string{"503 ", unknown}, ""},
 	}
@@ -83,7 +83,7 @@ func TestRefusedChunkReadAsCommands(t *testing.T) {
 	}
 }
 
-// A chunk that comes in several pieces is read as commands too, wherever it is cut.
+// A chunk that arrives in several pieces is read as commands too, wherever it is split.
 func TestRefusedChunkInPiecesReadAsCommands(t *testing.T) {
 	s := plainRelay()
 	s.Chunking, s.KeepRefusedChunks = true, true
@@ -93,14 +93,14 @@ func TestRefusedChunkInPiecesReadAsCommands(t *testing.T) {
 		r := open(t, s)
 		r.say("NOOP")
 		fmt.Fprintf(r, "BDAT %d LAST\r\n%sNOOP\r\nDATA\r\n", len(smuggledWithSender)+6, begin)
-		synctest.Wait() // the relay has taken the first NOOP and no more
+		synctest.Wait() // the relay has read the first NOOP and no more
 		time.Sleep(90 * time.Second)
-		io.WriteString(r, rest) // while it is at the second
+		io.WriteString(r, rest) // while the relay executes the second
 		r.want("250 ", "503 ", "500 ", "500 ", "500 ", "250 ", "250 ", "250 ", "354 ", "250 Ok")
 	})
 }
 
-// Without AUTH the smuggled envelope is refused as any other is.
+// Without AUTH the smuggled envelope is refused like any other.
 func TestRefusedChunkWithoutAuth(t *testing.T) {
 	s := authRelay()
 	s.Chunking, s.KeepRefusedChunks = true, true
@@ -112,7 +112,7 @@ func TestRefusedChunkWithoutAuth(t *testing.T) {
 	})
 }
 
-// A message does not go on without a chunk that was refused, whatever becomes of its octets.
+// A message does not continue without a refused chunk, whatever happens to the chunk's octets.
 func TestRefusedChunkEndsItsMessage(t *testing.T) {
 	s := chunking()
 	s.KeepRefusedChunks = true
@@ -138,7 +138,7 @@ func TestChunkRefusedBehindADotReadAsCommands(t *testing.T) {
 	})
 }
 
-// A chunk out of order gets one error, its octets none, and the command behind it its own reply.
+// A chunk out of order gets one error, its octets get none, and the next command gets its own reply.
 func TestRefusedChunkIsDiscarded(t *testing.T) {
 	for _, behind := range []string{"NOOP", "RSET"} {
 		for _, hello := range []bool{false, true} {
@@ -167,7 +167,7 @@ func TestEnvelopeKeptThroughRset(t *testing.T) {
 			r.say("RSET", "MAIL FROM:<a@x.example>", "RCPT TO:<b@y.example>", "RSET", "MAIL FROM:<c@x.example>", "RCPT TO:<d@y.example>")
 			r.want("250 ", "250 ", "250 ", "250 ", "503 ", "250 ")
 			if chunked {
-				r.say("BDAT 6", "lost", "RSET", "BDAT 6 LAST", "text") // RSET ends the message, and not its envelope
+				r.say("BDAT 6", "lost", "RSET", "BDAT 6 LAST", "text") // RSET ends the message, but keeps its envelope
 				r.want("250 ", "250 ", "250 Ok")
 			} else {
 				r.say("DATA")
@@ -193,7 +193,7 @@ func TestRsetEndsTheTransaction(t *testing.T) {
 	})
 }
 
-// TestConnectionThatEndsBeforeTheEmptyLastChunk cuts "BDAT 0 LAST", behind the whole body, at each octet.
+// TestConnectionThatEndsBeforeTheEmptyLastChunk cuts "BDAT 0 LAST", sent after the whole body, at each octet.
 func TestConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 	const last = "BDAT 0 LAST\r\n"
 	envelope := "MAIL FROM:<a@x.example>\r\nRCPT TO:<b@y.example>\r\nBDAT 6\r\ntext\r\n"
@@ -208,7 +208,7 @@ func TestConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 				bubble(t, s, func(t *testing.T) {
 					r := open(t, s)
 					io.WriteString(r, envelope+last[:n])
-					synctest.Wait() // a reset destroys what was not read
+					synctest.Wait() // a reset destroys unread input
 					if rst {
 						r.pipe.Reset()
 					} else {
@@ -246,7 +246,7 @@ func TestConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 	}
 }
 
-// Without the final CRLF of the line, TLS makes no difference either.
+// Over TLS too, an empty last chunk whose command line is cut does not complete the message.
 func TestTLSConnectionThatEndsBeforeTheEmptyLastChunk(t *testing.T) {
 	s := chunking()
 	s.NoTLS = false

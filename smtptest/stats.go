@@ -22,7 +22,7 @@ type Message struct {
 	Body        []byte                  // without dot stuffing; nil with DropBodies. It must not be changed
 	Size        int64                   // of the body, in octets
 	SHA256      [32]byte                // of the body
-	Chunked     bool                    // whether it was sent with BDAT
+	Chunked     bool                    // sent with BDAT
 	Received    time.Time               // when the relay accepted it
 }
 
@@ -36,20 +36,20 @@ type Stats struct {
 	Duplicates int // accepted messages whose envelope and body equal those of an earlier one
 	Mails      int // MAIL commands, refused ones included
 	Auths      int // AUTH commands, refused ones included
-	Overlapped int // MAIL commands that came without a wait for the reply to the final dot before them
+	Overlapped int // MAIL commands that did not wait for the reply to the previous final dot
 
 	// Turns is the number of round trips that clients have spent, including those of the TLS handshake. A turn is: the relay has
 	// replied to all input, waits, and receives more.
 	//
-	// With a Delay, input that arrives sooner than one Delay after the oldest reply since the last turn is no turn, since the
-	// client cannot have waited for that reply. So the count is exact however the network splits the dialogue. Without a Delay,
-	// all input that had not arrived when the relay replied is a turn. That is exact for a client that waits for replies, and
-	// may be too many for another.
+	// With a Delay, input that arrives sooner than one Delay after the oldest reply since the last turn is no turn: the client
+	// cannot have waited for that reply. So the count is exact however the network splits the dialogue. Without a Delay, any
+	// input that had not arrived when the relay replied is a turn. That is exact for a client that waits for replies, and may be
+	// too high for others.
 	Turns int
 
 	// MessageTurns is the part of Turns that was spent on messages and not on opening connections: on each connection, the turn
-	// of the first MAIL and all later turns. With PIPELINING a message costs two turns, for the envelope and the body. If each
-	// envelope is sent behind the previous message's final dot, n messages cost n+1 turns.
+	// of the first MAIL and all later ones. With PIPELINING a message costs two turns, for the envelope and the body. If each
+	// envelope follows the previous message's final dot at once, n messages cost n+1 turns.
 	MessageTurns int
 
 	// Commands counts the commands, by verb in upper case. Unknown commands are counted under "".
@@ -59,19 +59,19 @@ type Stats struct {
 // ConnStats are the counters of one connection.
 type ConnStats struct {
 	Conn          int            // counted from 1
-	Addr          int            // the address that it was made to, counted from 1; see Server.Addresses
+	Addr          int            // the address that it was made to, 1-based; see Server.Addresses
 	Open          bool           // the relay has not closed it
 	Refused       bool           // for MaxConns
 	TLS           bool           // a handshake has succeeded
-	TLSResumed    bool           // with a session of an earlier connection
-	Authenticated bool           // AUTH has succeeded, whatever the client was told
+	TLSResumed    bool           // the handshake resumed a session of an earlier connection
+	Authenticated bool           // AUTH has succeeded, whatever the reply said
 	Mails         int            // MAIL commands, refused ones included
 	Accepted      int            // messages
 	Auths         int            // AUTH commands
-	Overlapped    int            // MAIL commands that came without a wait for the reply to the final dot before them
+	Overlapped    int            // MAIL commands that did not wait for the reply to the previous final dot
 	Turns         int            // see Stats.Turns
 	MessageTurns  int            // see Stats.MessageTurns
-	Commands      map[string]int // by verb, in upper case; those that the relay does not know are under ""
+	Commands      map[string]int // by verb, in upper case; unknown commands are counted under ""
 }
 
 // Stats returns a consistent snapshot of the counters. It is safe for concurrent use, and the caller may change the result. A
@@ -96,7 +96,7 @@ func (s *Server) Stats() Stats {
 	return st
 }
 
-// add adds what has happened on one connection, or on several together.
+// add adds the counters of one connection, or of several together.
 func (st *Stats) add(one ConnStats) {
 	st.Mails += one.Mails
 	st.Auths += one.Auths
@@ -120,7 +120,7 @@ func (s *Server) forgetMessagesLocked() {
 	}
 }
 
-// forgetConnsLocked drops the oldest closed connections beyond Keep, and adds up what has happened on them.
+// forgetConnsLocked drops the oldest closed connections beyond Keep, and adds their counters to past.
 func (s *Server) forgetConnsLocked() {
 	for s.Keep != 0 && s.over > max(0, s.Keep) {
 		oldest := slices.IndexFunc(s.conns, func(c *conn) bool { return c.over })
@@ -130,16 +130,16 @@ func (s *Server) forgetConnsLocked() {
 	}
 }
 
-// Messages returns the accepted messages, in their order: all, or the last ones that Server.Keep keeps. The caller may change the
-// slice, but not the data that its elements refer to.
+// Messages returns the accepted messages, oldest first: all, or the last Server.Keep ones. The caller may change the slice, but
+// not the data that its elements refer to.
 func (s *Server) Messages() []Message {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.messages)
 }
 
-// Wait waits until the relay has accepted n messages since its start. If ctx ends first, it returns an error that wraps the
-// error of ctx and says how many there were.
+// Wait waits until the relay has accepted n messages since its start. If ctx ends first, it returns an error that wraps the error
+// of ctx and gives the number accepted.
 func (s *Server) Wait(ctx context.Context, n int) error {
 	for {
 		s.mu.Lock()
@@ -159,8 +159,8 @@ func (s *Server) Wait(ctx context.Context, n int) error {
 	}
 }
 
-// Conns returns the counters of each connection, including closed and refused ones, in the order in which they were opened. Of the
-// closed ones it returns those that Server.Keep keeps. The caller may change the result.
+// Conns returns the counters of each connection, including refused and closed ones, in the order in which they were opened. Of
+// the closed ones it returns the last Server.Keep. The caller may change the result.
 func (s *Server) Conns() []ConnStats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,7 +172,7 @@ func (s *Server) Conns() []ConnStats {
 	return stats
 }
 
-// statsLocked returns what has happened on the connection, with its own map of commands.
+// statsLocked returns a copy of the connection's counters.
 func (c *conn) statsLocked() ConnStats {
 	st := c.stats
 	st.Turns = int(c.wire.turns.Load())

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// concerns reports whether the filters let e through.
+// concerns reports whether the filters match e.
 func (f *Fault) concerns(e *Event) bool {
 	switch {
 	case f.At != e.Step && (f.At != 0 || e.Step == Idle):
@@ -27,22 +27,22 @@ func (f *Fault) concerns(e *Event) bool {
 	return f.When == nil || f.When(*e)
 }
 
-// elsewhere reports whether the fault is for other connections than conn, which was made to the address addr.
+// elsewhere reports whether the filters exclude conn, which was made to the address addr.
 func (f *Fault) elsewhere(conn, addr int) bool {
 	return f.Conn != 0 && f.Conn != conn || f.Addr != 0 && f.Addr != addr
 }
 
-// observes reports whether the fault does nothing but count.
+// observes reports whether the fault only counts.
 func (f *Fault) observes() bool {
 	return f.Delay == 0 && !f.Stall && f.Reply == "" && !f.Drop && !f.Abort && !f.Discard
 }
 
-// strikes counts an event that the filters have let through, and reports whether the fault strikes; that it may.
+// strikes counts an event that the filters matched, and reports whether the fault strikes. If may is false, it does not.
 func (h *FaultHandle) strikes(may bool) bool {
 	h.s.mu.Lock()
 	defer h.s.mu.Unlock()
 	if h.gone || h.hits == h.f.Count {
-		return false // another connection was faster
+		return false // another connection was first
 	}
 	h.passed++
 	if !may || !h.turnLocked() || !h.tooFastLocked() {
@@ -57,13 +57,13 @@ func (h *FaultHandle) strikes(may bool) bool {
 	return true
 }
 
-// turnLocked reports whether the event counted last is one that Nth and Every want.
+// turnLocked reports whether Nth and Every select the event counted last.
 func (h *FaultHandle) turnLocked() bool {
 	n := h.passed - max(h.f.Nth, 1) + 1
 	return n > 0 && n%max(h.f.Every, 1) == 0
 }
 
-// tooFastLocked reports whether an event that comes now is one too many for Rate. If not, it is counted as having passed.
+// tooFastLocked reports whether an event now exceeds Rate. If not, it is counted as having passed.
 func (h *FaultHandle) tooFastLocked() bool {
 	if h.f.Rate <= 0 {
 		return true
@@ -85,7 +85,7 @@ func (h *FaultHandle) tooFastLocked() bool {
 	return false
 }
 
-// blow is what a fault does to a connection once it has delayed or stalled it.
+// blow is what a fault does to a connection after its Delay and Stall.
 type blow struct {
 	reply string
 	end   ending
@@ -94,7 +94,7 @@ type blow struct {
 // challenges reports whether the blow is one more challenge of AUTH.
 func (b blow) challenges() bool { return b.end == goOn && strings.HasPrefix(b.reply, "334") }
 
-// refuses reports whether the command that the blow strikes is not carried out.
+// refuses reports whether the command that the blow strikes is not executed.
 func (b blow) refuses() bool {
 	if b.reply == "" {
 		return b.end != 0
@@ -102,9 +102,9 @@ func (b blow) refuses() bool {
 	return !positive(b.reply)
 }
 
-// meet lets the faults loose on an event, and waits as they say.
+// meet applies the faults to an event, including their waits.
 func (c *conn) meet(e Event) blow {
-	if e.Step != Body { // counted when it begins
+	if e.Step != Body { // the body's event is counted when the body begins
 		c.events[e.Step]++
 	}
 	list := c.s.faultList()
@@ -137,14 +137,14 @@ func (c *conn) meet(e Event) blow {
 	return b
 }
 
-// describe fills in what every event of the connection has.
+// describe fills in the fields that all events of the connection have.
 func (c *conn) describe(e *Event) {
 	e.Addr, e.Conn = c.stats.Addr, c.stats.Conn
 	e.N, e.Message = c.events[e.Step], c.events[Mail]
 	e.Accepted, e.Recipients = c.messages, c.recipients
 }
 
-// pipelined reports whether more has arrived behind the command that e is about.
+// pipelined reports whether more has arrived after e's command.
 func (c *conn) pipelined(e *Event) bool {
 	switch e.Step {
 	case Connect, TLSHandshake, Body, Idle:
@@ -155,7 +155,7 @@ func (c *conn) pipelined(e *Event) bool {
 	return c.br.Buffered() > 0 || c.wire.Unread() > 0
 }
 
-// suffer does what the fault says; done tells that the event needs to meet no other.
+// suffer does what the fault says; done means that no other fault may strike.
 func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
 	f := &h.f
 	c.note("fault at ", at.String())
@@ -182,8 +182,7 @@ func (c *conn) suffer(h *FaultHandle, at Step) (b blow, done bool) {
 	return b, f.Stall || f.Reply != "" || b.end != 0 || f.Discard
 }
 
-// pause waits for d with what was said so far sent; it reports false if the connection was cut. A relay that is being closed
-// does not wait.
+// pause flushes and waits for d; it reports false if the connection was cut. A relay that is being closed does not wait.
 func (c *conn) pause(d time.Duration) bool {
 	c.bw.Flush()
 	t := time.NewTimer(d)
@@ -197,13 +196,13 @@ func (c *conn) pause(d time.Duration) bool {
 	return true
 }
 
-// stall waits until h is removed. It reports false if the connection ends first. It reads on as far as the buffer goes, to
-// learn when the client hangs up.
+// stall waits until h is removed. It reports false if the connection ends first. It keeps reading until the buffer is full, to
+// notice when the client closes.
 func (c *conn) stall(h *FaultHandle, at Step) bool {
 	c.bw.Flush()
 	ahead := c.br
 	if at == TLSHandshake {
-		ahead = c.wire.in // where the handshake will read from
+		ahead = c.wire.in // the handshake will read from this buffer
 	}
 	read := make(chan error, 1)
 	go func() { // ends when the buffer is full, the client has hung up, or the deadline set below

@@ -16,7 +16,7 @@ import (
 // canStartTLS reports whether STARTTLS is offered now.
 func (c *conn) canStartTLS() bool { return c.s.tlsConfig != nil && c.tls == nil }
 
-// startTLS carries out STARTTLS. It is not for go-smtp, which sees one plain connection before it and another one after it.
+// startTLS executes STARTTLS. go-smtp does not see it: it gets one plaintext connection before TLS and another after.
 func (c *conn) startTLS(line string) ending {
 	b := c.meet(Event{Step: StartTLS, Line: line})
 	if !c.canStartTLS() {
@@ -26,7 +26,7 @@ func (c *conn) startTLS(line string) ending {
 	if end != goOn || b.refuses() {
 		return end
 	}
-	c.br.Discard(c.br.Buffered()) // said in the clear, and to be forgotten
+	c.br.Discard(c.br.Buffered()) // sent in plaintext: must be ignored
 	c.bw.Flush()
 	if end := c.handshake(); end != goOn {
 		return end
@@ -54,7 +54,7 @@ func (c *conn) handshake() ending {
 	}
 	st := t.ConnectionState()
 	if st.Version >= tls.VersionTLS13 {
-		c.wire.answered = false // a session ticket is nothing that a client waits for
+		c.wire.answered = false // a client does not wait for a session ticket
 	}
 	c.tls, c.rw = t, t
 	c.s.mu.Lock()
@@ -63,7 +63,7 @@ func (c *conn) handshake() ending {
 	return goOn
 }
 
-// makeTLS makes the relay's own certificate and its TLS configuration.
+// makeTLS creates the relay's own certificate and its TLS configuration.
 func (s *Server) makeTLS() {
 	s.tlsConfig = s.TLS.Clone()
 	if s.tlsConfig == nil {
@@ -84,7 +84,7 @@ func (s *Server) makeTLS() {
 	s.roots.AddCert(s.cert)
 }
 
-// newCertificate makes a certificate that signs itself.
+// newCertificate creates a self-signed certificate.
 func newCertificate(names []string, notAfter time.Time) (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -100,7 +100,7 @@ func newCertificate(names []string, notAfter time.Time) (tls.Certificate, error)
 	template := &x509.Certificate{
 		SerialNumber: serial,
 		Subject:      pkix.Name{Organization: []string{"smtptest"}},
-		// Long ago: the clock of a synctest bubble stands at 2000.
+		// Long ago: the clock of a synctest bubble starts in 2000.
 		NotBefore:             time.Date(1970, 1, 1, 0, 0, 0, 0, time.UTC),
 		NotAfter:              notAfter,
 		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,

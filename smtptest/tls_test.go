@@ -61,7 +61,7 @@ func TestCertificates(t *testing.T) {
 			}
 		})
 	})
-	t.Run("nobody has signed it", func(t *testing.T) {
+	t.Run("self-signed", func(t *testing.T) {
 		err := handshake(t, NewUnstartedServer(), &tls.Config{ServerName: "localhost"})
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok {
 			t.Errorf("got %v", err)
@@ -95,7 +95,7 @@ func TestCertificates(t *testing.T) {
 			}
 		})
 	})
-	t.Run("a configuration of one's own", func(t *testing.T) {
+	t.Run("a custom configuration", func(t *testing.T) {
 		mine, err := newCertificate([]string{"mine.example"}, time.Time{})
 		if err != nil {
 			t.Fatal(err)
@@ -127,7 +127,7 @@ func TestResumedSessionsAreCounted(t *testing.T) {
 			r.want("220 ")
 			r.tls(cfg)
 			r.say("QUIT")
-			r.want("221 ") // reading it has read the session ticket
+			r.want("221 ") // reading it also reads the session ticket
 			r.closed()
 			if st := s.Conns()[i]; !st.TLS || st.TLSResumed != (i == 1) {
 				t.Errorf("%+v", st)
@@ -146,13 +146,13 @@ func TestStartTLSForgets(t *testing.T) {
 		r.want("250-")
 		r.say("MAIL FROM:<a@x.example>")
 		r.want("250 ")
-		r.say("STARTTLS", "RSET") // injected in front of the handshake
+		r.say("STARTTLS", "RSET") // injected before the handshake
 		r.want("220 ")
 		r.tls(clientTLS(s))
 		r.silent()
 		r.say("RCPT TO:<b@y.example>")
 		r.want("502 ")
-		r.say("MAIL FROM:<a@x.example>") // and EHLO has not been said yet
+		r.say("MAIL FROM:<a@x.example>") // before EHLO
 		r.want("502 ")
 		r.say("EHLO client.test")
 		if reply, err := r.reply(); err != nil || strings.Contains(reply, "STARTTLS") {
@@ -176,7 +176,7 @@ func TestAuth(t *testing.T) {
 		r.want("250-")
 		return r
 	}
-	t.Run("not before STARTTLS where that is offered", func(t *testing.T) {
+	t.Run("not before STARTTLS", func(t *testing.T) {
 		s := NewUnstartedServer()
 		bubble(t, s, func(t *testing.T) {
 			r := hello(t, s)
@@ -252,7 +252,7 @@ func TestAuth(t *testing.T) {
 			}
 		})
 	})
-	t.Run("a mechanism of one's own", func(t *testing.T) {
+	t.Run("a custom mechanism", func(t *testing.T) {
 		s := clear()
 		s.Mechanisms = []string{"XTOKEN"}
 		s.SASL = func(mechanism string) (SASLServer, error) {

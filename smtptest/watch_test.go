@@ -1,4 +1,4 @@
-// What a relay that runs for long is given: its listener, what it may remember, and who is told what happens.
+// A relay that runs for long: its own listener, limited memory, and callbacks.
 package smtptest
 
 import (
@@ -49,7 +49,7 @@ func TestRemembersNoMoreThanItKeepsAndCountsAll(t *testing.T) {
 					t.Errorf("%d duplicates, %d messages, %d connections, %d hashes", st.Duplicates, len(s.Messages()), len(s.Conns()), len(s.seen))
 				}
 				if kept > 0 && (s.Conns()[1].Conn != 5 || string(s.Messages()[1].Body) != "Subject: 2\r\n\r\n") {
-					t.Errorf("the latest are not those that are kept: %+v %q", s.Conns()[1], s.Messages()[1].Body)
+					t.Errorf("the latest are not kept: %+v %q", s.Conns()[1], s.Messages()[1].Body)
 				}
 			})
 			if len(told) != 5 || told[4] != "Subject: 2\r\n\r\n" {

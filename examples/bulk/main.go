@@ -1,14 +1,13 @@
-// Bulk sends one mail to each address of a list, as many at a time as the relay's connections can carry, and shows how far
-// it is.
+// Bulk sends one mail to each address of a list, as many at a time as the relay's connections can carry, and shows its progress.
 //
 //	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run . -from news@example.com -list addresses.txt -text news.txt
 //
-// Ctrl-C takes no further address, finishes what is under way, and tells what was sent and what not; so does the end of
-// the list. Ctrl-C again ends the program at once. The exit status is 1 unless every mail was accepted. With -o a line is written for
-// each address: what became of it, "again" if sending the mail again is safe and may help, the code of the relay's reply, its
-// queue ID, the error. Each mail's Message-ID is that of an earlier run with the same text, so that the relay's log can be searched for
-// it. Without SMTP_URL a fake relay 20 ms away takes the mail, and without -list 5,000 addresses
-// are made up, so that it can be tried without an account.
+// After Ctrl-C, bulk takes no further address, finishes what is in progress, and reports what was sent and what was not, as at
+// the end of the list. Ctrl-C again ends the program at once. The exit status is 1 unless every mail was accepted. With -o a line
+// is written for each address: the outcome, "again" if sending the mail again is safe and may help, the code of the relay's
+// reply, its queue ID, the error. Each mail's Message-ID is the same in every run with the same text, so that you can search the
+// relay's log for it. Without SMTP_URL a fake relay 20 ms away accepts the mail, and without -list 5,000 addresses are made up,
+// so that you can try it without an account.
 package main
 
 import (
@@ -40,19 +39,19 @@ import (
 func main() {
 	var (
 		from     = flag.String("from", "news@example.com", "envelope sender and From of the mails")
-		listFile = flag.String("list", "", "file with one address on each line; empty lines and lines that begin with # do not count")
+		listFile = flag.String("list", "", "file with one address on each line; empty lines and lines that begin with # are ignored")
 		subject  = flag.String("subject", "News", "subject of the mails")
 		textFile = flag.String("text", "", "file with the text of the mails")
 		leave    = flag.String("unsubscribe", "https://example.com/unsubscribe", "URL that unsubscribes; ?address= is added for each")
 		outFile  = flag.String("o", "", "file for the outcome of each address, as CSV")
 	)
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] bulk [flags]\nWithout SMTP_URL a fake relay takes the mails, and without -list addresses are made up.")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] bulk [flags]\nWithout SMTP_URL a fake relay accepts the mails, and without -list addresses are made up.")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
 
-	// The first Ctrl-C ends ctx; from then on signals do what they usually do.
+	// The first Ctrl-C ends ctx; later signals have their usual effect.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
@@ -84,9 +83,9 @@ func run(ctx context.Context, relayURL, from, listFile, subject, textFile, unsub
 		return err
 	}
 	defer client.Close()
-	ping, cancel := context.WithTimeout(ctx, 30*time.Second) // a relay that says nothing would be waited for for minutes
+	ping, cancel := context.WithTimeout(ctx, 30*time.Second) // else a relay that says nothing would take minutes
 	defer cancel()
-	if err := client.Ping(ping); err != nil { // one clear line now instead of one for each address
+	if err := client.Ping(ping); err != nil { // one clear line now, not one for each address
 		return err
 	}
 
@@ -121,7 +120,7 @@ func run(ctx context.Context, relayURL, from, listFile, subject, textFile, unsub
 
 func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error) {
 	if relayURL == "" {
-		fmt.Fprintln(os.Stderr, "SMTP_URL is not set: a fake relay takes the mails, and none leaves this program.")
+		fmt.Fprintln(os.Stderr, "SMTP_URL is not set: a fake relay accepts the mails, and none leaves this program.")
 		relay := smtptest.NewUnstartedServer()
 		relay.Delay = 20 * time.Millisecond
 		relay.DropBodies = true
@@ -132,7 +131,7 @@ func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error)
 	return cfg, func() {}, err
 }
 
-// readList returns the addresses of the file, or made up ones without a file.
+// readList returns the addresses of the file, or made-up ones without a file.
 func readList(file string) ([]string, error) {
 	var list []string
 	if file == "" {
@@ -155,7 +154,7 @@ func readList(file string) ([]string, error) {
 	return list, lines.Err()
 }
 
-// job is what all the mails have in common.
+// job is what all the mails share.
 type job struct {
 	client        *smtprelay.Client
 	from, subject string
@@ -163,8 +162,8 @@ type job struct {
 	unsubscribe   string // URL
 }
 
-// send mails everybody on list and calls step after each. When ctx ends it takes no further address from list and
-// finishes what is under way: cancelling that would leave mails of which nobody knows whether they were accepted.
+// send mails to each address of list and calls step after each. When ctx ends it takes no further address from list and finishes
+// what is in progress: cancelling that would leave mails with an unknown outcome.
 func (j job) send(ctx context.Context, list []string, out io.Writer, step func()) (report, error) {
 	taken := 0
 	messages := func(yield func(smtprelay.Message) bool) {
@@ -183,10 +182,10 @@ func (j job) send(ctx context.Context, list []string, out io.Writer, step func()
 	w := csv.NewWriter(out)
 	for result := range j.client.SendAll(context.WithoutCancel(ctx), messages) {
 		r.add(result)
-		_ = w.Write(row(result)) // its error is found by w.Error
+		_ = w.Write(row(result)) // w.Error returns its error
 		step()
 	}
-	// SendAll has returned from messages by now, so nobody writes taken any more.
+	// SendAll no longer uses messages, so taken does not change any more.
 	for _, to := range list[taken:] {
 		r.untried = append(r.untried, to)
 		_ = w.Write([]string{to, "not tried", "again", "", "", ""})
@@ -207,7 +206,7 @@ func (j job) message(to string) smtprelay.Message {
 	return smtprelay.Message{From: j.from, To: []string{to}, Body: smtprelay.Bytes(b.Bytes())}
 }
 
-// row is what the CSV file says about a mail: address, outcome, whether to send it again, code, queue ID, error.
+// row is a mail's line in the CSV file: address, outcome, whether to send it again, code, queue ID, error.
 func row(r smtprelay.Result) []string {
 	to, outcome := r.Message.To[0], smtprelay.OutcomeOf(r.Err).String()
 	if r.Err == nil {
@@ -223,12 +222,12 @@ func row(r smtprelay.Result) []string {
 	return []string{to, outcome, again, code, "", r.Err.Error()}
 }
 
-// report is what became of the list.
+// report has the results for the list.
 type report struct {
 	addresses   int
 	accepted    int
 	again       []smtprelay.Result // not accepted; sending them again is safe and may help
-	refused     []smtprelay.Result // not accepted, and not to be sent again as they are
+	refused     []smtprelay.Result // not accepted; do not send them again unchanged
 	unknown     []smtprelay.Result
 	untried     []string
 	interrupted func() bool
@@ -257,12 +256,12 @@ func (r *report) err() error {
 
 func (r *report) print(w io.Writer) {
 	if r.interrupted() {
-		fmt.Fprintln(w, "Interrupted: no further address was taken, and what was under way was finished.")
+		fmt.Fprintln(w, "Interrupted: no further address was taken, and mails in progress were finished.")
 	}
 	fmt.Fprintf(w, "%7d addresses\n%7d accepted\n%7d not accepted for now\n%7d refused\n%7d unknown\n%7d not tried\n",
 		r.addresses, r.accepted, len(r.again), len(r.refused), len(r.unknown), len(r.untried))
 	list(w, "Not accepted for now; safe to send again:", r.again, describe)
-	list(w, "Refused; sending them again as they are does not help:", r.refused, describe)
+	list(w, "Refused; sending them again unchanged does not help:", r.refused, describe)
 	list(w, "Unknown; the relay may have accepted them:", r.unknown, describe)
 	list(w, "Not tried:", r.untried, func(to string) string { return to })
 }

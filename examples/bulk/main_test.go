@@ -52,17 +52,17 @@ func TestEveryAddressIsAccountedFor(t *testing.T) {
 	if steps != 200 {
 		t.Errorf("%d steps of the bar, want 200", steps)
 	}
-	// A connection that is lost with one message behind its final dot may take a neighbour with it, never more than that.
+	// A connection lost while one message waits for its final reply may take a neighbour with it, never more.
 	if r.accepted != relay.Stats().Accepted || len(r.again) != 1 || len(r.refused) != 1 || len(r.unknown) < 1 || len(r.untried) != 0 {
 		t.Errorf("accepted %d, not accepted for now %d, refused %d, unknown %d, not tried %d; the relay has %d",
 			r.accepted, len(r.again), len(r.refused), len(r.unknown), len(r.untried), relay.Stats().Accepted)
 	}
 	if r.err() == nil {
-		t.Error("mails are missing, and the exit status is 0")
+		t.Error("mails are missing, but the exit status is 0")
 	}
 	again, never, found := strings.Cut(described(&r), "Refused;")
 	if !found || !strings.Contains(again, "safe to send again:\n  reader4@example.org: ") || strings.Contains(again, "reader3") || strings.Contains(never, "safe to send again") {
-		t.Errorf("what is safe to send again:\n%s", described(&r))
+		t.Errorf("the list that is safe to send again:\n%s", described(&r))
 	}
 	rows, err := csv.NewReader(&out).ReadAll()
 	if err != nil || len(rows) != 200 {
@@ -71,7 +71,7 @@ func TestEveryAddressIsAccountedFor(t *testing.T) {
 	r.print(&printed)
 	for _, words := range []string{"200 addresses", "reader3@example.org: smtprelay: RCPT TO <reader3@example.org>: 550", "reader5@example.org: "} {
 		if !strings.Contains(printed.String(), words) {
-			t.Errorf("the report does not say %q:\n%s", words, &printed)
+			t.Errorf("the report does not contain %q:\n%s", words, &printed)
 		}
 	}
 }
@@ -119,7 +119,7 @@ func TestProgramFailsUnlessEveryMailWasAccepted(t *testing.T) {
 	}
 }
 
-func TestInterruptFinishesWhatIsUnderWayAndTellsTheRest(t *testing.T) {
+func TestInterruptFinishesMailsInProgressAndReportsTheRest(t *testing.T) {
 	job, relay := start(t, func(*smtptest.Server) {})
 	ctx, interrupt := context.WithCancel(t.Context())
 	var out, printed bytes.Buffer
@@ -136,10 +136,10 @@ func TestInterruptFinishesWhatIsUnderWayAndTellsTheRest(t *testing.T) {
 		t.Errorf("accepted %d and not tried %d of 1,000; the relay has %d", r.accepted, len(r.untried), relay.Stats().Accepted)
 	}
 	if len(r.again)+len(r.refused)+len(r.unknown) != 0 {
-		t.Errorf("not accepted %d, unknown %d: what was under way was not finished", len(r.again)+len(r.refused), len(r.unknown))
+		t.Errorf("not accepted %d, unknown %d: mails in progress were not finished", len(r.again)+len(r.refused), len(r.unknown))
 	}
 	if r.err() == nil {
-		t.Error("mails are missing, and the exit status is 0")
+		t.Error("mails are missing, but the exit status is 0")
 	}
 	rows, err := csv.NewReader(&out).ReadAll()
 	if err != nil || len(rows) != 1000 {

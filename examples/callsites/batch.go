@@ -8,15 +8,15 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// batch sends the mails of all new rows and writes down what became of each. What could not be sent stays new, for the next run;
-// so does what was not yet sent when ctx ends, on Ctrl-C.
+// batch sends the mails of all new rows and stores each outcome. Rows whose mail could not be sent stay new, for the next run; so
+// do those not sent yet when ctx ends, on Ctrl-C.
 func batch(ctx context.Context, db *sql.DB, c *smtprelay.Client) error {
 	rows, err := db.QueryContext(context.WithoutCancel(ctx), `select id, email from mails where state = 'new'`)
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	source := make(chan error, 1) // SendAll reads the rows in a goroutine of its own
+	source := make(chan error, 1) // SendAll reads the rows in a separate goroutine
 	messages := func(yield func(smtprelay.Message) bool) {
 		for rows.Next() {
 			var id int64

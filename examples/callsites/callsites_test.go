@@ -1,4 +1,4 @@
-// Here belong the failures that each call site is there for, and how long the call sites are.
+// The failures that each call site must handle, and the length of the call sites.
 package callsites
 
 import (
@@ -25,7 +25,7 @@ import (
 
 // The web handler.
 
-func TestWebHandlerAnswersByWhatBecameOfTheMail(t *testing.T) {
+func TestWebHandlerAnswersByTheOutcomeOfTheMail(t *testing.T) {
 	for _, tt := range []struct {
 		why   string
 		email string
@@ -37,7 +37,7 @@ func TestWebHandlerAnswersByWhatBecameOfTheMail(t *testing.T) {
 		{"no address", "ann", nil, http.StatusUnprocessableEntity},
 		{"greylisted", "ann@example.org", &smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 later"}, http.StatusServiceUnavailable},
 		{"wrong key", "ann@example.org", &smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 no"}, http.StatusServiceUnavailable},
-		{"lost behind the end", "ann@example.org", &smtptest.Fault{At: smtptest.Accepted, Drop: true}, http.StatusAccepted},
+		{"lost after the final dot", "ann@example.org", &smtptest.Fault{At: smtptest.Accepted, Drop: true}, http.StatusAccepted},
 		{"spam", "ann@example.org", &smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 no"}, http.StatusInternalServerError},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -54,7 +54,7 @@ func TestWebHandlerAnswersByWhatBecameOfTheMail(t *testing.T) {
 	}
 }
 
-func TestWebHandlerAtADeployAsksForAnotherTry(t *testing.T) {
+func TestWebHandlerAsksForARetryDuringADeploy(t *testing.T) {
 	relay := smtptest.New(t)
 	client := relay.Client(t)
 	if err := client.Shutdown(t.Context()); err != nil {
@@ -83,7 +83,7 @@ func newTable(n int) *table {
 	return d
 }
 
-// count tells how many rows are in each state.
+// count returns how many rows are in each state.
 func (d *table) count() map[string]int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -154,7 +154,7 @@ func TestBatchWritesEachResultToItsRow(t *testing.T) {
 	}
 }
 
-func TestBatchThatIsInterruptedLeavesNothingUnknown(t *testing.T) {
+func TestInterruptedBatchLeavesNothingUnknown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := smtptest.New(t, func(s *smtptest.Server) { s.InMemory = true })
 		relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Count: -1})
@@ -171,7 +171,7 @@ func TestBatchThatIsInterruptedLeavesNothingUnknown(t *testing.T) {
 		}
 		got := d.count()
 		if accepted := relay.Stats().Accepted; got["unknown"] != 0 || accepted == 0 || got["accepted"] != accepted || got["new"] != 200-accepted {
-			t.Errorf("got %v, and the relay has %d", got, accepted)
+			t.Errorf("got %v, but the relay has %d", got, accepted)
 		}
 		// The next run sends the rest, and nothing twice.
 		if err := batch(t.Context(), db, relay.Client(t)); err != nil {
@@ -189,7 +189,7 @@ func TestBatchThatIsInterruptedLeavesNothingUnknown(t *testing.T) {
 
 // The queue's worker.
 
-// fakeStore counts what a worker does with jobs.
+// fakeStore records what a worker does with jobs.
 type fakeStore struct {
 	parked   int
 	requeued []string
@@ -206,13 +206,13 @@ func mailTo(to ...string) *job {
 	return &job{ID: 1, From: "shop@example.com", To: to, Text: message(to[0])}
 }
 
-// kept reports whether the queue tries the job again.
+// kept reports whether the queue retries the job.
 func kept(err error) bool {
 	_, over := errors.AsType[cancelled](err)
 	return err != nil && !over
 }
 
-// A test of a failure: the relay takes the message and the connection is lost before it can say so.
+// A test of a failure: the relay accepts the message, and the connection is lost before the reply.
 func TestUnknownIsParked(t *testing.T) {
 	relay := smtptest.New(t)
 	fault := relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
@@ -222,7 +222,7 @@ func TestUnknownIsParked(t *testing.T) {
 	}
 }
 
-func TestWorkerRequeuesWhoMayYetGetTheMail(t *testing.T) {
+func TestWorkerRequeuesRecipientsThatMayBeRetried(t *testing.T) {
 	relay := smtptest.New(t)
 	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "gone@example.org", Reply: "550 5.1.1 no such user", Count: -1})
 	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "full@example.org", Reply: "450 4.2.2 mailbox full", Count: -1})
@@ -239,21 +239,21 @@ func TestWorkerRequeuesWhoMayYetGetTheMail(t *testing.T) {
 	}
 }
 
-func TestWorkerGivesUpWhereThereIsNoSuchUser(t *testing.T) {
+func TestWorkerGivesUpIfThereIsNoSuchUser(t *testing.T) {
 	relay := smtptest.New(t)
 	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"})
 	if err := (&worker{relay.Client(t), &fakeStore{}}).Work(t.Context(), mailTo("gone@example.org")); err == nil || kept(err) {
-		t.Errorf("got %v, want the job ended", err)
+		t.Errorf("got %v, want the job cancelled", err)
 	}
 }
 
-func TestWorkerKeepsAllJobsWhereTheKeyIsWrong(t *testing.T) {
+func TestWorkerKeepsAllJobsIfTheKeyIsWrong(t *testing.T) {
 	relay := smtptest.New(t)
 	client := relay.Client(t, func(cfg *smtprelay.Config) { cfg.Password = "yesterday's key" })
 	allKept(t, &worker{client, &fakeStore{}}, 50)
 }
 
-func TestWorkerKeepsAllJobsAtADeploy(t *testing.T) {
+func TestWorkerKeepsAllJobsDuringADeploy(t *testing.T) {
 	client := smtptest.New(t).Client(t)
 	if err := client.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
@@ -261,7 +261,7 @@ func TestWorkerKeepsAllJobsAtADeploy(t *testing.T) {
 	allKept(t, &worker{client, &fakeStore{}}, 50)
 }
 
-// allKept has n jobs fail, and checks that the queue keeps each.
+// allKept runs n jobs that fail, and checks that the queue keeps each.
 func allKept(t *testing.T, w *worker, n int) {
 	t.Helper()
 	results := make(chan error)
@@ -277,7 +277,7 @@ func allKept(t *testing.T, w *worker, n int) {
 
 // The tenants.
 
-func TestTenantWithAWrongKeyDoesNotConcernTheOthers(t *testing.T) {
+func TestTenantWithAWrongKeyDoesNotAffectTheOthers(t *testing.T) {
 	relay := smtptest.New(t, func(s *smtptest.Server) { s.NoTLS = true })
 	good := relay.URL()
 	urls := map[string]string{"shop": good, "bank": strings.Replace(good, relay.Password, "stolen", 1)}
@@ -298,7 +298,7 @@ func TestTenantWithAWrongKeyDoesNotConcernTheOthers(t *testing.T) {
 	}
 }
 
-// Lines of a call site, without blank ones and comments: what a reader has to understand.
+// Counts the lines of a call site without blank lines and comments: what a reader has to understand.
 func TestCallSitesAreShort(t *testing.T) {
 	for _, tt := range []struct {
 		site, file string

@@ -1,5 +1,5 @@
-// Package callsites shows smtprelay where services call it: in a web handler, a batch whose results go to rows of a database, a
-// worker of a job queue, a service with a relay for each tenant, and a test of a failure. Each is as short as it can be without
+// Package callsites shows smtprelay where services call it: in a web handler, a batch that stores results in database rows, a
+// worker of a job queue, a service with a relay for each tenant, and a test of a failure. Each is as short as possible without
 // losing a message or sending one twice.
 package callsites
 

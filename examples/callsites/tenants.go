@@ -6,8 +6,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// tenants sends each tenant's mail through the relay of its own, which may change at any time. A URL with "ca=" needs a Name too:
-// see [smtprelay.Registry].
+// tenants sends each tenant's mail through the tenant's own relay, which may change at any time. A URL with "ca=" needs a Name
+// too: see [smtprelay.Registry].
 type tenants struct {
 	mail smtprelay.Registry
 	urls func(tenant string) (string, error) // from a database

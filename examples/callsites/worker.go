@@ -15,18 +15,18 @@ type job struct {
 	Text []byte
 }
 
-// store keeps jobs that need more than another try.
+// store keeps jobs that need more than a retry.
 type store interface {
-	park(id int64, why error) error      // for a person to look at
+	park(id int64, why error) error      // for a person to check
 	requeue(id int64, to []string) error // a new job for these recipients, in place of this one
 }
 
-// cancelled is the error for which the queue does not try a job again, as river.JobCancel makes it.
+// cancelled is an error after which the queue does not retry a job, as river.JobCancel makes it.
 type cancelled struct{ error }
 
 func jobCancel(err error) error { return cancelled{fmt.Errorf("cancelled: %w", err)} }
 
-// worker sends the mails of a queue. For an error that is not jobCancel's the queue tries the job again later.
+// worker sends the mails of a queue. After an error that is not jobCancel's, the queue retries the job later.
 type worker struct {
 	mail *smtprelay.Client
 	db   store

@@ -17,10 +17,10 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// ledger is what became of the messages.
+// ledger has the outcomes of the messages.
 type ledger struct {
 	messages, once, twice, lost int
-	unknown, unknownSent        int // by the store, and how many of these the relay has
+	unknown, unknownSent        int // according to the store, and how many of these the relay has
 	mostOpen, refused           int // connections
 }
 
@@ -47,7 +47,7 @@ func demo(ctx context.Context, out io.Writer, messages int) error {
 			return err
 		}
 	}
-	fmt.Fprintf(out, "Three NATS servers and three workers are running; the relay takes %d connections.\n", connections)
+	fmt.Fprintf(out, "Three NATS servers and three workers are running; the relay accepts %d connections.\n", connections)
 	begun := time.Now()
 	var l ledger
 	err = withBox(urls, func(box *outbox.Outbox) error {
@@ -116,7 +116,7 @@ func some(ctx context.Context, box *outbox.Outbox, states ...outbox.State) (bool
 	return false, nil
 }
 
-// count compares what the store says with what the relay has.
+// count compares the store with the relay's messages.
 func count(ctx context.Context, box *outbox.Outbox, relay *smtptest.Server, messages int) (ledger, error) {
 	stats := relay.Stats()
 	l := ledger{messages: messages, mostOpen: stats.MaxOpen, refused: stats.Refused}
@@ -147,7 +147,7 @@ func count(ctx context.Context, box *outbox.Outbox, relay *smtptest.Server, mess
 	return l, nil
 }
 
-// children are processes: this program again.
+// children are processes that run this program.
 type children struct {
 	url string // of the relay
 	all []*child
@@ -179,7 +179,7 @@ func (c *children) servers(dir string) (urls string, err error) {
 	return "nats://" + strings.Join(clients, ",nats://"), nil
 }
 
-// freeAddr is an address at which nobody listens.
+// freeAddr is an unused address.
 func freeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -205,7 +205,7 @@ func (c *children) start(role string, args ...string) error {
 	return cmd.Start()
 }
 
-// kill kills a process, as the kernel does one that takes too much memory.
+// kill kills a process, like the kernel's out-of-memory killer.
 func (c *children) kill(i int) {
 	_ = c.all[i].cmd.Process.Kill()
 	_ = c.all[i].cmd.Wait()

@@ -1,18 +1,18 @@
-// Cluster sends from several machines through one outbox in NATS JetStream, with one allowance of connections.
+// Cluster sends from several machines through one outbox in NATS JetStream, with one shared limit of connections.
 //
 //	go run ./examples/cluster
 //
-// shows it on this machine: three NATS servers and three workers are processes, and a fake relay counts. One worker is killed in the
-// middle, and one server; the ledger tells what became of the messages.
+// shows it on this machine: three NATS servers and three workers run as processes, and a fake relay counts. One worker and one
+// server are killed in the middle; at the end a table shows the outcome of the messages.
 //
-// The same code against a cluster of your own, whose servers have sync_interval: always, on as many machines as you like:
+// Run the same code against your own cluster, whose servers need sync_interval: always, on any number of machines:
 //
 //	export NATS_URL=nats://one:4222,nats://two:4222,nats://three:4222
 //	SMTP_URL=smtps://apikey:KEY@smtp.sendgrid.net:465 go run ./examples/cluster worker
 //	go run ./examples/cluster enqueue -id order-1234 -from shop@example.com -to ann@example.org
 //	go run ./examples/cluster list
 //
-// Ctrl-C or SIGTERM ends a worker well: nothing is unknown after that.
+// Ctrl-C or SIGTERM shuts a worker down without leaving an unknown message.
 package main
 
 import (
@@ -41,7 +41,7 @@ import (
 
 const (
 	replicas    = 3
-	connections = 10 // that the relay allows, for all workers together
+	connections = 10 // the relay's limit, for all workers together
 )
 
 func main() {
@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string) error {
 	url := flags.String("nats", os.Getenv("NATS_URL"), "URLs of the NATS servers")
 	id := flags.String("id", "", "enqueue: the ID")
 	from := flags.String("from", "", "enqueue: from whom")
-	to := flags.String("to", "", "enqueue: to whom, divided by commas")
+	to := flags.String("to", "", "enqueue: recipients, separated by commas")
 	var server embedded.Config // for a server of the demo
 	flags.StringVar(&server.Dir, "dir", "", "node: folder")
 	flags.StringVar(&server.Name, "name", "", "node: name")
@@ -100,10 +100,10 @@ func run(ctx context.Context, args []string) error {
 	case "list":
 		return withBox(*url, func(box *outbox.Outbox) error { return list(ctx, box) })
 	}
-	return fmt.Errorf("%q is none of worker, enqueue and list", role)
+	return fmt.Errorf("unknown command %q: want worker, enqueue or list", role)
 }
 
-// node is a NATS server until ctx ends.
+// node runs a NATS server until ctx ends.
 func node(ctx context.Context, c embedded.Config) error {
 	s, err := embedded.Start(c)
 	if err != nil {
@@ -114,7 +114,7 @@ func node(ctx context.Context, c embedded.Config) error {
 	return nil
 }
 
-// open opens the store. Several processes may: those that enqueue, and workers.
+// open opens the store. Several processes may do so: those that enqueue, and workers.
 func open(url string) (*natsstore.Store, *nats.Conn, error) {
 	nc, err := natsstore.Connect(url)
 	if err != nil {
@@ -127,7 +127,7 @@ func open(url string) (*natsstore.Store, *nats.Conn, error) {
 	return store, nc, err
 }
 
-// worker sends until ctx ends. Then it finishes what is under way.
+// worker sends until ctx ends. Then it finishes what is in progress.
 func worker(ctx context.Context, natsURL, smtpURL string) (err error) {
 	cfg, err := smtprelay.ParseURL(smtpURL)
 	if err != nil {
@@ -155,7 +155,7 @@ func worker(ctx context.Context, natsURL, smtpURL string) (err error) {
 	}
 	defer client.Close()
 	box, err := outbox.New(outbox.Config{Store: store, Client: client, Retry: outbox.Retry{First: 5 * time.Second}, Ended: func(i outbox.Item) {
-		if i.State == outbox.Dead || i.State == outbox.Unknown { // the rest is tried again
+		if i.State == outbox.Dead || i.State == outbox.Unknown { // the rest is retried
 			slog.Warn("mail", "id", i.ID, "state", i.State.String(), "attempts", i.Attempts, "reason", i.Reason)
 		}
 	}})
@@ -185,7 +185,7 @@ func withBox(url string, f func(*outbox.Outbox) error) error {
 	return f(box)
 }
 
-// list prints what somebody may have to look at.
+// list prints what a person may have to check.
 func list(ctx context.Context, box *outbox.Outbox) error {
 	for _, state := range []outbox.State{outbox.Queued, outbox.Sending, outbox.Unknown, outbox.Dead} {
 		for i, err := range box.List(ctx, state) {

@@ -1,6 +1,6 @@
 //go:build unix
 
-// Here belongs what the example shows: nothing is lost and nothing sent twice, although a worker and a server are killed.
+// Tests what the example shows: nothing is lost and nothing sent twice, even if a worker and a server are killed.
 package main
 
 import (
@@ -12,7 +12,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 2 && os.Args[2] == "-child" { // this test's binary as a process of the demo
+	if len(os.Args) > 2 && os.Args[2] == "-child" { // the test binary runs as a process of the demo
 		if err := run(context.Background(), os.Args[1:]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -30,7 +30,7 @@ func TestDemo(t *testing.T) {
 	t.Logf("\n%s", &out)
 	for _, want := range []string{"the relay has twice         0\n", "lost                        0\n", ", refused 0\n"} {
 		if !strings.Contains(out.String(), want) {
-			t.Errorf("it does not say %q", want)
+			t.Errorf("the output does not contain %q", want)
 		}
 	}
 }

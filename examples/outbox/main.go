@@ -1,12 +1,12 @@
-// Outbox is an HTTP server whose handler promises a mail: once it has answered, the mail is in a folder, and is sent although
-// the process is killed, and once only.
+// Outbox is an HTTP server whose handler promises a mail: once it has answered, the mail is in a folder, and is sent exactly once
+// even if the process is killed.
 //
 //	go run ./examples/outbox
 //	curl -d id=1234 -d email=ann@example.org http://localhost:8080/orders
 //	curl http://localhost:8080/orders/1234
 //
-// SMTP_URL names the relay, as in smtps://apikey:KEY@smtp.sendgrid.net:465. Without it a fake relay within the process takes
-// the mail, so that it can be tried without an account. Ctrl-C or SIGTERM ends it well.
+// SMTP_URL names the relay, as in smtps://apikey:KEY@smtp.sendgrid.net:465. Without it a fake relay in the process accepts the
+// mail, so that you can try it without an account. Ctrl-C or SIGTERM shuts it down.
 package main
 
 import (
@@ -45,7 +45,7 @@ func run(dir, from, listen, url string) error {
 	defer stop()
 	var cfg smtprelay.Config
 	if url == "" {
-		slog.Warn("SMTP_URL is not set: a fake relay takes the mail, and none leaves this program")
+		slog.Warn("SMTP_URL is not set: a fake relay accepts the mail, and none leaves this program")
 		relay := smtptest.NewServer()
 		defer relay.Close()
 		cfg = relay.Config()
@@ -62,7 +62,7 @@ func run(dir, from, listen, url string) error {
 	return serve(ctx, l, cfg, dir, from)
 }
 
-// serve answers requests from l, and sends what they have promised, until ctx ends. Then it finishes what is under way.
+// serve answers requests from l, and sends the promised mails, until ctx ends. Then it finishes what is in progress.
 func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, dir, from string) (err error) {
 	store, err := sqlitestore.Open(dir)
 	if err != nil {
@@ -80,11 +80,11 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, dir, from 
 	if err != nil {
 		return err
 	}
-	for i, err := range box.List(ctx, outbox.Unknown) { // somebody has to look at these
+	for i, err := range box.List(ctx, outbox.Unknown) { // a person has to check these
 		if err != nil {
 			return err
 		}
-		slog.Warn("nobody knows whether the relay has this mail", "id", i.ID, "reason", i.Reason)
+		slog.Warn("the outcome of this mail is unknown", "id", i.ID, "reason", i.Reason)
 	}
 
 	mux := http.NewServeMux()
@@ -95,8 +95,8 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, dir, from 
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	failed := make(chan error, 2)
-	go func() { failed <- server.Serve(l) }() // until Shutdown, or the listener fails
-	go func() { failed <- box.Run(ctx) }()    // until stop
+	go func() { failed <- server.Serve(l) }() // ends by Shutdown, or if the listener fails
+	go func() { failed <- box.Run(ctx) }()    // ends by stop
 	slog.Info("serving", "url", fmt.Sprintf("http://%s/orders", l.Addr()), "relay", cfg.Addr)
 	left := 2
 	select {
@@ -122,8 +122,8 @@ type shop struct {
 	from string
 }
 
-// place takes an order. A customer who does not see the answer asks again: the order's number is the mail's ID, so that it is
-// sent once.
+// place accepts an order. A customer who does not see the answer asks again: the order's number is the mail's ID, so that the
+// mail is sent once.
 func (s *shop) place(w http.ResponseWriter, r *http.Request) {
 	id := r.PostFormValue("id")
 	to, err := netmail.ParseAddress(r.PostFormValue("email"))

@@ -1,6 +1,6 @@
 //go:build unix
 
-// Here belongs what the example promises: a mail that was promised is sent, once, although the service is killed.
+// Tests what the example promises: a promised mail is sent, once, even if the service is killed.
 package main
 
 import (
@@ -18,7 +18,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if dir := os.Getenv("EXAMPLE_DIR"); dir != "" { // this test's binary as the service
+	if dir := os.Getenv("EXAMPLE_DIR"); dir != "" { // the test binary runs as the service
 		if err := run(dir, "shop@example.com", os.Getenv("EXAMPLE_LISTEN"), os.Getenv("SMTP_URL")); err != nil {
 			os.Exit(1)
 		}
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// service is the example in a process of its own.
+// service is the example in a separate process.
 func service(t *testing.T, dir, listen, relay string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "EXAMPLE_DIR="+dir, "EXAMPLE_LISTEN="+listen, "SMTP_URL=smtp://"+relay+"?tls=none")
@@ -82,14 +82,14 @@ func TestPromisedMailIsSentOnceAlthoughTheServiceIsKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := second.Wait(); err != nil {
-		t.Errorf("it did not end well: %v", err)
+		t.Errorf("the service did not shut down cleanly: %v", err)
 	}
 	if n := len(relay.Messages()); n != 1 {
 		t.Errorf("the relay has the mail %d times", n)
 	}
 }
 
-// freeAddr is an address at which nobody listens.
+// freeAddr is an unused address.
 func freeAddr(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -20,13 +20,13 @@ const (
 	messages        = 1000
 	goroutines      = 100
 	usualMessages   = 100
-	usualGoroutines = 10 // a semaphore of this many, since the relay takes no more connections
+	usualGoroutines = 10 // a semaphore of this size, since the relay accepts no more connections
 	roundTrip       = 20 * time.Millisecond
 	attachmentSize  = 1 << 20
-	withAttachment  = 42 // which message has it
+	withAttachment  = 42 // the message that has it
 )
 
-// outcome is what became of a run's messages, and what it took, as the relay counted it.
+// outcome has the results of a run, as the relay counted them.
 type outcome struct {
 	messages, goroutines        int
 	accepted, refused, unknown  int
@@ -69,7 +69,7 @@ func demo(ctx context.Context, out io.Writer) error {
 	return printTable(out, ours, usual)
 }
 
-// runRelay calls send with a relay of its own and adds to its outcome what the relay has counted.
+// runRelay calls send with a new relay and adds the relay's counts to its outcome.
 func runRelay(send func(*smtptest.Server) (outcome, error)) (outcome, error) {
 	relay := smtptest.NewUnstartedServer()
 	relay.Delay = roundTrip
@@ -80,7 +80,7 @@ func runRelay(send func(*smtptest.Server) (outcome, error)) (outcome, error) {
 		return o, err
 	}
 	if n := relay.Stats().Accepted; n != o.accepted {
-		return o, fmt.Errorf("the relay took %d messages, but %d were said to be accepted", n, o.accepted)
+		return o, fmt.Errorf("the relay accepted %d messages, but %d were reported as accepted", n, o.accepted)
 	}
 	for _, c := range relay.Conns() {
 		o.opened++
@@ -109,20 +109,20 @@ func sendWithClient(ctx context.Context, relay *smtptest.Server, mails []mail) (
 
 // sendTheUsualWay calls net/smtp.SendMail for each mail.
 func sendTheUsualWay(_ context.Context, relay *smtptest.Server, mails []mail) (outcome, error) {
-	// SendMail can be given no roots to trust, so this whole process trusts the fake relay's certificate and no other.
-	// The go:debug line in main.go is what allows that.
+	// SendMail cannot be given roots to trust, so this whole process trusts the fake relay's certificate and no other. The
+	// go:debug line in main.go allows that.
 	x509.SetFallbackRoots(relay.Roots())
 	auth := smtp.PlainAuth("", relay.Config().Username, relay.Config().Password, "127.0.0.1")
 	return send(mails, usualGoroutines, func(m mail) error {
 		return smtp.SendMail(relay.Addr(), auth, m.from, []string{m.to}, m.data)
 	}, func(err error) bool {
-		// The nearest that net/smtp comes to an answer: if there is a reply, it was probably a refusal.
+		// The best guess with net/smtp: if there is a reply, it was probably a refusal.
 		var reply *textproto.Error
 		return errors.As(err, &reply)
 	}), nil
 }
 
-// send calls one for each mail, from n goroutines, and counts what it says.
+// send calls one for each mail, from n goroutines, and counts the results.
 func send(mails []mail, n int, one func(mail) error, refused func(error) bool) outcome {
 	o := outcome{messages: len(mails), goroutines: n}
 	queue := make(chan mail)
@@ -168,7 +168,7 @@ func printTable(out io.Writer, ours, usual outcome) error {
 	row("", "smtprelay", "net/smtp.SendMail")
 	count := func(label string, of func(outcome) int) { row(label, of(ours), of(usual)) }
 	count("messages", func(o outcome) int { return o.messages })
-	count("from so many goroutines", func(o outcome) int { return o.goroutines })
+	count("goroutines", func(o outcome) int { return o.goroutines })
 	count("accepted", func(o outcome) int { return o.accepted })
 	count("refused", func(o outcome) int { return o.refused })
 	count("unknown", func(o outcome) int { return o.unknown })

@@ -13,14 +13,14 @@ import (
 	"time"
 )
 
-// mail is a message to be sent and its envelope.
+// mail is a message and its envelope.
 type mail struct {
 	from, to string
-	data     []byte // as RFC 5322 has it
+	data     []byte // in the format of RFC 5322
 }
 
-// compose returns a mail in two forms, text and HTML, of which the reader's program shows the better one it can, and with an
-// attachment if there is one. Real services leave this to a library such as wneessen/go-mail.
+// compose returns a mail as text and as HTML, of which the reader's program shows the better one, with an attachment if there is
+// one. Real services use a library such as wneessen/go-mail for this.
 func compose(from, to, subject string, attachment []byte) (mail, error) {
 	var buf bytes.Buffer
 	id := fmt.Sprintf("%d.%s", time.Now().UnixNano(), to)
@@ -91,7 +91,7 @@ func writeAlternatives(w *multipart.Writer, to, subject string) error {
 	return w.Close()
 }
 
-// writeBase64 writes b in lines of 76 characters, as MIME has them.
+// writeBase64 writes b in lines of 76 characters, as MIME requires.
 func writeBase64(w io.Writer, b []byte) error {
 	const perLine = 57 // bytes that 76 characters hold
 	for len(b) > 0 {

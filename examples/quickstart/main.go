@@ -1,5 +1,5 @@
-// Quickstart shows what the library does, on one command and without an account: it sends 1,000 mails to a fake relay in
-// its own process, and 100 of them in the usual way for comparison, and prints what a person wants to know of both.
+// Quickstart shows what the library does, with one command and without an account: it sends 1,000 mails to a fake relay in its
+// own process, and 100 of them in the usual way for comparison, and prints the results of both.
 //
 //	go run ./examples/quickstart
 //
@@ -21,10 +21,10 @@ import (
 )
 
 func main() {
-	from := flag.String("from", "", "with SMTP_URL: your address, one that the relay lets you send from")
-	to := flag.String("to", "", "with SMTP_URL: where to send the mail")
+	from := flag.String("from", "", "with SMTP_URL: your address, which the relay must accept as sender")
+	to := flag.String("to", "", "with SMTP_URL: the recipient")
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: quickstart\n       SMTP_URL=smtps://user:password@host:465 quickstart -from you@your.domain -to you@example.com\nWithout SMTP_URL a fake relay takes the mails.")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: quickstart\n       SMTP_URL=smtps://user:password@host:465 quickstart -from you@your.domain -to you@example.com\nWithout SMTP_URL a fake relay accepts the mails.")
 		flag.PrintDefaults()
 	}
 	flag.Parse()

@@ -13,7 +13,7 @@ import (
 // A receipt, or one line that says what to change.
 func TestSendOneThroughTheRelayOfAURL(t *testing.T) {
 	relay := smtptest.NewUnstartedServer()
-	relay.NoTLS = true // sendOne trusts what the system trusts, and so not a relay of a test
+	relay.NoTLS = true // sendOne trusts only the system's roots, not a test relay's
 	relay.Start()
 	defer relay.Close()
 	good, err := url.Parse(relay.URL())
@@ -63,7 +63,7 @@ func TestSendOneThroughTheRelayOfAURL(t *testing.T) {
 			}
 			for _, words := range test.says {
 				if !strings.Contains(text, words) {
-					t.Errorf("%q does not say %q", text, words)
+					t.Errorf("%q does not contain %q", text, words)
 				}
 			}
 			if got := relay.Stats().Accepted - before; got != test.accepted {

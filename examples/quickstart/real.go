@@ -14,13 +14,13 @@ import (
 // sendOne sends one mail through the relay that url names and prints the receipt.
 func sendOne(ctx context.Context, out io.Writer, url, from, to string) error {
 	if from == "" || to == "" {
-		return errors.New("say -from and -to: an address that the relay lets you send from, and one to send to")
+		return errors.New("set -from and -to: an address that the relay accepts as sender, and a recipient")
 	}
 	cfg, err := smtprelay.ParseURL(url)
 	if err != nil {
 		return fmt.Errorf("SMTP_URL: %s", oneLine(err.Error()))
 	}
-	// Somebody is waiting: a mistake is told at the first try and soon. A service leaves these as they are.
+	// A user is waiting: report a mistake after the first try, and soon. A service keeps the defaults.
 	cfg.Retry.MaxAttempts = 1
 	cfg.Timeouts.Dial = 10 * time.Second
 	cfg.Timeouts.Greeting = 15 * time.Second
@@ -51,7 +51,7 @@ func sendOne(ctx context.Context, out io.Writer, url, from, to string) error {
 	return client.Shutdown(ctx)
 }
 
-// advise adds to an error what to change, in terms of this program's settings.
+// advise adds to an error which of this program's settings to change.
 func advise(err error) error {
 	var e *smtprelay.Error
 	if !errors.As(err, &e) {
@@ -60,13 +60,13 @@ func advise(err error) error {
 	var advice string
 	switch {
 	case e.Op == smtprelay.OpDial:
-		advice = "; they stand in SMTP_URL (ports: 587, 465 or 2525; many networks block 25)"
+		advice = "; they are in SMTP_URL (ports: 587, 465 or 2525; many networks block 25)"
 	case e.Op == smtprelay.OpGreeting, e.Op == smtprelay.OpSTARTTLS, e.Op == smtprelay.OpTLS:
 		advice = "; in SMTP_URL, smtps:// is for a port with TLS from the first byte (465), smtp:// for one with STARTTLS (587, 2525, 25)"
 	case e.Op == smtprelay.OpAuth && !e.Temporary():
-		advice = "; both stand in SMTP_URL"
+		advice = "; both are in SMTP_URL"
 	case e.Op == smtprelay.OpMail && !e.Temporary():
-		advice = "; -from must be an address that the relay lets you send from"
+		advice = "; -from must be an address that the relay accepts as sender"
 	}
 	return errors.New(oneLine(err.Error()) + advice)
 }

@@ -1,5 +1,5 @@
-// Package invite is a small service that sends mail. Its test shows how such a service is tested: with smtptest as the
-// relay, and with its faults where a real relay would have its bad days.
+// Package invite is a small service that sends mail. Its test shows how to test such a service, with smtptest as the relay and
+// its faults in place of a real relay's failures.
 package invite
 
 import (
@@ -13,7 +13,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// State is what is known of an invitation.
+// State is the state of an invitation.
 type State string
 
 const (
@@ -29,8 +29,8 @@ type Service struct {
 	From string
 }
 
-// Invite mails an invitation to the address and tells what became of it. The error is what to log; it is nil if the
-// invitation was sent.
+// Invite mails an invitation to the address and returns its state. The error is for the log; it is nil if the invitation was
+// sent.
 func (s *Service) Invite(ctx context.Context, to string) (State, error) {
 	text := fmt.Sprintf("From: <%s>\r\nTo: <%s>\r\nSubject: You are invited\r\nDate: %s\r\nMessage-ID: <%s@example.com>\r\n"+
 		"List-Unsubscribe: <https://example.com/unsubscribe?address=%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n\r\nDo come.\r\n",

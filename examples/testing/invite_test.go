@@ -32,26 +32,26 @@ func TestInvite(t *testing.T) {
 			name:  "greylisting",
 			fault: smtptest.Fault{At: smtptest.Rcpt, Reply: "451 4.7.1 try again later"},
 			want:  Waiting,
-			why:   "a 4xx reply passes",
+			why:   "a 4xx reply is temporary",
 		},
 		{
 			name:  "lost before the final dot",
 			fault: smtptest.Fault{At: smtptest.Mail, Drop: true},
 			want:  Sent,
 			mails: 1,
-			why:   "nothing can have been accepted, so the client tries again by itself",
+			why:   "nothing can have been accepted, so the client retries",
 		},
 		{
 			name:  "lost after the final dot",
 			fault: smtptest.Fault{At: smtptest.FinalDot, Drop: true},
 			want:  Unclear,
-			why:   "the relay may have taken the mail before it was lost from sight",
+			why:   "the relay may have accepted the mail before the connection was lost",
 		},
 		{
 			name:  "refused after the final dot",
 			fault: smtptest.Fault{At: smtptest.FinalDot, Reply: "554 5.7.1 looks like spam"},
 			want:  Waiting,
-			why:   "the mailbox is fine, the mail is not: it waits until somebody has read the log",
+			why:   "the mailbox is fine, the mail is not: it waits until a person has read the log",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -65,13 +65,13 @@ func TestInvite(t *testing.T) {
 				t.Errorf("the relay has %d mails, want %d", n, test.mails)
 			}
 			if fault.Hits() == 0 {
-				t.Error("the fault never happened: this test shows nothing")
+				t.Error("the fault did not strike: this test shows nothing")
 			}
 		})
 	}
 }
 
-func TestInvitationIsAddressedToTheGuestAlone(t *testing.T) {
+func TestInvitationIsAddressedOnlyToTheGuest(t *testing.T) {
 	service, relay := start(t)
 	if _, err := service.Invite(t.Context(), "ann@example.org"); err != nil {
 		t.Fatal(err)

@@ -3,8 +3,8 @@
 //	SMTP_URL='smtps://apikey:KEY@smtp.sendgrid.net:465' go run ./examples/webservice -from shop@example.com
 //	curl -d email=ann@example.org http://localhost:8080/signup
 //
-// Ctrl-C or SIGTERM ends it well: no new request is taken, those under way get their answer, connections to the relay end
-// with QUIT. Without SMTP_URL a fake relay takes the mail, so that it can be tried without an account.
+// Ctrl-C or SIGTERM shuts it down: it accepts no new request, answers those in progress, and ends connections to the relay with
+// QUIT. Without SMTP_URL a fake relay accepts the mail, so that you can try it without an account.
 package main
 
 import (
@@ -52,15 +52,15 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] webservice [flags]\nWithout SMTP_URL a fake relay takes the mail.")
+	fmt.Fprintln(flag.CommandLine.Output(), "usage: [SMTP_URL=smtps://user:password@host:465] webservice [flags]\nWithout SMTP_URL a fake relay accepts the mail.")
 	flag.PrintDefaults()
 }
 
-// relayConfig returns the configuration for the relay that relayURL names, or for a fake one if it is empty, and a func to
-// call at the end.
+// relayConfig returns the configuration for the relay at relayURL, or for a fake one if it is empty, and a func to call at the
+// end.
 func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error) {
 	if relayURL == "" {
-		slog.Warn("SMTP_URL is not set: a fake relay takes the mail, and none leaves this program")
+		slog.Warn("SMTP_URL is not set: a fake relay accepts the mail, and none leaves this program")
 		relay := smtptest.NewServer()
 		return relay.Config(), relay.Close, nil
 	}
@@ -68,15 +68,15 @@ func relayConfig(relayURL string) (cfg smtprelay.Config, done func(), err error)
 	return cfg, func() {}, err
 }
 
-// serve answers requests from l until ctx ends, and then finishes what is under way.
+// serve answers requests from l until ctx ends, and then finishes what is in progress.
 func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, from string) error {
 	client, err := smtprelay.New(cfg)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	// A wrong address or key is better found now than by the first customer. With a relay that says nothing, as one does whose
-	// port speaks TLS in another way, that could take minutes.
+	// Find a wrong address or key now, not with the first customer. A relay that says nothing, such as one whose port uses
+	// another kind of TLS, could take minutes.
 	ping, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	if err := client.Ping(ping); err != nil {
@@ -88,7 +88,7 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, from strin
 	mux.Handle("POST /signup", &signup{client: client, from: from})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(l) }() // until Shutdown, or the listener fails
+	go func() { failed <- server.Serve(l) }() // ends by Shutdown, or if the listener fails
 	select {
 	case err := <-failed:
 		return err
@@ -104,7 +104,7 @@ func serve(ctx context.Context, l net.Listener, cfg smtprelay.Config, from strin
 	return errors.Join(err, client.Shutdown(ctx))
 }
 
-// signup welcomes whoever signs up.
+// signup sends new users a welcome mail.
 type signup struct {
 	client *smtprelay.Client
 	from   string
@@ -120,8 +120,8 @@ func (s *signup) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		"List-Unsubscribe: <https://example.com/unsubscribe?address=%s>\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n\r\nIt is good to have you here.\r\n",
 		s.from, to, time.Now().Format(time.RFC1123Z), rand.Text(), url.QueryEscape(to.Address))
 
-	// A request that waits for the relay longer than this is better told so. The request's own context ends when the
-	// customer goes away: between the final dot and its reply that would leave a mail of which nobody knows.
+	// If the relay takes longer than this, tell the customer. Do not use the request's own context, which ends when the customer
+	// goes away: between the final dot and its reply that would leave a mail with an unknown outcome.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 20*time.Second)
 	defer cancel()
 	_, err = s.client.Send(ctx, smtprelay.Message{
@@ -142,6 +142,6 @@ func (s *signup) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case e.Op == smtprelay.OpCheck || e.Op == smtprelay.OpRcpt:
 		http.Error(w, "There is no mailbox of this name.", http.StatusUnprocessableEntity)
 	default:
-		http.Error(w, "No mail could be sent. We have been told.", http.StatusInternalServerError)
+		http.Error(w, "No mail could be sent. We have been notified.", http.StatusInternalServerError)
 	}
 }

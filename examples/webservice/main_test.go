@@ -28,7 +28,7 @@ func TestSignupAnswersByTheOutcomeOfTheMail(t *testing.T) {
 		{"no mailbox", "ann@example.org", []smtptest.Fault{{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"}}, http.StatusUnprocessableEntity, 0},
 		{"greylisted", "ann@example.org", []smtptest.Fault{{At: smtptest.Rcpt, Reply: "451 4.7.1 later"}}, http.StatusServiceUnavailable, 0},
 		{"lost before the dot", "ann@example.org", []smtptest.Fault{{At: smtptest.Data, Drop: true}}, http.StatusOK, 1},
-		{"lost behind the dot", "ann@example.org", []smtptest.Fault{{At: smtptest.Accepted, Drop: true}}, http.StatusAccepted, 1},
+		{"lost after the dot", "ann@example.org", []smtptest.Fault{{At: smtptest.Accepted, Drop: true}}, http.StatusAccepted, 1},
 		{"refused for good", "ann@example.org", []smtptest.Fault{{At: smtptest.FinalDot, Reply: "554 5.7.1 no"}}, http.StatusInternalServerError, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestSignupAnswersByTheOutcomeOfTheMail(t *testing.T) {
 	}
 }
 
-// A request that is being served when the signal comes gets its answer, and the relay its QUIT.
+// A request in progress when the signal arrives gets its answer, and the relay its QUIT.
 func TestShutdownFinishesRequestsAndThenTheClient(t *testing.T) {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -69,7 +69,7 @@ func TestShutdownFinishesRequestsAndThenTheClient(t *testing.T) {
 	}
 	ctx, signal := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- serve(ctx, l, relay.Config(), "shop@example.com") }() // until signal
+	go func() { served <- serve(ctx, l, relay.Config(), "shop@example.com") }() // ends by signal
 
 	type answer struct {
 		code int
@@ -89,10 +89,10 @@ func TestShutdownFinishesRequestsAndThenTheClient(t *testing.T) {
 	if err := stall.Wait(t.Context(), 1); err != nil {
 		t.Fatal(err)
 	}
-	signal() // while the relay has the whole message and has not answered
+	signal() // the relay has the whole message and has not replied
 	stall.Remove()
 	if a := <-answers; a.err != nil || a.code != http.StatusOK {
-		t.Errorf("the request under way: %d, %v", a.code, a.err)
+		t.Errorf("the request in progress: %d, %v", a.code, a.err)
 	}
 	if err := <-served; err != nil {
 		t.Errorf("serve: %v", err)

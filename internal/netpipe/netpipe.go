@@ -1,7 +1,7 @@
-// Package netpipe gives in-memory network connections that behave like TCP ones: each direction has a buffer,
-// so that a write returns before the peer has read it, each side can be closed for writing alone or reset, and
-// deadlines work. Everything in it blocks durably, so it may be used inside a testing/synctest bubble
-// (net.Pipe has no buffer, which hides both pipelining and deadlocks between two writers).
+// Package netpipe provides in-memory network connections that behave like TCP: each direction has a buffer, so that a write
+// returns before the peer has read it, each side can be closed for writing alone or reset, and deadlines work. Everything in it
+// blocks durably, so it may be used inside a testing/synctest bubble (net.Pipe has no buffer, which hides both pipelining and
+// deadlocks between two writers).
 package netpipe
 
 import (
@@ -53,7 +53,7 @@ func (c *Conn) CloseWrite() error {
 	return nil
 }
 
-// Close closes both directions. Like TCP's, it turns into a reset if there is input that was not read.
+// Close closes both directions. As with TCP, unread input turns it into a reset.
 func (c *Conn) Close() error {
 	if c.in.abandon() > 0 {
 		c.out.reset()
@@ -117,7 +117,7 @@ type half struct {
 	buf        []byte     // buf[off:] is in flight
 	off        int
 	max        int
-	finished   bool // the writer is done: the reader gets io.EOF behind buf
+	finished   bool // the writer has closed: the reader gets io.EOF after buf
 	broken     bool // reset by the writer's end: the reader gets ECONNRESET at once
 	readerGone bool // writes fail with EPIPE, reads with net.ErrClosed
 	writerGone bool // writes fail with net.ErrClosed
@@ -125,11 +125,11 @@ type half struct {
 	writing    deadline
 }
 
-// deadline is a moment past which one side of a half no longer waits.
+// deadline is the time after which one side of a half no longer waits.
 type deadline struct {
 	at      time.Time // zero means none
 	expired bool
-	timer   *time.Timer // sets expired; used again and again
+	timer   *time.Timer // sets expired; reused
 }
 
 func newHalf(max int) *half {
@@ -181,7 +181,7 @@ func (h *half) write(p []byte) (n int, err error) {
 		}
 		if room := h.max - h.unreadLocked(); room > 0 {
 			k := min(room, len(p))
-			if len(h.buf)+k > cap(h.buf) && h.off > 0 { // move what is there to the front before growing
+			if len(h.buf)+k > cap(h.buf) && h.off > 0 { // move the unread bytes to the front before growing
 				h.buf, h.off = h.buf[:copy(h.buf, h.buf[h.off:])], 0
 			}
 			h.buf = append(h.buf, p[:k]...)
@@ -250,7 +250,7 @@ func (d *deadline) stop() {
 	}
 }
 
-// Listener hands out the server ends of connections that Dial makes. It implements net.Listener.
+// Listener accepts the connections that Dial makes. It implements net.Listener.
 type Listener struct {
 	buffer   int
 	accepted chan *Conn
@@ -263,7 +263,7 @@ func Listen(buffer int) *Listener {
 	return &Listener{buffer: buffer, accepted: make(chan *Conn, 128), closed: make(chan struct{})}
 }
 
-// Dial makes a connection and returns its client end; ECONNREFUSED once the listener is closed.
+// Dial makes a connection and returns its client end, or ECONNREFUSED once the listener is closed.
 func (l *Listener) Dial() (*Conn, error) {
 	client, server := New(l.buffer)
 	refused := &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}

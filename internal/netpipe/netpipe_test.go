@@ -15,13 +15,13 @@ import (
 	"time"
 )
 
-// result is what a Read or Write came back with.
+// result is what a Read or Write returned.
 type result struct {
 	n   int
 	err error
 }
 
-// start runs f in the background. Within a bubble, finished tells its result or that it is blocked.
+// start runs f in the background. In a bubble, finished returns its result, or nil if f is blocked.
 func start(f func() (int, error)) (finished func(t *testing.T) *result) {
 	var mu sync.Mutex
 	var r *result
@@ -81,8 +81,8 @@ func tcp(t *testing.T) (client, server conn) {
 	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
 }
 
-// TestConnBehavesLikeTCP runs each case on a real TCP connection too. a and b are its ends; whatever must have arrived
-// before a case goes on is read by it.
+// TestConnBehavesLikeTCP runs each case on a real TCP connection too. a and b are its ends; a case reads whatever must have
+// arrived before it goes on.
 func TestConnBehavesLikeTCP(t *testing.T) {
 	for _, tt := range []struct {
 		why string
@@ -95,14 +95,14 @@ func TestConnBehavesLikeTCP(t *testing.T) {
 			mustRead(t, a, "three")
 			mustRead(t, b, "onetwo")
 		}},
-		{"a read takes what there is", func(t *testing.T, a, b conn) {
+		{"a read returns what has arrived", func(t *testing.T, a, b conn) {
 			mustWrite(t, a, "ab")
 			mustRead(t, b, "a")
 			if n, err := b.Read(make([]byte, 10)); n != 1 || err != nil {
 				t.Errorf("got %d, %v, want 1, nil", n, err)
 			}
 		}},
-		{"an empty read or write waits for nothing", func(t *testing.T, a, b conn) {
+		{"an empty read or write does not wait", func(t *testing.T, a, b conn) {
 			if n, err := a.Read(nil); n != 0 || err != nil {
 				t.Errorf("Read: got %d, %v, want 0, nil", n, err)
 			}
@@ -196,7 +196,7 @@ func TestConnBehavesLikeTCP(t *testing.T) {
 			mustWrite(t, a, "z")
 			mustRead(t, b, "z")
 		}},
-		{"each direction has a deadline of its own", func(t *testing.T, a, b conn) {
+		{"each direction has its own deadline", func(t *testing.T, a, b conn) {
 			a.SetReadDeadline(time.Unix(1, 0))
 			mustWrite(t, a, "x")
 			a.SetReadDeadline(time.Time{})
@@ -205,7 +205,7 @@ func TestConnBehavesLikeTCP(t *testing.T) {
 			mustRead(t, a, "y")
 			mustRead(t, b, "x")
 		}},
-		{"errors are net.Errors that name the operation, and time-outs are told apart", func(t *testing.T, a, b conn) {
+		{"errors are net.Errors that name the operation, and only time-outs report Timeout", func(t *testing.T, a, b conn) {
 			a.SetReadDeadline(time.Unix(1, 0))
 			_, timeout := a.Read(make([]byte, 1))
 			a.CloseWrite()
@@ -245,7 +245,7 @@ func TestConnBehavesLikeTCP(t *testing.T) {
 	}
 }
 
-func TestWriteReturnsBeforeItIsReadAsFarAsTheBufferGoes(t *testing.T) {
+func TestWriteReturnsBeforeItIsReadIfItFitsIntoTheBuffer(t *testing.T) {
 	for _, tt := range []struct {
 		buffer, holds int
 	}{{1, 1}, {10, 10}, {0, DefaultBuffer}, {-1, DefaultBuffer}} {
@@ -260,7 +260,7 @@ func TestWriteReturnsBeforeItIsReadAsFarAsTheBufferGoes(t *testing.T) {
 			if r := more(t); r != nil {
 				t.Fatalf("buffer %d: Write of one more returned %+v", tt.buffer, r)
 			}
-			mustWrite(t, b, "x") // the other direction has a buffer of its own
+			mustWrite(t, b, "x") // the other direction has its own buffer
 			if got := a.Unread(); got != 1 {
 				t.Errorf("got %d unread on the other side, want 1", got)
 			}
@@ -297,7 +297,7 @@ func TestLargeWritePassesASmallBufferInPieces(t *testing.T) {
 	})
 }
 
-func TestBlockedCallEndsWithWhatHappensToTheConnection(t *testing.T) {
+func TestBlockedCallReturnsWhatHappensToTheConnection(t *testing.T) {
 	read := func(c *Conn) func() (int, error) { return func() (int, error) { return c.Read(make([]byte, 1)) } }
 	write := func(c *Conn) func() (int, error) { return func() (int, error) { return c.Write([]byte("0123456789")) } } // into a buffer of 4
 	for _, tt := range []struct {
@@ -352,13 +352,13 @@ func TestBlockedCallEndsWithWhatHappensToTheConnection(t *testing.T) {
 	}
 }
 
-func TestResetDestroysWhatIsUnderWayInBothDirections(t *testing.T) {
+func TestResetDestroysTheDataInFlightInBothDirections(t *testing.T) {
 	a, b := New(0)
 	mustWrite(t, a, "lost")
 	mustWrite(t, b, "lost too")
 	a.Reset()
 	if got := a.Unread() + b.Unread(); got != 0 {
-		t.Errorf("got %d octets still under way, want 0", got)
+		t.Errorf("got %d octets still in flight, want 0", got)
 	}
 	for _, tt := range []struct {
 		why  string
@@ -376,7 +376,7 @@ func TestResetDestroysWhatIsUnderWayInBothDirections(t *testing.T) {
 	}
 }
 
-func TestDeadlineCountsFromWhenItWasSetLast(t *testing.T) {
+func TestLastDeadlineSetCounts(t *testing.T) {
 	const short, long = time.Second, time.Minute
 	for _, tt := range []struct {
 		why  string
@@ -437,7 +437,7 @@ func TestDeadlineCountsFromWhenItWasSetLast(t *testing.T) {
 	}
 }
 
-func TestDeadlineThatIsMovedWhileItPassesDoesNotPass(t *testing.T) {
+func TestDeadlineMovedAsItPassesDoesNotExpire(t *testing.T) {
 	// The timer has fired, and its function waits for the lock that the mover holds.
 	synctest.Test(t, func(t *testing.T) {
 		for range 100 {
@@ -490,7 +490,7 @@ func TestConnNamesItsEnds(t *testing.T) {
 	}
 }
 
-func TestConnMayBeUsedByManyAtOnce(t *testing.T) {
+func TestConnMayBeUsedConcurrently(t *testing.T) {
 	const writers, each = 8, 200
 	a, b := New(16)
 	var writing sync.WaitGroup
@@ -533,7 +533,7 @@ func TestConnMayBeUsedByManyAtOnce(t *testing.T) {
 	}
 }
 
-func TestListenerHandsOutTheOtherEndsInOrder(t *testing.T) {
+func TestListenerAcceptsInTheOrderOfDials(t *testing.T) {
 	l := Listen(3)
 	defer l.Close()
 	var clients []*Conn
@@ -583,7 +583,7 @@ func TestClosedListenerRefusesAndResets(t *testing.T) {
 		t.Error("second Close: got no error")
 	}
 	if _, err := waiting.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("the connection that nobody accepted: got %v, want ECONNRESET", err)
+		t.Errorf("the connection that was not accepted: got %v, want ECONNRESET", err)
 	}
 	mustWrite(t, accepted, "still there")
 	mustRead(t, server, "still there")
@@ -595,12 +595,12 @@ func TestClosedListenerRefusesAndResets(t *testing.T) {
 	}
 }
 
-func TestListenerEndsThoseWhoWait(t *testing.T) {
+func TestListenerCloseEndsBlockedCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := Listen(0)
 		accepting := start(func() (int, error) { _, err := l.Accept(); return 0, err })
 		if r := accepting(t); r != nil {
-			t.Fatalf("Accept returned %+v with nobody there", r)
+			t.Fatalf("Accept returned %+v without a Dial", r)
 		}
 		l.Close()
 		if r := accepting(t); r == nil || !errors.Is(r.err, net.ErrClosed) {
@@ -625,7 +625,7 @@ func TestListenerEndsThoseWhoWait(t *testing.T) {
 }
 
 func TestDialThatRacesWithCloseIsRefusedOrReset(t *testing.T) {
-	// Else a client would wait for ever on a connection whose other end nobody has.
+	// Else a client would wait for ever on a connection that is never accepted.
 	const rounds, dialers = 500, 64
 	for range rounds {
 		l := Listen(0)

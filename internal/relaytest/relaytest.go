@@ -1,5 +1,5 @@
-// Package relaytest is the scripted relay of the tests: a func returns the reply to each line. It has no SMTP state and no
-// rules, so that it can send anything at any time. For a correct relay that counts what the client does, see smtptest.
+// Package relaytest is the scripted relay of the tests: a func returns the reply to each line. It has no SMTP state and no rules,
+// so it can send anything at any time. For a correct relay that counts what the client does, see smtptest.
 package relaytest
 
 import (
@@ -16,29 +16,29 @@ import (
 
 // Relay is a relay that sends what its Answer returns.
 type Relay struct {
-	// Answer is called for each line of the nth connection, counted from 1: with "" when the connection is made, with each
-	// command, with a BDAT line once its chunk is in, and with "." once a body is in, which comes where DATA is answered 354.
-	// The lines of an answer are separated by \n, without one at its end. "" says nothing; Hangup at its end closes the
-	// connection behind it. Answer may take its time: the relay does not read meanwhile.
+	// Answer is called for each line of the nth connection, 1-based: with "" when the connection is made, with each command, with
+	// a BDAT line once its chunk has arrived, and with "." once a body has arrived, which follows a 354 to DATA. The lines of an
+	// answer are separated by \n, without one at the end. "" sends nothing; Hangup at the end closes the connection after the
+	// answer. Answer may take its time: the relay does not read meanwhile.
 	Answer func(n int, line string) string
-	// Body is what bodies and chunks are written to as they come, with their dots; nil discards them.
+	// Body gets the octets of bodies and chunks as they arrive, with dot stuffing; nil discards them.
 	Body io.Writer
-	// Window is how much is under way in each direction of a connection that Dial makes, in octets: 0 means as much as with
-	// TCP. With a Window the relay reads 16 octets ahead of what it answers, without one 64 KiB.
+	// Window is how many octets can be in flight in each direction of a connection that Dial makes; 0 means as many as with TCP.
+	// With a Window the relay reads 16 octets ahead of its answers, without one 64 KiB.
 	Window int
 
 	conns atomic.Int64
 }
 
-// Hangup at the end of an answer closes the connection behind it.
+// Hangup at the end of an answer closes the connection after it.
 const Hangup = "\x04"
 
-// Dial returns the Dial of a relay with this Window and Answer.
+// Dial returns the Dial method of a new relay with this Window and Answer.
 func Dial(window int, answer func(n int, line string) string) func(ctx context.Context, network, addr string) (net.Conn, error) {
 	return (&Relay{Answer: answer, Window: window}).Dial
 }
 
-// Dial is for Config.Dial. It connects to the relay in memory, also within a synctest bubble.
+// Dial is for Config.Dial. It connects to the relay in memory, and works in a synctest bubble.
 func (r *Relay) Dial(context.Context, string, string) (net.Conn, error) {
 	n := int(r.conns.Add(1))
 	client, server := netpipe.New(r.Window)
@@ -64,7 +64,7 @@ func (r *Relay) Listen() (net.Listener, error) {
 	return l, nil
 }
 
-// Serve is the relay on conn, as its nth connection, until one side closes it.
+// Serve serves conn as the relay's nth connection, until one side closes it.
 func (r *Relay) Serve(conn net.Conn, n int) {
 	defer conn.Close()
 	readAhead := 64 << 10
@@ -108,9 +108,9 @@ func (r *Relay) Serve(conn net.Conn, n int) {
 	}
 }
 
-// copyBody copies the body of DATA, and reads the dot behind it.
+// copyBody copies the body of DATA, and reads the final dot.
 func copyBody(to io.Writer, in *bufio.Reader) error {
-	for begun := false; ; { // a line, the beginning of which has been copied
+	for begun := false; ; { // the beginning of the current line has been copied
 		part, err := in.ReadSlice('\n')
 		switch {
 		case err != nil && err != bufio.ErrBufferFull:
@@ -125,7 +125,7 @@ func copyBody(to io.Writer, in *bufio.Reader) error {
 	}
 }
 
-// Octets counts what is written to it.
+// Octets counts the octets written to it.
 type Octets struct{ atomic.Int64 }
 
 // Write implements io.Writer.
@@ -144,7 +144,7 @@ func Agree(extensions, line string) string {
 		return "250-hi\n" + extensions
 	case line == "DATA":
 		return "354 go"
-	case line == "BDAT 8": // the client's question, where there is no MAIL
+	case line == "BDAT 8": // the client's probe for refused chunks, without MAIL
 		return "503 MAIL first"
 	case line == "QUIT":
 		return "221 bye"

@@ -1,4 +1,4 @@
-// Here: that the relay gives its Answer what it says it does, and says what that returns.
+// Tests that the relay calls Answer as documented and sends what Answer returns.
 package relaytest
 
 import (
@@ -10,7 +10,7 @@ import (
 	"testing/synctest"
 )
 
-func TestRelayAsksForEachLineAndSaysTheAnswer(t *testing.T) {
+func TestRelayCallsAnswerForEachLineAndSendsIt(t *testing.T) {
 	for _, window := range []int{0, 16} {
 		synctest.Test(t, func(t *testing.T) {
 			var lines []string
@@ -18,7 +18,7 @@ func TestRelayAsksForEachLineAndSaysTheAnswer(t *testing.T) {
 			relay := &Relay{Window: window, Body: &body, Answer: func(n int, line string) string {
 				lines = append(lines, line)
 				if line == "NOOP" {
-					return "" // says nothing
+					return "" // sends nothing
 				}
 				return Agree("250-PIPELINING\n250 CHUNKING", line)
 			}}
@@ -32,10 +32,10 @@ func TestRelayAsksForEachLineAndSaysTheAnswer(t *testing.T) {
 				t.Fatal(err)
 			}
 			if want := []string{"", "EHLO x", "NOOP", "DATA", ".", "BDAT 8", "BDAT 3 LAST", "QUIT"}; !slices.Equal(lines, want) {
-				t.Errorf("asked for %q, want %q", lines, want)
+				t.Errorf("Answer was called with %q, want %q", lines, want)
 			}
 			if want := "220 hi\r\n250-hi\r\n250-PIPELINING\r\n250 CHUNKING\r\n354 go\r\n250 ok\r\n503 MAIL first\r\n250 ok\r\n221 bye\r\n"; string(said) != want {
-				t.Errorf("said %q, want %q", said, want)
+				t.Errorf("the relay sent %q, want %q", said, want)
 			}
 			if want := "Subject: a line that is longer than sixteen\r\n\r\n..\r\nQUIT\r\n\r\nabc"; body.String() != want {
 				t.Errorf("the body is %q, want %q", body.String(), want)
@@ -45,7 +45,7 @@ func TestRelayAsksForEachLineAndSaysTheAnswer(t *testing.T) {
 	}
 }
 
-func TestHangupClosesBehindTheAnswer(t *testing.T) {
+func TestHangupClosesAfterTheAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dial := Dial(0, func(n int, _ string) string { return strings.Repeat("554 no\n", n-1) + "554 no" + Hangup })
 		for _, want := range []string{"554 no\r\n", "554 no\r\n554 no\r\n"} {
@@ -54,7 +54,7 @@ func TestHangupClosesBehindTheAnswer(t *testing.T) {
 				t.Fatal(err)
 			}
 			if said, err := io.ReadAll(conn); err != nil || string(said) != want {
-				t.Errorf("said %q and then %v, want %q and the end", said, err, want)
+				t.Errorf("the relay sent %q, then %v, want %q, then EOF", said, err, want)
 			}
 			conn.Close()
 		}

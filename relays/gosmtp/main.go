@@ -1,6 +1,6 @@
 // Command gosmtp is go-smtp's server as a relay: with limits, and a line in a file for each message.
 //
-// It is built with whichever version of go-smtp is asked for, so it keeps to what all of them have.
+// It is built with several versions of go-smtp, so it uses only what all of them have.
 package main
 
 import (
@@ -26,7 +26,7 @@ type settings struct {
 	User, Password, Cert, Key, Record   string
 }
 
-// ledger writes each message in one line before its final reply.
+// ledger writes one line for each message before its final reply.
 type ledger struct {
 	mu  sync.Mutex
 	out *json.Encoder
@@ -44,7 +44,7 @@ func (l *ledger) add(r record) error {
 	return l.out.Encode(r)
 }
 
-// session is one connection. It is of one goroutine.
+// session is one connection, used by one goroutine.
 type session struct {
 	settings
 	*ledger
@@ -150,7 +150,7 @@ func run() error {
 		if port == set.Implicit {
 			l = tls.NewListener(l, config)
 		}
-		go func() { ended <- s.Serve(l) }() // until the relay is killed
+		go func() { ended <- s.Serve(l) }() // ends when the relay is killed
 	}
 	return errors.Join(errors.New("a listener has ended"), <-ended)
 }

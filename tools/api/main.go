@@ -1,5 +1,4 @@
-// Api prints the exported surface of every package that others may import, one line for each name, so that a change of it
-// is seen in a diff:
+// Api prints the exported identifiers of every package that others may import, one per line, so that a diff shows a change:
 //
 //	go run ./tools/api                     # from the root of the repository
 //	go run ./tools/api >tools/api/api.txt  # renew the file that .ci/run compares; or: make api
@@ -27,7 +26,7 @@ func main() {
 	fmt.Println(strings.Join(lines, "\n"))
 }
 
-// surface returns the sorted lines of all packages of the workspace that can be imported.
+// surface returns the sorted lines of all importable packages of the workspace.
 func surface() ([]string, error) {
 	pkgs, err := packages.Load(&packages.Config{
 		Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps,
@@ -49,7 +48,7 @@ func surface() ([]string, error) {
 	return slices.Compact(lines), nil
 }
 
-// importable reports whether the surface of p is a promise to others.
+// importable reports whether others may import p.
 func importable(p *packages.Package) bool {
 	below := strings.TrimPrefix(p.PkgPath, module) + "/"
 	return p.Name != "main" && !strings.Contains(below, "/internal/") &&
@@ -87,8 +86,8 @@ func declarations(p *types.Package) []string {
 	return lines
 }
 
-// typeLines returns the lines of one exported type: its kind, fields and methods. A struct's own line tells whether it can
-// be compared and whether it has fields that are not exported: both are part of what its users may do.
+// typeLines returns the lines of one exported type: its kind, fields and methods. A struct's own line says whether it is
+// comparable and whether it has unexported fields: users may depend on both.
 func typeLines(obj *types.TypeName, relative types.Qualifier) []string {
 	name := obj.Name()
 	if obj.IsAlias() {

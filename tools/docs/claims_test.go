@@ -1,4 +1,4 @@
-// Here belongs what the pages say of other libraries and cannot be seen by compiling: what a relay gets of them.
+// Tests what the pages say about other libraries and the compiler cannot check: what a relay gets from them.
 package docs
 
 import (
@@ -20,8 +20,8 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// The README's first program, in an empty module of its own, as a newcomer has it. go.mod is made by the commands that the
-// README gives, with this tree for smtprelay and this module's version of go-mail.
+// Runs the README's first program in an empty module, as a newcomer has it. go.mod is made with the README's commands, with this
+// tree for smtprelay and this module's version of go-mail.
 func TestFirstProgramSendsFromAnEmptyModule(t *testing.T) {
 	text, err := os.ReadFile("../../README.md")
 	if err != nil {
@@ -64,7 +64,7 @@ func TestFirstProgramSendsFromAnEmptyModule(t *testing.T) {
 
 	arrived := readback.Only(t, relay)
 	if !strings.Contains(out, arrived.ID) {
-		t.Errorf("the program does not tell the queue ID %s: %s", arrived.ID, out)
+		t.Errorf("the program does not print the queue ID %s: %s", arrived.ID, out)
 	}
 	got := readback.Message(t, arrived, "shop@example.com", "ann@example.org", "archive@example.com")
 	for _, field := range []string{"From", "To", "Subject", "Date", "Message-Id", "List-Unsubscribe", "List-Unsubscribe-Post"} {
@@ -73,14 +73,14 @@ func TestFirstProgramSendsFromAnEmptyModule(t *testing.T) {
 		}
 	}
 	if got.Header.Get("Bcc") != "" || strings.Contains(string(arrived.Body), "archive@example.com") {
-		t.Error("the blind copy can be seen")
+		t.Error("the Bcc recipient is visible")
 	}
 	if got.Text == "" || !strings.Contains(got.HTML, "<p>") || string(got.Files["invoice.csv"]) != "item,price\nteapot,12.50\n" {
 		t.Errorf("got %+v", got)
 	}
 }
 
-// versionOf returns this module's line for a dependency: path and version.
+// versionOf returns the path and version of a dependency from this module's go.mod.
 func versionOf(t *testing.T, path string) string {
 	t.Helper()
 	mod, err := os.ReadFile("go.mod")
@@ -94,8 +94,8 @@ func versionOf(t *testing.T, path string) string {
 	return line
 }
 
-// A signature covers the octets, so that line ends and dots must arrive as they were signed.
-func TestDKIMSignatureHoldsBehindTheRelay(t *testing.T) {
+// A signature covers the octets, so line ends and dots must arrive as they were signed.
+func TestDKIMSignatureIsValidAfterTheRelay(t *testing.T) {
 	public, key, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)

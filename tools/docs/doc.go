@@ -1,3 +1,3 @@
-// Package docs tests what the Markdown files of this repository say. It has no code of its own. It is a module, so that what the
-// pages show of other libraries costs nothing else anything.
+// Package docs tests the Markdown files of this repository. It has no code of its own. It is a separate module, so that the other
+// modules do not depend on the libraries that the pages use.
 package docs

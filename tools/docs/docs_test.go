@@ -1,16 +1,16 @@
-// Package docs tests what the Markdown files of this repository say: that the files, tests and make targets they name are
-// there, that their links lead somewhere, and that their Go code compiles. It has no code of its own.
+// Package docs tests the Markdown files of this repository: the files, tests and make targets that they name exist, their links
+// work, and their Go code compiles. It has no code of its own.
 //
-// A block of Go that begins with "package" is a file, and so is one of declarations. Any other block is the body of a function, whose
-// parameters and results stand in a comment right above the block, where readers of the page do not see it:
+// A block of Go that begins with "package" is a file, and so is one of declarations. Any other block is the body of a function,
+// whose parameters and results are in a comment right above the block, where readers of the page do not see them:
 //
 //	<!-- go: (ctx context.Context, m smtprelay.Message) error -->
 //
-// Import lines may stand before the declarations or the statements, or behind the results where readers need not see them; what they
-// import must be in this module's go.mod. Those in
-// the table named imported are added, but to a file. Unused variables and imports are no faults.
+// Import lines may precede the declarations or the statements, or follow the results in that comment; what they import must be in
+// this module's go.mod. The packages in the table named imported are added, except to a file. Unused variables and imports are
+// allowed.
 //
-// A block marked as diff with such a comment above it is two blocks of Go: as it was, and as it is after the change.
+// A block marked as diff with such a comment above it is two blocks of Go: before and after the change.
 package docs
 
 import (
@@ -55,7 +55,7 @@ var (
 	target   = regexp.MustCompile(`^make ([a-z]+)`)
 )
 
-// tree is what the repository has, by path from its root with slashes.
+// tree is the content of the repository, by path from its root with slashes.
 type tree struct {
 	files []string
 	pages map[string]string // Markdown and GitHub's YAML, with their text
@@ -97,7 +97,7 @@ func read(t *testing.T) tree {
 	return all
 }
 
-// has reports whether there is a file or folder of this name, which may be a pattern.
+// has reports whether there is a file or folder with this name, which may be a pattern.
 func (all tree) has(name string) bool {
 	name = strings.TrimSuffix(name, "/")
 	return slices.ContainsFunc(all.files, func(f string) bool {
@@ -106,7 +106,7 @@ func (all tree) has(name string) bool {
 	})
 }
 
-// hasScript reports whether a file of this name lies in a folder of test data.
+// hasScript reports whether a folder of test data has a file with this name.
 func (all tree) hasScript(name string) bool {
 	return slices.ContainsFunc(all.files, func(f string) bool { return strings.Contains(f, "testdata/") && path.Base(f) == name })
 }
@@ -130,13 +130,13 @@ func TestFilesNamedInArchitectureExist(t *testing.T) {
 				continue
 			}
 			if !all.has(name) {
-				t.Errorf("ARCHITECTURE.md: there is no %s", name)
+				t.Errorf("ARCHITECTURE.md: %s does not exist", name)
 			}
 		}
 	}
 }
 
-// examples are names that pages use to show what a test's name looks like.
+// examples are names that pages use to show how tests are named.
 var examples = []string{"TestSendIsNotRepeatedAfterFinalDot", "TestBroken"}
 
 func TestTestsNamedInPagesExist(t *testing.T) {
@@ -145,19 +145,19 @@ func TestTestsNamedInPagesExist(t *testing.T) {
 		for _, m := range code.FindAllStringSubmatch(prose(text), -1) {
 			for _, name := range testName.FindAllString(m[1], -1) {
 				if !all.tests[name] && !slices.Contains(examples, name) {
-					t.Errorf("%s: there is no %s", page, name)
+					t.Errorf("%s: %s does not exist", page, name)
 				}
 			}
 			if page == "TESTING.md" && goFile.MatchString(m[1]) && !all.has(m[1]) && !all.hasScript(m[1]) {
-				t.Errorf("%s: there is no %s", page, m[1])
+				t.Errorf("%s: %s does not exist", page, m[1])
 			}
 		}
 	}
 }
 
-// The table of complaints in TESTING.md gives each a reason why it cannot concern this module, or the tests and transcripts
-// that hold it; that those exist is tested above.
-func TestEachComplaintIsHeldBySomething(t *testing.T) {
+// The table of complaints in TESTING.md gives for each a reason why it cannot happen in this module, or the tests and transcripts
+// that cover it; that these exist is tested above.
+func TestEachComplaintIsCovered(t *testing.T) {
 	_, section, found := strings.Cut(read(t).pages["TESTING.md"], "\n## Complaints of other clients\n")
 	if !found {
 		t.Fatal("TESTING.md has no section on the complaints of other clients")
@@ -169,7 +169,7 @@ func TestEachComplaintIsHeldBySomething(t *testing.T) {
 			t.Errorf("complaint %d is numbered %s", number, m[1])
 		}
 		if strings.TrimSpace(m[2]) == "" {
-			t.Errorf("complaint %d is held by nothing", number)
+			t.Errorf("complaint %d has no test and no reason", number)
 		}
 	}
 	if !strings.Contains(section, fmt.Sprintf(", %d in all,", number)) {
@@ -191,8 +191,8 @@ func TestMakeTargetsNamedInPagesExist(t *testing.T) {
 	}
 }
 
-// Links to this repository on GitHub count as relative ones.
-func TestLinksLeadSomewhere(t *testing.T) {
+// Links to this repository on GitHub count as relative.
+func TestLinksHaveATarget(t *testing.T) {
 	all := read(t)
 	own := regexp.MustCompile(`https://` + module + `/(?:blob|tree)/main/([^\s)"']+)`)
 	for page, text := range all.pages {
@@ -216,9 +216,9 @@ func TestLinksLeadSomewhere(t *testing.T) {
 				file = path.Join(path.Dir(page), file)
 			}
 			if !slices.Contains(all.files, strings.TrimSuffix(file, "/")) {
-				t.Errorf("%s: %s leads to no file", page, l)
+				t.Errorf("%s: the file of %s does not exist", page, l)
 			} else if anchor != "" && !slices.Contains(anchors(all.pages[file]), anchor) {
-				t.Errorf("%s: %s leads to no heading", page, l)
+				t.Errorf("%s: the heading of %s does not exist", page, l)
 			}
 		}
 	}
@@ -249,7 +249,7 @@ type block struct {
 	code      string
 }
 
-// blocks returns those of a page. Of a diff there are two.
+// blocks returns the blocks of a page. A diff has two.
 func blocks(page, text string) []block {
 	var all []block
 	add := func(at int, kind, signature, code string) {
@@ -321,7 +321,7 @@ func TestGoInPagesCompiles(t *testing.T) {
 	t.Logf("%d blocks", len(all))
 }
 
-func TestIndexLeadsToEachPageOfDocs(t *testing.T) {
+func TestIndexLinksEachPageOfDocs(t *testing.T) {
 	all := read(t)
 	if !strings.Contains(all.pages["README.md"], "](docs/README.md)") {
 		t.Error("README.md does not link docs/README.md")
@@ -335,7 +335,7 @@ func TestIndexLeadsToEachPageOfDocs(t *testing.T) {
 			t.Errorf("docs/README.md does not link %s", name)
 		}
 		if !regexp.MustCompile(`\A# .+\n\n\w`).MatchString(text) {
-			t.Errorf("%s does not begin with a heading and what it is for", page)
+			t.Errorf("%s does not begin with a heading and its purpose", page)
 		}
 	}
 }
@@ -368,7 +368,7 @@ func TestBothSidesOfADiffAreGo(t *testing.T) {
 	}
 }
 
-// importer finds packages that are loaded already, by their path.
+// importer finds loaded packages by their path.
 type importer map[string]*types.Package
 
 // Import implements types.Importer.
@@ -388,7 +388,7 @@ func (known importer) check(b block) error {
 		if err != nil && slices.Contains(b.imports, path) {
 			return err
 		}
-		if err == nil && !names[p.Name()] { // a block's own come first: net/mail gives way to go-mail
+		if err == nil && !names[p.Name()] { // a block's own imports come first: net/mail replaces go-mail
 			names[p.Name()] = true
 			fmt.Fprintf(&head, "import %q; ", path)
 		}
@@ -402,7 +402,7 @@ func (known importer) check(b block) error {
 	if strings.HasPrefix(b.code, "package ") {
 		file, err = parse(b.code)
 	} else if file, err = parse("package page; " + head.String() + b.code); err != nil {
-		// The panic is for blocks that leave out their last return.
+		// The panic is for blocks that omit their last return.
 		file, err = parse("package page; " + head.String() + "func _" + b.signature + " {\n" + b.code + "\npanic(0)\n}")
 	}
 	if err != nil {
@@ -410,7 +410,7 @@ func (known importer) check(b block) error {
 	}
 	var first error
 	conf := types.Config{Importer: known, Error: func(err error) {
-		if e, ok := err.(types.Error); first == nil && !(ok && e.Soft) { // soft: something is not used
+		if e, ok := err.(types.Error); first == nil && !(ok && e.Soft) { // soft: something is unused
 			first = err
 		}
 	}}

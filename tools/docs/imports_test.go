@@ -1,4 +1,4 @@
-// Here stand the libraries that only pages use, so that go.mod keeps them.
+// Imports of the libraries that only pages use, so that go.mod keeps them.
 package docs
 
 import (

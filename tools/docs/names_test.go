@@ -1,4 +1,4 @@
-// Here belongs what the pages for users name in their sentences: fields, methods and functions exist, and URLs are understood.
+// Tests the names in the sentences of the pages for users: fields, methods and functions exist, and URLs are valid.
 package docs
 
 import (
@@ -25,7 +25,7 @@ func forUsers(t *testing.T) map[string]string {
 	return pages
 }
 
-// dotted is a name in a sentence, with what stands behind it: "Limits.Rate", "Stats().Unknown", "smtptest.New(t)".
+// dotted is a name in a sentence, with what follows it: "Limits.Rate", "Stats().Unknown", "smtptest.New(t)".
 var dotted = regexp.MustCompile(`^(?:Config\.)?(\w+)(?:\(\))?\.([A-Z]\w*)(?:$|[^\w.])`)
 
 func TestNamesInPagesExist(t *testing.T) {
@@ -49,15 +49,15 @@ func TestNamesInPagesExist(t *testing.T) {
 			if exists, ours := lookUp(known, name[1], name[2]); ours {
 				number++
 				if !exists {
-					t.Errorf("%s: there is no %s", page, m[1])
+					t.Errorf("%s: %s does not exist", page, m[1])
 				}
 			}
 		}
 	}
 	if number < 100 {
-		t.Errorf("only %d names were found", number)
+		t.Errorf("found only %d names", number)
 	}
-	for span, want := range map[string][2]bool{ // that it can fail
+	for span, want := range map[string][2]bool{ // cases that must be told apart, so that the test can fail
 		"Limits.MaxConns": {true, true}, "Limits.MaxCons": {false, true}, "Stats().Unknown": {true, true}, "Config.Retry.On4xx": {true, true},
 		"smtptest.New(t)": {true, true}, "smtprelay.Nothing": {false, true}, "client.Send(ctx, m)": {true, true}, "Dialer.SSL": {false, false},
 	} {
@@ -90,8 +90,8 @@ func lookUp(known map[string]*types.Package, what, name string) (exists, ours bo
 	return false, ours
 }
 
-// A URL of a page may have words in capitals for what the reader fills in.
-func TestURLsInPagesAreUnderstood(t *testing.T) {
+// A URL of a page may have words in capitals as placeholders.
+func TestURLsInPagesAreValid(t *testing.T) {
 	inPage := regexp.MustCompile("[`'\"]((?:smtps?|smtp\\+insecure|sendgrid|ses|mailgun|postmark|mailjet|brevo|resend|sparkpost|mailtrap|gmail|microsoft365|mailpit)://[^`'\" ]*|\\?[a-z_]+=[^`'\" ]+)[`'\"]")
 	var seen []string
 	for page, text := range forUsers(t) {
@@ -110,7 +110,7 @@ func TestURLsInPagesAreUnderstood(t *testing.T) {
 		}
 	}
 	if slices.Sort(seen); len(slices.Compact(seen)) < 20 {
-		t.Error(fmt.Sprint("only these were found: ", seen))
+		t.Error(fmt.Sprint("found only these: ", seen))
 	}
 }
 
@@ -130,7 +130,7 @@ func TestTableOfLimitsHasEachFieldAndItsParameter(t *testing.T) {
 		delete(rows, field.Name)
 		switch {
 		case !ok:
-			t.Errorf("there is no row for %s", field.Name)
+			t.Errorf("%s has no row", field.Name)
 		case param != "":
 			value := "7"
 			if field.Type == reflect.TypeFor[time.Duration]() {

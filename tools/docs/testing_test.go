@@ -1,5 +1,5 @@
-// Here belongs what docs/testing.md says of smtptest and cannot be seen by compiling: its tests pass, and its faults end as its
-// table has it.
+// Tests what docs/testing.md says about smtptest and the compiler cannot check: its tests pass, and its faults end as its table
+// says.
 package docs
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// steps are those that the table of faults names.
+// steps are the steps that the table of faults names.
 var steps = map[string]smtptest.Step{"Rcpt": smtptest.Rcpt, "FinalDot": smtptest.FinalDot, "Auth": smtptest.Auth, "Data": smtptest.Data, "Accepted": smtptest.Accepted}
 
 // faultOf reads a composite literal such as {At: smtptest.Rcpt, Reply: "550 no"}.
@@ -33,7 +33,7 @@ func faultOf(t *testing.T, literal string) (f smtptest.Fault) {
 		switch key := pair.Key.(*ast.Ident).Name; key {
 		case "At":
 			if f.At = steps[pair.Value.(*ast.SelectorExpr).Sel.Name]; f.At == 0 {
-				t.Fatalf("%s: a step that is not known here", literal)
+				t.Fatalf("%s: unknown step", literal)
 			}
 		case "Reply":
 			if f.Reply, err = strconv.Unquote(pair.Value.(*ast.BasicLit).Value); err != nil {
@@ -44,13 +44,13 @@ func faultOf(t *testing.T, literal string) (f smtptest.Fault) {
 		case "Count":
 			f.Count = -1
 		default:
-			t.Fatalf("%s: a field that is not known here", literal)
+			t.Fatalf("%s: unknown field", literal)
 		}
 	}
 	return f
 }
 
-func TestFaultsEndAsThePageOnTestingSays(t *testing.T) {
+func TestFaultsEndAsTestingPageSays(t *testing.T) {
 	page, err := os.ReadFile("../../docs/testing.md")
 	if err != nil {
 		t.Fatal(err)
@@ -77,13 +77,13 @@ func TestFaultsEndAsThePageOnTestingSays(t *testing.T) {
 				t.Errorf("the relay has %d messages, want %d", n, want)
 			}
 			if fault.Hits() == 0 {
-				t.Error("the fault never happened")
+				t.Error("the fault did not strike")
 			}
 		})
 	}
 }
 
-// The tests that pages show, run in a module of their own.
+// Runs the tests that pages show, in a separate module.
 func TestTestsInPagesPass(t *testing.T) {
 	root, err := filepath.Abs("../..")
 	if err != nil {

@@ -1,5 +1,5 @@
-// Here belongs what keeps docs/troubleshooting.md complete: each text of an error in the source has an entry there, and each
-// entry's text is in the source.
+// Keeps docs/troubleshooting.md complete: each text of an error in the source has an entry there, and each entry's text is in the
+// source.
 package docs
 
 import (
@@ -19,24 +19,24 @@ import (
 
 const troubleshooting = "docs/troubleshooting.md"
 
-// sources are the packages whose errors a user of the library can meet. The packages of this module that they import are added.
+// sources are the packages whose errors a user of the library can get. The packages of this module that they import are added.
 var sources = []string{"", "smtp", "smtpapi", "preset"}
 
-// A text of an error is a string of two words or more, or any string that makes an error, except where it stands in one of these
-// places. So a new text is found wherever it is written: in a call, a return, a table or a constant.
+// A text of an error is a string of two words or more, or any string that makes an error, except in the places below. So a new
+// text is found wherever it is written: in a call, a return, a table or a constant.
 var (
-	// makers are the calls whose strings are errors even if they have a single word.
+	// makers are calls whose strings are errors even if they have a single word.
 	makers = []string{"errors.New", "fmt.Errorf", "mistake", "unfit", "notOffered"}
 	// readers are calls that compare, match or print their strings, or end the program with them.
 	readers = []string{"panic", "words", "queueID", "regexp.MustCompile", "strings.HasPrefix", "strings.TrimPrefix", "strings.Contains",
 		"log"}
 	// fields are fields of composite literals that hold no error.
 	fields = []string{"source"}
-	// others are the rest.
+	// others are single strings.
 	others = []string{
 		"remote error",                                                                       // crypto/tls writes it
 		"first path segment", "invalid character", "invalid port", "missing protocol scheme", // net/url writes them
-		"net/url: invalid control character", "net/url: invalid userinfo", // so too
+		"net/url: invalid control character", "net/url: invalid userinfo", // also net/url
 		"BDAT 8 (out of order, to see how the relay refuses it), RSET", // a line of a Trace
 		"and … more", "(and … more)", "queue ID", "queued as", // parts of a list of addresses, and of a receipt
 		"not accepted", "by port", // names of constants
@@ -54,7 +54,7 @@ var (
 	endsOfOne = regexp.MustCompile(`^(?:…?[;:] )+|(?:[;:] …?)+$|^smtpapi: `)
 )
 
-// plain is a text as an entry has it: "…" stands for what is filled in.
+// plain is a text as an entry writes it: "…" replaces each verb.
 func plain(format string) string {
 	text := strings.ReplaceAll(format, "%%", "\x00")
 	text = strings.ReplaceAll(verb.ReplaceAllString(text, "…"), "\x00", "%")
@@ -67,7 +67,7 @@ func plain(format string) string {
 	}
 }
 
-// errorTexts returns the texts of errors in the source, each with a place where it stands.
+// errorTexts returns the texts of errors in the source, each with a position.
 func errorTexts(t *testing.T) map[string]string {
 	t.Helper()
 	texts := map[string]string{}
@@ -130,7 +130,7 @@ func collect(file *ast.File, found func(at token.Pos, text string)) {
 	})
 }
 
-// stringOf is the text of a string literal, or of several joined by +; what is no literal becomes "…".
+// stringOf is the text of a string literal, or of several joined by +; other operands become "…".
 func stringOf(n ast.Node) (string, bool) {
 	switch n := n.(type) {
 	case *ast.BasicLit:
@@ -154,7 +154,7 @@ func stringOf(n ast.Node) (string, bool) {
 	return "", false
 }
 
-// skipped reports whether nothing in n, which stands in stack, is an error.
+// skipped reports whether nothing in n, with the parents in stack, is an error.
 func skipped(stack []ast.Node, n ast.Node) bool {
 	switch n := n.(type) {
 	case *ast.ImportSpec:
@@ -172,7 +172,7 @@ func skipped(stack []ast.Node, n ast.Node) bool {
 	return false
 }
 
-// makes reports whether a string that stands in stack is an argument of a call that makes an error.
+// makes reports whether the string below stack is an argument of a call that makes an error.
 func makes(stack []ast.Node) bool {
 	call, ok := stack[len(stack)-1].(*ast.CallExpr)
 	return ok && slices.Contains(makers, callee(call))
@@ -204,7 +204,7 @@ func TestEachErrorTextIsExplained(t *testing.T) {
 			continue
 		}
 		if !strings.Contains(item[len(head[0]):], "Cure:") {
-			t.Errorf("%.80s: no cure", item)
+			t.Errorf("%.80s: no remedy", item)
 		}
 		for _, m := range codeSpan.FindAllStringSubmatch(head[1], -1) {
 			if entries[m[1]] {
@@ -229,7 +229,7 @@ func TestEachErrorTextIsExplained(t *testing.T) {
 	t.Logf("%d texts, %d entries", len(texts), len(entries))
 }
 
-func TestTextsOfErrorsAreFoundWhereverTheyStand(t *testing.T) {
+func TestErrorTextsAreFoundEverywhere(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "a.go", `package a
 import "not an error"
 var errA = errors.New("one")

@@ -1,9 +1,9 @@
-// Mutants proves that the tests can fail. It breaks the client on purpose, one line at a time, in a copy of the module,
-// and runs the storm against each broken client; what the storm lets pass is given to all tests of the root module.
+// Mutants proves that the tests can fail. It breaks the client on purpose, one line at a time, in a copy of the module, and runs
+// the dialogues and the storm against each broken client; if they pass, it runs all tests of the root module.
 //
-//	go run ./tools/mutants            # all of them; exits with 1 if one survives or can no longer be made
-//	go run ./tools/mutants -only=RSET # those whose name contains this
-//	go run ./tools/mutants -check     # report those that can no longer be made, and run none
+//	go run ./tools/mutants            # all of them; exits with 1 if one survives or does not apply
+//	go run ./tools/mutants -only=RSET # those whose name contains RSET
+//	go run ./tools/mutants -check     # report those that do not apply, and run none
 //	go run ./tools/mutants -list
 package main
 
@@ -25,14 +25,14 @@ import (
 type mutant struct {
 	name     string // what the client does wrong
 	file     string // below the root of the module
-	old, new string // old must be there exactly once
+	old, new string // old must occur exactly once
 }
 
 var (
 	only  = flag.String("only", "", "run the mutants whose name contains `text`")
 	list  = flag.Bool("list", false, "list the mutants and run none")
-	check = flag.Bool("check", false, "report the mutants that can no longer be made and run none")
-	seeds = flag.Int("seeds", 3000, "how many seeds of the storm each has to survive")
+	check = flag.Bool("check", false, "report the mutants that do not apply and run none")
+	seeds = flag.Int("seeds", 3000, "how many seeds of the storm to run against each")
 )
 
 func main() {
@@ -60,7 +60,7 @@ func run() error {
 		return err
 	}
 	caught, missed := 0, 0
-	for _, m := range append([]mutant{{name: "none: the client as it is"}}, mutants...) {
+	for _, m := range append([]mutant{{name: "none: the client unchanged"}}, mutants...) {
 		if *list || !strings.Contains(m.name, *only) && m.file != "" {
 			if *list && m.file != "" {
 				fmt.Printf("%s: %s\n", m.file, m.name)
@@ -85,12 +85,12 @@ func run() error {
 	}
 	fmt.Printf("%d caught, %d not\n", caught, missed)
 	if missed > 0 {
-		return errors.New("a mutant has survived, or can no longer be made")
+		return errors.New("a mutant has survived or does not apply")
 	}
 	return nil
 }
 
-// checkAll reports each mutant that cannot be made of the source below root.
+// checkAll reports each mutant that does not apply to the source below root.
 func checkAll(root string) error {
 	var errs []error
 	for _, m := range mutants {
@@ -98,23 +98,24 @@ func checkAll(root string) error {
 			errs = append(errs, fmt.Errorf("%s: %w", m.name, err))
 		}
 	}
-	fmt.Printf("%d mutants, %d cannot be made\n", len(mutants), len(errs))
+	fmt.Printf("%d mutants, %d do not apply\n", len(mutants), len(errs))
 	return errors.Join(errs...)
 }
 
-// source returns the file that m changes, or an error if it does not have exactly one place to change.
+// source returns the file that m changes, or an error unless old occurs in it exactly once.
 func (m mutant) source(root string) ([]byte, error) {
 	src, err := os.ReadFile(filepath.Join(root, filepath.FromSlash(m.file)))
 	if err != nil {
 		return nil, err
 	}
 	if n := bytes.Count(src, []byte(m.old)); n != 1 {
-		return nil, fmt.Errorf("%q is %d times in %s, want once", m.old, n, m.file)
+		return nil, fmt.Errorf("%q occurs %d times in %s, want once", m.old, n, m.file)
 	}
 	return src, nil
 }
 
-// try makes one mutant, tests it and unmakes it. It reports whether that went as it should.
+// try makes one mutant, tests it and reverts it. It reports whether a test caught the mutant or, for no mutant, whether all
+// passed.
 func try(dir string, m mutant) (verdict string, ok bool) {
 	if m.file != "" {
 		path := filepath.Join(dir, filepath.FromSlash(m.file))
@@ -159,10 +160,10 @@ func command(dir string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// fault is how a failure begins in the output of go test.
+// fault matches the beginning of a failure in the output of go test.
 var fault = regexp.MustCompile(`(?m)^\s+\w+_test\.go:\d+: (.*)$|^(panic: .*)$|^(fatal error: .*)$`)
 
-// firstFault returns the first line of the output that tells what is wrong.
+// firstFault returns the first line of the output that describes a failure.
 func firstFault(out string) string {
 	for _, m := range fault.FindAllStringSubmatch(out, -1) {
 		for _, text := range m[1:] {
@@ -179,7 +180,7 @@ func moduleRoot() (string, error) {
 	return string(bytes.TrimSpace(out)), err
 }
 
-// copyModule copies the root module. Modules below it stay behind.
+// copyModule copies the root module, without the modules below it.
 func copyModule(to, from string) error {
 	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -1,4 +1,4 @@
-// Command shape prints how the code is cut, so that a change of it can be seen in figures: go run ./tools/shape [-dir PATH].
+// Command shape prints figures about how the code is divided, so that a change can be measured: go run ./tools/shape [-dir PATH].
 package main
 
 import (
@@ -79,13 +79,13 @@ func run(dir string) error {
 			}
 		}
 	}
-	fmt.Printf("%6d  lines of Go of the root, internal and smtptest, tests and their tools left out\n", lines)
+	fmt.Printf("%6d  lines of Go in the root, internal and smtptest, without tests and their tools\n", lines)
 	fmt.Printf("%6d  files of more than 500 lines\n", long)
 	fmt.Printf("%6d  fields that are mutexes\n", mutexes)
 
 	root := slices.IndexFunc(pkgs, func(p *packages.Package) bool { return p.Name == "smtprelay" })
 	both, pairs := mutual(fset, pkgs[root])
-	fmt.Printf("%6d  of %d pairs of root files that know each other do so both ways\n", both, pairs)
+	fmt.Printf("%6d  of %d pairs of root files that use each other do so both ways\n", both, pairs)
 	return nil
 }
 

@@ -1,9 +1,9 @@
 //go:build cutpath && linux
 
-// Package cutpath sends over a path that is really cut: client, router and relay are in network namespaces of their own, and the
-// router stops forwarding. It needs root and iproute2, so that it stands behind a build tag: make cutpath.
+// Package cutpath sends over a path that is really cut: client, router and relay are in separate network namespaces, and the
+// router stops forwarding. It needs root and iproute2, so it has a build tag: make cutpath.
 //
-// Here belongs what only a kernel can show: a packet that is lost without a word, and a window that is full.
+// These tests need a kernel: a packet lost without a trace, and a full window.
 package cutpath
 
 import (
@@ -24,7 +24,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
-// namespace is a network namespace, which one thread is in. A socket stays in the namespace that it was made in.
+// namespace is a network namespace with one thread in it. A socket stays in the namespace in which it was created.
 type namespace struct {
 	todo chan func()
 	tid  int
@@ -33,7 +33,7 @@ type namespace struct {
 func newNamespace(t *testing.T) *namespace {
 	ns := &namespace{todo: make(chan func())}
 	ready := make(chan error)
-	go func() { // ends with the test, and its thread with it, since that is not unlocked
+	go func() { // ends with the test, and its thread too, because it is not unlocked
 		runtime.LockOSThread()
 		err := syscall.Unshare(syscall.CLONE_NEWNET)
 		ns.tid = syscall.Gettid()
@@ -109,7 +109,7 @@ func newPath(t *testing.T, serve func(net.Conn)) *path {
 	return p
 }
 
-// forward mends the path, or cuts it.
+// forward switches forwarding on or off.
 func (p *path) forward(t *testing.T, yes bool) {
 	t.Helper()
 	value := "0"
@@ -123,7 +123,7 @@ func (p *path) forward(t *testing.T, yes bool) {
 	})
 }
 
-// dial is Config.Dial from the client's namespace. It hides the socket where hide says so.
+// dial is Config.Dial from the client's namespace. With hide the client does not see the socket.
 func (p *path) dial(hide bool, control func(network, address string, c syscall.RawConn) error) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, network, addr string) (nc net.Conn, err error) {
 		p.client.do(func() {
@@ -140,8 +140,8 @@ func message() smtprelay.Message {
 	return smtprelay.Message{From: "a@x.example", To: []string{"b@y.example"}, Body: smtprelay.Bytes([]byte("Subject: x\r\n\r\nhello\r\n"))}
 }
 
-// A path that is cut under a warm connection is noticed as soon as Timeouts.Unacked is over, and the message takes another
-// connection once the path is there again. The other limits would take half a minute.
+// A cut under a warm connection is noticed after Timeouts.Unacked, and the message takes another connection once the path works
+// again. The other limits would take half a minute.
 func TestCutPathUnderAWarmConnectionIsNoticed(t *testing.T) {
 	for name, hide := range map[string]bool{"by the client": false, "by the Control of the caller's dialer": true} {
 		t.Run(name, func(t *testing.T) {
@@ -177,18 +177,18 @@ func TestCutPathUnderAWarmConnectionIsNoticed(t *testing.T) {
 					t.Errorf("the connection was closed for %v, want %v", i.Err, syscall.ETIMEDOUT)
 				}
 			case err := <-sent:
-				t.Errorf("the Send is over before the connection: %v", err)
+				t.Errorf("Send returned before the connection ended: %v", err)
 			}
 			p.forward(t, true)
 			if err := <-sent; err != nil {
-				t.Errorf("after the path was mended: %v", err)
+				t.Errorf("after the path was restored: %v", err)
 			}
 		})
 	}
 }
 
-// A relay that is alive and takes nothing for longer than Timeouts.Unacked keeps its connection: its window is full, and its kernel
-// says so.
+// A live relay that reads nothing for longer than Timeouts.Unacked keeps its connection: its window is full, and its kernel says
+// so.
 func TestFullWindowIsNoCutPath(t *testing.T) {
 	goOn := make(chan struct{})
 	var conns atomic.Int64
@@ -220,7 +220,7 @@ func TestFullWindowIsNoCutPath(t *testing.T) {
 	}
 }
 
-// waitingWriter takes nothing before goOn is closed.
+// waitingWriter writes nothing before goOn is closed.
 type waitingWriter struct{ goOn chan struct{} }
 
 func (w waitingWriter) Write(p []byte) (int, error) {

@@ -1,4 +1,4 @@
-// Here: the calls of a transcript (`>`), how they end (`<`), and what is checked of each.
+// The calls of a transcript (`>`), how they end (`<`), and what is checked for each.
 package dialogue
 
 import (
@@ -24,7 +24,7 @@ type call struct {
 	name    string
 	kind    string // send, ping, shutdown or close
 	message smtprelay.Message
-	whole   bool   // the body is not meant to fail
+	whole   bool   // the body does not fail
 	wire    string // the body as DATA must carry it
 	chunks  string // the body as BDAT must carry it
 	cancel  context.CancelFunc
@@ -32,9 +32,9 @@ type call struct {
 
 	// Guarded by the dialogue's lock.
 	asked    int            // times that BeforeEnd was called
-	allowed  map[string]int // times that it has said yes for a recipient
+	allowed  map[string]int // times that it allowed the end for a recipient
 	returned int
-	when     int // it returned, by the dialogue's count of events
+	when     int // when it returned, by the dialogue's count of events
 	receipt  smtprelay.Receipt
 	err      error
 	panicked any
@@ -43,7 +43,7 @@ type call struct {
 	ended chan struct{} // closed when it has returned
 }
 
-// begin is a > line.
+// begin plays a > line.
 func (d *dialogue) begin(s step) error {
 	ws := words(s.text)
 	var bare []string
@@ -72,7 +72,7 @@ func (d *dialogue) begin(s step) error {
 	}
 	c := &call{name: bare[0], kind: bare[1], ended: make(chan struct{})}
 	if d.call(c.name) != nil {
-		return s.errorf("there is a call %q already", c.name)
+		return s.errorf("there already is a call %q", c.name)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	if t := o.duration("timeout"); t != 0 {
@@ -99,7 +99,7 @@ func (d *dialogue) begin(s step) error {
 	case "close":
 		work = d.client.Close
 	default:
-		return s.errorf("%q is no call", c.kind)
+		return s.errorf("unknown call %q", c.kind)
 	}
 	if err := o.rest(); err != nil {
 		return s.errorf("%v", err)
@@ -108,7 +108,7 @@ func (d *dialogue) begin(s step) error {
 	for _, b := range d.calls {
 		if b.kind == "send" && b.message.From == c.message.From && slices.ContainsFunc(b.message.To, func(to string) bool { return slices.Contains(c.message.To, to) }) {
 			d.mu.Unlock()
-			return s.errorf("calls %s and %s have sender and a recipient in common, so that their transactions could not be told apart", b.name, c.name)
+			return s.errorf("calls %s and %s share the sender and a recipient, so their transactions cannot be distinguished", b.name, c.name)
 		}
 	}
 	d.calls = append(d.calls, c)
@@ -229,8 +229,8 @@ func (d *dialogue) compose(c *call, o *settings) error {
 
 var errBeforeEnd = errors.New("the intent cannot be written")
 
-// beforeEnd is the BeforeEnd of c: "" says yes; "fail" says no, "fail-at-2" the second time; "wait" waits for the end of its
-// context, and "30s" for as long before it says yes.
+// beforeEnd is the BeforeEnd of c: "" says yes; "fail" says no, "fail-at-2" the second time; "wait" waits until its context ends,
+// and "30s" waits this long before it says yes.
 func (d *dialogue) beforeEnd(c *call, how string) func(context.Context, []string) error {
 	return func(ctx context.Context, to []string) error {
 		d.mu.Lock()
@@ -265,7 +265,7 @@ func (d *dialogue) beforeEnd(c *call, how string) func(context.Context, []string
 
 var errBody = errors.New("the template failed")
 
-// testBody is a body of which the client cannot know the size, and which can fail.
+// testBody is a body whose size the client cannot know, and which can fail.
 type testBody struct {
 	text   string
 	failAt int // octets after which writing fails; negative: never
@@ -298,7 +298,7 @@ func (b *testBody) WriteTo(w io.Writer) (int64, error) {
 	return int64(n), err
 }
 
-// outcome is how a < line would tell it.
+// outcome is the text of a < line for the call.
 func (c *call) outcome() string {
 	if c.kind != "send" {
 		if c.err == nil {
@@ -311,7 +311,7 @@ func (c *call) outcome() string {
 	}
 	e, ok := errors.AsType[*smtprelay.Error](c.err)
 	if !ok {
-		return fmt.Sprintf("with an error that is no *Error: %v", c.err)
+		return fmt.Sprintf("with an error that is not an *Error: %v", c.err)
 	}
 	word := map[smtprelay.Outcome]string{
 		smtprelay.Accepted: "accepted", smtprelay.NotAccepted: "refused", smtprelay.Unknown: "unknown",
@@ -322,7 +322,7 @@ func (c *call) outcome() string {
 	return fmt.Sprintf("%s (%v)", word, c.err)
 }
 
-// code is that of the reply which decided.
+// code is the code of the reply that decided the outcome.
 func (c *call) code() int {
 	if e, ok := errors.AsType[*smtprelay.Error](c.err); ok && e.Outcome != smtprelay.Accepted {
 		return e.Reply.Code
@@ -330,7 +330,7 @@ func (c *call) code() int {
 	return c.receipt.Reply.Code
 }
 
-// unseen returns an error if a call has ended and the script did not say so.
+// unseen returns an error if a call has ended without a < line.
 func (d *dialogue) unseen(s step) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -348,7 +348,7 @@ func (d *dialogue) unseen(s step) error {
 	return nil
 }
 
-// ended is a < line.
+// ended plays a < line.
 func (d *dialogue) ended(s step) error {
 	ws := words(s.text)
 	if len(ws) < 2 {
@@ -364,7 +364,7 @@ func (d *dialogue) ended(s step) error {
 		return s.errorf("call %s has not ended", c.name)
 	}
 	if c.seen {
-		return s.errorf("call %s has ended before", c.name)
+		return s.errorf("call %s had already ended", c.name)
 	}
 	c.seen = true
 	if err := c.check(ws[1:]); err != nil {
@@ -470,34 +470,34 @@ func (c *call) check(ws []word) error {
 	return c.consistent()
 }
 
-// consistent checks what holds of every result, whatever the script.
+// consistent checks what must hold for every result, whatever the script.
 func (c *call) consistent() error {
 	if c.err == nil {
 		if c.kind != "send" {
 			return nil
 		}
 		if c.receipt.Reply.Code/100 != 2 {
-			return fmt.Errorf("accepted, and the receipt has code %d", c.receipt.Reply.Code)
+			return fmt.Errorf("accepted, but the receipt has code %d", c.receipt.Reply.Code)
 		}
 		if len(c.receipt.Recipients) != len(c.message.To) {
-			return fmt.Errorf("the receipt tells of %d recipients, not %d", len(c.receipt.Recipients), len(c.message.To))
+			return fmt.Errorf("the receipt has %d recipients, not %d", len(c.receipt.Recipients), len(c.message.To))
 		}
 		for i, r := range c.receipt.Recipients {
 			if r.To != c.message.To[i] || r.Outcome != smtprelay.Accepted || r.Reply.Code/100 != 2 {
-				return fmt.Errorf("no error, and recipient %d is %+v", i+1, r)
+				return fmt.Errorf("no error, but recipient %d is %+v", i+1, r)
 			}
 		}
 		return nil
 	}
 	if c.kind == "shutdown" {
-		return nil // the context's error as it is
+		return nil // the context's own error
 	}
 	e, ok := errors.AsType[*smtprelay.Error](c.err)
 	if !ok {
-		return errors.New("the error is no *Error")
+		return errors.New("the error is not an *Error")
 	}
 	if got := smtprelay.OutcomeOf(c.err); got != e.Outcome {
-		return fmt.Errorf("OutcomeOf is %v, and the error's outcome %v", got, e.Outcome)
+		return fmt.Errorf("OutcomeOf is %v, but the error's outcome %v", got, e.Outcome)
 	}
 	if _, ok := errors.AsType[net.Error](c.err); !ok {
 		return errors.New("errors.As finds no net.Error")
@@ -516,10 +516,10 @@ func (c *call) consistent() error {
 	return nil
 }
 
-// consistentRecipients checks that e tells of all of to, and of the whole what it tells of each.
+// consistentRecipients checks that e has each recipient of to, and that its outcome as a whole matches theirs.
 func consistentRecipients(e *smtprelay.Error, to []string) error {
 	if len(e.Recipients) != len(to) {
-		return fmt.Errorf("the error tells of %d recipients, not %d", len(e.Recipients), len(to))
+		return fmt.Errorf("the error has %d recipients, not %d", len(e.Recipients), len(to))
 	}
 	had := make(map[smtprelay.Outcome]bool)
 	for i, r := range e.Recipients {
@@ -539,13 +539,13 @@ func consistentRecipients(e *smtprelay.Error, to []string) error {
 	}
 	switch again := smtprelay.RetryTo(e); {
 	case !fits && len(to) > 0:
-		return fmt.Errorf("the outcome is %v, and those of the recipients %v", e.Outcome, e.Recipients)
+		return fmt.Errorf("the outcome is %v, but the recipients are %v", e.Outcome, e.Recipients)
 	case e.Scope == smtprelay.ScopeUnknown:
 		return errors.New("the scope is unknown")
 	case smtprelay.ShouldRetry(e) && (e.Outcome != smtprelay.NotAccepted || len(again) == 0):
-		return fmt.Errorf("ShouldRetry is true, the outcome %v, and RetryTo %v", e.Outcome, again)
+		return fmt.Errorf("ShouldRetry is true, but the outcome is %v and RetryTo %v", e.Outcome, again)
 	case e.Temporary() && e.Outcome != smtprelay.NotAccepted:
-		return fmt.Errorf("temporary, and the outcome is %v", e.Outcome)
+		return fmt.Errorf("temporary, but the outcome is %v", e.Outcome)
 	}
 	return nil
 }

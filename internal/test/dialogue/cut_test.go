@@ -1,4 +1,4 @@
-// Here: every transcript played again with the connection lost after each octet, and the rules that hold whatever happens.
+// Plays every transcript again with the connection lost after each octet, and checks the rules that hold whatever happens.
 package dialogue
 
 import (
@@ -19,18 +19,18 @@ import (
 
 var every = flag.Int("cut-every", 0, "play every nth of the dialogues with a cut; 1 is all; 0 is every 4th, and every 64th under the race detector")
 
-// said is something that crossed in a run to the script.
+// said is data that passed in a run by the script.
 type said struct {
 	conn   int
 	dir    direction
 	text   string
-	played int // lines of the script that were played before
+	played int // number of lines of the script that were played before
 }
 
-// TestDialogueCutAnywhere plays each script again with a connection lost after the Nth octet in either direction, for every
-// N. The relay keeps to the script until then, and improvises afterwards. Whatever happens, the rules of truths must hold.
+// TestDialogueCutAnywhere plays each script again with a connection lost after the Nth octet in either direction, for every N.
+// The relay keeps to the script until then, and improvises afterwards. Whatever happens, the rules of truths must hold.
 func TestDialogueCutAnywhere(t *testing.T) {
-	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run leaves little behind
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run keeps little memory
 	plan := cuts(t)
 	thin(plan)
 	var total atomic.Int64
@@ -55,8 +55,8 @@ func TestDialogueCutAnywhere(t *testing.T) {
 	t.Logf("%d cases", total.Load())
 }
 
-// cuts plans the cuts of each script. Scripts have their beginnings in common, so that a cut which would repeat another
-// script's to the octet is left out. Around line ends all variants are played, elsewhere one of four.
+// cuts plans the cuts of each script. Scripts share beginnings, so a cut that would repeat another script's to the octet is
+// omitted. Around line ends all variants are played, elsewhere one of four.
 func cuts(t *testing.T) map[*script][]*cut {
 	plan := map[*script][]*cut{}
 	known := map[uint64]bool{}
@@ -67,7 +67,7 @@ func cuts(t *testing.T) map[*script][]*cut {
 		}
 		d := newDialogue(s)
 		if err := d.run(t); err != nil {
-			t.Logf("%s does not go by its script and is not cut: see TestDialogue", s.name)
+			t.Logf("%s fails without a cut and is not cut: see TestDialogue", s.name)
 			t.Fail()
 			continue
 		}
@@ -79,7 +79,7 @@ func cuts(t *testing.T) map[*script][]*cut {
 			}
 		}
 		if _, secure := s.config["tls"]; secure {
-			// The octets are TLS records of varying length: count them instead of looking at them.
+			// These octets are TLS records of varying length: count them without comparing.
 			for _, c := range d.conns {
 				for at := 0; at < int(c.link.written.Load()); at += 37 {
 					add(c.n, toRelay, at, false)
@@ -101,7 +101,7 @@ func cuts(t *testing.T) map[*script][]*cut {
 				at := offset[x.conn][x.dir] + i
 				edge := strings.Contains(x.text[max(0, i-2):min(len(x.text), i+1)], "\n")
 				if i > 500 && i%31 != 0 && !edge || i > 2000 && i%1009 != 0 {
-					continue // in the midst of a long text
+					continue // in the middle of a long text
 				}
 				key := maphash.String(seed, fmt.Sprint(x.conn, x.dir, at, before, "\n", x.text[:i]))
 				if known[key] {
@@ -116,7 +116,7 @@ func cuts(t *testing.T) map[*script][]*cut {
 	return plan
 }
 
-// thin leaves every nth case in plan.
+// thin keeps every nth case of plan.
 func thin(plan map[*script][]*cut) {
 	n := *every
 	if n == 0 {
@@ -130,14 +130,14 @@ func thin(plan map[*script][]*cut) {
 	}
 	for s, ks := range plan {
 		var left []*cut
-		for i := len(s.name) % n; i < len(ks); i += n { // not the same places in each
+		for i := len(s.name) % n; i < len(ks); i += n { // different places in each script
 			left = append(left, ks[i])
 		}
 		plan[s] = left
 	}
 }
 
-// outlive lets all calls come to their end after a cut.
+// outlive lets all calls end after a cut.
 func (d *dialogue) outlive() error {
 	time.Sleep(3 * time.Hour) // far longer than all timeouts and attempts together
 	synctest.Wait()
@@ -152,7 +152,7 @@ func (d *dialogue) outlive() error {
 	return errors.Join(errs...)
 }
 
-// truths checks the outcome of every Send against what crossed: the rules that hold whatever happens.
+// truths checks the outcome of every Send against the data that passed: the rules that hold whatever happens.
 func (d *dialogue) truths() error {
 	var errs []error
 	wrong := func(c *call, format string, args ...any) {
@@ -173,9 +173,9 @@ func (d *dialogue) truths() error {
 		if c.kind != "send" {
 			continue
 		}
-		taken := map[string]bool{} // recipients for whom the message is not to be offered again
+		taken := map[string]bool{} // recipients to whom the message must not be offered again
 		accepted, open := map[string]bool{}, map[string]bool{}
-		ends := map[string]int{} // times that the end of the message may have left for a recipient
+		ends := map[string]int{} // times that the end of the message may have been sent for a recipient
 		for _, x := range d.offered() {
 			var offered []string
 			for i, to := range x.to {
@@ -187,7 +187,7 @@ func (d *dialogue) truths() error {
 				continue
 			}
 			ended := x.dot || x.short && x.body == c.form(x)
-			if strings.Contains(x.body, "\n") || ended { // enough to tell it from an empty one
+			if strings.Contains(x.body, "\n") || ended { // enough to distinguish it from an empty one
 				for _, to := range offered {
 					if taken[to] {
 						wrong(c, "it was offered to %s again", to)
@@ -199,23 +199,23 @@ func (d *dialogue) truths() error {
 			}
 			for _, to := range x.to {
 				if ends[to]++; c.asks && ends[to] > c.allowed[to] {
-					wrong(c, "its end left for %s, and BeforeEnd has said yes %d times", to, c.allowed[to])
+					wrong(c, "its end was sent for %s, but BeforeEnd has returned nil %d times", to, c.allowed[to])
 				}
 			}
 			if !c.whole {
 				wrong(c, "a message whose body fails got its final dot")
 			} else if x.body != c.form(x) {
-				wrong(c, "what the relay got is not the body: %q", x.body)
+				wrong(c, "the relay got something else than the body: %q", x.body)
 			}
-			told := open // as far as the call could know
+			told := open // as far as the call can know
 			switch {
 			case x.final == 0 || x.when > c.when:
-			case x.final/100 == 2 && x.mail/100 != 2: // for whom, nobody knows
+			case x.final/100 == 2 && x.mail/100 != 2: // it is unclear for whom
 			case x.final/100 == 2:
 				told = accepted
 			case x.final/100 == 4 || x.final/100 == 5:
 				if _, again := d.script.config["temporary"]; again || x.final == 421 || x.final == 432 || x.slow {
-					continue // it may be tried again
+					continue // it may be retried
 				}
 				told = map[string]bool{}
 			}
@@ -231,7 +231,7 @@ func (d *dialogue) truths() error {
 		}
 		switch {
 		case outcome == smtprelay.Unknown && len(open) == 0:
-			wrong(c, "but no final dot of it was written in full and left without a reply")
+			wrong(c, "but it has no final dot that was written in full and got no reply")
 		case outcome == smtprelay.Accepted && len(accepted) == 0:
 			wrong(c, "but the relay has not said so")
 		case outcome == smtprelay.NotAccepted && len(accepted) > 0:
@@ -248,14 +248,14 @@ func (d *dialogue) truths() error {
 				want = smtprelay.Unknown
 			}
 			if r.Outcome != want {
-				wrong(c, "the receipt says %v for %s, and it was %v", r.Outcome, r.To, want)
+				wrong(c, "the receipt says %v for %s, but it was %v", r.Outcome, r.To, want)
 			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// offered returns the transactions for which the relay was ready to take a message, in that order.
+// offered returns the transactions for which the relay was ready to accept a message, in order.
 func (d *dialogue) offered() (all []*transaction) {
 	for _, c := range d.conns {
 		for _, x := range c.ledger.txs {
@@ -268,7 +268,7 @@ func (d *dialogue) offered() (all []*transaction) {
 	return all
 }
 
-// owns tells whether x is a transaction of c, by its envelope and by as much of the body as crossed.
+// owns reports whether x is a transaction of c, by its envelope and by the part of the body that passed.
 func (c *call) owns(x *transaction) bool {
 	if x.from != strings.TrimSuffix(strings.TrimPrefix(c.message.From, "<"), ">") {
 		return false

@@ -1,5 +1,5 @@
-// Package dialogue plays the transcripts of testdata to the client, being the relay: every command and reply, octet by octet.
-// README.md says how to write one. In this file: the tests that play them as they are written, and the player.
+// Package dialogue plays the transcripts of testdata to the client, in the role of the relay: every command and reply, octet by
+// octet. README.md says how to write one. This file has the tests that play them as written, and the player.
 package dialogue
 
 import (
@@ -31,9 +31,9 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-var update = flag.Bool("update", false, "rewrite the C: lines of the dialogue scripts that are run with what the client said")
+var update = flag.Bool("update", false, "rewrite the C: lines of the scripts that are run with what the client sent")
 
-// TestDialogue plays the transcripts of testdata, being the relay.
+// TestDialogue plays the transcripts of testdata.
 func TestDialogue(t *testing.T) {
 	for _, s := range readScripts(t) {
 		t.Run(s.name, func(t *testing.T) {
@@ -74,17 +74,17 @@ func readScripts(t *testing.T) (all []*script) {
 	return all
 }
 
-// A dialogue is one performance of a script: the client, the relay's ends of its connections, the calls.
+// A dialogue is one run of a script: the client, the relay's ends of its connections, the calls.
 type dialogue struct {
 	script *script
-	cut    *cut // nil: nothing is lost, and the client must keep to the script
+	cut    *cut // nil: nothing is lost, and the client must follow the script
 	client *smtprelay.Client
 	began  time.Time
 	logged bytes.Buffer // what LogTrace wrote
 	secret string
 	buffer int  // octets that a connection holds in each direction
 	single bool // the relay writes byte by byte
-	off    bool // the script is left: the relay improvises
+	off    bool // the run has left the script: the relay improvises
 
 	dialer func(ctx context.Context, network, addr string) (net.Conn, error) // the client's Config.Dial
 
@@ -92,18 +92,18 @@ type dialogue struct {
 
 	mu      sync.Mutex // guards the fields below
 	turns   int        // runs of C lines
-	said    []said     // what crossed; for planning the cuts
-	played  []string   // lines of the script, and bodies
-	events  int        // that the order matters of: a 354, a final reply, the end of a call
+	said    []said     // data that passed; for planning the cuts
+	played  []string   // lines of the script, and bodies, so far
+	events  int        // number of events whose order matters: a 354, a final reply, the end of a call
 	conns   []*relayConn
-	dialing string // what a dial meets: "" a connection, "refuse", or "hang"
+	dialing string // the result of a dial: "" a connection, "refuse", or "hang"
 	calls   []*call
 	log     []string
 }
 
 // An edit replaces lines of a script.
 type edit struct {
-	from, to int // as in a slice of its lines
+	from, to int // indices into its lines, as of a slice
 	lines    []string
 }
 
@@ -113,7 +113,7 @@ func newDialogue(s *script) *dialogue {
 	return d
 }
 
-// run plays the script in a bubble of its own. Whatever is left running in the bubble is an error.
+// run plays the script in its own bubble. A goroutine left running in the bubble is an error.
 func (d *dialogue) run(t *testing.T) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -134,7 +134,7 @@ func (d *dialogue) run(t *testing.T) (err error) {
 	return err
 }
 
-// start makes the client that the script asks for.
+// start creates the client that the script asks for.
 func (d *dialogue) start() error {
 	o := settings{values: map[string]string{}}
 	for k, v := range d.script.config {
@@ -240,9 +240,9 @@ func (d *dialogue) start() error {
 	return err
 }
 
-// play performs the script, line by line. In a run with a cut it goes off the script as soon as the connection is lost.
+// play runs the script, line by line. With a cut it leaves the script as soon as the connection is lost.
 func (d *dialogue) play() error {
-	var expected []step // C lines that nothing has asked about yet
+	var expected []step // C lines that were not compared yet
 	steps := d.script.steps
 	for i := 0; i < len(steps); i++ {
 		s := steps[i]
@@ -304,20 +304,20 @@ func (d *dialogue) play() error {
 	}
 	for _, c := range d.conns {
 		if !c.scripted {
-			return end.errorf("connection %d was opened and the script says nothing of it", c.n)
+			return end.errorf("connection %d was opened, but the script does not mention it", c.n)
 		}
 	}
 	return d.unseen(end)
 }
 
-// note remembers that a line was played.
+// note records that a line was played.
 func (d *dialogue) note(line string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.played = append(d.played, line)
 }
 
-// quiet waits until everything has settled. Then the client must have said what expected says, no less and no more.
+// quiet waits until nothing moves. Then the client must have sent exactly what expected says.
 func (d *dialogue) quiet(expected []step, next *step) error {
 	d.settle(next)
 	if d.cut != nil && d.cut.happened() {
@@ -350,7 +350,7 @@ func (d *dialogue) quiet(expected []step, next *step) error {
 	switch {
 	case problem == nil:
 	case d.cut != nil:
-		d.improvise() // the client has taken another way before the cut: a back-off of random length, perhaps
+		d.improvise() // before the cut the client did something else than in the script, perhaps after a random back-off
 	case *update:
 		return d.amend(expected, *next, got)
 	}
@@ -360,7 +360,8 @@ func (d *dialogue) quiet(expected []step, next *step) error {
 	return problem
 }
 
-// heard compares what the client said on c since the last time with the C lines about it. It returns what it said as such lines.
+// heard compares what the client has sent on c since the last call with the C lines for c. It returns what the client sent, as
+// such lines.
 func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []string, err error) {
 	got := string(c.take())
 	var want strings.Builder
@@ -391,10 +392,10 @@ func (d *dialogue) heard(c *relayConn, expected []step, next step) (lines []stri
 	case got == want.String() && !any:
 	case any && strings.HasPrefix(got, want.String()) && len(got) > want.Len():
 	default:
-		err = from.errorf("connection %d: the client said\n%s\nbut the script has\n%s", c.n, indent(got), indent(want.String()))
+		err = from.errorf("connection %d: the client sent\n%s\nbut the script has\n%s", c.n, indent(got), indent(want.String()))
 	}
 	if err == nil && ended != ends {
-		err = from.errorf("connection %d: the client's end is %q, in the script it is %q", c.n, ended, ends)
+		err = from.errorf("connection %d: the client's close is %q, in the script it is %q", c.n, ended, ends)
 	}
 	head := "C"
 	if c.n > 1 {
@@ -431,13 +432,13 @@ func indent(text string) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// amend notes for rewrite that the C lines of the script are to be replaced by got.
+// amend records for rewrite that got replaces the C lines of the script.
 func (d *dialogue) amend(expected []step, next step, got []string) error {
 	file := filepath.Join(scriptDir, d.script.name+".txt")
 	e := edit{from: next.line - 1, to: next.line - 1, lines: got}
 	for i, s := range expected {
 		if s.file != file {
-			return s.errorf("the client says otherwise, and -update leaves fragments alone")
+			return s.errorf("the client sent something else, and -update does not change fragments")
 		}
 		if i == 0 {
 			e.from = s.line - 1
@@ -445,13 +446,13 @@ func (d *dialogue) amend(expected []step, next step, got []string) error {
 		e.to = s.line
 	}
 	if next.file != file && len(expected) == 0 {
-		return next.errorf("the client speaks here, and -update leaves fragments alone")
+		return next.errorf("the client sent something here, and -update does not change fragments")
 	}
 	d.edits = append(d.edits, e)
 	return nil
 }
 
-// rewrite is -update.
+// rewrite carries out -update.
 func (d *dialogue) rewrite() error {
 	if len(d.edits) == 0 {
 		return nil
@@ -468,14 +469,14 @@ func (d *dialogue) rewrite() error {
 	return os.WriteFile(file, []byte(strings.Join(lines, "\n")), 0o666)
 }
 
-// settle lets everybody run until nobody can, and the relay read all that it is sent.
+// settle lets all goroutines run until they block, and the relay read everything that was sent.
 func (d *dialogue) settle(next *step) {
 	for {
 		synctest.Wait()
 		moved := false
 		for _, c := range d.connections() {
 			if next != nil && next.kind == '!' && next.conn == c.n && strings.HasPrefix(next.text, "tls") {
-				continue // a TLS record, which the handshake is going to read
+				continue // a TLS record, which the handshake will read
 			}
 			moved = c.drain() || moved
 		}
@@ -502,7 +503,7 @@ func (d *dialogue) connection(s step) (*relayConn, error) {
 	return c, nil
 }
 
-// say is an S line, or several.
+// say plays an S line, or several.
 func (d *dialogue) say(s step, text string, ends bool) error {
 	c, err := d.connection(s)
 	if err != nil {
@@ -526,7 +527,7 @@ func (d *dialogue) say(s step, text string, ends bool) error {
 	return nil
 }
 
-// pass is a ~ line.
+// pass plays a ~ line.
 func (d *dialogue) pass(s step) error {
 	t, err := time.ParseDuration(s.text)
 	if err != nil {
@@ -536,7 +537,7 @@ func (d *dialogue) pass(s step) error {
 	return nil
 }
 
-// fault is a ! line.
+// fault plays a ! line.
 func (d *dialogue) fault(s step) error {
 	verb, arg, _ := strings.Cut(s.text, " ")
 	if verb == "dial" {
@@ -570,7 +571,7 @@ func (d *dialogue) fault(s step) error {
 		c.stalled.Store(true)
 	case "resume":
 		c.stalled.Store(false)
-	case "beneath": // TLS
+	case "beneath": // below TLS
 		c.raw.Write([]byte(strings.TrimPrefix(s.text, "beneath ") + "\r\n"))
 	case "deaf":
 		c.link.deaf.Store(true)
@@ -594,7 +595,7 @@ func (d *dialogue) fault(s step) error {
 	return nil
 }
 
-// count is a = line.
+// count plays an = line.
 func (d *dialogue) count(s step) error {
 	fields := strings.FieldsFunc(s.text, func(r rune) bool { return r == ' ' || r == ',' })
 	if len(fields)%2 != 0 {
@@ -616,7 +617,7 @@ func (d *dialogue) count(s step) error {
 			}
 			f := stats.FieldByNameFunc(func(n string) bool { return strings.ToLower(n) == name })
 			if !f.IsValid() {
-				return s.errorf("nothing is called %s", name)
+				return s.errorf("unknown count %s", name)
 			}
 			got = f.Interface()
 		}
@@ -627,7 +628,7 @@ func (d *dialogue) count(s step) error {
 	return nil
 }
 
-// finish closes everything, after which nothing may be left.
+// finish closes everything, and checks that nothing is left.
 func (d *dialogue) finish() error {
 	if err := d.client.Close(); err != nil {
 		return fmt.Errorf("Close: %v", err)
@@ -640,7 +641,7 @@ func (d *dialogue) finish() error {
 			errs = append(errs, fmt.Errorf("after Close connection %d is open", c.n))
 		}
 		if c.ledger.inChunk > 0 && c.ledger.last {
-			errs = append(errs, fmt.Errorf("connection %d ended within a last chunk, which a relay may take for the message", c.n))
+			errs = append(errs, fmt.Errorf("connection %d ended within a last chunk, which a relay may accept as the message", c.n))
 		}
 		c.close()
 		c.link.Conn.Close()
@@ -656,7 +657,7 @@ func (d *dialogue) finish() error {
 	return errors.Join(errs...)
 }
 
-// leaks looks for the secret in all that somebody might print.
+// leaks looks for the secret in everything that a program might print.
 func (d *dialogue) leaks() error {
 	if d.secret == "" {
 		return nil
@@ -668,7 +669,7 @@ func (d *dialogue) leaks() error {
 	for _, text := range texts {
 		for _, s := range []string{d.secret, base64.StdEncoding.EncodeToString([]byte(d.secret)), base64.StdEncoding.EncodeToString([]byte("\x00apikey\x00" + d.secret))} {
 			if i := strings.Index(text, s); i >= 0 {
-				return fmt.Errorf("the secret is told: %q", text[max(0, i-100):i+len(s)])
+				return fmt.Errorf("the secret is visible: %q", text[max(0, i-100):i+len(s)])
 			}
 		}
 	}
@@ -685,14 +686,14 @@ func (d *dialogue) logf(conn int, format string, args ...any) {
 	d.log = append(d.log, fmt.Sprintf("%8s %2s ", time.Since(d.began), name)+fmt.Sprintf(format, args...))
 }
 
-// transcript is what was said and done, with the time since the beginning.
+// transcript is what was sent and done, with the time since the beginning.
 func (d *dialogue) transcript() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return "transcript of " + d.script.name + "\n" + strings.Join(d.log, "\n")
 }
 
-// dial gives the client one end of a connection in memory, whose other end is the relay's.
+// dial gives the client one end of an in-memory connection; the relay has the other.
 func (d *dialogue) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d.mu.Lock()
 	mode := d.dialing

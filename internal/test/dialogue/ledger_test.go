@@ -1,4 +1,4 @@
-// Here: what was said on a connection, understood: the facts that the rules of cut_test.go are checked against.
+// Parses the traffic of a connection: the facts that the rules of cut_test.go are checked against.
 package dialogue
 
 import (
@@ -6,22 +6,22 @@ import (
 	"strings"
 )
 
-// A ledger is what was said on one connection, understood: which transactions were begun, which final dots were written in
-// full, what was answered. It counts replies, as a client must.
+// A ledger parses the traffic of one connection: which transactions were begun, which final dots were written in full, what the
+// replies were. It matches replies to commands by counting, as a client must.
 type ledger struct {
-	in       string // said by the client and not understood yet
-	out      string // said by the relay and not understood yet
+	in       string // sent by the client, not parsed yet
+	out      string // sent by the relay, not parsed yet
 	within   bool   // a multiline reply has begun
-	yes      bool   // and a line of it has said yes
+	yes      bool   // one of its lines was positive
 	waiting  []waiting
-	held     bool // what the client says next means nothing before a reply
+	held     bool // the client's next data has no meaning before a reply
 	inData   bool
 	inAuth   bool
-	inChunk  int  // octets of it still to come
+	inChunk  int  // octets of it still missing
 	last     bool // the chunk is the last one
-	starting bool // the relay has said yes to STARTTLS
-	prompts  int  // that AUTH still needs
-	lost     bool // what the relay says does not arrive
+	starting bool // the relay has accepted STARTTLS
+	prompts  int  // challenges that AUTH still needs
+	lost     bool // the relay's data does not arrive
 	txs      []*transaction
 	event    func() int // counts the events of the dialogue
 }
@@ -35,18 +35,18 @@ type waiting struct {
 
 type transaction struct {
 	from  string
-	mail  int // the reply that arrived; 0 is none
+	mail  int // the reply that arrived; 0 means none
 	to    []string
 	rcpt  []int  // replies, in the order of to
-	heard []int  // those that arrived; 0 is none
-	data  int    // when 354 was said, by the dialogue's count of events; 0 is never
-	bdat  bool   // the body goes in chunks
-	body  string // as it crossed, final dot included
+	heard []int  // those that arrived; 0 means none
+	data  int    // when 354 was sent, by the dialogue's count of events; 0 means never
+	bdat  bool   // the body is sent in chunks
+	body  string // as sent, including the final dot
 	dot   bool   // the final dot or the last chunk was written in full
-	short bool   // only the line end of that is missing, if this is the end of the body
-	final int    // the reply to it: 0 if none arrived, -1 for what is no reply
-	slow  bool   // that says that messages come too fast
-	when  int    // of the final reply, by the dialogue's count of events
+	short bool   // only its line end is missing, if this is the end of the body
+	final int    // the reply to it: 0 if none arrived, -1 for something that is not a reply
+	slow  bool   // final says that messages come too fast
+	when  int    // when final was sent, by the dialogue's count of events
 }
 
 func (x *transaction) anyAccepted() bool {
@@ -58,10 +58,10 @@ func (x *transaction) anyAccepted() bool {
 	return false
 }
 
-// possible tells whether, as far as the client can know, a recipient of x may have got what was sent.
+// possible reports whether, as far as the client can know, a recipient of x may have got the message.
 func (x *transaction) possible(rcpt int) bool {
 	open := func(code int) bool { return code == 0 || code/100 == 2 }
-	// A body that left ahead of the replies may be taken for a recipient whose sender was refused, by a relay that is odd.
+	// An odd relay may deliver a body that was sent ahead of the replies, even to a recipient whose sender was refused.
 	odd := x.bdat && x.heard[rcpt]/100 == 2
 	return open(x.heard[rcpt]) && (open(x.mail) || odd)
 }
@@ -77,7 +77,7 @@ func (l *ledger) tx() *transaction {
 	return l.txs[len(l.txs)-1]
 }
 
-// secured forgets what was said in the clear.
+// secured discards the plaintext.
 func (l *ledger) secured() { l.in, l.starting = "", false }
 
 func (l *ledger) hear(text []byte) {
@@ -221,7 +221,7 @@ func (l *ledger) say(text string) {
 			continue // a line without a code, or an empty one between replies
 		}
 		if code == 421 && l.yes {
-			code = -1 // the relay's farewell cuts its yes short
+			code = -1 // the relay's closing 421 interrupts its positive reply
 		}
 		l.within, l.yes = false, false
 		l.replied(code, strings.Contains(line, "sending rate"))
@@ -230,7 +230,7 @@ func (l *ledger) say(text string) {
 
 func (l *ledger) replied(code int, slow bool) {
 	if len(l.waiting) == 0 {
-		return // unasked
+		return // unexpected
 	}
 	w := l.waiting[0]
 	l.waiting = l.waiting[1:]

@@ -1,4 +1,4 @@
-// Here: -record, which writes the transcript of a real relay.
+// -record, which writes the transcript of a real relay.
 package dialogue
 
 import (
@@ -17,8 +17,8 @@ import (
 
 var record = flag.String("record", "", "host:port of a relay that a script is to be recorded with, for review")
 
-// recordDialogue makes the calls of s, one after another, to a real relay, and writes what was said as a script beside it.
-// What was sent in one write is in one run of C: lines, which is what a recording is for; it has no ~ lines.
+// recordDialogue makes the calls of s, one after another, to a real relay, and writes the dialogue as a script beside it. What
+// was sent in one write is one run of C: lines, which is the purpose of a recording; it has no ~ lines.
 func recordDialogue(t *testing.T, s *script) {
 	tape := &tape{}
 	d := newDialogue(s)
@@ -70,7 +70,7 @@ func recordDialogue(t *testing.T, s *script) {
 	t.Logf("wrote %s", file)
 }
 
-// A tape writes down what crosses connections, as lines of a script.
+// A tape records the data of connections as lines of a script.
 type tape struct {
 	mu    sync.Mutex // guards the fields below
 	lines []string
@@ -98,7 +98,7 @@ type taped struct {
 	net.Conn
 	tape        *tape
 	number      string
-	read, wrote bytes.Buffer // beginnings of lines
+	read, wrote bytes.Buffer // incomplete lines
 }
 
 func (c *taped) Read(p []byte) (int, error) {
@@ -108,7 +108,7 @@ func (c *taped) Read(p []byte) (int, error) {
 }
 
 func (c *taped) Write(p []byte) (int, error) {
-	c.note("C", &c.wrote, p) // before the relay can answer
+	c.note("C", &c.wrote, p) // before the relay can reply
 	return c.Conn.Write(p)
 }
 

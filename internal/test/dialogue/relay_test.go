@@ -1,4 +1,4 @@
-// Here: the relay's end of a connection, its TLS and its faults, and what it says where no transcript tells it.
+// The relay's end of a connection, its TLS and its faults, and its replies where no transcript gives them.
 package dialogue
 
 import (
@@ -26,22 +26,22 @@ import (
 // A relayConn is the relay's end of a connection.
 type relayConn struct {
 	d        *dialogue
-	n        int // counts connections from 1
+	n        int // the connection, 1-based
 	raw      *netpipe.Conn
 	link     *link
-	scripted bool        // a line of the script is about it
+	scripted bool        // the script has lines about it
 	stalled  atomic.Bool // the relay does not read
-	ended    atomic.Bool // by the relay, or lost
+	ended    atomic.Bool // the relay has closed, or the connection was lost
 
 	mu     sync.Mutex // guards the fields below; never held across anything that can block
-	tls    *tls.Conn  // nil in the clear
-	feed   *feed      // beneath tls
-	fresh  []byte     // said by the client since take
-	spoke  bool       // the client has said something since the relay did
-	noted  bool       // the client's close was told by clientEnded
+	tls    *tls.Conn  // nil in plaintext
+	feed   *feed      // below tls
+	fresh  []byte     // sent by the client since take
+	spoke  bool       // the client has sent something since the relay's last output
+	noted  bool       // clientEnded has reported the client's close
 	sent   int        // octets on the network connection
 	ledger ledger
-	alone  bool // its own goroutine reads and answers
+	alone  bool // its own goroutine reads and replies
 }
 
 // drain reads what the client has written, without waiting for more.
@@ -97,7 +97,7 @@ func (c *relayConn) hearLocked(text []byte) {
 	c.ledger.hear(text)
 }
 
-// log puts text into the transcript, long bodies shortened.
+// log adds text to the transcript, with long bodies shortened.
 func (c *relayConn) log(who, text string) {
 	n := 0
 	for line := range strings.Lines(text) {
@@ -109,7 +109,7 @@ func (c *relayConn) log(who, text string) {
 	}
 }
 
-// take returns what the client has said since the last call.
+// take returns what the client has sent since the last call.
 func (c *relayConn) take() []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -118,7 +118,8 @@ func (c *relayConn) take() []byte {
 	return text
 }
 
-// clientEnded tells, once, how the client has closed a connection that the relay had not: "close", "reset" or not at all.
+// clientEnded reports, once, how the client closed a connection that the relay had not closed: "close", "reset" or "" for not at
+// all.
 func (c *relayConn) clientEnded() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -135,7 +136,7 @@ func (c *relayConn) clientEnded() string {
 	return "close"
 }
 
-// say writes text. The ledger is told how much of it the client gets: a cut may lie in it.
+// say writes text. It tells the ledger how much of it the client gets: a cut may fall into it.
 func (c *relayConn) say(text string) error {
 	c.mu.Lock()
 	c.spoke = false
@@ -154,7 +155,7 @@ func (c *relayConn) say(text string) error {
 	}
 	c.sent += len(raw)
 	if c.tls != nil && arrives < len(raw) {
-		arrives = 0 // a record arrives whole or not at all
+		arrives = 0 // a record arrives as a whole or not at all
 	} else if c.tls != nil {
 		arrives = len(text)
 	}
@@ -184,7 +185,7 @@ func (c *relayConn) handshake(fault string) error {
 	}
 	f := &feed{Conn: c.raw, relay: c, live: true}
 	server := tls.Server(f, &tls.Config{Certificates: []tls.Certificate{cert}})
-	err := server.Handshake() // returns when the client's end is closed, at the latest
+	err := server.Handshake() // returns at the latest when the client's end is closed
 	if err != nil {
 		return err
 	}
@@ -196,11 +197,11 @@ func (c *relayConn) handshake(fault string) error {
 	return nil
 }
 
-// A feed lets a tls.Conn be used without waiting: it reads what it was given, and keeps what is written.
+// A feed lets a tls.Conn work without blocking: it reads what it was given, and keeps what is written.
 type feed struct {
 	net.Conn
 	relay   *relayConn
-	live    bool // it reads from and writes to the connection
+	live    bool // it reads from and writes to the connection directly
 	in, out bytes.Buffer
 }
 
@@ -211,7 +212,7 @@ func (f *feed) Read(p []byte) (int, error) {
 	case f.live:
 		return f.Conn.Read(p)
 	}
-	return 0, os.ErrDeadlineExceeded // which a tls.Conn survives
+	return 0, os.ErrDeadlineExceeded // a tls.Conn survives this error
 }
 
 func (f *feed) Write(p []byte) (int, error) {
@@ -229,8 +230,8 @@ type certificates struct {
 	roots       *x509.CertPool
 }
 
-// certificate makes a certificate for relay.example, and one for somebody else, under one root. They are valid in
-// the year 2000 too, when bubbles begin.
+// certificate makes a certificate for relay.example, and one for another host, under one root. They are valid in 2000 too, when
+// bubbles begin.
 var certificate = sync.OnceValue(func() (c certificates) {
 	c.roots = x509.NewCertPool()
 	issue := func(name string) tls.Certificate {
@@ -261,18 +262,18 @@ var certificate = sync.OnceValue(func() (c certificates) {
 	return c
 })
 
-// A link is the client's end of a connection. It counts what crosses, and loses the connection where the cut says.
+// A link is the client's end of a connection. It counts octets, and loses the connection at the cut.
 type link struct {
 	*netpipe.Conn
 	relay   *relayConn
-	ended   atomic.Bool // nothing more is written
+	ended   atomic.Bool // nothing more can be written
 	closed  atomic.Bool
 	reset   atomic.Bool // by SetLinger
-	orderly atomic.Bool // by the client, without a reset, before the relay had ended it
-	deaf    atomic.Bool // writes are refused
+	orderly atomic.Bool // closed by the client, without a reset, before the relay had closed
+	deaf    atomic.Bool // writes fail
 	read    atomic.Int64
 	written atomic.Int64
-	writing sync.Mutex // held by a Write, until what it has written can be read, and while the connection is lost
+	writing sync.Mutex // held by a Write until its data can be read, and while the connection is lost
 }
 
 func (l *link) Read(p []byte) (int, error) {
@@ -320,7 +321,7 @@ func (l *link) orderlyEnd() {
 	}
 }
 
-// CloseWrite is the end of what the client says, which is what a script calls its close.
+// CloseWrite ends the client's output, which a script calls its close.
 func (l *link) CloseWrite() error {
 	l.orderlyEnd()
 	return l.Conn.CloseWrite()
@@ -342,12 +343,12 @@ const (
 	toClient direction = "to the client"
 )
 
-// A cut loses a connection after some octets have crossed in one direction.
+// A cut loses a connection after some octets have passed in one direction.
 type cut struct {
 	conn   int
 	dir    direction
 	at     int  // octets
-	reset  bool // the client meets ECONNRESET and what is under way is destroyed; else io.EOF behind what is under way
+	reset  bool // the client gets ECONNRESET and data in flight is destroyed; else io.EOF after the data in flight
 	refuse bool // no other connection can be opened afterwards; else the relay improvises on new ones
 
 	once sync.Once
@@ -358,15 +359,15 @@ func (k *cut) on(c *relayConn, dir direction) bool { return k != nil && k.conn =
 
 func (k *cut) happened() bool { return k.lost.Load() }
 
-// lose ends the connection of l and returns what a Read of the client's meets.
+// lose ends the connection of l and returns the error of the client's Read.
 func (k *cut) lose(l *link) error {
 	k.once.Do(func() {
 		c := l.relay
 		for c.read(math.MaxInt); !l.writing.TryLock(); c.read(math.MaxInt) {
-			runtime.Gosched() // to a Write, which may wait for room
+			runtime.Gosched() // to a Write, which may wait for buffer space
 		}
 		defer l.writing.Unlock()
-		c.read(math.MaxInt) // what crossed has arrived, even if the relay was not reading
+		c.read(math.MaxInt) // data that passed has arrived, even if the relay was not reading
 		c.d.logf(c.n, "(lost after octet %d %s)", k.at, k.dir)
 		c.ended.Store(true)
 		switch {
@@ -377,7 +378,7 @@ func (k *cut) lose(l *link) error {
 		default:
 			c.raw.CloseWrite() // as after a FIN, the client may still write
 			for n := l.Conn.Unread(); n > 0; n = l.Conn.Unread() {
-				l.Conn.Read(make([]byte, n)) // lost; as input left unread it would turn the client's close into a reset
+				l.Conn.Read(make([]byte, n)) // lost; unread input would turn the client's close into a reset
 			}
 		}
 		k.lost.Store(true)
@@ -388,7 +389,7 @@ func (k *cut) lose(l *link) error {
 	return io.EOF
 }
 
-// improvise makes the relay answer without a script, in favour of the client, on the connections it has and on new ones.
+// improvise makes the relay reply without a script, in the client's favour, on existing and new connections.
 func (d *dialogue) improvise() {
 	d.mu.Lock()
 	before := d.off
@@ -427,7 +428,7 @@ func (c *relayConn) improvise() {
 			if answer == "" {
 				break
 			}
-			err := c.say(answer) // an error: half closed, and the client may still have something to say
+			err := c.say(answer) // after an error the connection is half closed, and the client may still send
 			if last {
 				return
 			}
@@ -465,7 +466,7 @@ func (d *dialogue) needsTLS(c *relayConn) bool {
 	return c.tls == nil && (d.script.config["tls"] == "implicit" || c.ledger.starting)
 }
 
-// answer is the improvising relay's reply to the oldest command that has none.
+// answer is the improvising relay's reply to the oldest command without one.
 func (d *dialogue) answer(c *relayConn) (text string, last bool) {
 	l := &c.ledger
 	if len(l.waiting) == 0 {

@@ -1,4 +1,4 @@
-// Here: reading transcripts. README.md describes the format; change both together.
+// Reads transcripts. README.md describes the format; change both together.
 package dialogue
 
 import (
@@ -17,16 +17,16 @@ import (
 type script struct {
 	name     string
 	lines    []string          // of the file, for -update
-	config   map[string]string // of the "# config:" lines
+	config   map[string]string // from the "# config:" lines
 	steps    []step
 	sections map[string]string
 }
 
 // A step is one line of a script.
 type step struct {
-	kind byte   // '>', '<', '~', '!', '=', or 'C' and 'S' for what client and relay say
+	kind byte   // '>', '<', '~', '!', '=', or 'C' and 'S' for what client and relay send
 	form byte   // of 'C' and 'S': ':' a line, '-' bytes, '*' any bytes, '!' the end of the connection
-	conn int    // for 'C', 'S', '!': counts connections from 1
+	conn int    // for 'C', 'S', '!': the connection, 1-based
 	text string // what follows
 	file string
 	line int
@@ -45,7 +45,7 @@ func (s step) String() string {
 
 func (s step) where() string { return fmt.Sprintf("%s:%d", s.file, s.line) }
 
-// errorf is an error that names the line of the script it is about.
+// errorf returns an error that names the line of the script.
 func (s step) errorf(format string, args ...any) error {
 	return fmt.Errorf("%s: %s\n%s", s.where(), s, fmt.Sprintf(format, args...))
 }
@@ -73,7 +73,7 @@ func readScript(file string) (*script, error) {
 	return s, s.read(file, 1, s.lines)
 }
 
-// splitSections takes the txtar sections off text and returns what stands before them.
+// splitSections removes the txtar sections from text and returns the text before them.
 func (s *script) splitSections(text string) (head string) {
 	var name string
 	var b bytes.Buffer
@@ -105,7 +105,7 @@ var (
 	actionLine = regexp.MustCompile(`^([<>~=!@])(\d*)(?: (.*))?$`)
 )
 
-// read appends the steps of lines, in which connection 1 is that of the @ line which brought them in.
+// read appends the steps of lines. In a fragment, connection 1 is that of the @ line that includes it.
 func (s *script) read(file string, conn int, lines []string) error {
 	for i, text := range lines {
 		if config, ok := strings.CutPrefix(text, "# config:"); ok {
@@ -124,7 +124,7 @@ func (s *script) read(file string, conn int, lines []string) error {
 		} else if m = actionLine.FindStringSubmatch(text); m != nil {
 			st.text = strings.TrimSpace(m[3])
 		} else {
-			return fmt.Errorf("%s:%d: %q is no line of a script", file, i+1, text)
+			return fmt.Errorf("%s:%d: %q is not a line of a script", file, i+1, text)
 		}
 		st.kind = m[1][0]
 		if m[2] != "" {
@@ -162,7 +162,7 @@ func words(text string) (ws []word) {
 	return ws
 }
 
-// settings gives typed access to the words of a line, and remembers what it was not asked for.
+// settings gives typed access to the words of a line, and remembers the words that were not asked for.
 type settings struct {
 	values map[string]string
 	err    error
@@ -210,7 +210,7 @@ func (o *settings) duration(key string) time.Duration {
 	return t
 }
 
-// rest returns the first mistake: a value that does not parse, or a word that nobody knows.
+// rest returns the first mistake: a value that does not parse, or an unknown word.
 func (o *settings) rest() error {
 	for key := range o.values {
 		return fmt.Errorf("unknown word %q", key)
@@ -218,7 +218,7 @@ func (o *settings) rest() error {
 	return o.err
 }
 
-// unescape turns \r, \n, \t, \\ and \x00 into what they stand for.
+// unescape replaces \r, \n, \t, \\ and \x00.
 func unescape(text string) (string, error) {
 	s, err := strconv.Unquote(`"` + strings.ReplaceAll(strings.ReplaceAll(text, "\n", `\n`), `"`, `\"`) + `"`)
 	if err != nil {
@@ -227,27 +227,27 @@ func unescape(text string) (string, error) {
 	return s, nil
 }
 
-// escape is the reverse of unescape, for what is written into a script.
+// escape is the reverse of unescape, for writing to a script.
 func escape(text string) string {
 	q := strconv.Quote(text)
 	return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
 }
 
-// offers tells whether the relay of the script offers an extension.
+// offers reports whether the relay of the script offers an extension.
 func (s *script) offers(keyword string) bool {
 	return slices.ContainsFunc(s.steps, func(st step) bool {
 		return st.kind == 'S' && strings.HasPrefix(st.text, "250") && strings.HasPrefix(strings.TrimLeft(st.text[3:], " -"), keyword)
 	})
 }
 
-// canonical returns body as BDAT must carry it: every line end a CRLF. It goes character by character where the client goes
-// by buffers, so that the two can disagree.
+// canonical returns body as BDAT must carry it: every line end a CRLF. It works by characters and the client by buffers, so that
+// a mistake is not made twice.
 func canonical(body string) string {
 	var b strings.Builder
 	for i := 0; i < len(body); i++ {
 		switch ch := body[i]; {
 		case ch == '\r' && i+1 < len(body) && body[i+1] == '\n':
-			// told by the LF
+			// handled at the LF
 		case ch == '\r', ch == '\n':
 			b.WriteString("\r\n")
 		default:
@@ -260,13 +260,13 @@ func canonical(body string) string {
 	return b.String() + "\r\n"
 }
 
-// onTheWire returns body as DATA must carry it: leading dots doubled, the final dot behind.
+// onTheWire returns body as DATA must carry it: leading dots doubled, with the final dot.
 func onTheWire(body string) string {
 	body = "\r\n" + canonical(body)
 	return strings.ReplaceAll(body, "\r\n.", "\r\n..")[2:] + ".\r\n"
 }
 
-// said returns the bytes that a C or S line stands for: itself, or what its braces say. behind is the line before it.
+// said returns the bytes that a C or S line stands for: its text, or what its braces stand for. behind is the line before it.
 func (s *script) said(st, behind step) (string, error) {
 	var n int
 	switch {
@@ -315,14 +315,14 @@ func (s *script) said(st, behind step) (string, error) {
 			to, err = strconv.Atoi(b)
 		}
 		if !ok || err != nil || from > to || to > len(wire) {
-			return "", st.errorf("%q is not a part of %d octets", part, len(wire))
+			return "", st.errorf("%q is not a range within %d octets", part, len(wire))
 		}
 		return wire[from:to], nil
 	}
 	return st.text + "\r\n", nil
 }
 
-// moreRecipients are those of a call with more=n.
+// moreRecipients returns the additional recipients of a call with more=n.
 func moreRecipients(n int) (to []string) {
 	for i := range n {
 		to = append(to, fmt.Sprintf("r%d@y.example", i+1))

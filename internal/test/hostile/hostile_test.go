@@ -17,9 +17,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// These tests are about relays that mean harm, on real sockets: whatever one does at whatever step, a Send ends by itself
-// with an *Error that tells the truth, and nothing is left behind. How the steps go with a relay that works belongs to the
-// dialogues of the root package.
+// Malicious relays, on real sockets: whatever the relay does at whatever step, a Send ends by itself with a truthful *Error, and
+// nothing is left. The steps with a relay that works are tested by the dialogues.
 
 const (
 	accepted    = smtprelay.Accepted
@@ -32,9 +31,9 @@ type scenario struct {
 	name string
 	at   step
 	do   func(*conn, string)
-	want smtprelay.Outcome // of a message by DATA; in chunks what may leave with its envelope may be Unknown
-	with string            // what else is needed: "tls", "auth", "data" for a scenario that means nothing in chunks
-	race bool              // Unknown will do too: it depends on how far we are when it comes
+	want smtprelay.Outcome // of a message by DATA; in chunks, what may be sent with its envelope may be Unknown
+	with string            // what else is needed: "tls", "auth", "data" for a scenario that makes no sense in chunks
+	race bool              // Unknown is right too: it depends on how far the client is
 	body int               // octets; 0 means a few
 }
 
@@ -45,14 +44,14 @@ var scenarios = []scenario{
 	{name: "lines of a greeting without end", at: greeting, do: flood("", "220-hello\r\n"), want: notAccepted},
 	{name: "a greeting without line end", at: greeting, do: flood("220 ", "hello "), want: notAccepted},
 	{name: "a greeting of NUL octets", at: greeting, do: flood("", "\x00"), want: notAccepted},
-	{name: "empty lines for a greeting", at: greeting, do: flood("", "\r\n"), want: notAccepted},
+	{name: "empty lines as a greeting", at: greeting, do: flood("", "\r\n"), want: notAccepted},
 	{name: "a greeting in drips", at: greeting, do: drip("220-hello\r\n", true), want: notAccepted},
 	{name: "a line of 10 MB", at: greeting, do: say("220 " + strings.Repeat("x", 10<<20) + "\r\n"), want: notAccepted},
 	{name: "no greeting", at: greeting, do: silent, want: notAccepted},
-	{name: "greeting and reply to EHLO in one go", at: greeting, do: also("", "250-relay.example\r\n250 PIPELINING\r\n"), want: notAccepted},
-	{name: "354 for a greeting", at: greeting, do: say("354 go ahead\r\n"), want: notAccepted},
-	{name: "100 for a greeting", at: greeting, do: say("100 continue\r\n"), want: notAccepted},
-	{name: "999 for a greeting", at: greeting, do: say("999 hello\r\n"), want: notAccepted},
+	{name: "greeting and reply to EHLO in one write", at: greeting, do: also("", "250-relay.example\r\n250 PIPELINING\r\n"), want: notAccepted},
+	{name: "354 as a greeting", at: greeting, do: say("354 go ahead\r\n"), want: notAccepted},
+	{name: "100 as a greeting", at: greeting, do: say("100 continue\r\n"), want: notAccepted},
+	{name: "999 as a greeting", at: greeting, do: say("999 hello\r\n"), want: notAccepted},
 	{name: "another protocol", at: greeting, do: say("HTTP/1.1 400 Bad Request\r\n\r\n"), want: notAccepted},
 
 	// EHLO.
@@ -64,15 +63,15 @@ var scenarios = []scenario{
 	{name: "354 to EHLO", at: ehlo, do: say("354 go ahead\r\n"), want: notAccepted},
 
 	// STARTTLS and TLS.
-	{name: "octets behind the reply to STARTTLS", at: startTLS, do: also("", "250 injected\r\n"), want: notAccepted, with: "tls"},
+	{name: "octets after the reply to STARTTLS", at: startTLS, do: also("", "250 injected\r\n"), want: notAccepted, with: "tls"},
 	{name: "354 to STARTTLS", at: startTLS, do: say("354 go ahead\r\n"), want: notAccepted, with: "tls"},
-	{name: "garbage for TLS", at: tlsStart, do: flood("", "garbage"), want: notAccepted, with: "tls"},
-	{name: "a record of TLS that never ends", at: tlsStart, do: then(say("\x16\x03\x03\x3f\xff"), silent), want: notAccepted, with: "tls"},
+	{name: "garbage instead of TLS", at: tlsStart, do: flood("", "garbage"), want: notAccepted, with: "tls"},
+	{name: "a TLS record that never ends", at: tlsStart, do: then(say("\x16\x03\x03\x3f\xff"), silent), want: notAccepted, with: "tls"},
 	{name: "a handshake in drips", at: tlsStart, do: drip("\x16\x03\x03\x40\x00\x02\x00\x3f\xfc\x03\x03"+strings.Repeat("x", 64), true), want: notAccepted, with: "tls"},
-	{name: "empty records of TLS without end", at: tlsStart, do: flood("", "\x16\x03\x03\x00\x00"), want: notAccepted, with: "tls"},
-	{name: "warnings of TLS without end", at: tlsStart, do: flood("", "\x15\x03\x03\x00\x02\x01\x5a"), want: notAccepted, with: "tls"},
+	{name: "empty TLS records without end", at: tlsStart, do: flood("", "\x16\x03\x03\x00\x00"), want: notAccepted, with: "tls"},
+	{name: "TLS warnings without end", at: tlsStart, do: flood("", "\x15\x03\x03\x00\x02\x01\x5a"), want: notAccepted, with: "tls"},
 	{name: "a handshake message of 16 MB", at: tlsStart, do: flood("\x16\x03\x03\x40\x00\x02\xff\xff\xff", "\x16\x03\x03\x40\x00"), want: notAccepted, with: "tls"},
-	{name: "a reply in the clear for TLS", at: tlsStart, do: then(say("421 too many\r\n"), hangUp), want: notAccepted, with: "tls"},
+	{name: "a plaintext reply instead of TLS", at: tlsStart, do: then(say("421 too many\r\n"), hangUp), want: notAccepted, with: "tls"},
 
 	// AUTH.
 	{name: "challenges that PLAIN does not know", at: auth, do: flood("", "334 \r\n"), want: notAccepted, with: "auth"},
@@ -82,20 +81,20 @@ var scenarios = []scenario{
 
 	// The envelope.
 	{name: "354 to MAIL", at: mail, do: say("354 go ahead\r\n"), want: notAccepted, with: "data"},
-	{name: "a reply too many to MAIL", at: mail, do: also("", "250 and once more\r\n"), want: notAccepted, with: "data"},
+	{name: "an extra reply to MAIL", at: mail, do: also("", "250 and once more\r\n"), want: notAccepted, with: "data"},
 	{name: "all replies at once, and then again", at: mail, do: say("250 ok\r\n250 ok\r\n354 go ahead\r\n250 2.0.0 queued\r\n"), want: notAccepted, with: "data"},
 	{name: "a code that changes within a reply", at: mail, do: say("250-ok\r\n550 no\r\n"), want: notAccepted},
 	{name: "354 to RCPT", at: rcpt, do: say("354 go ahead\r\n"), want: notAccepted},
 	{name: "251 and 252 to RCPT are as good as 250", at: rcpt, do: say("252 maybe\r\n"), want: accepted},
-	{name: "421 to RCPT, and the rest as if nothing were", at: rcpt, do: say("421 leaving\r\n"), want: notAccepted},
+	{name: "421 to RCPT, then as usual", at: rcpt, do: say("421 leaving\r\n"), want: notAccepted},
 	{name: "250 to DATA", at: data, do: say("250 ok\r\n"), want: notAccepted, with: "data"},
 	{name: "354 twice", at: data, do: also("354 go ahead\r\n", ""), want: notAccepted, with: "data", race: true},
 	{name: "a refusal of many lines, each with a queue ID", at: data, do: say(strings.Repeat("554-queued as 4F1D2\r\n", 2000) + "554 no\r\n"), want: notAccepted, with: "data"},
 
 	// The body.
-	{name: "a window that stays shut", at: body, do: silentUnread, want: notAccepted, body: 32 << 20},
-	{name: "one octet of the body now and then", at: body, do: sip, want: notAccepted, body: 32 << 20},
-	{name: "hangs up within the body", at: body, do: hangUp, want: notAccepted, body: 32 << 20},
+	{name: "a window that stays closed", at: body, do: silentUnread, want: notAccepted, body: 32 << 20},
+	{name: "reads one octet of the body now and then", at: body, do: sip, want: notAccepted, body: 32 << 20},
+	{name: "closes within the body", at: body, do: hangUp, want: notAccepted, body: 32 << 20},
 	{name: "resets within the body", at: body, do: reset, want: notAccepted, body: 32 << 20},
 	{name: "a flood within the body", at: body, do: flood("", "250 ok\r\n"), want: notAccepted, body: 32 << 20},
 
@@ -113,9 +112,9 @@ var scenarios = []scenario{
 	{name: "a flood while idle", at: idle, do: flood("", "250 ok\r\n"), want: accepted},
 	{name: "a flood without line end while idle", at: idle, do: flood("", "x"), want: accepted},
 	{name: "drips while idle", at: idle, do: drip("250-x\r\n", true), want: accepted},
-	{name: "a flood behind QUIT", at: quit, do: flood("221 bye\r\n", "221 bye\r\n"), want: accepted},
-	{name: "a flood without line end for a reply to QUIT", at: quit, do: flood("", "x"), want: accepted},
-	{name: "drips behind QUIT", at: quit, do: drip("221-bye\r\n", true), want: accepted},
+	{name: "a flood after QUIT", at: quit, do: flood("221 bye\r\n", "221 bye\r\n"), want: accepted},
+	{name: "a flood without line end as the reply to QUIT", at: quit, do: flood("", "x"), want: accepted},
+	{name: "drips after QUIT", at: quit, do: drip("221-bye\r\n", true), want: accepted},
 	{name: "never closes", at: quit, do: then(say("221 bye\r\n"), silent), want: accepted},
 }
 
@@ -141,7 +140,7 @@ func everywhere() (all []scenario) {
 			{name: "421 and a flood", do: then(say("421 4.3.2 leaving\r\n"), flood("", "250 ok\r\n")), want: notAccepted, race: at == end},
 		} {
 			if s.name == "421 and a flood" && (at == mail || at == rcpt) {
-				s.with = "data" // in chunks the flood is consent to what has left
+				s.with = "data" // in chunks the flood is positive replies to what was sent
 			} else {
 				s.with = with[at]
 			}
@@ -152,10 +151,10 @@ func everywhere() (all []scenario) {
 	return all
 }
 
-// silentUnread takes nothing more and waits for the client to close, which it sees by writing nothing.
+// silentUnread stops reading and waits for the client to close, which it notices without reading.
 func silentUnread(c *conn, _ string) { waitClosed(c, 0) }
 
-// sip takes an octet now and then.
+// sip reads an octet now and then.
 func sip(c *conn, _ string) { waitClosed(c, 1) }
 
 func waitClosed(c *conn, octets int) {
@@ -179,7 +178,7 @@ func numbered(format string, n int) string {
 	return b.String()
 }
 
-// What a scenario may cost at most, beside what the body takes.
+// The most that a scenario may cost, besides the body.
 const (
 	mostAllocated = 32 << 20
 	mostFlood     = 64 << 20 // octets: several times what the sockets' own buffers hold
@@ -217,7 +216,7 @@ func TestHostileRelays(t *testing.T) {
 	}
 }
 
-// limits has the step at which the relay does what it does end soon, and leaves time for the others.
+// limits makes the step at which the relay attacks end soon, and leaves time for the others.
 func limits(s scenario) smtprelay.Timeouts {
 	const short, long = 50 * time.Millisecond, giveUp / 2
 	t := smtprelay.Timeouts{Dial: long, Greeting: long, TLS: long, Command: long, Data: long, Write: long, FinalReply: long, Overlap: long, Quit: short}
@@ -241,7 +240,7 @@ func limits(s scenario) smtprelay.Timeouts {
 	return t
 }
 
-// attack sends one message to r and checks what came of it, and what is left.
+// attack sends one message to r and checks the result, and what is left.
 func attack(t *testing.T, s scenario, chunking bool, r *relay, cfg smtprelay.Config) {
 	text := []byte("Subject: hostile\r\n\r\n" + strings.Repeat(strings.Repeat("x", 70)+"\r\n", 1+s.body/72))
 	goroutines, files := runtime.NumGoroutine(), openFiles(t)
@@ -259,7 +258,7 @@ func attack(t *testing.T, s scenario, chunking bool, r *relay, cfg smtprelay.Con
 	receipt, err := client.Send(ctx, smtprelay.Message{
 		From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, Body: smtprelay.Bytes(text)})
 	if ctx.Err() != nil {
-		t.Errorf("it did not end by itself: %v", err)
+		t.Errorf("Send did not end by itself: %v", err)
 	}
 	cancel()
 	outcome := accepted
@@ -293,16 +292,16 @@ func attack(t *testing.T, s scenario, chunking bool, r *relay, cfg smtprelay.Con
 	r.stop()
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > mostAllocated {
-		t.Errorf("%d octets were allocated in all, want at most %d", n, mostAllocated)
+		t.Errorf("%d octets were allocated, want at most %d", n, mostAllocated)
 	}
 	if n := r.flooded.Load(); n > mostFlood {
-		t.Errorf("%d octets of the flood were taken, want at most %d", n, mostFlood)
+		t.Errorf("the client read %d octets of the flood, want at most %d", n, mostFlood)
 	}
 	settled(t, "goroutines", goroutines, func() int { return runtime.NumGoroutine() })
 	settled(t, "files", files, func() int { return openFiles(t) })
 }
 
-// settled waits for a count to be what it was.
+// settled waits until a count is back to what it was.
 func settled(t *testing.T, what string, before int, now func() int) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
@@ -316,7 +315,7 @@ func settled(t *testing.T, what string, before int, now func() int) {
 	t.Errorf("%d %s, and %d before", now(), what, before)
 }
 
-// openFiles counts the descriptors of this process, where the system tells; else it is 0.
+// openFiles counts the descriptors of this process; 0 if the system does not tell.
 func openFiles(t *testing.T) int {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
@@ -325,8 +324,8 @@ func openFiles(t *testing.T) int {
 	return len(entries)
 }
 
-// A relay that refuses each of 5,000 recipients in 64 KB of words, no two alike.
-func TestLongRefusalsOfManyRecipientsAreKeptInPart(t *testing.T) {
+// A relay refuses each of 5,000 recipients with a different reply of 64 KB.
+func TestLongRefusalsOfManyRecipientsAreTruncated(t *testing.T) {
 	const recipients, most = manyRecipients, 20 << 20
 	line := strings.Repeat("x", 15<<10)
 	refused := 0

@@ -2,5 +2,5 @@
 
 package hostile
 
-// manyRecipients are refused with 60 KB each, which takes the race detector long.
+// manyRecipients are refused with 60 KB each, which is slow under the race detector.
 const manyRecipients = 1000

@@ -1,4 +1,4 @@
-// Package hostile holds relays that flood, drip and lie, and the tests of what a Send makes of them.
+// Package hostile has relays that flood, drip and lie, and tests of how Send handles them.
 package hostile
 
 import (
@@ -14,35 +14,35 @@ import (
 	"time"
 )
 
-// step is where in the dialogue a relay does what it does.
+// step is the point of the dialogue at which a relay attacks.
 type step string
 
 const (
 	greeting step = "greeting"
 	ehlo     step = "EHLO"
 	startTLS step = "STARTTLS" // its reply
-	tlsStart step = "TLS"      // what stands where the handshake should begin
+	tlsStart step = "TLS"      // in place of the handshake
 	auth     step = "AUTH"
 	mail     step = "MAIL"
 	rcpt     step = "RCPT"
-	data     step = "DATA" // or a chunk that is not the last
+	data     step = "DATA" // DATA or a chunk that is not the last
 	body     step = "body" // in place of reading it
 	end      step = "end"  // the reply to the final dot or the last chunk
-	idle     step = "idle" // behind that reply, with nothing asked
+	idle     step = "idle" // after that reply, unasked
 	quit     step = "QUIT"
 )
 
-// relay is a scripted relay on a loopback socket. It is polite but for one step, at which it calls act.
+// relay is a scripted relay on a loopback socket. It is polite except at one step, at which it calls act.
 type relay struct {
 	at       step
 	act      func(c *conn, polite string) // polite is what the reply should be
-	offers   string                       // EHLO keywords beside those of every relay
+	offers   string                       // EHLO keywords besides the usual ones
 	tls      *tls.Config                  // for STARTTLS
-	patience time.Duration                // after which it closes; 0 means giveUp
+	patience time.Duration                // after this time without input it closes; 0 means giveUp
 	listener net.Listener
 
-	accepted atomic.Int64 // messages that the polite part has accepted
-	flooded  atomic.Int64 // octets that the floods could write
+	accepted atomic.Int64 // messages accepted by the polite part
+	flooded  atomic.Int64 // octets that floods wrote
 	serving  sync.WaitGroup
 }
 
@@ -67,7 +67,7 @@ func (r *relay) start() (err error) {
 	return nil
 }
 
-// giveUp ends a relay whose client neither speaks nor closes.
+// giveUp ends a relay whose client neither sends nor closes.
 const giveUp = 10 * time.Second
 
 func (r *relay) stop() {
@@ -80,11 +80,11 @@ type conn struct {
 	net.Conn
 	relay *relay
 	br    *bufio.Reader
-	gone  bool // nothing more is to be said
+	gone  bool // nothing more may be sent
 	rcpts int
 }
 
-// say writes text as it is.
+// say writes text unchanged.
 func (c *conn) say(text string) {
 	if _, err := io.WriteString(c.Conn, text); err != nil {
 		c.gone = true
@@ -155,7 +155,7 @@ func (c *conn) serve() {
 	}
 }
 
-// take reads a part of a body and answers it.
+// take reads a part of a body and replies to it.
 func (c *conn) take(read func() error, last bool) {
 	if c.relay.at == body {
 		c.relay.act(c, "")
@@ -171,7 +171,7 @@ func (c *conn) take(read func() error, last bool) {
 		c.reply(data, "250 2.0.0 so far")
 	default:
 		if c.relay.at != end {
-			c.relay.accepted.Add(1) // first, so that it is counted when the client has the reply
+			c.relay.accepted.Add(1) // before the reply, so that it is counted when the client has the reply
 		}
 		c.reply(end, "250 2.0.0 queued as 4F1D2")
 		if c.relay.at == idle {
@@ -205,19 +205,19 @@ func skipToDot(br *bufio.Reader) error {
 	}
 }
 
-// What a relay can do at its step.
+// The attacks.
 
 // say replies with text, in place of the polite reply.
 func say(text string) func(*conn, string) {
 	return func(c *conn, _ string) { c.say(text) }
 }
 
-// also says the polite reply with text in front and behind.
+// also sends the polite reply with text before and after.
 func also(before, after string) func(*conn, string) {
 	return func(c *conn, polite string) { c.say(before + polite + "\r\n" + after) }
 }
 
-// flood says first, and then text for as long as somebody takes it.
+// flood sends first, and then text for as long as the client reads.
 func flood(first, text string) func(*conn, string) {
 	return func(c *conn, _ string) {
 		c.say(first)
@@ -231,10 +231,10 @@ func flood(first, text string) func(*conn, string) {
 	}
 }
 
-// floodEnd is where a flood gives up, so that a client that takes all of it is found out.
+// floodEnd is where a flood stops, to detect a client that reads all of it.
 const floodEnd = 256 << 20
 
-// drip says text, or the polite reply if it is "", one octet at a time, for ever if it is endless.
+// drip sends text, or the polite reply if it is "", one octet at a time, for ever if endless.
 func drip(text string, endless bool) func(*conn, string) {
 	return func(c *conn, polite string) {
 		if text == "" {
@@ -254,13 +254,13 @@ func drip(text string, endless bool) func(*conn, string) {
 	}
 }
 
-// silent says nothing and waits for the client to close.
+// silent sends nothing and waits for the client to close.
 func silent(c *conn, _ string) {
 	io.Copy(io.Discard, c.Conn)
 	c.gone = true
 }
 
-// hangUp closes in order, reset does not.
+// hangUp closes gracefully, reset does not.
 func hangUp(c *conn, _ string) { c.gone = true; c.Conn.Close() }
 
 func reset(c *conn, _ string) {
@@ -270,7 +270,7 @@ func reset(c *conn, _ string) {
 	hangUp(c, "")
 }
 
-// then does one thing and after it another.
+// then runs several acts in order.
 func then(acts ...func(*conn, string)) func(*conn, string) {
 	return func(c *conn, polite string) {
 		for _, act := range acts {

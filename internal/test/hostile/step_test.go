@@ -14,19 +14,19 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// These tests are about relays that do what they are told and answer it, but say one reply too many somewhere. Each reply
-// behind that is taken for the reply to the command before, as long as nothing shows it. Here something does: a reply that
-// cannot be that to its command, 421 with more behind it, or two final replies that do not agree.
+// Relays that follow the protocol, but send one extra reply somewhere. Each later reply is taken for the reply to the command
+// before, until something reveals it. Here something does: a reply that its command cannot have, a 421 with more after it, or two
+// final replies that disagree.
 
-// slip is one reply too many.
+// slip is one extra reply.
 type slip struct {
-	verb   string // of the command next to whose reply it stands
+	verb   string // the command whose reply it is next to
 	nth    int    // on the first connection
-	before bool   // in front of that reply, else behind it
+	before bool   // before that reply, else after it
 	extra  string
 }
 
-// slipping is a relay that slips once. It knows what it has accepted.
+// slipping is a relay that slips once. It records what it has accepted.
 type slipping struct {
 	slip
 	mu    sync.Mutex
@@ -34,7 +34,7 @@ type slipping struct {
 	conns int
 }
 
-// serve answers on one connection. Replies leave once there is nothing more to read, as those of many relays do.
+// serve serves one connection. Replies are flushed when there is no more input, as by many relays.
 func (s *slipping) serve(nc net.Conn) {
 	defer nc.Close()
 	nc.SetDeadline(time.Now().Add(giveUp))
@@ -130,7 +130,7 @@ func TestOneReplyTooMany(t *testing.T) {
 	for _, verb := range []string{"MAIL", "RCPT", "BDAT", "RSET"} {
 		for nth := 1; nth <= 4; nth++ {
 			for _, extra := range []string{"354 go on", "421 4.3.2 leaving"} {
-				// In front of the reply to RSET or behind that to a chunk 421 has nothing behind it that it does not explain.
+				// Before the reply to RSET, or after the reply to a chunk, a 421 is followed by nothing that reveals it.
 				slips = append(slips, slip{verb, nth, true, extra}, slip{verb, nth, verb == "BDAT", extra})
 			}
 		}
@@ -149,7 +149,7 @@ func TestOneReplyTooMany(t *testing.T) {
 	}
 }
 
-// slipTest sends some messages one after the other.
+// slipTest sends several messages, one after the other.
 func slipTest(t *testing.T, slip slip) {
 	s := &slipping{slip: slip, mails: make(map[string]int)}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -190,7 +190,7 @@ func slipTest(t *testing.T, slip slip) {
 			case n > 1:
 				t.Errorf("%s has it %d times", to.To, n)
 			case n == 0 && to.Outcome == accepted, n == 1 && to.Outcome == notAccepted:
-				t.Errorf("%s is told %v, and has it %d times", to.To, to.Outcome, n)
+				t.Errorf("%s is reported as %v, but has it %d times", to.To, to.Outcome, n)
 			}
 		}
 	}

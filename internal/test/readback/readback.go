@@ -1,4 +1,4 @@
-// Package readback reads the mails that a fake relay has got, for tests of programs and libraries that build them.
+// Package readback parses the mails that a fake relay has received, for tests of programs and libraries that build them.
 package readback
 
 import (
@@ -24,7 +24,7 @@ type Mail struct {
 	Files      map[string][]byte // attachments by name
 }
 
-// Message reads a message whose envelope must be from and to, in this order.
+// Message parses a message, whose envelope must be from and to, in this order.
 func Message(tb testing.TB, m smtptest.Message, from string, to ...string) Mail {
 	tb.Helper()
 	if m.From != from || strings.Join(m.To, " ") != strings.Join(to, " ") {
@@ -32,7 +32,7 @@ func Message(tb testing.TB, m smtptest.Message, from string, to ...string) Mail 
 	}
 	parsed, err := netmail.ReadMessage(bytes.NewReader(m.Body))
 	if err != nil {
-		tb.Fatalf("the relay has got no mail: %v", err)
+		tb.Fatalf("the relay received an invalid mail: %v", err)
 	}
 	mail := Mail{Header: parsed.Header, Files: map[string][]byte{}}
 	if mail.Subject, err = new(mime.WordDecoder).DecodeHeader(parsed.Header.Get("Subject")); err != nil {
@@ -42,17 +42,17 @@ func Message(tb testing.TB, m smtptest.Message, from string, to ...string) Mail 
 	return mail
 }
 
-// Only returns the one message that the relay has got.
+// Only returns the one message that the relay has received.
 func Only(tb testing.TB, relay *smtptest.Server) smtptest.Message {
 	tb.Helper()
 	all := relay.Messages()
 	if len(all) != 1 {
-		tb.Fatalf("the relay has got %d messages, want 1", len(all))
+		tb.Fatalf("the relay has received %d messages, want 1", len(all))
 	}
 	return all[0]
 }
 
-// part reads a part and those within it. header is a MIME header, of the message or the part.
+// part parses a part and the parts in it. header is a MIME header, of the message or the part.
 func (m *Mail) part(tb testing.TB, header interface{ Get(string) string }, body io.Reader) {
 	tb.Helper()
 	kind, params, err := mime.ParseMediaType(header.Get("Content-Type"))

@@ -2,6 +2,6 @@ package sockets
 
 import "github.com/smtprelay/smtprelay"
 
-// The one place that knows how a Config asks for CHUNKING.
+// The one place that knows how a Config enables CHUNKING.
 
 func setChunking(cfg *smtprelay.Config, chunking bool) { cfg.Chunking = chunking }

@@ -14,9 +14,9 @@ import (
 
 // Situations in which the client once broke a promise, each in the form that showed it best.
 
-var cancels = flag.Int("sockets.cancels", 1000, "how many Sends TestCancelInAWrite begins with each relay, at least")
+var cancels = flag.Int("sockets.cancels", 1000, "minimum number of Sends of TestCancelInAWrite for each relay")
 
-// check fails the test where the judgement is not clean.
+// check fails the test unless the judgement is clean.
 func check(t *testing.T, a tally) {
 	t.Helper()
 	t.Log(&a)
@@ -25,7 +25,7 @@ func check(t *testing.T, a tally) {
 	}
 }
 
-// TestCancelInAWrite ends contexts at any moment of a body's way: no part of it may pass for the whole.
+// TestCancelInAWrite cancels contexts at any point of a body: no part may be accepted as the whole.
 func TestCancelInAWrite(t *testing.T) {
 	for _, by := range []string{"data", "chunks"} {
 		for _, kind := range []relayMake{goSMTPClear, smtptestClear, smtptestTLS} {
@@ -38,7 +38,7 @@ func TestCancelInAWrite(t *testing.T) {
 						var ms []*message
 						for n := range 50 {
 							id := 1 + sender*1000 + n
-							hurry := 1500 * time.Microsecond << (2 * rand.N(3)) // a loaded machine takes longer to come to the body
+							hurry := 1500 * time.Microsecond << (2 * rand.N(3)) // a loaded machine takes longer to reach the body
 							ms = append(ms, &message{id: id, to: []string{recipient("ok", 0, id)}, size: 61 << 10, deadline: rand.N(hurry)})
 						}
 						r.senders = append(r.senders, ms)
@@ -54,8 +54,8 @@ func TestCancelInAWrite(t *testing.T) {
 	}
 }
 
-// TestReceiptBehindDiscardedCommands has a relay throw away what has come behind a final dot. The replies that are missing
-// then shift those that follow: none may be taken for the reply to another message.
+// TestReceiptBehindDiscardedCommands has a relay discard what arrived after a final dot. The missing replies shift the later
+// ones: none may be taken for the reply to another message.
 func TestReceiptBehindDiscardedCommands(t *testing.T) {
 	for _, by := range []string{"data", "chunks"} {
 		for _, conns := range []int{1, 3} {
@@ -72,8 +72,8 @@ func TestReceiptBehindDiscardedCommands(t *testing.T) {
 	}
 }
 
-// TestSlotUntilARefusedQuitHasClosed has a relay refuse the QUIT behind a final dot and stay, as long as the client does. The
-// next connection must not be opened before the relay has closed that one.
+// TestSlotUntilARefusedQuitHasClosed has a relay refuse the QUIT after a final dot and keep the connection as long as the client
+// does. The next connection must not be opened before the relay has closed this one.
 func TestSlotUntilARefusedQuitHasClosed(t *testing.T) {
 	for _, kind := range []relayMake{smtptestClear, smtptestTLS} {
 		for _, by := range []string{"data", "chunks"} {
@@ -90,14 +90,14 @@ func TestSlotUntilARefusedQuitHasClosed(t *testing.T) {
 	}
 }
 
-// smuggled are bodies that are a message to somebody else where a relay reads them as commands.
+// smuggled are bodies that become a message to a victim if a relay reads them as commands.
 var smuggled = []string{
 	"Subject: a question\r\n\r\nhello\r\nMAIL FROM:<ceo@x.example>\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n",
 	"Subject: a question\r\n\r\nhello\r\nRCPT TO:<victim@y.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nSend money.\r\n.\r\n",
 }
 
-// TestBodyIsNoCommands sends such bodies to a relay that refuses the envelope, and does not throw away the chunk that it
-// refuses with it.
+// TestBodyIsNoCommands sends these bodies to a relay that refuses the envelope and does not discard the chunk that it refuses
+// with it.
 func TestBodyIsNoCommands(t *testing.T) {
 	for _, relay := range []relayMake{strictTLS, smtptestTLS} {
 		for _, refuses := range []string{"RCPT", "MAIL", "AUTH"} {
@@ -107,7 +107,7 @@ func TestBodyIsNoCommands(t *testing.T) {
 						r := &round{setup: setup{kind: relay, chunking: true, maxConns: 1}}
 						r.habits = habits{readsRefusedChunks: true, refusesMail: refuses == "MAIL", refusesAuth: refuses == "AUTH"}
 						r.password = map[string]string{"AUTH": "wrong"}[refuses]
-						for n := range 3 { // the first finds a new connection, the others one that has been used
+						for n := range 3 { // the first uses a new connection, the others a used one
 							id := 1 + n
 							r.senders = append(r.senders, []*message{
 								{id: id, to: []string{recipient("gone", 0, id)}, raw: smuggled[b], kind: kind, deadline: -1},
@@ -123,9 +123,10 @@ func TestBodyIsNoCommands(t *testing.T) {
 	}
 }
 
-// TestEnvelopeThatStays has a relay answer RSET with 250 and keep the envelope, to which the next message then goes too.
+// TestEnvelopeThatStays has a relay answer RSET with 250 but keep the envelope, so that the next message goes to it too.
 func TestEnvelopeThatStays(t *testing.T) {
-	// The first has one recipient refused, so that it goes to nobody, and the other's stays named. Of the third its sender stays.
+	// The first message has a refused recipient, so it goes to nobody, and its other recipient stays. The third leaves its
+	// sender.
 	ms := []*message{
 		{id: 1, to: []string{recipient("ok", 0, 1), recipient("gone", 1, 1)}, all: true, size: 300, deadline: -1},
 		{id: 2, to: []string{recipient("ok", 0, 2)}, size: 300, deadline: -1},
@@ -142,15 +143,15 @@ func TestEnvelopeThatStays(t *testing.T) {
 					r := &round{setup: setup{kind: relay, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
 					check(t, r.run(t))
 				})
-				// In chunks the body may have left with the envelope, behind another's end. Who gets it then is out of our hands, but
-				// not what is told of it.
+				// In chunks the body may have been sent with the envelope, after another message's end. The client cannot control
+				// who gets it then, but it must report it truthfully.
 				t.Run(fmt.Sprintf("%s/chunks/%s/pipelining %d", relay, name, pipelining), func(t *testing.T) {
 					r := &round{setup: setup{kind: relay, chunking: true, maxConns: 1, habits: habits{keepsEnvelope: true}}, pipelining: pipelining, senders: senders}
 					r.told = func(led *ledger, all []*told) {
 						for _, e := range led.entries {
 							for _, told := range all {
 								if o, _ := told.outcome(); o != smtprelay.Unknown && idOf(e.from) != told.m.id && strings.Contains(strings.Join(e.to, " "), told.m.to[0]) {
-									led.complain("message %d went with the envelope of message %d, and is told as %v: %v", told.m.id, idOf(e.from), o, told.err)
+									led.complain("message %d went with the envelope of message %d, but was reported as %v: %v", told.m.id, idOf(e.from), o, told.err)
 								}
 							}
 						}

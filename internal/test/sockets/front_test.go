@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// What stands in front of a relay: a listener that counts connections, and a proxy that breaks them.
+// In front of a relay: a listener that counts connections, and a proxy that breaks them.
 
 func listen(t testing.TB) *net.TCPListener {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -21,16 +21,16 @@ func listen(t testing.TB) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// counter is a listener that knows how many clients were connected at once. A connection counts until this side has ended
-// it, be it with FIN only: the client can see no more than that, and need not wait for what it has written to be read.
+// counter is a listener that counts the clients connected at once. A connection counts until this side has ended it, even if only
+// with FIN: the client cannot see more, and need not wait until its data is read.
 type counter struct {
 	*net.TCPListener
-	most      int  // that may be; told by exceeded
-	impatient bool // the client waits so short a time for the relay to close that it may have given up: what it has closed does not count
+	most      int  // the allowed number; see exceeded
+	impatient bool // the client waits so briefly for the relay to close that it may have given up: a connection that it has closed does not count
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*counted]struct{}
-	exceeded int // the most that were open at once, if more than may be
+	exceeded int // the most that were open at once, if more than allowed
 }
 
 type counted struct {
@@ -38,13 +38,13 @@ type counted struct {
 	c *counter
 }
 
-// connState is the state of a connection on this side of it.
+// connState is the state of a connection as seen from this side.
 type connState int
 
 const (
-	over        connState = iota // this side has sent FIN, or one of them RST
-	halfClosed                   // the client has sent FIN, and this side has not
-	established                  // nobody has
+	over        connState = iota // this side has sent FIN, or either side RST
+	halfClosed                   // the client has sent FIN, this side has not
+	established                  // neither has
 )
 
 func count(l *net.TCPListener, s setup) *counter {
@@ -70,7 +70,7 @@ func (c *counter) Accept() (net.Conn, error) {
 		if n <= c.most {
 			break
 		}
-		if try == 100 { // time for a RST to be handled by the system
+		if try == 100 { // time for the system to handle a RST
 			c.exceeded = max(c.exceeded, n)
 			break
 		}
@@ -88,7 +88,7 @@ func (c *counted) Close() error {
 	return c.TCPConn.Close()
 }
 
-// proxy passes octets on between clients and a relay, and breaks connections.
+// proxy forwards octets between clients and a relay, and breaks connections.
 type proxy struct {
 	in      *counter
 	to      string
@@ -97,7 +97,7 @@ type proxy struct {
 	running sync.WaitGroup
 }
 
-// weather says how many of a hundred connections are broken, and delayed, on the way.
+// weather says how many connections in a hundred the proxy breaks and delays.
 type weather struct {
 	seed          uint64
 	breaks, holds int
@@ -117,7 +117,7 @@ func newProxy(in *counter, to string, w weather) *proxy {
 	return p
 }
 
-// close ends the proxy once all clients have gone.
+// close ends the proxy once all clients have disconnected.
 func (p *proxy) close() {
 	p.in.Close()
 	close(p.over)
@@ -127,7 +127,7 @@ func (p *proxy) close() {
 // flow is one direction of a connection.
 type flow struct {
 	src, dst *net.TCPConn
-	octets   int // after so many something happens
+	octets   int // the number of octets after which it acts
 	happens  event
 	hold     time.Duration
 }
@@ -138,9 +138,9 @@ const (
 	nothing   event = iota
 	pause           // for some milliseconds
 	resetBoth       // RST to both sides
-	resetSrc        // RST to the one who writes, FIN to the other
+	resetSrc        // RST to the writer, FIN to the reader
 	resetDst
-	endDst // FIN to the one who reads; what that one says still passes
+	endDst // FIN to the reader, whose own data still passes
 	endBoth
 	events
 )
@@ -155,7 +155,7 @@ func (p *proxy) serve(client *counted, rng *rand.Rand) {
 	relay := conn.(*net.TCPConn)
 	defer relay.Close()
 	up, down := flow{src: client.TCPConn, dst: relay}, flow{src: relay, dst: client.TCPConn}
-	f, most := &up, 2e6 // what a connection carries at most, more or less
+	f, most := &up, 2e6 // about the most that a connection carries
 	if rng.IntN(3) == 0 {
 		f, most = &down, 5e3
 	}
@@ -172,7 +172,7 @@ func (p *proxy) serve(client *counted, rng *rand.Rand) {
 	both.Wait()
 }
 
-// pass copies one direction until its end, and passes the end on as it came.
+// pass copies one direction until its end, and forwards the end as it came.
 func (p *proxy) pass(f flow) {
 	if f.happens != nothing {
 		if _, err := io.CopyN(f.dst, f.src, int64(f.octets)); err == nil && !p.strike(f) {
@@ -189,7 +189,7 @@ func (p *proxy) pass(f flow) {
 	reset(f.dst)
 }
 
-// strike lets happen what is to happen, and reports whether the direction goes on.
+// strike breaks or delays the flow, and reports whether it continues.
 func (p *proxy) strike(f flow) bool {
 	switch f.happens {
 	case pause:

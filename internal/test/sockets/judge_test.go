@@ -7,7 +7,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Tests of the judge: one that finds nothing would let every client pass.
+// Tests of the judge: a judge that finds nothing would let every client pass.
 
 func TestJudge(t *testing.T) {
 	whole := func(m *message) []byte { return m.appendBody(nil) }
@@ -22,30 +22,30 @@ func TestJudge(t *testing.T) {
 		why   string
 		takes func(l *ledger)
 		told  []*told
-		want  tally // its faults
+		want  tally // with the expected faults
 	}{
-		{why: "accepted and there", takes: func(l *ledger) { l.accept(sender(1), one.to, whole(one)) }, told: []*told{{m: one}}},
-		{why: "accepted and not there", takes: func(*ledger) {}, told: []*told{{m: two}}, want: tally{lost: 1}},
-		{why: "accepted and there for one of two", takes: func(l *ledger) { l.accept(sender(1), one.to[:1], whole(one)) }, told: []*told{{m: one}}, want: tally{lost: 1}},
+		{why: "accepted and received", takes: func(l *ledger) { l.accept(sender(1), one.to, whole(one)) }, told: []*told{{m: one}}},
+		{why: "accepted, not received", takes: func(*ledger) {}, told: []*told{{m: two}}, want: tally{lost: 1}},
+		{why: "accepted, received by one of two", takes: func(l *ledger) { l.accept(sender(1), one.to[:1], whole(one)) }, told: []*told{{m: one}}, want: tally{lost: 1}},
 		{why: "in two transactions", takes: func(l *ledger) {
 			l.accept(sender(1), one.to[:1], whole(one))
 			l.accept(sender(1), one.to[1:], whole(one))
 		}, told: []*told{{m: one}}},
-		{why: "there twice", takes: func(l *ledger) {
+		{why: "received twice", takes: func(l *ledger) {
 			l.accept(sender(2), two.to, whole(two))
 			l.accept(sender(2), two.to, whole(two))
 		}, told: []*told{{m: two}}, want: tally{twice: 1}},
-		{why: "sent again, there twice", takes: func(l *ledger) {
+		{why: "sent again, received twice", takes: func(l *ledger) {
 			l.accept(sender(2), two.to, whole(two))
 			l.accept(sender(2), two.to, whole(two))
 		}, told: []*told{failed(two, smtprelay.NotAccepted), {m: two}}, want: tally{twice: 1}},
-		{why: "sent again, there once", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) },
+		{why: "sent again, received once", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) },
 			told: []*told{failed(two, smtprelay.NotAccepted), {m: two}}},
-		{why: "not accepted and there", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) },
+		{why: "not accepted, received", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) },
 			told: []*told{failed(two, smtprelay.NotAccepted)}, want: tally{falseNegatives: 1}},
-		{why: "not accepted and not there", takes: func(*ledger) {}, told: []*told{failed(two, smtprelay.NotAccepted)}},
-		{why: "unknown and there", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) }, told: []*told{failed(two, smtprelay.Unknown)}},
-		{why: "unknown and not there", takes: func(*ledger) {}, told: []*told{failed(two, smtprelay.Unknown)}},
+		{why: "not accepted, not received", takes: func(*ledger) {}, told: []*told{failed(two, smtprelay.NotAccepted)}},
+		{why: "unknown, received", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)) }, told: []*told{failed(two, smtprelay.Unknown)}},
+		{why: "unknown, not received", takes: func(*ledger) {}, told: []*told{failed(two, smtprelay.Unknown)}},
 		{why: "truncated", takes: func(l *ledger) { l.accept(sender(2), two.to, whole(two)[:4999]) },
 			told: []*told{failed(two, smtprelay.Unknown)}, want: tally{truncated: 1}},
 		{why: "truncated to nothing", takes: func(l *ledger) { l.accept(sender(2), two.to, nil) },
@@ -64,7 +64,7 @@ func TestJudge(t *testing.T) {
 			told: []*told{{m: two}, failed(tiny, smtprelay.Unknown)}, want: tally{strangers: 1}},
 		{why: "smuggled", takes: func(l *ledger) { l.accept("ceo@x.example", []string{"victim@y.example"}, []byte("Send money.\r\n")) },
 			want: tally{mixed: 1, strangers: 1}},
-		{why: "no error, and a recipient who is refused", takes: func(l *ledger) { l.accept(sender(1), one.to[:1], whole(one)) },
+		{why: "no error, but a refused recipient", takes: func(l *ledger) { l.accept(sender(1), one.to[:1], whole(one)) },
 			told: []*told{{m: one, receipt: smtprelay.Receipt{Recipients: []smtprelay.RecipientResult{
 				{To: one.to[0], Outcome: smtprelay.Accepted}, {To: one.to[1], Outcome: smtprelay.NotAccepted}}}}}, want: tally{others: 1}},
 	} {
@@ -81,7 +81,7 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestBodiesAreRecognised cuts a body of each size at every place.
+// TestBodiesAreRecognised truncates a body of each size at every place.
 func TestBodiesAreRecognised(t *testing.T) {
 	for size := 1; size < 400; size++ {
 		m := &message{id: 77, size: size}
@@ -100,8 +100,8 @@ func TestBodiesAreRecognised(t *testing.T) {
 	}
 }
 
-// TestOnlyTheLeakOfGoSMTPIsLeftOut holds the count of goroutines to all but one kind.
-func TestOnlyTheLeakOfGoSMTPIsLeftOut(t *testing.T) {
+// TestOnlyTheLeakOfGoSMTPIsLeftOut checks that all goroutines but go-smtp's leak are counted.
+func TestOnlyTheLeakOfGoSMTPIsIgnored(t *testing.T) {
 	const (
 		leak    = "github.com/emersion/go-smtp.(*Conn).handleBdat.func1()\n\tconn.go:1072 +0x1\n"
 		created = "created by github.com/emersion/go-smtp.(*Conn).handleBdat in goroutine 7\n\tconn.go:1047 +0x2"

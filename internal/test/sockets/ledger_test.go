@@ -9,14 +9,14 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// The ledger of a relay, what callers were told, and the judgement of the one by the other.
+// The ledger of a relay, what callers were told, and the comparison of both.
 
 // ledger is what a relay has accepted.
 type ledger struct {
 	mu       sync.Mutex // guards the fields below
 	messages map[int]*message
 	entries  []entry
-	faults   []string // what the relay itself has to complain of
+	faults   []string // complaints of the relay itself
 }
 
 type entry struct {
@@ -34,7 +34,7 @@ func newLedger(ms []*message) *ledger {
 	return l
 }
 
-// accept notes a message that the relay has accepted, before the relay says so.
+// accept records a message that the relay has accepted, before the relay replies.
 func (l *ledger) accept(from string, to []string, body []byte) {
 	e := entry{from: from, to: to}
 	if m := l.messages[idOf(to[0])]; m != nil {
@@ -47,21 +47,21 @@ func (l *ledger) accept(from string, to []string, body []byte) {
 	l.entries = append(l.entries, e)
 }
 
-// complain notes what no client may do.
+// complain records something that no client may do.
 func (l *ledger) complain(format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.faults = append(l.faults, fmt.Sprintf(format, args...))
 }
 
-// told is what the caller of one Send was told.
+// told is the result of one Send.
 type told struct {
 	m       *message
 	receipt smtprelay.Receipt
 	err     error
 }
 
-// outcome is the fate of the message, and of each recipient.
+// outcome is the outcome of the message, and of each recipient.
 func (t *told) outcome() (smtprelay.Outcome, map[string]smtprelay.Outcome) {
 	all := smtprelay.Accepted
 	if e, ok := errors.AsType[*smtprelay.Error](t.err); ok {
@@ -79,16 +79,16 @@ func (t *told) outcome() (smtprelay.Outcome, map[string]smtprelay.Outcome) {
 	return all, each
 }
 
-// tally counts Sends, and what was wrong with them.
+// tally counts Sends, and their faults.
 type tally struct {
 	sends, accepted, notAccepted, unknown int
-	truncated                             int // accepted by the relay, and not whole
-	mixed                                 int // octets in it that are not of this message
-	falseNegatives                        int // the relay has it, and the caller was told that nobody has
-	lost                                  int // the caller was told that it is accepted, and the relay does not have it
+	truncated                             int // accepted by the relay but truncated
+	mixed                                 int // contains octets of something else
+	falseNegatives                        int // the relay has it, but the caller was told that it was not accepted
+	lost                                  int // the caller was told that it was accepted, but the relay does not have it
 	twice                                 int // the relay has more copies than the caller can know of
-	strangers                             int // somebody got it who is no recipient of it
-	others                                int // faults of other kinds
+	strangers                             int // it went to somebody who is not its recipient
+	others                                int // other faults
 	faulty                                []string
 }
 
@@ -115,7 +115,7 @@ func (a *tally) String() string {
 		a.truncated, a.mixed, a.falseNegatives, a.lost, a.twice, a.strangers, a.others)
 }
 
-// judge holds what the relay has accepted against what callers were told.
+// judge compares what the relay has accepted with what callers were told.
 func (l *ledger) judge(all []*told) tally {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -130,7 +130,7 @@ func (l *ledger) judge(all []*told) tally {
 		case "truncated":
 			a.fault(&a.truncated, "message %d is truncated: %s", id, e.detail)
 		case "mixed":
-			a.fault(&a.mixed, "message %d is not what was sent: %s", id, e.detail)
+			a.fault(&a.mixed, "message %d is not as sent: %s", id, e.detail)
 		}
 		for _, to := range e.to {
 			copies[to]++

@@ -15,22 +15,22 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Messages: how one is drawn, what its body is, in which ways the client gets the body, and how a body that has arrived is
-// recognised. An address names its message, so that an envelope tells which body belongs to it.
+// Messages: how one is drawn, what its body is, how the client gets the body, and how a body that has arrived is recognised. An
+// address names its message, so that an envelope shows which body belongs to it.
 
 // message is what one caller sends.
 type message struct {
 	id       int
 	to       []string
-	raw      string // the body, in place of one that is made up
-	size     int    // of the body that is made up, in octets
+	raw      string // the body, instead of a generated one
+	size     int    // of the generated body, in octets
 	kind     bodyKind
-	failAt   int           // the body fails after so many octets; 0 means never
-	cancelAt int           // the context ends when so many octets of the body are written; 0 means never
+	failAt   int           // the body fails after this many octets; 0 means never
+	cancelAt int           // the context ends when this many octets of the body are written; 0 means never
 	deadline time.Duration // of the first Send; negative means none
 	all      bool          // AllOrNothing
-	again    int           // how often the caller sends it again after "not accepted"
-	pieces   uint64        // seed of the sizes in which the body is handed over
+	again    int           // how many times the caller sends it again after "not accepted"
+	pieces   uint64        // seed of the sizes of writes
 }
 
 type bodyKind int
@@ -45,7 +45,7 @@ const (
 func sender(id int) string { return fmt.Sprintf("s.m%d@storm.example", id) }
 
 // recipient makes an address; the word says what the relay does with it: "ok" is accepted, "gone" refused, "later" refused
-// for now.
+// temporarily.
 func recipient(word string, n, id int) string {
 	return fmt.Sprintf("%s%d.m%d@storm.example", word, n, id)
 }
@@ -54,7 +54,7 @@ func isRefused(to string) bool {
 	return strings.HasPrefix(to, "gone") || strings.HasPrefix(to, "later")
 }
 
-// refusal is what a relay answers to RCPT for an address that isRefused.
+// refusal is a relay's reply to RCPT for an address that isRefused.
 func refusal(to string) string {
 	if strings.HasPrefix(to, "gone") {
 		return "550 5.1.1 no such user"
@@ -73,7 +73,7 @@ func idOf(addr string) int {
 	return id
 }
 
-// filler is what bodies consist of: blocks of 64 octets, each a line or two. Some lines are commands or begin with a dot.
+// filler is the content of bodies: blocks of 64 octets, each a line or two. Some lines are commands or begin with a dot.
 var filler = func() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	commands := []string{"MAIL FROM:<smuggler@evil.example>", "RCPT TO:<victim@evil.example>", "DATA", "RSET", "QUIT", ".", "..", ".x", "BDAT 5 LAST"}
@@ -102,7 +102,7 @@ const (
 	tail     = "END %010d %010d %08x\r\n" // the message, the octets before this line, their checksum
 	headSize = 9 + 8 + 10 + 2 + 7 + 2 + 2
 	tailSize = 4 + 10 + 1 + 10 + 1 + 8 + 2
-	tinySize = headSize + tailSize // a body of less is nothing but digits of its message's number
+	tinySize = headSize + tailSize // a smaller body is only the digits of its message's number
 )
 
 // appendBody appends the body of m to b.
@@ -125,7 +125,7 @@ func (m *message) appendBody(b []byte) []byte {
 	return fmt.Appendf(b, tail, m.id, len(b)-begin, crc32.Checksum(b[begin:], castagnoli))
 }
 
-// inspect says what is wrong with a body that has arrived for m; "" means that it is whole.
+// inspect says what is wrong with a body that has arrived for m; "" means that it is complete.
 func (m *message) inspect(body []byte) (fault, detail string) {
 	if m.raw != "" || m.size < tinySize {
 		if want := m.appendBody(nil); !bytes.Equal(body, want) && !bytes.Equal(body, append(want, "\r\n"...)) {
@@ -149,7 +149,7 @@ func (m *message) inspect(body []byte) (fault, detail string) {
 	return damaged(body, m.appendBody(nil)), detail
 }
 
-// damaged names the fault of a body that is not what it should be.
+// damaged names the fault of a wrong body.
 func damaged(body, want []byte) string {
 	if len(body) < len(want) && bytes.HasPrefix(want, bytes.TrimSuffix(body, []byte("\r\n"))) {
 		return "truncated"
@@ -159,7 +159,7 @@ func damaged(body, want []byte) string {
 
 var errBody = errors.New("the body cannot be made")
 
-// body returns what the client is given. The octets of b must not change until Send has returned.
+// body returns the Body for the client. The octets of b must not change until Send has returned.
 func (m *message) body(b []byte, cancel context.CancelFunc) io.WriterTo {
 	p := &pieces{m: m, rest: b, cancel: cancel, rng: rand.New(rand.NewPCG(m.pieces, 0))}
 	switch m.kind {
@@ -183,7 +183,7 @@ func (w *writer) WriteTo(to io.Writer) (int64, error) {
 	return io.CopyBuffer(struct{ io.Writer }{to}, p, make([]byte, 16<<10))
 }
 
-// pieces hands a body over in odd pieces, and fails or ends the context on the way as its message says.
+// pieces writes a body in odd pieces, and fails or cancels the context on the way as its message says.
 type pieces struct {
 	m      *message
 	rest   []byte

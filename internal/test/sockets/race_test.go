@@ -2,6 +2,6 @@
 
 package sockets
 
-// raceDetector leaves go-smtp's server in chunks out of the storm: it has a data race of its own (v0.25.1, Conn.dataResult),
-// where a message in chunks that was given up is followed by another one.
+// raceDetector excludes chunks to go-smtp's server from the storm: the server has a data race (v0.25.1, Conn.dataResult) if
+// another message follows an abandoned message in chunks.
 const raceDetector = true

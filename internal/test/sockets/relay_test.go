@@ -23,10 +23,10 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// The relays of three makes: smtptest, go-smtp's server, and the strict relay of this package. Each is started for one
-// client, and its ledger is complete once it is closed.
+// The three kinds of relays: smtptest, go-smtp's server, and the strict relay of this package. Each is started for one client,
+// and its ledger is complete once it is closed.
 
-// relayMake is a make of relay and how its connections are protected.
+// relayMake is a kind of relay and how its connections are protected.
 type relayMake string
 
 const (
@@ -48,12 +48,12 @@ func (m relayMake) isTLS() bool { return strings.HasSuffix(string(m), "-tls") }
 // setup says which relay is started.
 type setup struct {
 	kind     relayMake
-	chunking bool // is used where the relay offers it
+	chunking bool // used if the relay offers it
 	maxConns int
 	habits   habits
-	behind   smtptest.Habit // of smtptest, as are the next two
-	dotDelay time.Duration  // the answer to the final dot comes so late
-	fault    smtptest.Fault // the zero value means that there is none
+	behind   smtptest.Habit // for smtptest, as are the next two
+	dotDelay time.Duration  // the delay of the reply to the final dot
+	fault    smtptest.Fault // the zero value means none
 	proxied  bool
 	weather  weather // of the proxy
 }
@@ -61,18 +61,18 @@ type setup struct {
 // forgets reports whether some commands are never answered.
 func (s setup) forgets() bool { return s.behind == smtptest.HabitDiscard || s.fault.Discard }
 
-// relay is a relay under way.
+// relay is a running relay.
 type relay struct {
 	setup
-	config smtprelay.Config // what a client of it needs
+	config smtprelay.Config // for its client
 	ledger *ledger
 	front  *counter // nil for smtptest without a proxy
-	proxy  *proxy   // nil without
+	proxy  *proxy   // nil without a proxy
 	end    func()
-	fake   *smtptest.Server // nil for others
+	fake   *smtptest.Server // nil for other kinds
 }
 
-// start starts a relay that takes the messages ms.
+// start starts a relay that accepts the messages ms.
 func start(t testing.TB, s setup, ms []*message) *relay {
 	r := &relay{setup: s, ledger: newLedger(ms)}
 	var addr string
@@ -162,7 +162,7 @@ func (r *relay) startFake(ms []*message) (addr string) {
 	return s.Addr()
 }
 
-// strange complains of commands that have come out of a body. It lets no fault strike.
+// strange complains about commands that come from a body. It lets no fault strike.
 func (r *relay) strange(e smtptest.Event) bool {
 	switch {
 	case e.Step == smtptest.Mail && r.ledger.messages[idOf(e.From)] == nil:
@@ -173,7 +173,7 @@ func (r *relay) strange(e smtptest.Event) bool {
 	return false
 }
 
-// serveGoSMTP serves with go-smtp until the function that it returns is called, when all clients have gone.
+// serveGoSMTP serves with go-smtp until the function that it returns is called, after all clients have disconnected.
 func serveGoSMTP(t testing.TB, l net.Listener, h habits, led *ledger) (end func()) {
 	b := &backend{ledger: led}
 	s := smtp.NewServer(b)
@@ -186,7 +186,7 @@ func serveGoSMTP(t testing.TB, l net.Listener, h habits, led *ledger) (end func(
 	go func() { served <- s.Serve(l) }()
 	return func() {
 		l.Close()
-		<-served // before Shutdown, which waits for connections while Serve would still add some
+		<-served // Serve must end before Shutdown, which waits for connections while Serve could still add some
 		if err := s.Shutdown(context.Background()); err != nil && !errors.Is(err, net.ErrClosed) {
 			t.Error(err)
 		}
@@ -194,10 +194,10 @@ func serveGoSMTP(t testing.TB, l net.Listener, h habits, led *ledger) (end func(
 	}
 }
 
-// backend is what go-smtp's server hands messages to.
+// backend gets the messages from go-smtp's server.
 type backend struct {
 	ledger  *ledger
-	reading sync.WaitGroup // bodies, which go-smtp reads in goroutines of their own where they come in chunks
+	reading sync.WaitGroup // bodies, which go-smtp reads in separate goroutines if they arrive in chunks
 }
 
 func (b *backend) NewSession(*smtp.Conn) (smtp.Session, error) { return &session{backend: b}, nil }
@@ -270,7 +270,7 @@ var own = func() (o struct {
 	return o
 }()
 
-// eventually waits for what must come without anything further being done.
+// eventually waits until is returns true.
 func eventually(t testing.TB, what string, is func() bool) {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
@@ -280,5 +280,5 @@ func eventually(t testing.TB, what string, is func() bool) {
 		}
 		<-tick.C
 	}
-	t.Errorf("this never comes: %s", what)
+	t.Errorf("this did not happen: %s", what)
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A round: one relay, one client, some callers that send at the same time. How one is drawn from a seed, run, and judged.
+// A round: one relay, one client, several concurrent callers. How a round is drawn from a seed, run, and judged.
 
 // round is the plan of a round.
 type round struct {
@@ -24,13 +24,13 @@ type round struct {
 	inFlight   int
 	retry      smtprelay.Retry
 	pipelining smtprelay.Pipelining
-	calm       bool // nothing goes wrong: everything is accepted that the relay does not refuse
+	calm       bool // nothing goes wrong: everything is accepted except what the relay refuses
 	senders    [][]*message
-	password   string                         // for AUTH; "" means that there is none
-	told       func(led *ledger, all []*told) // looks at more than the judge does, if not nil
+	password   string                         // for AUTH; "" means none
+	told       func(led *ledger, all []*told) // further checks besides the judge's, if not nil
 }
 
-// drawRound draws a round against a make of relay. The numbers of its messages begin at first.
+// drawRound draws a round against a kind of relay. The numbers of its messages begin at first.
 func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	one := func(in int) bool { return rng.IntN(in) == 0 }
@@ -52,7 +52,7 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	if one(3) {
 		r.fault = drawFault(rng, chunking)
 	}
-	// Where a body in chunks leaves with its envelope, behind another's end, it is gone before anybody can know of RSET.
+	// A chunked body sent with its envelope, after another message's end, is gone before the result of RSET is known.
 	together := chunking && r.pipelining == smtprelay.PipelineAuto
 	if together && r.fault.At == smtptest.Rset {
 		r.fault.At = smtptest.Mail
@@ -76,7 +76,7 @@ func drawRound(seed uint64, kind relayMake, chunking bool, first int) *round {
 	return r
 }
 
-// drawFault draws what goes wrong in smtptest itself.
+// drawFault draws a fault for smtptest.
 func drawFault(rng *rand.Rand, chunking bool) (f smtptest.Fault) {
 	steps := []smtptest.Step{smtptest.Mail, smtptest.Rcpt, smtptest.Data, smtptest.Bdat, smtptest.Body, smtptest.FinalDot, smtptest.Accepted, smtptest.Rset}
 	f.At = steps[rng.IntN(len(steps))]
@@ -88,7 +88,7 @@ func drawFault(rng *rand.Rand, chunking bool) (f smtptest.Fault) {
 	switch effect := rng.IntN(5); {
 	case effect == 0 && !chunking: // in chunks the rest of a body would be read as commands
 		f.Discard = true
-	case effect <= 1 && f.At != smtptest.Accepted: // a relay that has the message and refuses it is beyond help
+	case effect <= 1 && f.At != smtptest.Accepted: // a relay that has the message but refuses it is beyond help
 		f.Reply = []string{"451 4.3.0 not now", "503 5.5.1 bad sequence of commands", "550 5.7.1 no"}[rng.IntN(3)]
 	case effect == 2 && f.At != smtptest.Accepted:
 		f.Reply, f.Drop = "421 4.3.2 going down", true
@@ -109,7 +109,7 @@ func drawMessage(rng *rand.Rand, id int, calm bool, hurry time.Duration) *messag
 	case n < 60:
 		m.size = 1 + rng.IntN(4<<10)
 	case n < 98:
-		m.size = int(math.Pow(256<<10, rng.Float64())) // of all orders of magnitude alike
+		m.size = int(math.Pow(256<<10, rng.Float64())) // equally of all orders of magnitude
 	default:
 		m.size = 1<<20 + rng.IntN(3<<20)
 	}
@@ -146,7 +146,7 @@ func (r *round) messages() (ms []*message) {
 	return ms
 }
 
-// run carries the round out and returns the judgement.
+// run runs the round and returns the judgement.
 func (r *round) run(t testing.TB) tally {
 	relay := start(t, r.setup, r.messages())
 	cfg := relay.config
@@ -198,7 +198,7 @@ func (r *round) run(t testing.TB) tally {
 	return relay.ledger.judge(all)
 }
 
-// send sends m, and again as its caller may, in the memory of buf.
+// send sends m, and again if its caller may, with the body in buf.
 func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
 	for try := 0; ; try++ {
 		*buf = m.appendBody((*buf)[:0])
@@ -212,7 +212,7 @@ func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
 		}
 		receipt, err := client.Send(ctx, smtprelay.Message{From: sender(m.id), To: m.to, AllOrNothing: m.all, Body: m.body(*buf, cancel)})
 		cancel()
-		clear(*buf) // nobody may look at it any more
+		clear(*buf) // must not be read any more
 		all = append(all, &told{m, receipt, err})
 		if try >= m.again || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
 			return all
@@ -220,7 +220,7 @@ func send(client *smtprelay.Client, m *message, buf *[]byte) (all []*told) {
 	}
 }
 
-// calmness complains of each message that a relay without faults would have accepted, and did not.
+// calmness complains about each message that a relay without faults would have accepted, but did not.
 func (r *relay) calmness(all []*told) {
 	for _, t := range all {
 		refused := 0
@@ -245,11 +245,11 @@ func (r *relay) calmness(all []*told) {
 	}
 }
 
-// silence complains of each Send that has waited in vain although nobody throws replies away.
+// silence complains about each Send that timed out although the relay discards no replies.
 func (r *relay) silence(all []*told) {
 	for _, t := range all {
 		if e, ok := errors.AsType[*smtprelay.Error](t.err); ok && t.m.deadline < 0 && e.Timeout() {
-			r.ledger.complain("message %d has waited for what never came: %v", t.m.id, e)
+			r.ledger.complain("message %d timed out: %v", t.m.id, e)
 		}
 	}
 }
@@ -262,7 +262,7 @@ func stacks() string {
 
 // running counts the goroutines of the client and of the relays here.
 func running() int {
-	n := -1 // the one who asks
+	n := -1 // not counting this goroutine
 	for g := range strings.SplitSeq(stacks(), "\n\n") {
 		if isOurs(g) {
 			n++
@@ -271,11 +271,11 @@ func running() int {
 	return n
 }
 
-// isOurs reports whether a goroutine with the stack g is one of those that must end.
+// isOurs reports whether a goroutine with the stack g must end.
 //
-// go-smtp's server leaks one now and then (seen in v0.25.1). The goroutine that reads the chunks of a message which is given
-// up sends its result to whatever channel the connection has by then. If that is the next message's, and this one is given up
-// too, the channel has room for one of the two results, and nobody reads it any more.
+// go-smtp's server leaks one now and then (seen in v0.25.1). The goroutine that reads the chunks of an abandoned message sends
+// its result to the connection's current channel. If that channel belongs to the next message, and that message is abandoned too,
+// the channel has room for one of the two results, and its reader is gone.
 func isOurs(g string) bool {
 	header, stack, _ := strings.Cut(g, "\n")
 	if strings.Contains(header, "[chan send") && strings.HasPrefix(stack, "github.com/emersion/go-smtp.(*Conn).handleBdat.func1(") {

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// tcpState returns the state of a connection as the system knows it, whatever was read and written so far.
+// tcpState returns the system's state of a connection, whatever was read and written so far.
 func tcpState(c *net.TCPConn) (s connState) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -42,10 +42,10 @@ func TestOneConnectionTooMany(t *testing.T) {
 		want      bool
 	}{
 		{first: "open", end: func(_, _ *net.TCPConn) {}, want: true},
-		{first: "open, and the client impatient", end: func(_, _ *net.TCPConn) {}, impatient: true, want: true},
+		{first: "open, impatient client", end: func(_, _ *net.TCPConn) {}, impatient: true, want: true},
 		{first: "reset", end: func(client, _ *net.TCPConn) { reset(client) }},
-		{first: "closed by the client alone", end: func(client, _ *net.TCPConn) { client.Close() }, want: true},
-		{first: "closed by the client, who was impatient", end: func(client, _ *net.TCPConn) { client.Close() }, impatient: true},
+		{first: "closed by the client only", end: func(client, _ *net.TCPConn) { client.Close() }, want: true},
+		{first: "closed by an impatient client", end: func(client, _ *net.TCPConn) { client.Close() }, impatient: true},
 		{first: "closed by the relay", end: func(_, relay *net.TCPConn) { relay.CloseWrite() }},
 		{first: "closed by the relay, which has not read all", end: func(client, relay *net.TCPConn) {
 			client.Write(make([]byte, 1000))
@@ -72,7 +72,7 @@ func TestOneConnectionTooMany(t *testing.T) {
 			}
 		}
 		if got := c.exceeded > 0; got != test.want {
-			t.Errorf("the first is %s: one too many is %v, want %v", test.first, got, test.want)
+			t.Errorf("the first is %s: over the limit is %v, want %v", test.first, got, test.want)
 		}
 	}
 }

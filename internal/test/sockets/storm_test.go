@@ -13,13 +13,13 @@ import (
 
 // The storm on sockets: rounds of all kinds until enough messages were sent.
 var (
-	stormSends = flag.Int("sockets.sends", 2000, "how many messages TestStorm sends, at least")
+	stormSends = flag.Int("sockets.sends", 2000, "minimum number of messages that TestStorm sends")
 	stormSeed  = flag.Uint64("sockets.seed", 0, "the seed of TestStorm; 0 means a new one")
 	stormRound = flag.Int("sockets.round", -1, "the one round of the seed that TestStorm runs")
 	stormOnly  = flag.String("sockets.only", "", `the kinds of rounds that TestStorm runs, as a regular expression, such as "strict.*/chunks"`)
 )
 
-// stormKind is what a round is named by.
+// stormKind names a kind of round.
 type stormKind struct {
 	relay    relayMake
 	chunking bool
@@ -45,7 +45,7 @@ func stormKinds(t *testing.T) (kinds []stormKind) {
 		}
 	}
 	if len(kinds) == 0 {
-		t.Fatalf("-sockets.only=%s lets no kind of round through", *stormOnly)
+		t.Fatalf("-sockets.only=%s matches no kind of round", *stormOnly)
 	}
 	return kinds
 }
@@ -74,7 +74,7 @@ func TestStorm(t *testing.T) {
 		return rounds - 1, all.sends < *stormSends || rounds <= len(kinds)
 	}
 	var workers sync.WaitGroup
-	for range 2 * runtime.GOMAXPROCS(0) { // a round waits now and then
+	for range 2 * runtime.GOMAXPROCS(0) { // a round sometimes waits
 		workers.Go(func() {
 			for n, more := next(); more; n, more = next() {
 				kind := kinds[n%len(kinds)]
@@ -105,7 +105,7 @@ func TestStorm(t *testing.T) {
 	}
 	t.Logf("%-26s %v", "in all", &all)
 	if *stormRound < 0 && (all.accepted == 0 || all.notAccepted == 0 || all.unknown == 0) {
-		t.Error("a storm in which not every outcome occurs")
+		t.Error("not every outcome occurred")
 	}
 	eventually(t, "all goroutines end", func() bool { return running() <= goroutines })
 	eventually(t, "all descriptors are closed", func() bool { return openFiles() <= files })
@@ -114,7 +114,7 @@ func TestStorm(t *testing.T) {
 	}
 }
 
-// openFiles counts the descriptors of this process; where the system does not tell it is 0.
+// openFiles counts the descriptors of this process; 0 if the system does not tell.
 func openFiles() int {
 	list, _ := os.ReadDir("/proc/self/fd")
 	return len(list)

@@ -11,22 +11,22 @@ import (
 	"sync"
 )
 
-// A strict relay on plain sockets: it reads SMTP with DATA and CHUNKING by itself, complains of clients that break the
-// rules, and has the bad habits of relays that exist, where a test wants them.
+// A strict relay on plain sockets: it parses SMTP with DATA and CHUNKING itself, complains about clients that break the rules,
+// and has the bad habits of real relays if a test asks for them.
 
-// habits are what a relay does that it should not do. smtptest has all of them, and takes cut chunks always; go-smtp's server
-// has those that it has, and knows noSize.
+// habits are what a relay does but should not. smtptest has all of them, and always accepts truncated chunks; go-smtp's server
+// has its own, and supports noSize.
 type habits struct {
-	takesCutChunk      bool // a last chunk that ends with the connection is taken as it is (go-smtp 0.25.1 and older)
+	takesCutChunk      bool // a last chunk truncated by the end of the connection is accepted (go-smtp 0.25.1 and older)
 	readsRefusedChunks bool // the octets of a refused chunk are read as commands (go-smtp 0.25.0 and 0.24.0, nginx)
-	keepsEnvelope      bool // RSET is answered 250 and does nothing
+	keepsEnvelope      bool // RSET is answered 250 but does nothing
 	noChunking         bool // CHUNKING is not offered
 	noSize             bool // no limit of a message's size is announced
 	refusesMail        bool // MAIL is refused
 	refusesAuth        bool // AUTH is offered and refused, and MAIL with it
 }
 
-// strict is a relay that serves on a listener until that is closed.
+// strict is a relay that serves on a listener until the listener is closed.
 type strict struct {
 	habits
 	ledger  *ledger
@@ -48,7 +48,7 @@ func newStrict(l net.Listener, h habits, led *ledger) *strict {
 	return s
 }
 
-// close ends the relay once all clients have gone.
+// close ends the relay once all clients have disconnected.
 func (s *strict) close() {
 	s.closing()
 	s.serving.Wait()
@@ -61,7 +61,7 @@ type dialogue struct {
 	out *bufio.Writer
 
 	greeted bool
-	open    bool // a transaction is
+	open    bool // a transaction is open
 	from    string
 	to      []string
 	body    []byte // of the chunks so far
@@ -88,7 +88,7 @@ func (s *strict) serve(c net.Conn) {
 	}
 }
 
-// line reads a line; replies leave when there is nothing more to be read.
+// line reads a line; replies are flushed when there is no more input.
 func (d *dialogue) line() (string, error) {
 	if d.in.Buffered() == 0 {
 		if err := d.out.Flush(); err != nil {
@@ -108,10 +108,10 @@ func (d *dialogue) line() (string, error) {
 
 func (d *dialogue) say(format string, args ...any) { fmt.Fprintf(d.out, format+"\r\n", args...) }
 
-// alone complains of a client that did not wait for the reply to a command that ends a group (RFC 2920, 3.1).
+// alone complains about a client that did not wait for the reply to a command that ends a group (RFC 2920, 3.1).
 func (d *dialogue) alone(verb string) {
 	if d.in.Buffered() > 0 {
-		d.ledger.complain("something came behind %s without a wait", verb)
+		d.ledger.complain("the client did not wait for the reply to %s", verb)
 	}
 }
 
@@ -232,7 +232,7 @@ func (d *dialogue) data() error {
 	return nil
 }
 
-// accept takes the message and says so.
+// accept accepts the message and replies.
 func (d *dialogue) accept(body []byte) {
 	d.ledger.accept(d.from, d.to, body)
 	d.reset()
@@ -258,7 +258,7 @@ func (d *dialogue) bdat(args []string) error {
 		_, err := io.CopyN(io.Discard, d.in, int64(size))
 		return err
 	}
-	if d.in.Buffered() == 0 { // a relay that answers before it reads the chunk
+	if d.in.Buffered() == 0 { // like a relay that replies before it reads the chunk
 		if err := d.out.Flush(); err != nil {
 			return err
 		}

@@ -1,4 +1,4 @@
-// Here: that the relay and the judge of the storm see faults. A storm whose relay or judge lets a fault pass finds nothing.
+// Tests that the storm's relay and judge notice faults. A storm whose relay or judge misses faults finds nothing.
 package storm
 
 import (
@@ -20,8 +20,8 @@ func stormBodyOf(id int) string {
 	return fmt.Sprintf("Subject: storm\r\nX-Storm: %d %d %d\r\n\r\none\r\n..two\r\n.\r\n", id, len(text), stormSum([]byte(text)))
 }
 
-// TestStormRelayIsStrict speaks to the storm's relay by hand: a relay that lets a fault of the client pass makes a storm that
-// finds nothing.
+// TestStormRelayIsStrict talks to the storm's relay by hand: a relay that accepts a fault of the client makes a storm that finds
+// nothing.
 func TestStormRelayIsStrict(t *testing.T) {
 	const envelope = "MAIL FROM:<s.m1@storm.example>\r\nRCPT TO:<ok0.m1@y.example>\r\nDATA\r\n"
 	const second = "MAIL FROM:<s.m2@storm.example>\r\nRCPT TO:<ok0.m2@y.example>\r\nDATA\r\n"
@@ -29,26 +29,26 @@ func TestStormRelayIsStrict(t *testing.T) {
 	for _, test := range []struct {
 		why     string
 		weather stormWeather
-		say     []string // each followed by as many replies as its lines deserve
-		replies string   // their first digits
-		want    string   // part of the violation; "" means that all is well
+		say     []string // each followed by the replies that its lines get
+		replies string   // first digits
+		want    string   // part of the violation; "" means none
 		taken   int
 	}{
 		{why: "one message", say: []string{"EHLO client.example\r\n", envelope, body, "QUIT\r\n"},
 			replies: "2222322", taken: 1},
-		{why: "an envelope behind the final dot", say: []string{"EHLO client.example\r\n", envelope, body + "RSET\r\n" + second, stormBodyOf(2)},
+		{why: "an envelope right after the final dot", say: []string{"EHLO client.example\r\n", envelope, body + "RSET\r\n" + second, stormBodyOf(2)},
 			replies: "22223222232", taken: 2},
-		{why: "the same without RSET, the first taken", say: []string{"EHLO client.example\r\n", envelope, body + second, stormBodyOf(2)},
+		{why: "the same without RSET, the first accepted", say: []string{"EHLO client.example\r\n", envelope, body + second, stormBodyOf(2)},
 			replies: "2222322232", taken: 2},
 		{why: "MAIL in an open transaction", say: []string{"EHLO client.example\r\n", "MAIL FROM:<s.m1@storm.example>\r\n", second},
 			replies: "222523", want: "MAIL in an open transaction"},
-		{why: "behind EHLO", say: []string{"EHLO client.example\r\n" + envelope}, replies: "22223", want: "behind EHLO"},
-		{why: "behind DATA", say: []string{"EHLO client.example\r\n", envelope + body}, replies: "222232",
-			want: "behind DATA", taken: 1},
+		{why: "right after EHLO", say: []string{"EHLO client.example\r\n" + envelope}, replies: "22223", want: "after EHLO"},
+		{why: "right after DATA", say: []string{"EHLO client.example\r\n", envelope + body}, replies: "222232",
+			want: "after DATA", taken: 1},
 		{why: "a group without PIPELINING", weather: stormWeather{mode: smtprelay.PipelineOff},
-			say: []string{"EHLO client.example\r\n", envelope}, replies: "22223", want: "behind MAIL"},
-		{why: "overlap where it is switched off", weather: stormWeather{mode: smtprelay.PipelineWithin},
-			say: []string{"EHLO client.example\r\n", envelope, body + second}, replies: "222232223", want: "behind final dot", taken: 1},
+			say: []string{"EHLO client.example\r\n", envelope}, replies: "22223", want: "after MAIL"},
+		{why: "overlap although it is disabled", weather: stormWeather{mode: smtprelay.PipelineWithin},
+			say: []string{"EHLO client.example\r\n", envelope, body + second}, replies: "222232223", want: "after final dot", taken: 1},
 		{why: "one MAIL too many", weather: stormWeather{maxMessages: 1},
 			say: []string{"EHLO client.example\r\n", envelope, body, second}, replies: "222232223", want: "MAIL number 2", taken: 1},
 		{why: "one RCPT too many", weather: stormWeather{rcptMax: 1},
@@ -57,8 +57,8 @@ func TestStormRelayIsStrict(t *testing.T) {
 		{why: "the same without RSET, the first refused", weather: stormWeather{faults: []stormFault{refuse5}, rate: 1000, only: atDot},
 			say:     []string{"EHLO client.example\r\n", envelope, body + "MAIL FROM:<s.m2@storm.example>\r\n"},
 			replies: "2222355", want: "MAIL in an open transaction"},
-		{why: "a body for nobody", weather: stormWeather{goesOn: true}, say: []string{"EHLO client.example\r\n",
-			"MAIL FROM:<s.m1@storm.example>\r\nRCPT TO:<gone0.m1@y.example>\r\nDATA\r\n", body}, replies: "222535", want: "a body for nobody"},
+		{why: "a body without recipient", weather: stormWeather{goesOn: true}, say: []string{"EHLO client.example\r\n",
+			"MAIL FROM:<s.m1@storm.example>\r\nRCPT TO:<gone0.m1@y.example>\r\nDATA\r\n", body}, replies: "222535", want: "a body without recipient"},
 		{why: "a truncated body", say: []string{"EHLO client.example\r\n", envelope, strings.Replace(body, "one\r\n", "", 1)},
 			replies: "222232", want: "the ledger: ", taken: 1},
 		{why: "another's body", say: []string{"EHLO client.example\r\n", envelope, stormBodyOf(2)},
@@ -68,20 +68,20 @@ func TestStormRelayIsStrict(t *testing.T) {
 		{why: "no dot-stuffing", say: []string{"EHLO client.example\r\n", envelope, strings.Replace(body, "..two", ".two", 1)},
 			replies: "222232", want: "not dot-stuffed", taken: 1},
 		{why: "after QUIT", say: []string{"EHLO client.example\r\n", "QUIT\r\n", "NOOP\r\n"}, replies: "222", want: "after QUIT"},
-		{why: "RSET for nothing", say: []string{"EHLO client.example\r\n", "RSET\r\n"}, replies: "222", want: "RSET before the first MAIL"},
+		{why: "RSET before MAIL", say: []string{"EHLO client.example\r\n", "RSET\r\n"}, replies: "222", want: "RSET before the first MAIL"},
 		{why: "NOOP", say: []string{"EHLO client.example\r\n", "NOOP\r\n"}, replies: "225", want: "unexpected command"},
 		{why: "MAIL before EHLO", say: []string{envelope}, replies: "2555", want: "before EHLO"},
 		{why: "MAIL without AUTH", weather: stormWeather{auth: "PLAIN"}, say: []string{"EHLO client.example\r\n", "MAIL FROM:<s.m1@storm.example>\r\n"},
 			replies: "225", want: "MAIL without AUTH"},
 		{why: "a parameter that was not offered", say: []string{"EHLO client.example\r\n", "MAIL FROM:<s.m1@storm.example> RET=FULL\r\n"},
 			replies: "222", want: "malformed"},
-		{why: "503 to what comes with the dot", weather: stormWeather{habit: refusesOverlap},
+		{why: "503 to commands that arrive with the dot", weather: stormWeather{habit: refusesOverlap},
 			say:     []string{"EHLO client.example\r\n", envelope, body + "RSET\r\n" + second, second, stormBodyOf(2)},
 			replies: "22223255552232", taken: 2},
-		{why: "silence to what comes with the dot", weather: stormWeather{habit: discardsOverlap},
+		{why: "no reply to commands that arrive with the dot", weather: stormWeather{habit: discardsOverlap},
 			say:     []string{"EHLO client.example\r\n", envelope, body + "RSET\r\n" + second, second, stormBodyOf(2)},
 			replies: "2222322232", taken: 2},
-		{why: "421 beyond the messages of a connection", weather: stormWeather{mailCap: 1, leaves: leavesOpen},
+		{why: "421 above the connection's limit of messages", weather: stormWeather{mailCap: 1, leaves: leavesOpen},
 			say: []string{"EHLO client.example\r\n", envelope, body, "MAIL FROM:<s.m2@storm.example>\r\n"}, replies: "2222324", taken: 1},
 	} {
 		t.Run(test.why, func(t *testing.T) {
@@ -144,7 +144,7 @@ func TestStormRelayIsStrict(t *testing.T) {
 	}
 }
 
-// TestStormJudgeFinds gives the judge one lie after the other: a judge that finds nothing would let every client pass.
+// TestStormJudgeFinds gives the judge false results: a judge that finds nothing would let every client pass.
 func TestStormJudgeFinds(t *testing.T) {
 	const to, other = "ok0.m1@y.example", "ok1.m1@y.example"
 	yes := smtprelay.Reply{Code: 250, Message: to + " ok"}
@@ -173,11 +173,11 @@ func TestStormJudgeFinds(t *testing.T) {
 		attempts []*stormAttempt
 		weather  stormWeather
 		change   func(told *stormTold, as []*stormAttempt)
-		want     string // "" means that all is well
+		want     string // "" means no fault
 	}{
-		{why: "accepted and there", told: accepted(), attempts: []*stormAttempt{taken()}},
-		{why: "accepted and not there", told: accepted(), want: "the relay has nothing"},
-		{why: "accepted and there twice", told: accepted(), attempts: []*stormAttempt{taken(), taken()}, want: "has 2 copies"},
+		{why: "accepted and received", told: accepted(), attempts: []*stormAttempt{taken()}},
+		{why: "accepted, not received", told: accepted(), want: "the relay has nothing"},
+		{why: "accepted, received twice", told: accepted(), attempts: []*stormAttempt{taken(), taken()}, want: "has 2 copies"},
 		{why: "accepted and damaged", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(_ *stormTold, as []*stormAttempt) { as[0].problem = "truncated" }, want: "what nobody sent: truncated"},
 		{why: "another's queue ID", told: accepted(), attempts: []*stormAttempt{taken()},
@@ -187,27 +187,27 @@ func TestStormJudgeFinds(t *testing.T) {
 		{why: "another's reply to RCPT", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients[0].Reply.Message = other + " ok" }, want: "the receipt says"},
 		{why: "a receipt without the recipient", told: accepted(), attempts: []*stormAttempt{taken()},
-			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients = nil }, want: "no error, and a receipt"},
-		{why: "not accepted and there", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), attempts: []*stormAttempt{taken()}, want: "the relay has it"},
-		{why: "not accepted and never answered", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
+			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients = nil }, want: "no error, but a receipt"},
+		{why: "not accepted, received", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), attempts: []*stormAttempt{taken()}, want: "the relay has it"},
+		{why: "not accepted, never answered", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
 			change: func(_ *stormTold, as []*stormAttempt) { as[0].taken, as[0].answered = false, false }, want: "has not answered the final dot"},
-		{why: "not accepted and refused", told: failed(smtprelay.NotAccepted, smtprelay.Reply{Code: 550, Message: "no"}), attempts: []*stormAttempt{taken()},
+		{why: "not accepted, refused", told: failed(smtprelay.NotAccepted, smtprelay.Reply{Code: 550, Message: "no"}), attempts: []*stormAttempt{taken()},
 			weather: stormWeather{faults: []stormFault{refuse5}},
 			change:  func(_ *stormTold, as []*stormAttempt) { as[0].taken, as[0].final = false, stormSaid{550, "no"} }},
 		{why: "refused in other words", told: failed(smtprelay.NotAccepted, smtprelay.Reply{Code: 550, Message: "never"}),
 			weather: stormWeather{faults: []stormFault{refuse5}}, want: "has never said"},
-		{why: "unknown and there", told: failed(smtprelay.Unknown, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
+		{why: "unknown, received", told: failed(smtprelay.Unknown, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
 			weather: stormWeather{cuts: 1},
 			change:  func(_ *stormTold, as []*stormAttempt) { as[0].answered = false }},
-		{why: "unknown and answered", told: failed(smtprelay.Unknown, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
+		{why: "unknown, answered", told: failed(smtprelay.Unknown, smtprelay.Reply{}), attempts: []*stormAttempt{taken()},
 			want: "although the relay has answered"},
-		{why: "unknown and no final dot", told: failed(smtprelay.Unknown, smtprelay.Reply{}), want: "no final dot was written"},
+		{why: "unknown, no final dot", told: failed(smtprelay.Unknown, smtprelay.Reply{}), want: "no final dot was written"},
 		{why: "sent again after a final dot", told: failed(smtprelay.Unknown, smtprelay.Reply{}), attempts: []*stormAttempt{taken(), taken()},
 			weather: stormWeather{cuts: 1},
 			change: func(_ *stormTold, as []*stormAttempt) {
 				as[0].taken, as[0].answered, as[1].taken, as[1].sent.mail = false, false, false, 3
 			}, want: "was sent again"},
-		{why: "given up for nothing in calm weather", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), want: "in calm weather"},
+		{why: "failed for no reason in calm weather", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), want: "in calm weather"},
 		{why: "sent by a closed client", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(told *stormTold, _ []*stormAttempt) { told.closed = true }, want: "on a closed client"},
 		{why: "late", told: failed(smtprelay.NotAccepted, smtprelay.Reply{}), weather: stormWeather{cuts: 1},

@@ -1,4 +1,4 @@
-// Here: what is right and wrong: each Send's outcome held against the relay's ledger.
+// What is right and wrong: compares each Send's outcome with the relay's ledger.
 package storm
 
 import (
@@ -14,21 +14,21 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// stormTold is what one Send was told, and when.
+// stormTold is the result of one Send, and when it returned.
 type stormTold struct {
 	m            *stormMessage
 	receipt      smtprelay.Receipt
 	err          error
-	viaSendMail  bool // which has no receipt
-	together     bool // SendAll: how long it took depends on who asks for the results
-	untold       bool // the loop over the results ended before this one
+	viaSendMail  bool // no receipt
+	together     bool // SendAll: how long it took depends on the reader of the results
+	untold       bool // the loop over the results ended before this result
 	began, ended time.Time
-	gaveUp       time.Time // when the context ended; zero means that it had not when Send returned
+	gaveUp       time.Time // when the context ended; zero means not before Send returned
 	closing      bool      // Close or Shutdown was called before it ended
 	closed       bool      // Close or Shutdown had returned before it began
 }
 
-// stormJudge holds what was told against what the relay has.
+// stormJudge compares the results with the relay's ledger.
 type stormJudge struct {
 	p        *stormPlan
 	relay    *stormRelay
@@ -43,7 +43,7 @@ func (j *stormJudge) fail(told *stormTold, format string, args ...any) {
 	j.problems = append(j.problems, text)
 }
 
-// judge looks at one message. The relay must have finished.
+// judge judges one message. The relay must have finished.
 func (j *stormJudge) judge(told *stormTold) {
 	attempts := j.relay.attempts[told.m.id]
 	copies := map[string][]*stormAttempt{} // by recipient
@@ -74,44 +74,44 @@ func (j *stormJudge) judge(told *stormTold) {
 	}
 	outcomes := j.outcomes(told)
 	if outcomes == nil {
-		return // and that was told
+		return // reported already
 	}
 	accepted := 0
 	for i, to := range told.m.to {
 		switch n := len(copies[to]); {
 		case outcomes[i] == smtprelay.Accepted && n == 0:
-			j.fail(told, "%s was reported as accepted, the relay has nothing", to)
+			j.fail(told, "%s was reported as accepted, but the relay has nothing", to)
 		case outcomes[i] == smtprelay.NotAccepted && n > 0:
-			j.fail(told, "%s was reported as not accepted, the relay has it", to)
+			j.fail(told, "%s was reported as not accepted, but the relay has it", to)
 		}
 		if outcomes[i] == smtprelay.Accepted {
 			accepted++
 		}
 	}
 	if told.m.all && accepted > 0 && accepted < len(told.m.to) {
-		j.fail(told, "AllOrNothing, and accepted for %d of %d", accepted, len(told.m.to))
+		j.fail(told, "AllOrNothing, but accepted for %d of %d", accepted, len(told.m.to))
 	}
 	j.justified(told, outcomes, attempts)
 	j.replies(told, outcomes, copies)
 	if j.p.weather.calm() {
 		j.served(told, outcomes, attempts)
 	}
-	// A Send whose first write carries another one's end is out of its context's reach until that write is through, which is
-	// at once if the relay reads.
+	// A Send whose first write carries another message's end ignores its context until that write is done, which is at once if
+	// the relay reads.
 	reads := !j.p.weather.chunking && !slices.ContainsFunc(j.p.weather.faults, func(f stormFault) bool { return f == stall || f == drip })
 	if reads && !told.gaveUp.IsZero() && !told.together && told.ended.Sub(told.gaveUp) > 2*time.Second {
 		j.fail(told, "Send returned %v after its context had ended", told.ended.Sub(told.gaveUp))
 	}
 	if told.closed && (told.err == nil || !errors.Is(told.err, smtprelay.ErrClosed)) {
-		j.fail(told, "sent on a closed client, and told: %v", told.err)
+		j.fail(told, "sent on a closed client, result: %v", told.err)
 	}
 }
 
-// dotted tells whether the client has written the final dot. Through TLS that is seen only if the relay has read it.
+// dotted reports whether the client has written the final dot. Over TLS this is known only if the relay has read it.
 func (a *stormAttempt) dotted() bool { return a.dotRead || a.sent != nil && a.sent.dot.Load() > 0 }
 
-// refused tells whether the relay has said, in a way that can be relied on, that it has not taken the message: in reply to
-// the final dot or to a chunk, or with 421 to all that was outstanding.
+// refused reports whether the relay has reliably said that it has not accepted the message: in reply to the final dot or to a
+// chunk, or with 421 to everything outstanding.
 func (a *stormAttempt) refused() bool {
 	return a.failed || a.answered && a.final.code/100 != 2 || !a.dotRead && a.conn.leaving
 }
@@ -120,7 +120,7 @@ func (a *stormAttempt) carries(to string) bool {
 	return slices.ContainsFunc(a.rcpts, func(r stormRcpt) bool { return r.to == to && r.accepted })
 }
 
-// repeated finds a message that was sent again although the relay may have had it.
+// repeated finds a message that was sent again although the relay may have accepted it.
 func (j *stormJudge) repeated(told *stormTold, attempts []*stormAttempt) {
 	for _, a := range attempts {
 		if !a.dotted() || a.refused() || a.sent == nil {
@@ -139,7 +139,7 @@ func (j *stormJudge) repeated(told *stormTold, attempts []*stormAttempt) {
 	}
 }
 
-// again finds what e says wrongly about sending again.
+// again checks what e says about sending again.
 func (j *stormJudge) again(told *stormTold, e *smtprelay.Error) {
 	to := smtprelay.RetryTo(told.err)
 	for _, r := range e.Recipients {
@@ -148,16 +148,16 @@ func (j *stormJudge) again(told *stormTold, e *smtprelay.Error) {
 		}
 	}
 	if should := smtprelay.ShouldRetry(told.err); e.Outcome != smtprelay.NotAccepted && (should || e.Temporary()) {
-		j.fail(told, "%v, and ShouldRetry %t, temporary %t", e.Outcome, should, e.Temporary())
+		j.fail(told, "outcome %v, but ShouldRetry %t, temporary %t", e.Outcome, should, e.Temporary())
 	} else if e.Outcome == smtprelay.NotAccepted && should != (len(to) > 0) {
-		j.fail(told, "ShouldRetry %t, and RetryTo %v", should, to)
+		j.fail(told, "ShouldRetry %t, but RetryTo %v", should, to)
 	}
 	if e.Scope == smtprelay.ScopeUnknown {
 		j.fail(told, "the scope is unknown: %v", e)
 	}
 }
 
-// outcomes returns what was told of each recipient, and finds what does not fit together in that.
+// outcomes returns the reported outcome of each recipient, and finds contradictions between the reports.
 func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	m := told.m
 	all := func(o smtprelay.Outcome) []smtprelay.Outcome { return slices.Repeat([]smtprelay.Outcome{o}, len(m.to)) }
@@ -173,7 +173,7 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	if rs := told.receipt.Recipients; len(rs) > 0 {
 		for i, r := range rs {
 			if len(rs) != len(m.to) || r.To != m.to[i] {
-				j.fail(told, "the receipt is for %v, sent was it to %v", rs, m.to)
+				j.fail(told, "the receipt is for %v, but the message was to %v", rs, m.to)
 				return nil
 			}
 			byReceipt = append(byReceipt, r.Outcome)
@@ -181,7 +181,7 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	}
 	if told.err == nil {
 		if !slices.Equal(byReceipt, all(smtprelay.Accepted)) {
-			j.fail(told, "no error, and a receipt that says %v", byReceipt)
+			j.fail(told, "no error, but a receipt that says %v", byReceipt)
 		}
 		return all(smtprelay.Accepted)
 	}
@@ -189,12 +189,12 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 		j.fail(told, "the error shows the password")
 	}
 	if smtprelay.OutcomeOf(told.err) != e.Outcome {
-		j.fail(told, "OutcomeOf says otherwise than the outcome %v", e.Outcome)
+		j.fail(told, "OutcomeOf differs from the outcome %v", e.Outcome)
 	}
 	var byError []smtprelay.Outcome
 	for i, r := range e.Recipients {
 		if len(e.Recipients) != len(m.to) || r.To != m.to[i] {
-			j.fail(told, "the error is for %v, sent was it to %v", e.Recipients, m.to)
+			j.fail(told, "the error is for %v, but the message was to %v", e.Recipients, m.to)
 			return nil
 		}
 		byError = append(byError, r.Outcome)
@@ -203,37 +203,38 @@ func (j *stormJudge) outcomes(told *stormTold) []smtprelay.Outcome {
 	switch e.Outcome {
 	case smtprelay.Accepted:
 		if !slices.Contains(byError, smtprelay.NotAccepted) {
-			j.fail(told, "an error that says accepted and names nobody: %v", e)
+			j.fail(told, "an error that says accepted but names no recipient: %v", e)
 		}
 		if !told.viaSendMail && byReceipt == nil {
-			j.fail(told, "accepted for some, and no receipt: %v", e)
+			j.fail(told, "accepted for some, but no receipt: %v", e)
 		}
 	case smtprelay.NotAccepted:
 		if !slices.Equal(byError, all(smtprelay.NotAccepted)) {
-			j.fail(told, "not accepted, and by recipient %v", byError)
+			j.fail(told, "not accepted, but by recipient %v", byError)
 		}
 	case smtprelay.Unknown:
 		if !slices.Contains(byError, smtprelay.Unknown) {
-			j.fail(told, "unknown, and by recipient %v", byError)
+			j.fail(told, "unknown, but by recipient %v", byError)
 		}
 	}
 	if byReceipt != nil && !slices.Equal(byReceipt, byError) {
-		j.fail(told, "the receipt says %v, the error %v", byReceipt, byError)
+		j.fail(told, "the receipt says %v, but the error %v", byReceipt, byError)
 	}
 	return byError
 }
 
-// justified finds caution that had no reason, and the lack of it where there was one.
+// justified finds an outcome of unknown without reason, and one of not accepted where it should be unknown.
 func (j *stormJudge) justified(told *stormTold, outcomes []smtprelay.Outcome, attempts []*stormAttempt) {
 	for i, to := range told.m.to {
 		dotted := j.relay.unread(told.m.id)
-		clear := !dotted // whatever was dotted had an answer that must have arrived
+		clear := !dotted // each final dot had a reply that must have arrived
 		for _, a := range attempts {
-			// In chunks the message is on its way before it is known who is accepted.
+			// In chunks the message is sent before it is known which recipients are accepted.
 			if !a.carries(to) && !j.p.weather.chunking {
 				continue
 			}
-			// Whoever gives up while another Send, or a Ping, carries his final dot cannot know whether it will leave.
+			// A caller that gives up while another Send, or a Ping, carries its final dot cannot know whether the dot will be
+			// sent.
 			carried := !told.gaveUp.IsZero() && a.sent != nil && (a.sent.carried.Load() || a.data == 354 && j.p.pings > 0)
 			mayBe := a.dotted() || a.sent != nil && a.sent.perhaps.Load() || a.sent == nil && a.data == 354 || carried
 			dotted = dotted || mayBe
@@ -246,7 +247,7 @@ func (j *stormJudge) justified(told *stormTold, outcomes []smtprelay.Outcome, at
 			continue
 		}
 		if j.p.weather.chunking && (j.p.weather.tls || !told.gaveUp.IsZero()) {
-			continue // a whole message may be on its way in one write, with another one's last chunk, before the relay reads of it
+			continue // a whole message may be in flight in one write, with another message's last chunk, before the relay reads it
 		}
 		if !dotted {
 			j.fail(told, "%s is unknown although no final dot was written: %v", to, told.err)
@@ -257,7 +258,7 @@ func (j *stormJudge) justified(told *stormTold, outcomes []smtprelay.Outcome, at
 	}
 }
 
-// unread reports whether the client has written a final dot of the message on a connection where the relay has not even read
+// unread reports whether the client has written a final dot of the message on a connection where the relay has not even read its
 // MAIL.
 func (r *stormRelay) unread(msg int) bool {
 	return slices.ContainsFunc(r.conns, func(c *stormConn) bool {
@@ -265,10 +266,10 @@ func (r *stormRelay) unread(msg int) bool {
 	})
 }
 
-// saysWhose finds what a refusal says that it is about.
+// saysWhose finds the message that a refusal names.
 var saysWhose = regexp.MustCompile(`of message (\d+)$`)
 
-// replies holds the replies that were told against those that were said.
+// replies compares the reported replies with the replies sent.
 func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copies map[string][]*stormAttempt) {
 	refused := func(to string, r smtprelay.Reply) {
 		if r.Code == 0 {
@@ -276,7 +277,7 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 		}
 		said := stormUnderstood(r)
 		if said.text == "" && j.relay.saidCode(said.code) {
-			return // others may be told the code, not the words
+			return // others may report the code, not the text
 		}
 		if !j.relay.said[said] {
 			if !j.relay.garbled(said) {
@@ -285,13 +286,13 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 			return
 		}
 		if said.code == 421 {
-			return // that is for all who had something on the connection
+			return // this is about everything on the connection
 		}
 		if of := saysWhose.FindStringSubmatch(said.text); of != nil && of[1] != strconv.Itoa(told.m.id) {
-			j.fail(told, "%s was told what was said %s", to, of[0])
+			j.fail(told, "%s got the reply %s", to, of[0])
 		}
 		if whose := stormID(said.text); whose >= 0 && whose != told.m.id {
-			j.fail(told, "%s was told what was said to message %d: %v", to, whose, said)
+			j.fail(told, "%s got the reply to message %d: %v", to, whose, said)
 		}
 	}
 	if e, ok := errors.AsType[*smtprelay.Error](told.err); ok {
@@ -306,20 +307,20 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 	if told.viaSendMail {
 		return
 	}
-	var last []*stormAttempt // those that were taken
+	var last []*stormAttempt // the accepted ones
 	for i, r := range told.receipt.Recipients {
 		if outcomes[i] != smtprelay.Accepted {
 			refused(r.To, r.Reply)
 			continue
 		}
 		if len(copies[r.To]) != 1 {
-			continue // and that was told
+			continue // reported already
 		}
 		a := copies[r.To][0]
 		last = append(last, a)
 		for _, was := range a.rcpts {
 			if was.to == r.To && stormUnderstood(r.Reply) != was.said && !a.conn.confused {
-				j.fail(told, "%s was answered %v, the receipt says %v", r.To, was.said, r.Reply)
+				j.fail(told, "the reply to %s was %v, the receipt says %v", r.To, was.said, r.Reply)
 			}
 		}
 		if a.answered && r.QueueID != a.queueID {
@@ -334,7 +335,7 @@ func (j *stormJudge) replies(told *stormTold, outcomes []smtprelay.Outcome, copi
 	}
 }
 
-// saidCode tells whether the relay has given a reply with this code.
+// saidCode reports whether the relay has sent a reply with this code.
 func (r *stormRelay) saidCode(code int) bool {
 	for said := range r.said {
 		if said.code == code {
@@ -344,19 +345,19 @@ func (r *stormRelay) saidCode(code int) bool {
 	return false
 }
 
-// garbled tells whether a reply may stem from a fault that sends replies of no known text.
+// garbled reports whether a reply may come from a fault that sends arbitrary text.
 func (r *stormRelay) garbled(said stormSaid) bool {
 	return r.faults[garbage]+r.faults[longLine]+r.faults[manyLines] > 0
 }
 
 var enhancedCode = regexp.MustCompile(`(?m)^[245]\.\d\.\d+ `)
 
-// stormUnderstood takes the enhanced codes off the lines where they were left.
+// stormUnderstood removes the enhanced codes from the lines that have kept them.
 func stormUnderstood(r smtprelay.Reply) stormSaid {
 	return stormSaid{r.Code, enhancedCode.ReplaceAllString(r.Message, "")}
 }
 
-// served holds in calm weather: whoever did not give up got all that the relay had for him.
+// served checks in calm weather that every message whose caller did not give up was accepted as far as the relay accepts.
 func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attempts []*stormAttempt) {
 	m := told.m
 	if told.closing {
@@ -365,7 +366,7 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 	if !told.gaveUp.IsZero() {
 		e, ok := errors.AsType[*smtprelay.Error](told.err)
 		if ok && e.Reply.Code == 0 && e.Op != smtprelay.OpCheck && m.sound() && m.kind != bodyReader && !errors.Is(e, context.Canceled) && !errors.Is(e, context.DeadlineExceeded) {
-			j.fail(told, "its context has ended, and it was told %v", e)
+			j.fail(told, "its context has ended, but the result is %v", e)
 		}
 		return
 	}
@@ -382,23 +383,23 @@ func (j *stormJudge) served(told *stormTold, outcomes []smtprelay.Outcome, attem
 		want = slices.Repeat([]smtprelay.Outcome{smtprelay.NotAccepted}, len(m.to))
 	}
 	if m.all && j.split(len(m.to)) {
-		return // what cannot go in one transaction cannot be all or nothing
+		return // what needs several transactions cannot be all or nothing
 	}
 	if (m.kind == bodyReader || m.kind == bodyBadInput) && (j.split(len(m.to)) || j.patient(m)) {
-		return // it can be read once only: it is refused before it is read, or sent to some
+		return // it can be read only once: it is refused before it is read, or sent to some
 	}
 	if !slices.Equal(outcomes, want) {
-		j.fail(told, "in calm weather it was told %v, not %v: %v", outcomes, want, told.err)
+		j.fail(told, "in calm weather the outcome is %v, not %v: %v", outcomes, want, told.err)
 	}
 	if told.err != nil && !m.sound() && m.kind != bodyNothing && refused == 0 && !errors.Is(told.err, errStormBody) {
-		j.fail(told, "its body has failed, and it was told %v", told.err)
+		j.fail(told, "its body has failed, but the result is %v", told.err)
 	}
 }
 
-// patient tells whether a recipient that is put off twice is tried often enough.
+// patient reports whether a recipient that is temporarily refused twice is tried often enough.
 func (j *stormJudge) patient(m *stormMessage) bool { return j.p.config.Retry.On4xx }
 
-// split tells whether so many recipients need several transactions.
+// split reports whether n recipients need several transactions.
 func (j *stormJudge) split(n int) bool {
 	w := &j.p.weather
 	most := least(w.maxRcpts(false), w.rcptCap)

@@ -2,5 +2,5 @@
 
 package storm
 
-// stormDefault is how many seeds take some seconds.
+// stormDefault is how many seeds run in some seconds.
 const stormDefault = 3000

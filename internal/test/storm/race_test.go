@@ -2,5 +2,5 @@
 
 package storm
 
-// stormDefault is how many seeds take some seconds; under the race detector each takes several times as long.
+// stormDefault is how many seeds run in some seconds; under the race detector each takes several times as long.
 const stormDefault = 600

@@ -1,4 +1,4 @@
-// Here: the strict relay of the storm, its faults and its ledger.
+// The storm's strict relay, its faults and its ledger.
 package storm
 
 import (
@@ -22,23 +22,23 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// stormRelay is a strict SMTP server that breaks in every way its weather lays down. It holds the client to the grammar, to
-// the caps and to RFC 2920, and keeps a ledger: a message is in it once its final dot was read and the relay has decided
-// to take it, whatever becomes of the reply. What it draws at random it draws from the seed and the number of the
-// connection, so that one seed meets the same faults each time as far as the scheduler lets it.
+// stormRelay is a strict SMTP server that fails in every way that its weather allows. It checks the client's grammar, limits and
+// pipelining (RFC 2920), and keeps a ledger: a message is in it once its final dot was read and the relay has decided to accept
+// it, whether or not the reply arrives. Its random choices come from the seed and the number of the connection, so that one seed
+// repeats the same faults as far as the scheduler allows.
 type stormRelay struct {
 	seed    uint64
 	w       stormWeather
-	happens func(at stormStage, msg int) // told of each step before its reply; msg is -1 where there is none
+	happens func(at stormStage, msg int) // called at each step before its reply; msg is -1 if there is none
 	log     *stormLog
 	over    chan struct{} // closed at the end of a run: stalls end, and what was sent is read
-	writes  atomic.Int64  // what clients have written: transactions begun, final dots
+	writes  atomic.Int64  // number of transactions begun and final dots that clients have written
 	serving sync.WaitGroup
 
 	mu         sync.Mutex // guards the fields below; never held across I/O
 	conns      []*stormConn
 	mostOpen   int                     // the most connections that were open at once
-	faults     map[stormFault]int      // what went wrong on purpose
+	faults     map[stormFault]int      // deliberate faults
 	attempts   map[int][]*stormAttempt // by message, oldest first
 	said       map[stormSaid]bool      // every reply
 	violations []string
@@ -57,37 +57,37 @@ const (
 	atRcpt     stormStage = "RCPT"
 	atData     stormStage = "DATA"
 	atBdat     stormStage = "BDAT"
-	atBody     stormStage = "body"      // in the middle of it, or of a chunk
-	atDot      stormStage = "final dot" // or the last chunk
+	atBody     stormStage = "body"      // in the middle of a body or a chunk
+	atDot      stormStage = "final dot" // the final dot or the last chunk
 	atRset     stormStage = "RSET"
 	atQuit     stormStage = "QUIT"
 )
 
-// stormSaid is a reply as the client should understand it.
+// stormSaid is a reply as the client should parse it.
 type stormSaid struct {
 	code int
 	text string // the lines without enhanced codes, joined by "\n"
 }
 
-// stormAttempt is one transaction as the relay saw it. It is written by the goroutine of its connection, and its recipients
-// under the relay's lock; it is read when that goroutine has ended.
+// stormAttempt is a transaction as the relay saw it. Its connection's goroutine writes it, its recipients under the relay's lock;
+// it is read after that goroutine has ended.
 type stormAttempt struct {
-	msg      int // -1 until an address has named it
+	msg      int // -1 until an address names it
 	conn     *stormConn
-	sent     *stormSending // nil if it came through TLS
+	sent     *stormSending // nil if it came over TLS
 	mail     stormSaid
 	rcpts    []stormRcpt
-	declared int // SIZE; 0 means not
+	declared int // SIZE; 0 means not declared
 	data     int // the code of the reply to DATA, or 354 if there was a chunk; 0 means none
 	dotRead  bool
-	chunks   []byte // of the body, so far
+	chunks   []byte // of the body so far
 	chunked  bool
-	failed   bool // a chunk was refused: only RSET helps
+	failed   bool // a chunk was refused: only RSET is possible
 	taken    bool
-	problem  string // what is wrong with the body that was taken
+	problem  string // the fault of the body that was accepted
 	queueID  string
 	final    stormSaid
-	answered bool // final was sent, whole and well-formed, to somebody who could hear it
+	answered bool // final was sent completely and well-formed, and the client could receive it
 }
 
 type stormRcpt struct {
@@ -118,7 +118,7 @@ func newStormRelay(seed uint64, w stormWeather) *stormRelay {
 	}
 }
 
-// finish ends all stalls and waits until every connection is gone; the client must have closed its ends.
+// finish ends all stalls and waits until every connection has ended; the client must have closed its ends.
 func (r *stormRelay) finish() {
 	close(r.over)
 	r.serving.Wait()
@@ -163,8 +163,8 @@ func (r *stormRelay) dial(ctx context.Context, network, addr string) (net.Conn, 
 	return c.client, nil
 }
 
-// openConnsLocked counts connections in the way a relay does: from the first packet until the relay itself has closed. But
-// the client need not wait for that longer than its time-out after QUIT or its own close, and a reset leaves nothing open.
+// openConnsLocked counts connections like a relay: from the first packet until the relay has closed. But the client need not wait
+// for that longer than its time-out after QUIT or its own close, and a reset connection is not open.
 func (r *stormRelay) openConnsLocked() (n int) {
 	for _, c := range r.conns {
 		left, over := c.client.whenLeft()
@@ -175,37 +175,36 @@ func (r *stormRelay) openConnsLocked() (n int) {
 	return n
 }
 
-// stormClientConn is the client's end of a connection, watched.
+// stormClientConn is the client's end of a connection, and observes it.
 type stormClientConn struct {
 	*netpipe.Conn
 	c *stormConn
 
 	mu       sync.Mutex // guards the fields below
-	looked   int        // octets that were handed to Write
-	wrote    int        // octets of them that have left
-	dots     []stormDot // of those, the ones that have not
-	quitEnd  int        // like stormDot's end, of QUIT; 0 means none
-	line     []byte     // the beginning of the line that is being written
-	chunk    int        // octets of a chunk that are still to be written
-	ended    bool       // the line ends a message
+	looked   int        // octets passed to Write
+	wrote    int        // octets of these that were sent
+	dots     []stormDot // final dots among these that were not sent yet
+	quitEnd  int        // the end of QUIT, like stormDot's end; 0 means none
+	line     []byte     // the beginning of the current line
+	chunk    int        // octets of a chunk not written yet
+	ended    bool       // the current line ends a message
 	current  *stormSending
 	sendings map[int][]*stormSending // by message
-	left     time.Time               // when the client gave the connection up
+	left     time.Time               // when the client gave up the connection
 	closed   bool
 	reset    bool
 }
 
-// stormSending is a transaction as the client wrote it. The numbers count what clients write, over all connections; 0 means
-// not yet.
+// stormSending is a transaction as the client wrote it. The numbers count the client's writes over all connections; 0 means not
+// yet.
 type stormSending struct {
 	mail    int64
 	dot     atomic.Int64
-	perhaps atomic.Bool // the last octet that was handed to Write may have been the final dot
-	carried atomic.Bool // the final dot was to leave in one write with the envelope of another message
+	perhaps atomic.Bool // the last octet passed to Write may have been the final dot
+	carried atomic.Bool // the final dot was written together with the envelope of another message
 }
 
-// Write notes when transactions begin, and when their final dots have left the client. Of what goes through TLS it sees
-// nothing.
+// Write records when transactions begin, and when their final dots are sent. It sees nothing that goes over TLS.
 func (e *stormClientConn) Write(p []byte) (int, error) {
 	e.look(p)
 	n, err := e.Conn.Write(p)
@@ -222,14 +221,14 @@ func (e *stormClientConn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// stormDot is a final dot that is about to be written.
+// stormDot is a final dot that is being written.
 type stormDot struct {
 	of  *stormSending
-	end int // counted in octets of the connection
+	end int // in octets of the connection
 }
 
-// look finds transactions in what is about to be written, so that they are known when the relay reads of them. What a write
-// that stopped half-way has left is looked at once only.
+// look finds transactions in data that is being written, so that they are known before the relay reads them. The rest of a write
+// that stopped half-way is not looked at again.
 func (e *stormClientConn) look(p []byte) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -254,9 +253,9 @@ func (e *stormClientConn) look(p []byte) {
 		switch end := strings.TrimSuffix(string(e.line), "\r"); {
 		case e.ended || e.current == nil:
 		case string(e.line) == "." && !ended:
-			e.current.perhaps.Store(true) // or the beginning of a line of the body, whose dot is doubled
+			e.current.perhaps.Store(true) // or the beginning of a line of the body with a doubled dot
 		case end == "." || end == "BDAT 0 LAST":
-			// A relay may do without the line end if the connection has closed.
+			// A relay may accept it without the line end if the connection has closed.
 			e.dots = append(e.dots, stormDot{e.current, e.looked - len(e.line) + len(end)})
 			e.ended = true
 		}
@@ -279,7 +278,7 @@ func (e *stormClientConn) look(p []byte) {
 	}
 }
 
-// stormChunk reads a BDAT command; a negative size means that it is malformed.
+// stormChunk parses a BDAT command; a negative size means malformed.
 func stormChunk(line string) (size int, last bool) {
 	line = strings.TrimSuffix(line, "\r")
 	number, last := strings.CutSuffix(strings.TrimPrefix(line, "BDAT "), " LAST")
@@ -290,7 +289,7 @@ func stormChunk(line string) (size int, last bool) {
 	return size, last
 }
 
-// sending returns the oldest sending of a message that was not asked for yet; nil if there is none.
+// sending returns the oldest sending of a message not returned before; nil if there is none.
 func (e *stormClientConn) sending(msg int) (s *stormSending) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -312,10 +311,10 @@ func (e *stormClientConn) leave(closed bool) {
 func (e *stormClientConn) whenLeft() (at time.Time, over bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.left, e.reset || e.closed && e.c.r.w.tls // where QUIT may have been said long before
+	return e.left, e.reset || e.closed && e.c.r.w.tls // over TLS, QUIT may have been sent long before
 }
 
-// SetLinger is how a client resets.
+// SetLinger is the client's way to reset.
 func (e *stormClientConn) SetLinger(sec int) error {
 	e.mu.Lock()
 	e.reset = true
@@ -333,39 +332,39 @@ func (e *stormClientConn) CloseWrite() error {
 	return e.Conn.CloseWrite()
 }
 
-// stormConn is one connection, served by one goroutine, which alone uses what no comment says otherwise of.
+// stormConn is one connection, served by one goroutine, which owns all fields without another comment.
 type stormConn struct {
 	r      *stormRelay
-	n      int // counts from 1
+	n      int // 1-based
 	rng    *rand.Rand
 	nc     *netpipe.Conn
 	client *stormClientConn
-	open   int  // how many there were when this one came
-	gone   bool // guarded by r.mu: the relay has closed, or said FIN, which is all that a client can see of it
+	open   int  // number of open connections when this one arrived
+	gone   bool // guarded by r.mu: the relay has closed, or sent FIN; the client cannot distinguish them
 
 	rd       io.Reader // a stormWire, or TLS over one
 	wr       io.Writer
-	up, down int        // octets from the client and to it until the connection is cut; negative means never
-	drip     bool       // replies leave a few octets at a time
-	deaf     bool       // the client cannot hear us any more
-	space    [2048]byte // to read into
-	buf      []byte     // read, not handled yet
-	behind   int        // how much of buf came in one piece with a final dot, which this relay dislikes
-	unasked  time.Time  // when 421 will be said without being asked; zero means never
+	up, down int        // octets from and to the client until the connection is cut; negative means never
+	drip     bool       // replies are sent a few octets at a time
+	deaf     bool       // the client can no longer receive
+	space    [2048]byte // read buffer
+	buf      []byte     // read, not processed yet
+	behind   int        // how much of buf arrived in one piece with a final dot, which this relay does not accept
+	unasked  time.Time  // when to send 421 unasked; zero means never
 
 	secure, authed, greeted bool // TLS; AUTH; EHLO or HELO
 	ehloRefused, helo       bool
-	authRefused             bool // so that what was sent along with AUTH is not the client's fault
+	authRefused             bool // what was sent together with AUTH is not the client's fault
 	mailRefused             bool // the same for RCPT and DATA
 	rsetRefused             bool // the same for MAIL
-	confused                bool // commands and replies may be out of step, for which the relay is to blame
-	leaving                 bool // 421 was said, or the like: nothing is taken any more
-	asked                   bool // it was asked what becomes of a chunk that is refused
-	quit                    bool // QUIT was answered: nothing may come any more
+	confused                bool // commands and replies may be out of step, by the relay's fault
+	leaving                 bool // 421 or similar was sent: nothing more is accepted
+	asked                   bool // the client has probed what happens to a refused chunk
+	quit                    bool // QUIT was answered: nothing more may arrive
 	stalled                 bool
-	faults                  int           // what went wrong on purpose on this connection
+	faults                  int           // deliberate faults on this connection
 	mails, taken            int           // MAIL commands; final dots
-	tx                      *stormAttempt // begun by MAIL, ended by RSET or a message taken
+	tx                      *stormAttempt // begun by MAIL, ended by RSET or an accepted message
 	unnamed                 *stormAttempt // begun by MAIL FROM:<>
 }
 
@@ -383,14 +382,14 @@ func (c *stormConn) violation(format string, args ...any) {
 	}
 }
 
-// grammar is a violation that the relay cannot have brought about itself.
+// grammar reports a violation, unless it can be a consequence of the relay's own faults.
 func (c *stormConn) grammar(excused bool, format string, args ...any) {
 	if !excused && !c.confused {
 		c.violation(format, args...)
 	}
 }
 
-// roll draws what goes wrong at this step; mostly nothing does.
+// roll draws the fault of this step; usually none.
 func (c *stormConn) roll(at stormStage) stormFault {
 	w := &c.r.w
 	if len(w.faults) == 0 || w.only != "" && w.only != at || c.rng.IntN(1000) >= w.rate {
@@ -424,7 +423,7 @@ func (c *stormConn) end(why string) {
 	c.log("--", why)
 }
 
-// goes notes that the relay is closing; before the client can see it.
+// goes marks the connection as closed by the relay, before the client can see it.
 func (c *stormConn) goes() {
 	c.r.mu.Lock()
 	defer c.r.mu.Unlock()
@@ -448,7 +447,7 @@ func (c *stormConn) stallTime() time.Duration {
 	return []time.Duration{2 * time.Second, 20 * time.Second, 4 * time.Minute, time.Hour}[c.rng.IntN(4)]
 }
 
-// sleep waits, or less at the end of the run.
+// sleep waits for d, or until the end of the run.
 func (c *stormConn) sleep(d time.Duration) {
 	if d <= 0 {
 		return
@@ -461,7 +460,7 @@ func (c *stormConn) sleep(d time.Duration) {
 	}
 }
 
-// drop ends the connection without a word.
+// drop ends the connection without a reply.
 func (c *stormConn) drop(why string) {
 	c.goes()
 	if c.rng.IntN(2) == 0 {
@@ -474,7 +473,7 @@ func (c *stormConn) drop(why string) {
 	c.deaf = true
 }
 
-// halfClose says nothing any more but goes on listening, and taking.
+// halfClose sends FIN but keeps reading and accepting.
 func (c *stormConn) halfClose() {
 	c.log("--", "half-closed")
 	c.closeWrite()
@@ -494,7 +493,7 @@ func (c *stormConn) serve() {
 
 func (c *stormConn) greet() error {
 	w := &c.r.w
-	if c.rng.IntN(1000) < w.cuts { // anywhere in the life of the connection, early as likely as late
+	if c.rng.IntN(1000) < w.cuts { // anywhere in the life of the connection, early or late with equal likelihood
 		c.wrong(cutAnywhere, "some octet")
 		octet := 1 << c.rng.IntN(14)
 		octet = octet/2 + c.rng.IntN(octet)
@@ -517,7 +516,7 @@ func (c *stormConn) greet() error {
 	return err
 }
 
-// next reads a command and answers it.
+// next reads a command and replies to it.
 func (c *stormConn) next() error {
 	line, err := c.command()
 	if err != nil {
@@ -530,19 +529,19 @@ func (c *stormConn) next() error {
 	verb, _, _ := strings.Cut(line, " ")
 	switch {
 	case c.quit:
-		return errStormOver // a violation, as line has told
+		return errStormOver // a violation that line has reported
 	case c.leaving && verb == "QUIT":
 		return c.quitReceived()
-	case c.leaving: // like Exim, which says it again and again
+	case c.leaving: // like Exim, which repeats it
 		if err := c.swallow(line); err != nil {
 			return err
 		}
-		return c.bye(stormReply{421, "4.3.2", "leaving, as was said"})
+		return c.bye(stormReply{421, "4.3.2", "leaving, as said before"})
 	case c.behind > 0: // like Haraka
 		c.behind = max(0, c.behind-len(line)-len("\r\n"))
 		switch verb {
 		case "MAIL":
-			c.note(&stormAttempt{conn: c}, line) // that it was none tells its lack of everything
+			c.note(&stormAttempt{conn: c}, line) // an empty attempt: there is no transaction
 		case "RCPT":
 			c.named(line)
 		case "QUIT":
@@ -601,7 +600,7 @@ func (c *stormConn) ehlo(line string) error {
 		c.rng.Shuffle(len(offers)-1, func(i, j int) { offers[i+1], offers[j+1] = offers[j+1], offers[i+1] })
 	}
 	yes, err := c.answer(atEHLO, stormReply{250, "", strings.Join(offers, "\n")})
-	if yes && c.greeted { // it takes the place of a RSET that was refused
+	if yes && c.greeted { // it replaces a RSET that was refused
 		c.tx, c.mailRefused, c.rsetRefused = nil, false, false
 	}
 	c.greeted, c.ehloRefused = yes || c.greeted, !yes
@@ -649,7 +648,7 @@ func (c *stormConn) auth(line string) error {
 	return err
 }
 
-// mayTalk tells whether TLS is there if it has to be.
+// mayTalk reports whether TLS is active if it is required.
 func (c *stormConn) mayTalk() bool { return c.secure || !c.r.w.tls }
 
 func (c *stormConn) countMail() {
@@ -659,8 +658,8 @@ func (c *stormConn) countMail() {
 	}
 }
 
-// note files a transaction under the message that an address names; the null reverse-path names none, but the first
-// recipient will.
+// note records a transaction under the message that an address names; the null reverse-path names none, but the first recipient
+// will.
 func (c *stormConn) note(a *stormAttempt, line string) {
 	if a.msg, c.unnamed = stormID(line), nil; a.msg < 0 {
 		c.unnamed = a
@@ -672,7 +671,7 @@ func (c *stormConn) note(a *stormAttempt, line string) {
 	c.r.attempts[a.msg] = append(c.r.attempts[a.msg], a)
 }
 
-// named tells the number of the message that a RCPT command is about.
+// named returns the number of the message that a RCPT command names.
 func (c *stormConn) named(line string) int {
 	if c.unnamed != nil {
 		c.note(c.unnamed, line)
@@ -726,7 +725,7 @@ func (c *stormConn) mail(line string) error {
 	return c.deliver(atMail, a.msg, r, f)
 }
 
-// wellFormed holds MAIL and RCPT to the letter of RFC 5321, 4.1.2, and their parameters to what was offered.
+// wellFormed checks MAIL and RCPT against RFC 5321, 4.1.2, and their parameters against the extensions offered.
 func (c *stormConn) wellFormed(line, prefix string, params ...string) {
 	rest, ok := strings.CutPrefix(line, prefix)
 	path, rest, closed := strings.Cut(rest, ">")
@@ -772,7 +771,7 @@ func (c *stormConn) rcpt(line string) error {
 	return c.deliver(atRcpt, a.msg, r, f)
 }
 
-// triesOf tells how often this recipient was named before.
+// triesOf returns how often this recipient was named before.
 func (c *stormConn) triesOf(msg int, path string) (n int) {
 	c.r.mu.Lock()
 	defer c.r.mu.Unlock()
@@ -809,7 +808,7 @@ func (c *stormConn) data(line string) error {
 	return c.body(a)
 }
 
-// swallow reads the chunk that comes with a command which is answered otherwise.
+// swallow reads the chunk of a command that is refused.
 func (c *stormConn) swallow(line string) error {
 	if !strings.HasPrefix(line, "BDAT ") {
 		return nil
@@ -819,7 +818,7 @@ func (c *stormConn) swallow(line string) error {
 	return err
 }
 
-// octets reads so many octets of a chunk, or as many as come.
+// octets reads n octets of a chunk, or as many as arrive.
 func (c *stormConn) octets(n int) (got []byte, err error) {
 	for {
 		k := min(len(c.buf), n-len(got))
@@ -833,13 +832,13 @@ func (c *stormConn) octets(n int) (got []byte, err error) {
 	}
 }
 
-// bdat reads a chunk (RFC 3030) and answers it.
+// bdat reads a chunk (RFC 3030) and replies to it.
 func (c *stormConn) bdat(line string) error {
 	a := c.tx
 	size, last := stormChunk(line)
 	c.grammar(size >= 0 && c.r.w.chunking && !c.helo, "%q", line)
 	if a == nil || a.dotRead || len(a.rcpts) == 0 {
-		asks := c.mails == 0 && size == 8 && !last && !c.asked // whether a refused chunk is thrown away
+		asks := c.mails == 0 && size == 8 && !last && !c.asked // the probe whether a refused chunk is discarded
 		c.asked = c.asked || asks
 		c.grammar(c.mailRefused || asks, "BDAT outside a transaction")
 		if err := c.swallow(line); err != nil {
@@ -886,8 +885,8 @@ func (c *stormConn) bdat(line string) error {
 	return c.deliver(atBdat, a.msg, r, f)
 }
 
-// chunkLost ends a connection that was lost in a chunk. Some relays take what there is of the last one, if the connection
-// ends without a reset (seen in go-smtp).
+// chunkLost ends a connection that was lost in a chunk. Some relays accept the truncated last chunk if the connection ends
+// without a reset (seen in go-smtp).
 func (c *stormConn) chunkLost(a *stormAttempt, last bool, err error) error {
 	c.log("<", fmt.Sprintf("[chunk of %d, lost after %d octets]", a.msg, len(a.chunks)))
 	if last && c.r.w.takesTruncated && errors.Is(err, io.EOF) && !a.failed {
@@ -896,7 +895,7 @@ func (c *stormConn) chunkLost(a *stormAttempt, last bool, err error) error {
 	return err
 }
 
-// trouble is what happens in the middle of a body.
+// trouble is a fault in the middle of a body.
 func (c *stormConn) trouble(f stormFault) error {
 	switch f {
 	case say421:
@@ -915,7 +914,7 @@ func (c *stormConn) trouble(f stormFault) error {
 	return nil
 }
 
-// body reads a message to its final dot, and answers that.
+// body reads a message to its final dot, and replies to it.
 func (c *stormConn) body(a *stormAttempt) error {
 	trouble, when := c.roll(atBody), c.rng.IntN(600)
 	var got bytes.Buffer
@@ -960,7 +959,7 @@ func (c *stormConn) body(a *stormAttempt) error {
 	return c.verdict(a, got.Bytes())
 }
 
-// verdict takes the message or refuses it, and only then answers.
+// verdict accepts the message or refuses it, and only then replies.
 func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
 	c.taken++
 	queueID := fmt.Sprintf("Q%d.%d", c.n, c.taken)
@@ -970,7 +969,7 @@ func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
 		r = no
 	}
 	if a.accepted() == 0 {
-		c.grammar(len(body) == 0 || a.chunked, "a body for nobody in the transaction of message %d", a.msg)
+		c.grammar(len(body) == 0 || a.chunked, "a body without recipient in the transaction of message %d", a.msg)
 		if r.code == 250 && c.rng.IntN(2) == 0 {
 			r = stormReply{554, "5.5.1", "no valid recipients"}
 		}
@@ -983,10 +982,10 @@ func (c *stormConn) verdict(a *stormAttempt, body []byte) error {
 		} else if id != a.msg {
 			a.problem = fmt.Sprintf("the body is that of message %d", id)
 		}
-		c.log("++", fmt.Sprintf("%d is taken as %s for %d", a.msg, queueID, a.accepted()))
+		c.log("++", fmt.Sprintf("%d is accepted as %s for %d", a.msg, queueID, a.accepted()))
 	}
 	if taken {
-		c.tx = nil // one that failed stays open until RSET: RFC 5321, 4.1.4
+		c.tx = nil // a failed one stays open until RSET: RFC 5321, 4.1.4
 	}
 	err := c.deliver(atDot, a.msg, r, f)
 	if a.answered = (err == nil || f == say421) && f.speaks() && !c.deaf; a.answered {
@@ -1010,7 +1009,7 @@ func (c *stormConn) rset(line string) error {
 }
 
 func (c *stormConn) quitReceived() error {
-	c.client.leave(false) // through TLS it could not be seen before
+	c.client.leave(false) // over TLS it could not be seen earlier
 	yes, err := c.answer(atQuit, stormReply{221, "2.0.0", "bye"})
 	if err != nil {
 		return err
@@ -1021,7 +1020,7 @@ func (c *stormConn) quitReceived() error {
 	return nil
 }
 
-// stormReply is what the relay is going to say.
+// stormReply is a reply of the relay.
 type stormReply struct {
 	code int
 	enh  string // the enhanced code; "" means none
@@ -1047,7 +1046,7 @@ func (r stormReply) String() string {
 	return b.String()
 }
 
-// yes is a positive reply in one of the shapes that relays give it.
+// yes returns a positive reply in one of the forms that relays use.
 func (c *stormConn) yes(enh, text string) stormReply {
 	r := stormReply{250, enh, text}
 	switch c.rng.IntN(30) {
@@ -1063,7 +1062,7 @@ func (c *stormConn) yes(enh, text string) stormReply {
 	return r
 }
 
-// answer is for commands outside of transactions; it reports whether the relay said yes.
+// answer replies to commands outside transactions; it reports whether the reply was positive.
 func (c *stormConn) answer(at stormStage, r stormReply) (bool, error) {
 	f := c.roll(at)
 	if no, ok := f.refusal(c, at, -1); ok {
@@ -1073,18 +1072,18 @@ func (c *stormConn) answer(at stormStage, r stormReply) (bool, error) {
 	return r.code/100 == 2 && f.speaks(), err
 }
 
-// deliver says r in the way that the fault leaves.
+// deliver sends r as the fault allows.
 func (c *stormConn) deliver(at stormStage, msg int, r stormReply, f stormFault) error {
 	c.r.happens(at, msg)
 	c.sleep(c.latency())
 	switch w := &c.r.w; {
 	case at == atDot && w.acrossOK():
 	case at == atDot:
-		c.alone(at, len("QUIT\r\n")) // which the relay sees too late to mind
+		c.alone(at, len("QUIT\r\n")) // the relay sees this too late to object
 	case at == atGreeting, at == atEHLO, at == atTLS, at == atData, at == atQuit, !w.withinOK(), c.helo:
 		c.alone(at, 0)
 	}
-	if at != atDot && !c.unasked.IsZero() && !time.Now().Before(c.unasked) { // at the dot 421 would unsay what was decided
+	if at != atDot && !c.unasked.IsZero() && !time.Now().Before(c.unasked) { // at the dot a 421 would contradict the decision
 		return c.bye(stormReply{421, "4.3.2", "shutting down"})
 	}
 	switch f {
@@ -1110,7 +1109,7 @@ func (c *stormConn) deliver(at stormStage, msg int, r stormReply, f stormFault) 
 		c.confused = true
 		return c.raw(stormGarbage[c.rng.IntN(len(stormGarbage))])
 	case longLine:
-		c.confused = true // the client may take it or leave it
+		c.confused = true // the client may use it or not
 		return c.raw(strconv.Itoa(r.code) + " " + strings.Repeat("x", 1<<c.rng.IntN(20)) + "\r\n")
 	case manyLines:
 		c.confused = true
@@ -1121,7 +1120,7 @@ func (c *stormConn) deliver(at stormStage, msg int, r stormReply, f stormFault) 
 	return c.write(r)
 }
 
-// write says r as it is.
+// write sends r unchanged.
 func (c *stormConn) write(r stormReply) error {
 	c.r.mu.Lock()
 	c.r.said[r.said()] = true
@@ -1138,12 +1137,12 @@ func (c *stormConn) raw(text string) error {
 	_, err := io.WriteString(c.wr, text)
 	if errors.Is(err, syscall.EPIPE) {
 		c.deaf = true
-		return nil // nobody hears it, but what was sent is read, and taken, all the same
+		return nil // nobody receives it, but what was sent is still read and accepted
 	}
 	return err
 }
 
-// bye says 421 and has done with the client: nothing is taken on this connection from here on.
+// bye sends 421 and stops serving the client: nothing more is accepted on this connection.
 func (c *stormConn) bye(r stormReply) error {
 	c.leaving = true
 	if err := c.write(r); err != nil {
@@ -1155,22 +1154,22 @@ func (c *stormConn) bye(r stormReply) error {
 	case leavesAtOnce:
 		return errStormOver
 	}
-	c.closeWrite() // politely: nothing that was said before is lost
+	c.closeWrite() // gracefully: no earlier reply is lost
 	c.nc.SetReadDeadline(time.Now().Add(10 * time.Second))
 	io.Copy(io.Discard, c.nc)
 	return errStormOver
 }
 
-// alone finds what the client has sent behind something that must be answered first.
+// alone reports what the client has sent after a command whose reply it must await.
 func (c *stormConn) alone(at stormStage, but int) {
 	if c.secure || c.leaving || c.behind > 0 {
 		return
 	}
 	n := len(c.buf) + c.nc.Unread()
-	c.grammar(n == 0 || n == but, "%d octets were sent behind %v without waiting for its reply", n, at)
+	c.grammar(n == 0 || n == but, "%d octets were sent after %v without waiting for its reply", n, at)
 }
 
-// command reads the next command. Meanwhile the connection is idle, which relays do not like for long.
+// command reads the next command. Meanwhile the connection is idle, for a limited time.
 func (c *stormConn) command() (string, error) {
 	var until time.Time
 	if idle := c.r.w.idle; idle > 0 {
@@ -1194,7 +1193,7 @@ func (c *stormConn) command() (string, error) {
 	return line, err
 }
 
-// line returns the next line with its end, whatever that is.
+// line returns the next line with its line end, whatever that is.
 func (c *stormConn) line() (string, error) {
 	for {
 		if i := bytes.IndexByte(c.buf, '\n'); i >= 0 {
@@ -1208,7 +1207,7 @@ func (c *stormConn) line() (string, error) {
 	}
 }
 
-// fill reads some more.
+// fill reads more.
 func (c *stormConn) fill() error {
 	n, err := c.rd.Read(c.space[:])
 	if c.quit && n > 0 {
@@ -1218,7 +1217,7 @@ func (c *stormConn) fill() error {
 	return err
 }
 
-// stormWire lies below TLS. It cuts the connection at a given octet of either direction, and the stream into pieces.
+// stormWire is below TLS. It cuts the connection at a given octet of either direction, and splits the stream into pieces.
 type stormWire struct {
 	*netpipe.Conn
 	c *stormConn

@@ -1,6 +1,5 @@
-// Package storm runs random senders against a random relay and holds the relay's ledger against what every Send was told. In
-// this file: the tests, and one run from its seed to its end. A new fault of the client that a seed has shown: its seed goes
-// into TestStormFound.
+// Package storm runs random senders against a random relay and compares the relay's ledger with the result of every Send. This
+// file has the tests, and a run from its seed to its end. If a seed shows a new fault of the client, add it to TestStormFound.
 package storm
 
 import (
@@ -22,9 +21,9 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// The storm: one test, many shapes. From one seed come the senders, their messages, what they give up and when, how the
-// client is set up, when it is closed, and a relay on which anything can go wrong. When all is over, the relay's ledger is
-// held against what every Send was told. All of it happens in a synctest bubble, where waiting takes no time.
+// A seed determines the senders, their messages, what they give up and when, the client's configuration, when it is closed, and a
+// relay on which anything can go wrong. At the end the relay's ledger is compared with the result of every Send. All of it
+// happens in a synctest bubble, where waiting takes no time.
 var (
 	stormSeeds = flag.Int("storm.seeds", stormDefault, "how many seeds TestStorm runs")
 	stormFrom  = flag.Uint64("storm.from", 1, "the first of them")
@@ -41,13 +40,13 @@ func TestStorm(t *testing.T) {
 		}
 		return
 	}
-	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a seed leaves little behind
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a seed keeps little memory
 	t.Logf("seeds %d to %d", *stormFrom, *stormFrom+uint64(*stormSeeds)-1)
 	var next atomic.Uint64
 	var all stormTally
 	var workers sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
-		workers.Go(func() { // until the seeds are used up
+		workers.Go(func() { // ends when the seeds are used up
 			for {
 				n := next.Add(1) - 1
 				if n >= uint64(*stormSeeds) || t.Failed() && n > 50 {
@@ -64,25 +63,24 @@ func TestStorm(t *testing.T) {
 	}
 }
 
-// TestStormFound runs the seeds that found a fault of the client, a few times each, since the scheduler has its part in them.
-// A change to what is drawn from a seed makes other storms of them: then look for new ones, by undoing what mended the fault
-// (tools/mutants undoes some).
+// TestStormFound runs the seeds that found a fault of the client, a few times each, since the scheduler has an influence. A
+// change to what is drawn from a seed changes its storm: then look for new seeds, by undoing the fix (tools/mutants undoes some).
 func TestStormFound(t *testing.T) {
 	stormTLS()
 	for _, found := range []struct {
 		fault string
 		seeds []uint64
 	}{
-		{"one refused recipient ended the others, who were in another transaction", []uint64{9}},
-		{"a timer that had been set for an earlier failure let those who waited be forgotten", []uint64{21}},
-		{"the place of a connection that never got ready was free before the relay had closed it", []uint64{21}},
-		{"the place of a session that was given up behind QUIT was free too early", []uint64{163, 3036004}},
-		{"a write that was under way counted as having left, and a truncated chunk ended with FIN", []uint64{134}},
-		{"messages behind a 421 were unknown", []uint64{363, 407, 3038262}},
-		{"354 to RCPT, from a relay that had thrown RSET away, was told as a refusal", []uint64{792}},
-		{"replies to an envelope of which RSET was thrown away were believed", []uint64{201533, 303793}},
-		{"a Reader was not tried again behind a 421 to MAIL, since its beginning had been read", []uint64{1057354}},
-		{"a message went to the recipients of another, behind a RSET that was refused", []uint64{33167, 40284}},
+		{"one refused recipient ended the others in another transaction", []uint64{9}},
+		{"a timer of an earlier failure made the pool forget waiters", []uint64{21}},
+		{"the slot of a connection that was never ready was free before the relay had closed it", []uint64{21}},
+		{"the slot of a session that was abandoned after QUIT was free too early", []uint64{163, 3036004}},
+		{"a write in progress counted as sent, and a truncated chunk ended with FIN", []uint64{134}},
+		{"messages after a 421 were unknown", []uint64{363, 407, 3038262}},
+		{"354 to RCPT, from a relay that had discarded RSET, was reported as a refusal", []uint64{792}},
+		{"replies to an envelope whose RSET was discarded were believed", []uint64{201533, 303793}},
+		{"a Reader was not retried after a 421 to MAIL, since its beginning had been read", []uint64{1057354}},
+		{"a message went to the recipients of another, after a refused RSET", []uint64{33167, 40284}},
 	} {
 		t.Run(found.fault, func(t *testing.T) {
 			for _, seed := range slices.Repeat(found.seeds, 5) {
@@ -92,7 +90,7 @@ func TestStormFound(t *testing.T) {
 	}
 }
 
-// stormReport runs a seed and reports what was wrong.
+// stormReport runs a seed and reports its faults.
 func stormReport(t *testing.T, seed uint64) *stormRun {
 	run := stormOnce(t, seed)
 	if len(run.problems) > 0 {
@@ -102,11 +100,11 @@ func stormReport(t *testing.T, seed uint64) *stormRun {
 	return run
 }
 
-// stormOnce runs one seed in a bubble of its own.
+// stormOnce runs one seed in a new bubble.
 func stormOnce(t *testing.T, seed uint64) (run *stormRun) {
 	run = &stormRun{p: newStormPlan(seed), cancels: map[int]context.CancelFunc{}}
 	defer func() {
-		if p := recover(); p != nil { // a deadlock: a goroutine is left, and waits for what nobody will send
+		if p := recover(); p != nil { // a deadlock: a goroutine is left that waits for ever
 			run.problem("the bubble: %v", p)
 		}
 	}()
@@ -114,7 +112,7 @@ func stormOnce(t *testing.T, seed uint64) (run *stormRun) {
 	return run
 }
 
-// stormRun is a seed under way.
+// stormRun is a run of a seed.
 type stormRun struct {
 	p      *stormPlan
 	relay  *stormRelay
@@ -161,7 +159,7 @@ func (r *stormRun) do() {
 		work.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			defer cancel()
-			client.Ping(ctx) // its error is judged by nobody: the weather decides
+			client.Ping(ctx) // its error is not judged: it depends on the weather
 		})
 	}
 	if r.p.endAt > 0 {
@@ -171,7 +169,7 @@ func (r *stormRun) do() {
 		})
 	}
 	if !stormWithin(365*24*time.Hour, work.Wait) {
-		r.problem("somebody waits for ever:\n%s", stormStacks())
+		r.problem("a goroutine waits for ever:\n%s", stormStacks())
 		return
 	}
 	r.end()
@@ -203,7 +201,7 @@ func stormWithin(d time.Duration, f func()) bool {
 	}
 }
 
-// send sends one message in the way that the plan says.
+// send sends one message as planned.
 func (r *stormRun) send(m *stormMessage) {
 	told := &stormTold{m: m, began: time.Now(), closed: r.ended.Load(), viaSendMail: m.viaSendMail}
 	if m.viaSendMail {
@@ -226,7 +224,7 @@ func (r *stormRun) note(told *stormTold) {
 	r.told = append(r.told, told)
 }
 
-// hanging finds what a call has left hanging on its context.
+// hanging finds what a call has left registered on its context.
 func (r *stormRun) hanging(ctx *stormContext) {
 	if n := ctx.watchers.Load(); n > 0 && ctx.Err() == nil {
 		r.problem("%d watchers are left on the context of a call that has returned", n)
@@ -254,7 +252,7 @@ func (r *stormRun) sendTogether(ms []*stormMessage, breakAt int) {
 	for res := range r.client.SendAll(ctx, iter.Seq[smtprelay.Message](seq)) {
 		id := stormID(res.Message.To[0])
 		if told[id] != nil {
-			r.problem("message %d: SendAll has told twice", id)
+			r.problem("message %d: SendAll has returned two results", id)
 		}
 		i := slices.IndexFunc(ms, func(m *stormMessage) bool { return m.id == id })
 		told[id] = &stormTold{m: ms[i], receipt: res.Receipt, err: res.Err, began: began, closed: closed, together: true}
@@ -266,7 +264,7 @@ func (r *stormRun) sendTogether(ms []*stormMessage, breakAt int) {
 	}
 	<-gone
 	if n := int(taken.Load()); breakAt == 0 && (len(told) > n || len(told) < n-int(late.Load())) {
-		r.problem("SendAll took %d messages and told of %d", n, len(told))
+		r.problem("SendAll took %d messages and returned %d results", n, len(told))
 	}
 	r.hanging(ctx)
 	ctx.cancel()
@@ -277,7 +275,7 @@ func (r *stormRun) sendTogether(ms []*stormMessage, breakAt int) {
 	}
 }
 
-// sender is m.from as a Message has it.
+// sender is m.from in the form of a Message.
 func (m *stormMessage) sender() string {
 	if m.from == "" {
 		return smtprelay.NullSender
@@ -285,12 +283,12 @@ func (m *stormMessage) sender() string {
 	return m.from
 }
 
-// message returns what is given to the client.
+// message returns the Message for the client.
 func (m *stormMessage) message(cancel context.CancelFunc) smtprelay.Message {
 	return smtprelay.Message{From: m.sender(), To: m.to, Body: m.body(cancel), AllOrNothing: m.all}
 }
 
-// context returns the context of m, which every one of ms may end.
+// context returns the context of m, which each message of ms may end.
 func (r *stormRun) context(m *stormMessage, ms ...*stormMessage) *stormContext {
 	inner, cancel := context.WithCancel(context.Background())
 	if m.deadline > 0 {
@@ -314,7 +312,7 @@ func (r *stormRun) context(m *stormMessage, ms ...*stormMessage) *stormContext {
 	return ctx
 }
 
-// stormContext counts who watches it.
+// stormContext counts its watchers.
 type stormContext struct {
 	context.Context
 	cancel   context.CancelFunc
@@ -322,10 +320,10 @@ type stormContext struct {
 	watchers atomic.Int64
 }
 
-// Value hides that a cancelCtx of package context is inside, so that AfterFunc below is asked.
+// Value hides the cancelCtx of package context inside, so that AfterFunc below is called.
 func (c *stormContext) Value(any) any { return nil }
 
-// AfterFunc is what package context uses to hang contexts and functions on one that is not its own.
+// AfterFunc is how package context registers contexts and functions on a context of another type.
 func (c *stormContext) AfterFunc(f func()) (stop func() bool) {
 	c.watchers.Add(1)
 	inner := context.AfterFunc(c.Context, f)
@@ -338,7 +336,7 @@ func (c *stormContext) AfterFunc(f func()) (stop func() bool) {
 	}
 }
 
-// hasEnded tells when the context ended; zero means not yet.
+// hasEnded returns when the context ended; zero means not yet.
 func (c *stormContext) hasEnded() time.Time {
 	if c.Err() == nil {
 		return time.Time{}
@@ -350,7 +348,7 @@ func (c *stormContext) hasEnded() time.Time {
 	return at
 }
 
-// happens is told by the relay of each step.
+// happens is called by the relay at each step.
 func (r *stormRun) happens(at stormStage, msg int) {
 	if msg < 0 {
 		return
@@ -374,7 +372,7 @@ func (p *stormPlan) message(id int) *stormMessage {
 	panic(fmt.Sprintf("storm: no message %d", id))
 }
 
-// end ends the client in the way that the plan says; the second time it closes it.
+// end ends the client as planned; the second time it closes it.
 func (r *stormRun) end() {
 	began := time.Now()
 	defer r.ended.Store(true)
@@ -388,7 +386,7 @@ func (r *stormRun) end() {
 			r.problem("Shutdown: %v", err)
 		}
 		if took := time.Since(began); took > r.p.grace+r.p.weather.quit+time.Second {
-			r.problem("Shutdown took %v, it was given %v", took, r.p.grace)
+			r.problem("Shutdown took %v, its limit was %v", took, r.p.grace)
 		}
 		return
 	}
@@ -402,13 +400,13 @@ func (r *stormRun) end() {
 	}
 }
 
-// leftovers finds what has outlived Close.
+// leftovers finds what is left after Close.
 func (r *stormRun) leftovers() {
 	r.end()
 	synctest.Wait()
 	for g := range strings.SplitSeq(stormStacks(), "\n\n") {
 		if strings.Contains(g, "smtprelay/smtprelay.") {
-			r.problem("a goroutine has outlived Close:\n%s", g)
+			r.problem("a goroutine is left after Close:\n%s", g)
 		}
 	}
 	for _, c := range r.relay.conns {
@@ -424,7 +422,7 @@ func (r *stormRun) leftovers() {
 	}
 }
 
-// stormStacks returns the stacks of the goroutines of this bubble, this one left out.
+// stormStacks returns the stacks of the goroutines of this bubble, except this one.
 func stormStacks() string {
 	buf := make([]byte, 1<<16)
 	for {
@@ -443,7 +441,7 @@ func stormStacks() string {
 	return strings.Join(mine, "\n\n")
 }
 
-// describe tells a run as a story: its plan, and the last events of its transcript, or all if most is 0.
+// describe returns a run's plan, and the last events of its transcript, or all if most is 0.
 func (r *stormRun) describe(most int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "    weather %+v\n    limits %+v\n    retry %+v\n    timeouts %+v\n", r.p.weather, r.p.config.Limits, r.p.config.Retry, r.p.config.Timeouts)
@@ -459,7 +457,7 @@ func (r *stormRun) describe(most int) string {
 	return b.String()
 }
 
-// stormTally sums up what the seeds met, so that a storm that meets nothing does not pass.
+// stormTally sums up what the seeds met, so that a storm that meets nothing fails.
 type stormTally struct {
 	mu       sync.Mutex // guards the fields below
 	told     map[string]int
@@ -519,7 +517,7 @@ func (a *stormTally) String() string {
 func (a *stormTally) check(t *testing.T) {
 	for _, outcome := range []string{"accepted", "accepted for some", "not accepted", "unknown"} {
 		if a.told[outcome] == 0 {
-			t.Errorf("no Send was ever told %q", outcome)
+			t.Errorf("no Send ever returned %q", outcome)
 		}
 	}
 	for f := noFault + 1; f < allStormFaults; f++ {

@@ -1,4 +1,4 @@
-// Here: what is drawn from a seed: the relay, the client, the messages and their bodies, the ends.
+// What is drawn from a seed: the relay, the client, the messages and their bodies, the end.
 package storm
 
 import (
@@ -23,56 +23,56 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// stormRand returns the source for one purpose of one seed.
+// stormRand returns the random source for one purpose of one seed.
 func stormRand(seed, purpose uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, purpose)) }
 
-// chance is true in percent of a hundred cases.
+// chance returns true in percent of a hundred cases.
 func chance(rng *rand.Rand, percent int) bool { return rng.IntN(100) < percent }
 
-// pick draws one of several; what is likelier stands there more often.
+// pick draws one of several; likelier ones are listed more often.
 func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.IntN(len(from))] }
 
-// stormWeather is what one seed makes of the relay and of the way to it.
+// stormWeather is the relay and the network of one seed.
 type stormWeather struct {
 	buffer     int           // of each direction of a connection, in octets
-	segment    int           // reads get a random number of octets up to this; 0 means what there is
-	latency    time.Duration // each reply takes a random time up to this
+	segment    int           // reads return a random number of octets up to this; 0 means all available
+	latency    time.Duration // each reply is delayed by a random time up to this
 	pipelining bool          // offered
 	chunking   bool          // offered
 	mode       smtprelay.Pipelining
 	habit      stormHabit
-	// A last chunk is taken for the message although the client has closed in the middle of it.
+	// A truncated last chunk is accepted as the message if the client closes in the middle of it.
 	takesTruncated bool
 	tls            bool   // STARTTLS is offered and required
 	auth           string // mechanisms; "" means none
 	mailMax        int    // LIMITS MAILMAX; 0 means not announced
 	rcptMax        int    // LIMITS RCPTMAX
 	goesOn         bool   // 354 although every recipient was refused (RFC 2920, 3.1)
-	rcptCap        int    // recipients of a transaction, not announced: 452 or 552 beyond
+	rcptCap        int    // recipients of a transaction, not announced: more get 452 or 552
 	rcptCapCode    int
-	mailCap        int           // messages of a connection, not announced: 421 beyond
-	connCap        int           // connections, not announced: 421 beyond
-	idle           time.Duration // how long a connection may be idle; 0 means for ever
+	mailCap        int           // messages of a connection, not announced: more get 421
+	connCap        int           // connections, not announced: more get 421
+	idle           time.Duration // idle limit of a connection; 0 means none
 	linger         time.Duration // how long the relay takes to close after QUIT or FIN
 	leaves         stormLeave
 	faults         []stormFault
 	rate           int        // faults in a thousand steps
 	only           stormStage // where faults happen; "" means anywhere
-	cuts           int        // of a thousand connections, how many are cut at some octet
-	unasked        int        // the same for 421 at some time without being asked
+	cuts           int        // cut connections in a thousand
+	unasked        int        // connections in a thousand that get an unasked 421
 
-	// What the client is set to, as far as the relay holds it to it.
+	// The client's settings that the relay checks.
 	maxConns, maxMessages, maxRecipients int
 	quit                                 time.Duration
 }
 
-// stormHabit is what the relay does to commands that come in one piece with a final dot.
+// stormHabit is what the relay does with commands that arrive in one piece with a final dot.
 type stormHabit int
 
 const (
 	takesOverlap    stormHabit = iota
 	refusesOverlap             // 503 to each of them
-	discardsOverlap            // throws them away in silence
+	discardsOverlap            // discards them without a reply
 )
 
 // stormLeave is how the relay closes after 421.
@@ -80,8 +80,8 @@ type stormLeave int
 
 const (
 	leavesPolitely stormLeave = iota // FIN, reads on, closes
-	leavesAtOnce                     // which resets the connection if the client has sent more
-	leavesOpen                       // not at all: 421 again and again
+	leavesAtOnce                     // resets the connection if the client has sent more
+	leavesOpen                       // does not close: 421 again and again
 )
 
 func (w *stormWeather) announced() string {
@@ -98,7 +98,7 @@ func (w *stormWeather) announced() string {
 	return s
 }
 
-// least returns the lowest of the limits that are there; 0 means none.
+// least returns the lowest limit; 0 means none.
 func least(limits ...int) (n int) {
 	for _, l := range limits {
 		if l > 0 && (n == 0 || l < n) {
@@ -122,13 +122,13 @@ func (w *stormWeather) maxRcpts(helo bool) int {
 	return least(w.maxRecipients, w.rcptMax)
 }
 
-// withinOK tells whether a command may follow another in one group.
+// withinOK reports whether a command may follow another in one group.
 func (w *stormWeather) withinOK() bool { return w.pipelining && w.mode != smtprelay.PipelineOff }
 
-// acrossOK tells whether an envelope may follow the final dot.
+// acrossOK reports whether an envelope may follow the final dot.
 func (w *stormWeather) acrossOK() bool { return w.pipelining && w.mode == smtprelay.PipelineAuto }
 
-// calm tells that whoever does not give up himself is served: what remains is within what a relay may do.
+// calm reports whether every message must be accepted unless its caller gives up: the relay does nothing that it may not do.
 func (w *stormWeather) calm() bool {
 	return len(w.faults) == 0 && w.cuts == 0 && w.unasked == 0 &&
 		(w.leaves == leavesPolitely || w.mailCap == 0 && w.connCap == 0 && w.idle == 0)
@@ -152,7 +152,7 @@ const (
 	manyLines
 	oddReply
 	refuseDial
-	cutAnywhere // this and the next are drawn once for each connection, not at each step
+	cutAnywhere // this and the next are drawn once per connection, not at each step
 	unasked421
 	allStormFaults
 )
@@ -162,7 +162,7 @@ func (f stormFault) String() string {
 		"a very long reply line", "very many reply lines", "a reply out of place", "connection refused", "cut", "421 unasked"}[f]
 }
 
-// fits tells whether the fault can happen at this step.
+// fits reports whether the fault can happen at this step.
 func (f stormFault) fits(at stormStage) bool {
 	switch at {
 	case atDial:
@@ -170,10 +170,10 @@ func (f stormFault) fits(at stormStage) bool {
 	case atBody:
 		return f == say421 || f == stall || f == dropConn || f == halfClose
 	}
-	return f != refuseDial // which is for dials only
+	return f != refuseDial // only for dials
 }
 
-// speaks tells whether the reply arrives, well-formed and in its place.
+// speaks reports whether the reply arrives, well-formed and in its place.
 func (f stormFault) speaks() bool {
 	switch f {
 	case noFault, refuse4, refuse5, say421, stall, drip:
@@ -182,7 +182,7 @@ func (f stormFault) speaks() bool {
 	return false
 }
 
-// refusal is what the relay says instead of yes.
+// refusal is the relay's reply in place of a positive one.
 func (f stormFault) refusal(c *stormConn, at stormStage, msg int) (stormReply, bool) {
 	text := fmt.Sprintf("says %s on connection %d", at, c.n)
 	if msg >= 0 {
@@ -229,7 +229,7 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 		smtprelay.PipelineWithin, smtprelay.PipelineOff)
 	w.habit = pick(rng, takesOverlap, takesOverlap, takesOverlap, refusesOverlap, discardsOverlap)
 	if w.chunking = chance(rng, 30); w.chunking {
-		w.habit = takesOverlap // nobody who offers it does otherwise
+		w.habit = takesOverlap // no relay that offers CHUNKING does otherwise
 		w.takesTruncated = chance(rng, 50)
 	}
 	w.tls = chance(rng, 3)
@@ -259,12 +259,12 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 	if chance(rng, 20) {
 		w.idle = pick(rng, time.Second, 8*time.Second, 20*time.Second)
 		if w.chunking {
-			w.idle = max(w.idle, 8*time.Second) // a slow body is made before its first chunk is written
+			w.idle = max(w.idle, 8*time.Second) // a slow body takes time before its first chunk is written
 		}
 	}
 	if chance(rng, 35) {
 		w.leaves = leavesPolitely
-		return w // calm, mostly
+		return w // usually calm
 	}
 	for f := noFault + 1; f < cutAnywhere; f++ {
 		if chance(rng, 30) {
@@ -272,7 +272,7 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 		}
 	}
 	w.rate = pick(rng, 5, 20, 50, 150)
-	if chance(rng, 40) { // all of it at one step
+	if chance(rng, 40) { // all faults at one step
 		w.only = pick(rng, atDial, atGreeting, atEHLO, atAuth, atMail, atRcpt, atData, atData, atBody, atBody, atDot, atDot, atDot, atDot, atRset, atQuit)
 		w.rate = pick(rng, 100, 300, 600)
 	}
@@ -281,31 +281,31 @@ func newStormWeather(rng *rand.Rand) (w stormWeather) {
 	return w
 }
 
-// stormMessage is one message and what its sender is going to do with it.
+// stormMessage is one message and what its sender does with it.
 type stormMessage struct {
 	id           int
 	from         string
 	to           []string
-	raw          []byte // the body as the sender has it, line ends of all kinds
+	raw          []byte // the body as the sender gives it, with all kinds of line ends
 	kind         stormBodyKind
-	failAt       int  // where a body that fails does so
+	failAt       int  // where a failing body fails
 	all          bool // AllOrNothing
 	viaSendMail  bool
 	pause        time.Duration // before it is sent
-	giveUpAfter  time.Duration // the context is cancelled; 0 means not
+	giveUpAfter  time.Duration // cancels the context; 0 means never
 	deadline     time.Duration // the context's; 0 means none
-	giveUpAt     stormStage    // the context is cancelled when the relay has come to this step; "" means not
-	giveUpInBody bool          // or by the body itself, half-way
+	giveUpAt     stormStage    // cancels the context when the relay has reached this step; "" means never
+	giveUpInBody bool          // or in the middle of the body
 }
 
-// sound tells that the body is whole.
+// sound reports whether the body is complete.
 func (m *stormMessage) sound() bool { return m.kind < bodyFails }
 
 type stormBodyKind int
 
 const (
 	bodyBytes    stormBodyKind = iota
-	bodyReader                 // can be written once only
+	bodyReader                 // can be written only once
 	bodyPieces                 // small writes
 	bodySlow                   // with pauses
 	bodyFails                  // returns an error at failAt
@@ -367,10 +367,10 @@ func (b *stormBody) WriteTo(to io.Writer) (sent int64, err error) {
 	return sent, nil
 }
 
-// stormText is what messages are made of.
+// stormText is the text of messages.
 var stormText = strings.Repeat("abc . .def..ghi-jkl mno pqr st uvw.xyz", 10)
 
-// stormPayload draws the text of a message. It returns it as the sender has it and as the relay must get it.
+// stormPayload draws the text of a message. It returns it as the sender gives it and as the relay must get it.
 func stormPayload(rng *rand.Rand, size int) (raw, want []byte) {
 	afterCR := false
 	for len(raw) < size {
@@ -378,10 +378,10 @@ func stormPayload(rng *rand.Rand, size int) (raw, want []byte) {
 		line = strings.Repeat(".", pick(rng, 0, 0, 0, 1, 2)) + line
 		end := pick(rng, "\r\n", "\r\n", "\r\n", "\n", "\r")
 		if len(raw)+len(line) >= size && chance(rng, 30) && len(line) > 0 {
-			end = "" // the last line is not terminated
+			end = "" // the last line has no line end
 		}
 		if afterCR && len(line) == 0 {
-			line = "x" // CR and then LF would be one line end, not two
+			line = "x" // a CR and then LF would be one line end, not two
 		}
 		raw = append(append(raw, line...), end...)
 		want = append(append(want, line...), "\r\n"...)
@@ -392,7 +392,7 @@ func stormPayload(rng *rand.Rand, size int) (raw, want []byte) {
 	return raw, want
 }
 
-// newStormMessage draws a message. Its body tells its own length and sum, so that nothing can be missing from it unnoticed.
+// newStormMessage draws a message. Its body contains its own length and checksum, so that nothing can be missing unnoticed.
 func newStormMessage(rng *rand.Rand, id int, w *stormWeather) *stormMessage {
 	m := &stormMessage{id: id, from: fmt.Sprintf("s.m%d@storm.example", id)}
 	if chance(rng, 5) {
@@ -403,7 +403,7 @@ func newStormMessage(rng *rand.Rand, id int, w *stormWeather) *stormMessage {
 	}
 	size := pick(rng, 0, 1, 100, 300, 1000, 1000, 5000)
 	if rng.IntN(200) == 0 && w.segment != 1 && w.buffer != 100 {
-		size = 100_000 // more than any buffer holds
+		size = 100_000 // larger than any buffer
 	}
 	if w.segment == 1 {
 		size = min(size, 300)
@@ -442,7 +442,7 @@ func stormSum(b []byte) uint64 {
 	return h.Sum64()
 }
 
-// stormCheckBody finds the message that a body is the whole of.
+// stormCheckBody finds the message whose complete body this is.
 func stormCheckBody(body []byte) (id int, err error) {
 	var size int
 	var sum uint64
@@ -454,12 +454,12 @@ func stormCheckBody(body []byte) (id int, err error) {
 		return 0, fmt.Errorf("the header %.100q: %w", head, err)
 	}
 	if len(text) != size || stormSum(text) != sum {
-		return 0, fmt.Errorf("%d octets of text, sent were %d, or they are other ones", len(text), size)
+		return 0, fmt.Errorf("%d octets of text instead of %d, or a wrong checksum", len(text), size)
 	}
 	return id, nil
 }
 
-// stormID finds the number of the message in one of its addresses; -1 means that it is not there.
+// stormID returns the number of the message from one of its addresses, or -1.
 func stormID(line string) int {
 	before, _, ok := strings.Cut(line, "@")
 	if i := strings.LastIndex(before, ".m"); ok && i >= 0 {
@@ -470,18 +470,18 @@ func stormID(line string) int {
 	return -1
 }
 
-// stormPlan is all that a seed decides beforehand.
+// stormPlan is everything that a seed decides in advance.
 type stormPlan struct {
 	seed     uint64
 	weather  stormWeather
 	config   smtprelay.Config
 	senders  [][]*stormMessage
-	together []bool // whether a sender uses SendAll
-	breakAt  []int  // after how many results that loop ends early; 0 means not
+	together []bool // senders that use SendAll
+	breakAt  []int  // after how many results their loop ends early; 0 means never
 	pings    int
 	ending   stormEnding
-	endAt    time.Duration // when Close or Shutdown is called while there is work; 0 means afterwards
-	grace    time.Duration // what Shutdown is given
+	endAt    time.Duration // when Close or Shutdown is called during the work; 0 means afterwards
+	grace    time.Duration // Shutdown's time limit
 }
 
 type stormEnding int
@@ -575,7 +575,7 @@ func (l *stormLog) text(most int) string {
 	skip := 0
 	if most > 0 && len(l.events) > most {
 		skip = len(l.events) - most
-		fmt.Fprintf(&b, "    … %d lines before these; -storm.seed shows all\n", skip)
+		fmt.Fprintf(&b, "    … %d earlier lines; -storm.seed shows all\n", skip)
 	}
 	for _, e := range l.events[skip:] {
 		for line := range strings.SplitSeq(e.text, "\n") {
@@ -585,7 +585,7 @@ func (l *stormLog) text(most int) string {
 	return b.String()
 }
 
-// stormTLS makes the relay's certificate, once for all seeds and outside of their bubbles.
+// stormTLS makes the relay's certificate, once for all seeds and outside their bubbles.
 var stormTLS = sync.OnceValue(newStormTLS)
 
 type stormTLSConfigs struct{ client, server *tls.Config }
@@ -598,7 +598,7 @@ func newStormTLS() stormTLSConfigs {
 	cert := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		DNSNames:     []string{"relay.example"},
-		NotBefore:    time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // in a bubble it is the year 2000
+		NotBefore:    time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // bubbles begin in 2000
 		NotAfter:     time.Date(2999, 1, 1, 0, 0, 0, 0, time.UTC),
 	}
 	der, err := x509.CreateCertificate(crand.Reader, cert, cert, &key.PublicKey, key)
