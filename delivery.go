@@ -125,7 +125,7 @@ func (d *delivery) settle(s *session, rcpts []int, r conn.Result) *Error {
 // tellPool reports to the pool how a transaction on s ended, and completes the text of e.
 func (d *delivery) tellPool(s *session, r *conn.Result, e *Error) {
 	if e == nil {
-		d.c.pool.accepted()
+		d.c.pool.accepted(d.round)
 		return
 	}
 	d.c.cfg.explainAuth(e)

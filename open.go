@@ -304,8 +304,8 @@ func (p *pool) workingLocked() bool {
 
 // Failing.
 
-// accepted records that the relay has accepted a message.
-func (p *pool) accepted() { p.pace.Accepted(time.Now()) }
+// accepted records that the relay has accepted a message. round is the round of its grant.
+func (p *pool) accepted(round int) { p.pace.Accepted(round, time.Now()) }
 
 // slowDown is called when the relay has refused a message because messages come too fast. round is the round of the message's
 // grant; cut says whether to lower the pace. slowDown reports whether to retry the message, which it does not if nothing was
@@ -319,7 +319,8 @@ func (p *pool) slowDown(e *Error, round int, cut bool) bool {
 	}
 	p.throttled = e.Reply
 	if cut && p.pace.TooFast(round, now) {
-		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(p.pace.Rate()), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", p.pace.Rate())})
+		rate := p.pace.Rate(now)
+		p.cfg.profile.learned(LearnedInfo{Lesson: LessonPace, Limit: max(int(rate), 1), Text: fmt.Sprintf("the relay says that messages come too fast: %.3g a second from now on", rate)})
 		p.planLocked(now)
 	}
 	limit := p.cfg.Timeouts.Outage

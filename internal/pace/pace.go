@@ -10,47 +10,75 @@ import (
 // Pace decides when the next message may begin. It is not safe for concurrent use, except Accepted.
 //
 // A relay that throttles does not say how high its limit is. The first such reply sets the rate to the number of messages that
-// the relay has accepted in the last second. Two seconds later the rate begins to rise by a quarter each second, until the next
-// such reply. Each later reply cuts the rate by a tenth; after two seconds without one it rises by one per cent each second, and
-// by ten beyond the rate of that reply: whoever shared the limit has left, or the limit was raised.
-// After ten minutes without such a reply the rate is as configured again.
+// the relay has accepted in the last second. Each later reply cuts the rate by a tenth, but not below nine tenths of what the
+// relay has accepted in the last second: a relay that counts in fixed seconds refuses all messages for the rest of a second. A
+// rate that is far above what the relay has accepted is set as by the first reply.
+//
+// After a cut the rate rises: slowly until it is as before the cut, and then faster and faster, because the limit was raised or
+// a Client that shared it has left. After ten minutes without such a reply the rate is as configured again.
+//
+// The slow rise takes longer at a higher rate. A relay refuses each of the Clients that share a limit about as often, whatever
+// its share; those with a smaller share regain more between two refusals, so the shares become more equal.
 //
 // Messages in flight when the rate is cut belong to the previous round: their refusals do not cut it again.
 type Pace struct {
-	most      float64   // configured messages per second; 0 means no limit
-	off       bool      // ignore the relay's replies
-	rate      float64   // messages per second; 0 means no limit
-	next      time.Time // no message begins before this time
-	round     int       // number of cuts
-	cutAt     time.Time // when rate was cut last; zero if it was not cut
-	first     time.Time // when rate was cut first
-	risen     time.Time // when rate was raised last
-	refused   float64   // rate when the relay throttled last, before the cut
-	searching bool      // rate was cut once, so the relay's limit is not known yet
-	recent    recently  // messages that the relay has accepted
+	most   float64      // configured messages per second; 0 means no limit
+	off    bool         // ignore the relay's replies
+	base   float64      // messages per second after the last cut; less early where the rate is estimated
+	next   time.Time    // no message begins before this time
+	round  int          // number of cuts
+	cutAt  time.Time    // when the rate was cut last; zero if it was not cut
+	first  time.Time    // when the rate was cut first
+	early  atomic.Int64 // accepted messages that began in round 0; some are accepted after the first cut
+	recent recently     // messages that the relay has accepted
 }
 
 const (
 	least  = 0.1                   // minimum messages per second
-	cut    = 0.9                   // factor of a cut
-	creep  = 1.01                  // factor per second
-	beyond = 1.10                  // factor per second, above the rate at which the relay throttled last
-	search = 1.25                  // factor per second, until the second cut
-	hold   = 2 * time.Second       // no rise for this long after a cut
+	cut    = 0.1                   // part of the rate that a reply takes away
+	regain = 7.5                   // seconds of the slow rise at one message per second; grows with the square root of the rate
+	double = 6                     // seconds after the slow rise until the rate has doubled
 	slack  = 20 * time.Millisecond // a message that begins late by up to this does not delay those after it
 	memory = 10 * time.Minute
 )
 
 // New returns a Pace of rate messages per second: 0 means no limit until the relay throttles, negative means no limit at all.
 func New(rate float64) Pace {
-	return Pace{most: max(rate, 0), rate: max(rate, 0), off: rate < 0}
+	return Pace{most: max(rate, 0), off: rate < 0}
 }
 
 // Off reports whether the relay's replies are ignored.
 func (p *Pace) Off() bool { return p.off }
 
 // Rate returns the messages per second; 0 means no limit.
-func (p *Pace) Rate() float64 { return p.rate }
+func (p *Pace) Rate(now time.Time) float64 {
+	quiet := now.Sub(p.cutAt)
+	if p.cutAt.IsZero() || quiet >= memory {
+		p.cutAt = time.Time{}
+		return p.most
+	}
+	rate := p.base
+	if p.estimated() {
+		rate = max(rate+float64(p.early.Load()), 1)
+	}
+	slow := regain * math.Sqrt(max(rate, 1))
+	rate *= 1 + cut*min(quiet.Seconds()/slow, 1)
+	if fast := (quiet.Seconds() - slow) / double; fast > 0 {
+		rate *= math.Exp2(fast * fast)
+	}
+	return p.within(rate)
+}
+
+// estimated reports whether the rate is what the relay had accepted when it first throttled; no rate was configured.
+func (p *Pace) estimated() bool { return p.round == 1 && p.most == 0 }
+
+// within returns rate, but at most the configured rate.
+func (p *Pace) within(rate float64) float64 {
+	if p.most > 0 {
+		return min(rate, p.most)
+	}
+	return rate
+}
 
 // Round returns the number of cuts so far. A message has the round in which it begins.
 func (p *Pace) Round() int { return p.round }
@@ -58,8 +86,14 @@ func (p *Pace) Round() int { return p.round }
 // Next returns the time before which no message begins.
 func (p *Pace) Next() time.Time { return p.next }
 
-// Accepted records that the relay has accepted a message. It is safe for concurrent use with itself and all other methods.
-func (p *Pace) Accepted(now time.Time) { p.recent.add(now) }
+// Accepted records that the relay has accepted a message that began in the given round. It is safe for concurrent use with
+// itself and all other methods.
+func (p *Pace) Accepted(round int, now time.Time) {
+	p.recent.add(now)
+	if round == 0 {
+		p.early.Add(1)
+	}
+}
 
 // Slowed reports whether the relay has throttled, and if so, when it last accepted a message; if it has not since then, when it
 // first throttled.
@@ -72,51 +106,23 @@ func (p *Pace) Slowed() (accepted time.Time, slowed bool) {
 
 // Ready reports whether a message may begin now.
 func (p *Pace) Ready(now time.Time) bool {
-	p.rise(now)
-	return p.rate == 0 || !now.Before(p.next)
+	return !now.Before(p.next) || p.Rate(now) == 0
 }
 
 // Begin records that a message begins.
 func (p *Pace) Begin(now time.Time) {
-	if p.rate == 0 {
+	rate := p.Rate(now)
+	if rate == 0 {
 		return
 	}
 	if late := now.Add(-slack); p.next.Before(late) {
 		p.next = late
 	}
-	p.next = p.next.Add(time.Duration(float64(time.Second) / p.rate))
+	p.next = p.next.Add(interval(rate))
 }
 
-// rise raises a rate that was cut, or restores the configured rate.
-func (p *Pace) rise(now time.Time) {
-	if p.searching && now.Sub(p.first) <= time.Second {
-		p.rate = p.within(max(p.rate, float64(p.recent.count(now)))) // messages in flight at the cut may still be accepted
-	}
-	switch since := now.Sub(p.cutAt); {
-	case p.cutAt.IsZero() || since < hold || now.Sub(p.risen) < time.Second/10:
-		return
-	case since >= memory:
-		p.rate, p.cutAt = p.most, time.Time{}
-		return
-	}
-	rise := creep
-	switch {
-	case p.searching:
-		rise = search
-	case p.rate > p.refused:
-		rise = beyond
-	}
-	p.rate = p.within(p.rate * math.Pow(rise, now.Sub(p.risen).Seconds()))
-	p.risen = now
-}
-
-// within returns rate, but at most the configured rate.
-func (p *Pace) within(rate float64) float64 {
-	if p.most > 0 {
-		return min(rate, p.most)
-	}
-	return rate
-}
+// interval returns the time from one message to the next.
+func interval(rate float64) time.Duration { return time.Duration(float64(time.Second) / rate) }
 
 // TooFast is called when the relay has refused a message of the given round because messages come too fast. It reports whether
 // it has changed the rate.
@@ -124,18 +130,22 @@ func (p *Pace) TooFast(round int, now time.Time) (changed bool) {
 	if p.off || round != p.round {
 		return false
 	}
-	p.round++
-	if p.rate == 0 {
-		p.rate = max(float64(p.recent.count(now)), 1)
-	} else {
-		p.refused = p.rate
-		p.rate = max(p.rate*cut, least)
+	rate, accepted := p.Rate(now), float64(p.recent.count(now))
+	switch {
+	case rate == 0 || rate > 4*(accepted+2):
+		rate = max(accepted, 1)
+	default:
+		left := 1 - min(cut, 1/math.Sqrt(accepted)) // the count varies by its square root
+		rate = max(rate*left, min(rate, accepted*left), least)
 	}
-	if p.searching = p.cutAt.IsZero(); p.searching {
+	if p.cutAt.IsZero() {
 		p.first = now
 	}
-	p.cutAt, p.risen = now, now.Add(hold)
-	p.next = now.Add(time.Duration(float64(time.Second) / p.rate))
+	p.round++
+	p.cutAt, p.base, p.next = now, rate, now.Add(interval(rate))
+	if p.estimated() {
+		p.base = accepted - float64(p.early.Load()) // Rate adds those that are accepted later
+	}
 	return true
 }
 

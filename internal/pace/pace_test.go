@@ -1,6 +1,7 @@
 package pace
 
 import (
+	"math"
 	"testing"
 	"time"
 )
@@ -20,38 +21,43 @@ func TestPaceIsCutOnceForARoundAndRisesAfterwards(t *testing.T) {
 	if !p.Ready(now) {
 		t.Error("no pace, and not ready")
 	}
-	for i := range 20 {
-		p.recent.add(now.Add(time.Duration(i) * 50 * time.Millisecond))
+	for i := range 16 {
+		p.Accepted(0, now.Add(time.Duration(i)*50*time.Millisecond))
 	}
 	now = now.Add(time.Second)
 	if !p.TooFast(0, now) || p.TooFast(0, now) {
 		t.Error("a round cuts once")
 	}
-	near(t, "what the relay has accepted in the last second", p.rate, 20)
-	now = now.Add(2 * time.Second)
-	p.rise(now)
-	near(t, "two seconds later", p.rate, 20)
-	now = now.Add(time.Second)
-	p.rise(now)
-	near(t, "a second later, while it searches", p.rate, 25)
+	near(t, "what the relay has accepted in the last second", p.Rate(now), 16)
+	for range 4 {
+		p.Accepted(0, now)
+	}
+	near(t, "with what was under way", p.Rate(now), 20)
+	now = now.Add(time.Second / 2)
 	p.TooFast(1, now)
-	near(t, "cut again", p.rate, 22.5)
-	now = now.Add(3 * time.Second)
-	p.rise(now)
-	near(t, "three seconds later", p.rate, 22.5*creep)
-	for p.rate <= 25 {
-		now = now.Add(time.Second)
-		p.rise(now)
+	near(t, "cut by a tenth", p.Rate(now), 18)
+	slow := time.Duration(regain * math.Sqrt(18) * float64(time.Second))
+	now = now.Add(slow)
+	near(t, "as before the cut", p.Rate(now), 18*1.1)
+	near(t, "a little later", p.Rate(now.Add(time.Second)), 18*1.1*1.0194)
+	near(t, "later", p.Rate(now.Add(double*time.Second)), 2*18*1.1)
+	if rate := p.Rate(now.Add(memory)); rate != 0 {
+		t.Errorf("after ten minutes there is still a pace of %.2f", rate)
 	}
-	was := p.rate
-	now = now.Add(time.Second)
-	p.rise(now)
-	near(t, "a second later, above the rate that was refused", p.rate, was*beyond)
-	now = now.Add(memory)
-	p.rise(now)
-	if p.rate != 0 || !p.cutAt.IsZero() {
-		t.Errorf("after ten minutes there is still a pace of %.2f", p.rate)
+}
+
+func TestPaceIsNotCutBelowWhatTheRelayAccepts(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	p := New(20)
+	for range 20 {
+		p.Accepted(0, now)
 	}
+	for round := range 10 {
+		p.TooFast(round, now.Add(time.Second/2))
+	}
+	near(t, "refused for the rest of a second", p.Rate(now.Add(time.Second/2)), 18)
+	p.TooFast(10, now.Add(10*time.Second))
+	near(t, "refused for longer", p.Rate(now.Add(10*time.Second)), 1)
 }
 
 func TestPaceNeverLeavesItsBounds(t *testing.T) {
@@ -60,12 +66,14 @@ func TestPaceNeverLeavesItsBounds(t *testing.T) {
 	for round := range 200 {
 		p.TooFast(round, now)
 	}
-	near(t, "cut for ever", p.rate, least)
+	near(t, "cut for ever", p.Rate(now), least)
 	for range 3000 {
 		now = now.Add(200 * time.Millisecond)
-		p.rise(now)
+		if rate := p.Rate(now); rate > 14 {
+			t.Fatalf("a pace of %.2f", rate)
+		}
 	}
-	near(t, "ten minutes later", p.rate, 14)
+	near(t, "ten minutes later", p.Rate(now), 14)
 	off := New(-1)
 	if off.TooFast(0, now) || !off.Ready(now) {
 		t.Error("a pace that is off was cut")
