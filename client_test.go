@@ -277,19 +277,21 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 }
 
 func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
+	const messages = 350 // each of the ten connections is replaced several times, whatever the limit
 	for _, limit := range []int{1, 2, 5, 7} {
 		t.Run(fmt.Sprintf("%d on a connection", limit), func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, func(s *smtptest.Server) {
 					s.MaxMessages = limit
-					s.NoTLS = true // 1,000 handshakes are not what this is about
+					s.NoTLS = true // hundreds of handshakes are not what this is about
 				})
 				cfg := configOf(relay)
 				cfg.Limits.MaxMessagesPerConn = limit
 				client := newClient(t, cfg)
-				sendNumbered(t, client, 1000, 100)
+				sendNumbered(t, client, messages, 100)
 
-				want(t, "accepted by the relay", relay.Stats().Accepted, 1000)
+				want(t, "accepted by the relay", relay.Stats().Accepted, messages)
 				want(t, "duplicates", relay.Stats().Duplicates, 0)
 				want(t, "refused for a limit", relay.Stats().Refused, 0)
 				atMost(t, "messages on one connection", mostOnOne(relay), limit)
@@ -297,8 +299,8 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 				s := client.Stats()
 				want(t, "Stats().Retries", int(s.Retries), 0)
 				want(t, "Stats().DialErrors", int(s.DialErrors), 0)
-				if per := 1000 / limit; len(relay.Conns()) < per || len(relay.Conns()) > per+10 {
-					t.Errorf("%d connections for 1,000 messages, want about %d", len(relay.Conns()), per)
+				if per := messages / limit; len(relay.Conns()) < per || len(relay.Conns()) > per+10 {
+					t.Errorf("%d connections for %d messages, want about %d", len(relay.Conns()), messages, per)
 				}
 			})
 		})
@@ -329,10 +331,11 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 	}
 
 	t.Run("load goes on", func(t *testing.T) {
+		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
-			replaced, _ := run(t, 6000)
-			if len(replaced) < 50 {
-				t.Fatalf("%d connections were used up, want some 60", len(replaced))
+			replaced, _ := run(t, 4500)
+			if len(replaced) < 35 {
+				t.Fatalf("%d connections were used up, want some 45", len(replaced))
 			}
 			// The first two sets of ten are used up in unison.
 			later, most := replaced[20:], 0
@@ -349,9 +352,10 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 		})
 	})
 	t.Run("bursts open no connection for it", func(t *testing.T) {
+		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
-			_, client := run(t, 1500, 1500, 2000, 1000)
-			want(t, "connections opened for 6,000 messages", int(client.Stats().Dials), 60)
+			_, client := run(t, 700, 700, 1100, 500)
+			want(t, "connections opened for 3,000 messages", int(client.Stats().Dials), 30)
 		})
 	})
 }
@@ -409,9 +413,8 @@ func sendOneGiB(t *testing.T, extensions string) {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
-	const size = 1 << 30
 	var before, peak uint64
-	body := &generator{size: size, failAt: -1, look: func() {
+	body := &generator{size: largeBody, failAt: -1, look: func() {
 		if before == 0 {
 			before = inUse() // the connection is up and the first block is written
 		}
@@ -420,11 +423,11 @@ func sendOneGiB(t *testing.T, extensions string) {
 	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
 		t.Fatal(err)
 	}
-	if n := received.Load(); n < size {
-		t.Errorf("the relay received %d bytes, want at least %d", n, size)
+	if n := received.Load(); n < largeBody {
+		t.Errorf("the relay received %d bytes, want at least %d", n, largeBody)
 	}
 	if grown := int64(peak) - int64(before); grown >= 1<<20 {
-		t.Errorf("memory grew by %d KiB while 1 GiB was sent, want less than 1 MiB", grown>>10)
+		t.Errorf("memory grew by %d KiB while %d MiB were sent, want less than 1 MiB", grown>>10, largeBody>>20)
 	}
 }
 

@@ -96,9 +96,12 @@ func TestShutdownUnderLoadLosesNothing(t *testing.T) {
 // Close waits for nobody: what was behind its final dot is unknown, and nothing else is.
 func TestCloseUnderLoadEndsEverySendWithItsOutcome(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		for after := time.Second; after < time.Second+20*time.Millisecond; after += 3 * time.Millisecond {
+		const loaded = 300 * time.Millisecond // all connections work, and the first ones have been replaced
+		for after := loaded; after < loaded+20*time.Millisecond; after += 3 * time.Millisecond {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
-			client := newClient(t, configOf(relay))
+			cfg := configOf(relay)
+			cfg.Limits.MaxMessagesPerConn = 20
+			client := newClient(t, cfg)
 			l := startLoad(t.Context(), client, 50)
 			time.Sleep(after)
 			began := time.Now()
@@ -169,7 +172,7 @@ func TestCloseAndShutdownTwiceAtOnce(t *testing.T) {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
 			client := newClient(t, configOf(relay))
 			l := startLoad(t.Context(), client, 30)
-			time.Sleep(503 * time.Millisecond)
+			time.Sleep(203 * time.Millisecond)
 			var ending sync.WaitGroup
 			for _, call := range calls {
 				ending.Go(func() {

@@ -118,6 +118,7 @@ func inBothModes(t *testing.T, f func(t *testing.T, near func(*smtptest.Server))
 	for _, chunking := range []bool{false, true} {
 		name := map[bool]string{false: "by DATA", true: "in chunks"}[chunking]
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // with the other mode
 			synctest.Test(t, func(t *testing.T) {
 				f(t, func(s *smtptest.Server) {
 					s.InMemory, s.NoTLS, s.Chunking = true, true, chunking

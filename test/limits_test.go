@@ -28,7 +28,7 @@ func mostOnOne(relay *smtptest.Server) int {
 // All connections get ready at the same moment here, which once seemed to call for one more.
 func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
 	for n := range 10 {
-		for range 30 {
+		for range fewer(30) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, inChunks)
 				noneFailed(t, sendAtOnce(t.Context(), newClient(t, configOf(relay)), 0, n))
@@ -69,7 +69,7 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 
 				// One connection works before there are more.
 				all := sendAtOnce(t.Context(), client, 0, 1)
-				all = append(all, sendAtOnce(t.Context(), client, 1, 200)...)
+				all = append(all, sendAtOnce(t.Context(), client, 1, fewer(200))...)
 				if crowd.Hits() == 0 {
 					t.Fatal("the relay never had to say so: this test shows nothing")
 				}
@@ -98,7 +98,7 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				crowd.Remove()
 				time.Sleep(2 * time.Hour)
 				want(t, "Stats().MaxConns two hours later", client.Stats().MaxConns, 10)
-				all = append(all, sendAtOnce(t.Context(), client, 100_000, 200)...)
+				all = append(all, sendAtOnce(t.Context(), client, 100_000, fewer(200))...)
 				want(t, "connections open for a burst", client.Stats().OpenConns, 10)
 				allAccepted(t, relay, all)
 			})
@@ -327,7 +327,7 @@ func TestTwoClientsShareAnAllowance(t *testing.T) {
 			client := newClient(t, cfg)
 			both.Go(func() {
 				for round := range 5 { // with pauses, in which connections are given up and taken by the other
-					results[i] = append(results[i], sendAtOnce(t.Context(), client, 100_000*i+1000*round, 300)...)
+					results[i] = append(results[i], sendAtOnce(t.Context(), client, 100_000*i+1000*round, fewer(300))...)
 					time.Sleep(time.Duration(40+20*i) * time.Second)
 				}
 			})

@@ -117,6 +117,7 @@ func TestRestartFailsNoMessageThatHasTime(t *testing.T) {
 	for _, away := range []time.Duration{5 * time.Second, 20 * time.Second} {
 		for _, greets := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v, greets: %t", away, greets), func(t *testing.T) {
+				t.Parallel()
 				synctest.Test(t, func(t *testing.T) {
 					relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS, s.DropBodies = true, true, true })
 					cfg := configOf(relay)

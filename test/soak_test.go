@@ -22,7 +22,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
-var soakMessages = flag.Int("soak.messages", 20_000, "messages of TestSoak")
+var soakMessages = flag.Int("soak.messages", fewer(20_000), "messages of TestSoak")
 
 // soakRelay is a relay on loopback that fails one message in a hundred, each in one of several ways, and keeps a ledger of
 // fixed size: how often it has taken each message. Every second connection offers CHUNKING.
