@@ -31,14 +31,14 @@ func TestLoginAnswersWhateverItIsAsked(t *testing.T) {
 		prompts []string
 		want    []string // one less than prompts: the last is an error
 	}{
-		{"the prompts of nearly all", []string{"Username:", "Password:"}, []string{"ann", "s3cret"}},
+		{"the usual prompts", []string{"Username:", "Password:"}, []string{"ann", "s3cret"}},
 		{"other words", []string{"User Name\x00", "Password\x00"}, []string{"ann", "s3cret"}},
-		{"no words at all", []string{"", ""}, []string{"ann", "s3cret"}},
+		{"empty prompts", []string{"", ""}, []string{"ann", "s3cret"}},
 		{"another language", []string{"Benutzer:", "Kennwort:"}, []string{"ann", "s3cret"}},
-		{"the password is asked for first, and the name was not", []string{"Password:"}, []string{"s3cret"}},
+		{"the password is asked for first", []string{"Password:"}, []string{"s3cret"}},
 		{"in lower case", []string{"password"}, []string{"s3cret"}},
-		{"a third question has no answer", []string{"Username:", "Password:", "Realm:"}, []string{"ann", "s3cret"}},
-		{"nor has a second one after the password", []string{"Username:", "Password:", "Password:"}, []string{"ann", "s3cret"}},
+		{"a third prompt has no response", []string{"Username:", "Password:", "Realm:"}, []string{"ann", "s3cret"}},
+		{"nor has a prompt after the password", []string{"Username:", "Password:", "Password:"}, []string{"ann", "s3cret"}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			l := &loginClient{username: "ann", password: newSecret("s3cret")}
@@ -57,23 +57,23 @@ func TestLoginAnswersWhateverItIsAsked(t *testing.T) {
 				}
 			}
 			if got := fmt.Sprintf("%v %+v %#v", l, l, l); strings.Contains(got, "s3cret") {
-				t.Errorf("it prints as %s", got)
+				t.Errorf("printed as %s", got)
 			}
 		})
 	}
 }
 
-func TestWhatIsNoReplyToAuthIsNotQuoted(t *testing.T) {
-	// Such a relay says back what it is told, as the echo service of old does. A key in base64 may be cut short there.
+func TestMalformedReplyToAuthIsNotQuoted(t *testing.T) {
+	// Such a relay echoes its input, like the echo service. A key in base64 may be cut there.
 	key := "s3cret" + strings.Repeat("-key", 30)
 	for _, tt := range []struct{ why, offer string }{
 		{"PLAIN, alone", "250-relay\r\n250 AUTH PLAIN\r\n"},
-		{"PLAIN, at the head of the first transaction", "250-relay\r\n250-PIPELINING\r\n250 AUTH PLAIN\r\n"},
+		{"PLAIN, pipelined with the first transaction", "250-relay\r\n250-PIPELINING\r\n250 AUTH PLAIN\r\n"},
 		{"LOGIN", "250-relay\r\n250 AUTH LOGIN\r\n"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				echo := func(conn net.Conn) { // until the client closes
+				echo := func(conn net.Conn) { // ends when the client closes
 					defer conn.Close()
 					io.WriteString(conn, "220 relay\r\n")
 					for in := bufio.NewReader(conn); ; {
@@ -104,11 +104,11 @@ func TestWhatIsNoReplyToAuthIsNotQuoted(t *testing.T) {
 				_, err = client.Send(t.Context(), Message{From: "a@x.example", To: []string{"b@y.example"}, Body: Bytes([]byte("x"))})
 				e, ok := errors.AsType[*Error](err)
 				if !ok || e.Op != OpAuth || !errors.Is(err, wire.ErrMalformed) || OutcomeOf(err) != NotAccepted {
-					t.Errorf("got %v, want that the reply to AUTH is malformed", err)
+					t.Errorf("got %v, want a malformed reply to AUTH", err)
 				}
 				for _, piece := range []string{"s3cret", "czNjcmV0", "AGFubgBzM2NyZXQ"} {
 					if strings.Contains(fmt.Sprint(err), piece) {
-						t.Errorf("got %v, with the key in it", err)
+						t.Errorf("got %v, which contains the key", err)
 					}
 				}
 			})
@@ -116,20 +116,20 @@ func TestWhatIsNoReplyToAuthIsNotQuoted(t *testing.T) {
 	}
 }
 
-// What an error says to do where a connection could not be opened, or the relay wants to know who we are. What belongs to a
-// dialogue is a script of internal/test/dialogue.
+// The advice in an error when a connection could not be opened, or the relay requires authentication. Dialogues are tested by the
+// scripts of internal/test/dialogue.
 
-// checkAdvice checks that text has each of says, and none of not.
+// checkAdvice checks that text contains each of says, and none of not.
 func checkAdvice(t *testing.T, why, text string, says, not []string) {
 	t.Helper()
 	for _, words := range says {
 		if !strings.Contains(text, words) {
-			t.Errorf("%s: got %q, which does not say %q", why, text, words)
+			t.Errorf("%s: got %q, which does not contain %q", why, text, words)
 		}
 	}
 	for _, words := range not {
 		if strings.Contains(text, words) {
-			t.Errorf("%s: got %q, which says %q", why, text, words)
+			t.Errorf("%s: got %q, which contains %q", why, text, words)
 		}
 	}
 }
@@ -155,12 +155,12 @@ func TestRefusedAuthIsExplainedByItsCode(t *testing.T) {
 		{"wrong credentials", relay, 535, []string{"535", "; check Username and Password"}},
 		{"wrong credentials at SendGrid", sendGrid, 535, []string{"apikey", "API key"}},
 		{"an unknown command", relay, 502, []string{"mechanism", "Config.Auth"}},
-		{"a mechanism that is not taken", relay, 504, []string{"mechanism", "Config.Auth"}},
+		{"a mechanism that is not accepted", relay, 504, []string{"mechanism", "Config.Auth"}},
 		{"out of order", relay, 503, []string{"out of order"}},
 		{"no TLS", relay, 530, []string{"TLS"}},
 		{"encryption required", relay, 538, []string{"TLS"}},
 		{"too weak", relay, 534, []string{"app password", "OAuth"}},
-		{"for now", relay, 454, []string{"temporary"}},
+		{"temporary refusal", relay, 454, []string{"temporary"}},
 		{"whatever it is", relay, 550, nil},
 		{"a syntax error", relay, 501, nil},
 	} {
@@ -183,7 +183,7 @@ func TestRefusedAuthIsExplainedByItsCode(t *testing.T) {
 	checkAdvice(t, "Config.Auth", own.refusedAuth(wire.Reply{Code: 504}).Error(), []string{"let Config.Auth choose another"}, nil)
 }
 
-func TestRefusalForWantOfCredentialsOrTLSSaysSo(t *testing.T) {
+func TestRefusalForLackOfCredentialsOrTLSSaysSo(t *testing.T) {
 	const credentials, secure = "no credentials were given", "wants TLS"
 	none := Config{Addr: "relay.example:587"}
 	known := Config{Addr: "relay.example:587", Username: "ann", Password: "s3cret"}
@@ -200,15 +200,15 @@ func TestRefusalForWantOfCredentialsOrTLSSaysSo(t *testing.T) {
 		{"530 to MAIL", none, auth, false, OpMail, Reply{Code: 530, Message: "Authentication required"}, credentials},
 		{"554 to RCPT", none, auth, false, OpRcpt, Reply{Code: 554, Message: "Relay access denied"}, credentials},
 		{"530 to RCPT", none, auth, false, OpRcpt, Reply{Code: 530}, credentials},
-		{"550 to RCPT, in words", none, auth, false, OpRcpt, Reply{Code: 550, Message: "relaying denied"}, credentials},
+		{"550 to RCPT, by its text", none, auth, false, OpRcpt, Reply{Code: 550, Message: "relaying denied"}, credentials},
 		{"SendGrid's words", none, auth, false, OpMail, Reply{Code: 550, Message: "Unauthenticated senders not allowed"}, credentials},
-		{"a refusal of somebody", none, auth, false, OpRcpt, Reply{Code: 550, Message: "no such user"}, ""},
-		{"for now", none, auth, false, OpRcpt, Reply{Code: 450, Message: "authentication down"}, ""},
+		{"a refused recipient", none, auth, false, OpRcpt, Reply{Code: 550, Message: "no such user"}, ""},
+		{"temporary refusal", none, auth, false, OpRcpt, Reply{Code: 450, Message: "authentication down"}, ""},
 		{"credentials were given", known, auth, false, OpMail, Reply{Code: 530, Message: "Authentication required"}, ""},
 		{"AUTH is not offered", none, &wire.Extensions{}, false, OpMail, Reply{Code: 530}, ""},
-		{"TLS is wanted", none, auth, true, OpMail, Reply{Code: 530, Message: "Must issue a STARTTLS command first"}, secure},
-		{"TLS is wanted, and AUTH comes behind it", none, &wire.Extensions{Keywords: []string{"STARTTLS"}}, true, OpMail, Reply{Code: 530}, secure},
-		{"TLS is there", none, auth, false, OpMail, Reply{Code: 530, Message: "Must issue a STARTTLS command first"}, credentials},
+		{"TLS is required", none, auth, true, OpMail, Reply{Code: 530, Message: "Must issue a STARTTLS command first"}, secure},
+		{"TLS is required before AUTH", none, &wire.Extensions{Keywords: []string{"STARTTLS"}}, true, OpMail, Reply{Code: 530}, secure},
+		{"TLS is active", none, auth, false, OpMail, Reply{Code: 530, Message: "Must issue a STARTTLS command first"}, credentials},
 		{"the message is refused", none, auth, false, OpEnd, Reply{Code: 554, Message: "authentication results"}, ""},
 	} {
 		e := &Error{Op: tt.op, Reply: tt.r, Outcome: NotAccepted}
@@ -222,7 +222,7 @@ func TestRefusalForWantOfCredentialsOrTLSSaysSo(t *testing.T) {
 	}
 }
 
-func TestPasswordInTheClearSaysThatTLSIsOffered(t *testing.T) {
+func TestPasswordInPlaintextSaysThatTLSIsOffered(t *testing.T) {
 	c := mustCheck(t, Config{Addr: "relay.example:25", TLS: TLSNone, Username: "ann", Password: "s3cret"})
 	_, err := c.mechanism(t.Context(), &wire.Extensions{Keywords: []string{"STARTTLS"}}, nil)
 	e := c.explain(t.Context(), err.(*conn.OpenError))
@@ -238,10 +238,10 @@ func TestGreetingOfSomethingElseIsPermanent(t *testing.T) {
 		e := c.explain(t.Context(), &conn.OpenError{Step: conn.StepGreeting, Err: &wire.MalformedError{Line: line}})
 		checkAdvice(t, line, e.Error(), []string{"this is not an SMTP server; check the port"}, nil)
 		if !e.lasting() || e.Outcome != NotAccepted {
-			t.Errorf("%q: lasting %v, %v, want it told at once, and nothing accepted", line, e.lasting(), e.Outcome)
+			t.Errorf("%q: lasting %v, %v, want an error at once, not accepted", line, e.lasting(), e.Outcome)
 		}
 
-		// The same behind TLS from the first byte: these are no reply either.
+		// The same over implicit TLS: these are not replies either.
 		var header tls.RecordHeaderError
 		copy(header.RecordHeader[:], line)
 		c = mustCheck(t, Config{Addr: "relay.example:465"})
@@ -250,7 +250,7 @@ func TestGreetingOfSomethingElseIsPermanent(t *testing.T) {
 	}
 }
 
-// certificate returns a certificate made after template, signed by parent; nil means by itself.
+// certificate returns a certificate made from template, signed by parent; nil means self-signed.
 func certificate(t *testing.T, template, parent *x509.Certificate, parentKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -272,7 +272,7 @@ func certificate(t *testing.T, template, parent *x509.Certificate, parentKey *ec
 	return cert, key
 }
 
-// handshake is the error of a client that meets a server with config: of its handshake, or of the first read behind it.
+// handshake returns the error of a client that connects to a server with config: of its handshake, or of the first read after it.
 func handshake(t *testing.T, client, server *tls.Config) error {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -303,7 +303,7 @@ func handshake(t *testing.T, client, server *tls.Config) error {
 	return err
 }
 
-func TestFaultsOfTLSNameTheCure(t *testing.T) {
+func TestTLSErrorsNameTheRemedy(t *testing.T) {
 	names := []string{"relay.example"}
 	own, ownKey := certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "relay.example"}, DNSNames: names}, nil, nil)
 	common, commonKey := certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "relay.example"}}, nil, nil)
@@ -327,13 +327,13 @@ func TestFaultsOfTLSNameTheCure(t *testing.T) {
 		{"no version in common, alert 70", "relay.example:465", &tls.Config{Certificates: pair(own, ownKey), MaxVersion: tls.VersionTLS11}, []string{"no version"}, nil},
 		{"no cipher suite in common, alert 40", "relay.example:465", &tls.Config{Certificates: pair(own, ownKey), MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_RSA_WITH_RC4_128_SHA}},
 			[]string{"no version or cipher suite in common", "TLSConfig.Certificates"}, nil},
-		{"a client certificate is wanted, alert 116", "relay.example:465", &tls.Config{Certificates: pair(own, ownKey), ClientAuth: tls.RequireAnyClientCert},
+		{"a client certificate is required, alert 116", "relay.example:465", &tls.Config{Certificates: pair(own, ownKey), ClientAuth: tls.RequireAnyClientCert},
 			[]string{"wants a client certificate (TLSConfig.Certificates)"}, nil},
 		{"the same with TLS 1.2, alert 42 or 40", "relay.example:465", &tls.Config{Certificates: pair(own, ownKey), ClientAuth: tls.RequireAnyClientCert, MaxVersion: tls.VersionTLS12},
 			[]string{"TLSConfig.Certificates"}, nil},
-		{"a common name alone", "relay.example:465", &tls.Config{Certificates: pair(common, commonKey)}, []string{"no subject alternative name", "no TLSConfig.ServerName can match"}, []string{"set TLSConfig.ServerName"}},
+		{"only a common name", "relay.example:465", &tls.Config{Certificates: pair(common, commonKey)}, []string{"no subject alternative name", "no TLSConfig.ServerName can match"}, []string{"set TLSConfig.ServerName"}},
 		{"another name", "other.example:465", &tls.Config{Certificates: pair(own, ownKey)}, []string{`not for "other.example"`, "somebody else may be answering"}, []string{"InsecureSkipVerify", "TLSNone"}},
-		{"an authority that is unknown", "relay.example:465", &tls.Config{Certificates: pair(issued, issuedKey)}, []string{`Example \x1b CA`, "put its authority into TLSConfig.RootCAs", "somebody else is answering"}, []string{"TLSNone", "\x1b"}},
+		{"an unknown authority", "relay.example:465", &tls.Config{Certificates: pair(issued, issuedKey)}, []string{`Example \x1b CA`, "put its authority into TLSConfig.RootCAs", "somebody else is answering"}, []string{"TLSNone", "\x1b"}},
 		{"self-signed", "relay.example:465", &tls.Config{Certificates: pair(self, selfKey)}, []string{"self-signed", "put it into TLSConfig.RootCAs"}, []string{"TLSNone"}},
 		{"self-signed on this machine", "localhost:587", &tls.Config{Certificates: pair(self, selfKey)}, []string{"self-signed", "TLSNone"}, nil},
 		{"another name on this machine", "127.0.0.1:587", &tls.Config{Certificates: pair(own, ownKey)}, []string{`not for "127.0.0.1"`, "TLSNone"}, nil},
@@ -344,14 +344,14 @@ func TestFaultsOfTLSNameTheCure(t *testing.T) {
 			if err == nil {
 				t.Fatal("got no error")
 			}
-			for _, step := range []conn.Step{conn.StepTLS, conn.StepEHLO} { // with TLS 1.3 some come behind the handshake
+			for _, step := range []conn.Step{conn.StepTLS, conn.StepEHLO} { // with TLS 1.3 some errors come after the handshake
 				if step == conn.StepEHLO && alertText(err) == "" {
 					continue
 				}
 				e := c.explain(t.Context(), &conn.OpenError{Step: step, Err: err})
 				checkAdvice(t, string(step), e.Error(), tt.says, tt.not)
 				if !e.lasting() || !errors.Is(e, err) {
-					t.Errorf("%v: lasting %v, want it told at once, with its cause", e, e.lasting())
+					t.Errorf("%v: lasting %v, want an error at once, with its cause", e, e.lasting())
 				}
 			}
 		})

@@ -1,14 +1,11 @@
-// Here belongs what the README promises, and no more: the acceptance tests. They believe the relay's own counters and nothing else,
-// and time nothing: where a test speaks of time, it is the fake time of a synctest bubble. Tests by topic are in test/.
+// Acceptance tests: what the README promises, and no more. They use only the relay's own counters, and time nothing: times are
+// the fake time of a synctest bubble. Tests by topic are in test/.
 package smtprelay_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -17,7 +14,6 @@ import (
 	"time"
 
 	"github.com/smtprelay/smtprelay"
-	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
@@ -33,7 +29,7 @@ func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
 	return relay
 }
 
-// configOf is the configuration for relay, with Chunking where the relay offers it.
+// configOf is the configuration for relay, with Chunking if the relay offers it.
 func configOf(relay *smtptest.Server) smtprelay.Config {
 	cfg := relay.Config()
 	cfg.Chunking = relay.Chunking
@@ -50,14 +46,14 @@ func newClient(t *testing.T, cfg smtprelay.Config) *smtprelay.Client {
 	return client
 }
 
-// far is a relay in memory, for use in a synctest bubble, at a distance of 20 ms.
+// far makes a relay in memory, for a synctest bubble, at a distance of 20 ms.
 func far(s *smtptest.Server) {
 	s.InMemory = true
 	s.Delay = 20 * time.Millisecond
 	s.DropBodies = true
 }
 
-// numbered returns the ith of many messages that all differ.
+// numbered returns the ith of many different messages.
 func numbered(i int) smtprelay.Message {
 	return smtprelay.Message{
 		From: "shop@example.com",
@@ -66,7 +62,7 @@ func numbered(i int) smtprelay.Message {
 	}
 }
 
-// sendNumbered sends n messages from so many goroutines and fails the test if one of them is not accepted.
+// sendNumbered sends n messages from the given number of goroutines and fails the test if one of them is not accepted.
 func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
 	t.Helper()
 	numbers := make(chan int)
@@ -87,7 +83,7 @@ func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
 	senders.Wait()
 }
 
-// want fails the test if a figure is not what it should be.
+// want fails the test if a figure differs.
 func want(t *testing.T, what string, got, want int) {
 	t.Helper()
 	if got != want {
@@ -102,7 +98,7 @@ func atMost(t *testing.T, what string, got, most int) {
 	}
 }
 
-// mostOnOne is the largest number of transactions that a connection has had.
+// mostOnOne is the largest number of transactions of a connection.
 func mostOnOne(relay *smtptest.Server) int {
 	most := 0
 	for _, c := range relay.Conns() {
@@ -136,23 +132,23 @@ func TestThousandMessagesFromAHundredGoroutines(t *testing.T) {
 	})
 }
 
-// In fake time a turn takes 20 ms, and nothing else takes any.
-func TestColdPoolOpensSideBySideAndLaterConnectionsLogInWithTheirFirstMessage(t *testing.T) {
+// In the bubble a turn takes 20 ms, and nothing else takes time.
+func TestColdPoolDialsInParallelAndLaterConnectionsLogInWithTheirFirstMessage(t *testing.T) {
 	const turn = 20 * time.Millisecond
 	for _, tc := range []struct {
 		name  string
 		start func(*smtptest.Server)
-		turns int // to the receipt of a connection's first message, once the credentials are known to be right
+		turns int // to the receipt of a connection's first message, once the credentials are proven
 	}{
 		// SYN, greeting, EHLO, AUTH with the envelope, body.
-		{"in the clear", func(s *smtptest.Server) { s.NoTLS = true; s.Start() }, 5},
+		{"plaintext", func(s *smtptest.Server) { s.NoTLS = true; s.Start() }, 5},
 		// A TLS handshake before the greeting.
 		{"implicit TLS", (*smtptest.Server).StartTLS, 6},
 		// SYN, greeting, EHLO, STARTTLS, handshake, EHLO, AUTH with the envelope, body.
 		{"STARTTLS", (*smtptest.Server).Start, 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			// send has so many messages sent at once, and returns how many were accepted after how many turns.
+			// send sends n messages at once, and returns how many were accepted after how many turns.
 			send := func(t *testing.T, client *smtprelay.Client, n int) map[int]int {
 				began := time.Now()
 				after := make(map[int]int)
@@ -181,7 +177,7 @@ func TestColdPoolOpensSideBySideAndLaterConnectionsLogInWithTheirFirstMessage(t 
 			synctest.Test(t, func(t *testing.T) {
 				relay, client := start(t)
 				after := send(t, client, 100)
-				for n := range 10 { // one turn more: one connection logs in alone, and the others wait for that
+				for n := range 10 { // one turn more: one connection logs in alone, and the others wait for it
 					want(t, fmt.Sprintf("messages accepted after %d turns", tc.turns+1+n), after[tc.turns+1+n], 10)
 				}
 				want(t, "connections opened", len(relay.Conns()), 10)
@@ -189,7 +185,7 @@ func TestColdPoolOpensSideBySideAndLaterConnectionsLogInWithTheirFirstMessage(t 
 			synctest.Test(t, func(t *testing.T) {
 				relay, client := start(t)
 				want(t, "accepted when the first connection has logged in", send(t, client, 1)[tc.turns+1], 1)
-				time.Sleep(time.Minute) // the first is idle, and ends
+				time.Sleep(time.Minute) // the first connection expires
 				want(t, "accepted when the second has", send(t, client, 1)[tc.turns], 1)
 				want(t, "connections opened", len(relay.Conns()), 2)
 			})
@@ -211,9 +207,9 @@ func TestLoneSenderTakesTwoTurnsForEachMessage(t *testing.T) {
 	})
 }
 
-// Where the relay offers CHUNKING, envelope and body leave in one write, and several messages follow one another on a
-// connection without a reply.
-func TestChunkingTakesATurnForALoneMessageAndFewForMany(t *testing.T) {
+// If the relay offers CHUNKING, envelope and body are sent in one write, and several messages follow one another on a connection
+// without waiting for replies.
+func TestChunkingTakesOneTurnForALoneMessageAndFewForMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		chunking := func(s *smtptest.Server) { s.Chunking = true }
 		relay := newRelay(t, far, chunking)
@@ -232,23 +228,23 @@ func TestChunkingTakesATurnForALoneMessageAndFewForMany(t *testing.T) {
 	})
 }
 
-// Two of nine pipelining servers that were tried do not take commands that arrive together with a final dot. No caller
-// may notice, and the second time it may not be tried.
+// Two of nine pipelining servers that were tested do not accept commands that arrive together with a final dot. No caller may
+// notice, and the client may try it only once.
 func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		habit smtptest.Habit
-		waits int // short waits (Timeouts.Overlap) that it may cost
+		waits int // short waits (Timeouts.Overlap) that this may cost
 		why   string
 	}{
-		{"503 to what stands behind a final dot", smtptest.HabitRefuse, 0, "the replies are in step: the session goes on"},
-		{"silence to what stands behind a final dot", smtptest.HabitDiscard, 1, "only a timer tells, but one is enough to know"},
+		{"503 to commands after a final dot", smtptest.HabitRefuse, 0, "the replies are in step: the session continues"},
+		{"no reply to commands after a final dot", smtptest.HabitDiscard, 1, "only a timer shows it, but one is enough"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, func(s *smtptest.Server) { s.Behind = test.habit })
 				cfg := configOf(relay)
-				cfg.Timeouts.Overlap = time.Hour // stands out among all else that takes time
+				cfg.Timeouts.Overlap = time.Hour // distinguishable from everything else that takes time
 				cfg.Timeouts.Outage = -1
 				client := newClient(t, cfg)
 
@@ -264,7 +260,7 @@ func TestRelayThatBreaksOverlapIsNoticedOnceAndSpared(t *testing.T) {
 
 				learnt := client.Stats().Overlapped
 				if learnt == 0 {
-					t.Error("nothing was ever overlapped: this test shows nothing")
+					t.Error("nothing was overlapped: this test shows nothing")
 				}
 				start = time.Now()
 				sendNumbered(t, client, 500, 50)
@@ -284,7 +280,7 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, far, func(s *smtptest.Server) {
 					s.MaxMessages = limit
-					s.NoTLS = true // hundreds of handshakes are not what this is about
+					s.NoTLS = true // this is not about hundreds of handshakes
 				})
 				cfg := configOf(relay)
 				cfg.Limits.MaxMessagesPerConn = limit
@@ -307,8 +303,8 @@ func TestRotationCostsNoMessageAndNoRetry(t *testing.T) {
 	}
 }
 
-func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
-	const setUp = 5 * 20 * time.Millisecond // in the clear: SYN, greeting, EHLO, AUTH with the first envelope, and the body
+func TestRotationsAreSpreadUnderSteadyLoad(t *testing.T) {
+	const setUp = 5 * 20 * time.Millisecond // in plaintext: SYN, greeting, EHLO, AUTH with the first envelope, and the body
 	run := func(t *testing.T, bursts ...int) (replaced []time.Time, client *smtprelay.Client) {
 		relay := newRelay(t, far, func(s *smtptest.Server) { s.NoTLS = true })
 		cfg := configOf(relay)
@@ -330,14 +326,14 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 		return replaced, client
 	}
 
-	t.Run("load goes on", func(t *testing.T) {
+	t.Run("steady load", func(t *testing.T) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
 			replaced, _ := run(t, 4500)
 			if len(replaced) < 35 {
 				t.Fatalf("%d connections were used up, want some 45", len(replaced))
 			}
-			// The first two sets of ten are used up in unison.
+			// The first two sets of ten are used up at the same time.
 			later, most := replaced[20:], 0
 			for i, at := range later {
 				together := 0
@@ -351,117 +347,13 @@ func TestRotationsAreSpreadWhereLoadGoesOn(t *testing.T) {
 			atMost(t, "connections replaced during the set-up of one", most, 3)
 		})
 	})
-	t.Run("bursts open no connection for it", func(t *testing.T) {
+	t.Run("bursts open no additional connection", func(t *testing.T) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
 			_, client := run(t, 700, 700, 1100, 500)
 			want(t, "connections opened for 3,000 messages", int(client.Stats().Dials), 30)
 		})
 	})
-}
-
-// generator is a body of size bytes that fails behind failAt of them, if that is not negative. While it writes it looks at
-// the memory in use.
-type generator struct {
-	size, failAt int64
-	look         func()
-}
-
-var errGenerator = errors.New("the generator is broken")
-
-func (g *generator) WriteTo(w io.Writer) (written int64, err error) {
-	const lookEvery = 64 << 20
-	block := bytes.Repeat([]byte("Seventy-seven octets and a line end, so that this is a mail like any other..\r\n"), 420)
-	end := g.size
-	if g.failAt >= 0 {
-		end = g.failAt
-	}
-	for next := int64(0); written < end; {
-		n, err := w.Write(block[:min(int64(len(block)), end-written)])
-		written += int64(n)
-		if err != nil {
-			return written, err
-		}
-		if written >= next && g.look != nil {
-			g.look()
-			next = written + lookEvery
-		}
-	}
-	if g.failAt >= 0 {
-		return written, errGenerator
-	}
-	return written, nil
-}
-
-func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
-	sendOneGiB(t, "250-PIPELINING\n250 SIZE")
-}
-
-func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
-	sendOneGiB(t, "250-PIPELINING\n250-SIZE 2000000000\n250 CHUNKING")
-}
-
-// sendOneGiB sends a message of that size to a relay with these extensions, and holds that it takes no memory.
-func sendOneGiB(t *testing.T, extensions string) {
-	t.Helper()
-	var received relaytest.Octets
-	relay := &relaytest.Relay{Body: &received, Answer: func(_ int, line string) string { return relaytest.Agree(extensions, line) }}
-	client := newClient(t, smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, Chunking: true, Dial: relay.Dial})
-	inUse := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	var before, peak uint64
-	body := &generator{size: largeBody, failAt: -1, look: func() {
-		if before == 0 {
-			before = inUse() // the connection is up and the first block is written
-		}
-		peak = max(peak, inUse())
-	}}
-	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
-		t.Fatal(err)
-	}
-	if n := received.Load(); n < largeBody {
-		t.Errorf("the relay received %d bytes, want at least %d", n, largeBody)
-	}
-	if grown := int64(peak) - int64(before); grown >= 1<<20 {
-		t.Errorf("memory grew by %d KiB while %d MiB were sent, want less than 1 MiB", grown>>10, largeBody>>20)
-	}
-}
-
-func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
-	const size = 200_000
-	for _, test := range []struct {
-		name   string
-		failAt int64
-	}{
-		{"fails at byte 0", 0},
-		{"fails in the middle", size / 2},
-		{"fails at the last byte", size - 1},
-		{"fails behind the last byte", size},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			relay := newRelay(t)
-			client := newClient(t, configOf(relay))
-			m := numbered(0)
-			m.Body = &generator{size: size, failAt: test.failAt}
-			_, err := client.Send(t.Context(), m)
-			if !errors.Is(err, errGenerator) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
-				t.Errorf("got %v, want the writer's error and that nothing was accepted", err)
-			}
-			t.Log(err)
-
-			// The relay's count is final once another message has gone through and all is closed.
-			sendNumbered(t, client, 1, 1)
-			if err := client.Shutdown(t.Context()); err != nil {
-				t.Error(err)
-			}
-			relay.Close()
-			want(t, "accepted by the relay", relay.Stats().Accepted, 1)
-		})
-	}
 }
 
 func TestSendMailIsAllOrNothing(t *testing.T) {
@@ -538,7 +430,7 @@ func TestSendAllEndsWhileItsIteratorIsBlocked(t *testing.T) {
 	}
 }
 
-func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
+func TestSendAllYieldsEachMessageOnceAndReadsNoMoreThanItCanSend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far, func(s *smtptest.Server) {
 			s.Reject = map[string]string{"customer7@example.org": "550 5.1.1 no such user"}
@@ -561,7 +453,7 @@ func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 		var seen []string
 		for r := range client.SendAll(t.Context(), messages) {
 			if len(seen) == 0 {
-				time.Sleep(time.Hour) // of the bubble's time: a caller who is slow with the results is waited for
+				time.Sleep(time.Hour) // in the bubble's time: SendAll waits for a caller that is slow with the results
 			}
 			mu.Lock()
 			yielded++
@@ -576,19 +468,19 @@ func TestSendAllYieldsEachMessageOnceAndTakesNoMoreThanItCanSend(t *testing.T) {
 		want(t, "different messages among the results", len(slices.Compact(seen)), 500)
 		want(t, "results", yielded, 500)
 		want(t, "accepted by the relay", relay.Stats().Accepted, 499)
-		atMost(t, "taken and not yet yielded: six for each connection, and a few on their way", most, 70)
+		atMost(t, "read and not yet yielded: six for each connection, and a few in between", most, 70)
 	})
 }
 
-// Shutdown finishes what is under way, says goodbye, and leaves nothing behind.
-func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
+// Shutdown finishes what is in progress, sends QUIT, and leaves nothing behind.
+func TestShutdownFinishesMessagesInProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		client := newClient(t, configOf(relay))
 		slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Minute, Count: 5})
 		errs := make(chan error, 5)
 		for i := range 5 {
-			go func() { // until Send returns, which Shutdown waits for
+			go func() { // ends when Send returns, which Shutdown waits for
 				_, err := client.Send(t.Context(), numbered(i))
 				errs <- err
 			}()
@@ -601,7 +493,7 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 		}
 		for range 5 {
 			if err := <-errs; err != nil {
-				t.Errorf("a Send that was under way: %v", err)
+				t.Errorf("a Send in progress: %v", err)
 			}
 		}
 		if _, err := client.Send(t.Context(), numbered(5)); !errors.Is(err, smtprelay.ErrClosed) {

@@ -30,7 +30,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 	for _, tt := range []struct {
 		why  string
 		edit func(*Config)
-		says []string // in the error; none means that the configuration is good
+		says []string // in the error; none means that the configuration is valid
 	}{
 		{"a key is all that SendGrid needs", func(c *Config) { *c = Config{Password: key} }, nil},
 		{"another relay may need no credentials", func(c *Config) { *c = Config{Addr: "relay.example:25"} }, nil},
@@ -41,8 +41,8 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"the URL of a socket", func(c *Config) { c.Addr = "unix:///run/relay.sock" }, []string{"Config.Dial"}},
 		{"a pipe", func(c *Config) { c.Addr = `\\.\pipe\relay` }, []string{"Config.Dial"}},
 		{"no key for SendGrid", func(c *Config) { *c = Config{} }, []string{"Password is empty", "SendGrid"}},
-		{"nor for its host in the EU", func(c *Config) { *c = Config{Addr: "smtp.eu.sendgrid.net:587"} }, []string{"Password is empty", "SendGrid"}},
-		{"Auth in the place of a key", func(c *Config) { *c = Config{Auth: mechanism} }, nil},
+		{"no key for its host in the EU", func(c *Config) { *c = Config{Addr: "smtp.eu.sendgrid.net:587"} }, []string{"Password is empty", "SendGrid"}},
+		{"Auth instead of a key", func(c *Config) { *c = Config{Auth: mechanism} }, nil},
 
 		{"no port", func(c *Config) { c.Addr = "relay.example" }, []string{`"relay.example" has no port`, `"relay.example:587"`}},
 		{"no host", func(c *Config) { c.Addr = ":587" }, []string{`":587" has no host`}},
@@ -64,40 +64,40 @@ func TestNewReportsEachMistake(t *testing.T) {
 		{"Auth and a user name", func(c *Config) { *c = Config{Addr: "relay.example:25", Auth: mechanism, Username: "u"} }, []string{"Auth is set together"}},
 		{"NUL in the password, which ends it in PLAIN", func(c *Config) { c.Password = key + "\x00x" }, []string{"NUL"}},
 		{"NUL in the user name", func(c *Config) { c.Username = "a\x00b" }, []string{"NUL"}},
-		{"a line end behind the password, as of a file", func(c *Config) { c.Password = key + "\n" }, []string{"white space"}},
+		{"a line end after the password, as from a file", func(c *Config) { c.Password = key + "\n" }, []string{"white space"}},
 		{"a space before it", func(c *Config) { c.Password = " " + key }, []string{"white space"}},
 
-		{"a mode of TLS too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 5"}},
-		{"a mode of TLS too low", func(c *Config) { c.TLS = -1 }, []string{"TLS is -1"}},
-		{"no TLS on a port of TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:465", TLSNone }, []string{"TLSNone", "465"}},
-		{"nor on the other one", func(c *Config) { c.Addr, c.TLS = "relay.example:2465", TLSNone }, []string{"TLSNone", "2465"}},
+		{"TLS mode too high", func(c *Config) { c.TLS = TLSNone + 1 }, []string{"TLS is 5"}},
+		{"TLS mode too low", func(c *Config) { c.TLS = -1 }, []string{"TLS is -1"}},
+		{"no TLS on a port for TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:465", TLSNone }, []string{"TLSNone", "465"}},
+		{"no TLS on the other port for TLS", func(c *Config) { c.Addr, c.TLS = "relay.example:2465", TLSNone }, []string{"TLSNone", "2465"}},
 		{"TLS 1.1 at most", func(c *Config) { c.TLSConfig = &tls.Config{MaxVersion: tls.VersionTLS11} }, []string{"MaxVersion"}},
 		{"TLS 1.2 at most", func(c *Config) { c.TLSConfig = &tls.Config{MaxVersion: tls.VersionTLS12} }, nil},
-		{"a mode of pipelining too high", func(c *Config) { c.Pipelining = PipelineOff + 1 }, []string{"Pipelining is 3"}},
-		{"a mode of pipelining too low", func(c *Config) { c.Pipelining = -1 }, []string{"Pipelining is -1"}},
+		{"pipelining mode too high", func(c *Config) { c.Pipelining = PipelineOff + 1 }, []string{"Pipelining is 3"}},
+		{"pipelining mode too low", func(c *Config) { c.Pipelining = -1 }, []string{"Pipelining is -1"}},
 
-		{"a name of this host", func(c *Config) { c.LocalName = "web-1.example.com" }, nil},
+		{"the name of this host", func(c *Config) { c.LocalName = "web-1.example.com" }, nil},
 		{"an IPv4 literal", func(c *Config) { c.LocalName = "[192.0.2.1]" }, nil},
 		{"an IPv6 literal", func(c *Config) { c.LocalName = "[IPv6:2001:db8::1]" }, nil},
-		{"an IPv4 address that is no literal", func(c *Config) { c.LocalName = "10.1.2.3" }, []string{`LocalName "10.1.2.3" is an address`, `"[10.1.2.3]"`}},
-		{"an IPv6 address that is no literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
+		{"an IPv4 address that is not a literal", func(c *Config) { c.LocalName = "10.1.2.3" }, []string{`LocalName "10.1.2.3" is an address`, `"[10.1.2.3]"`}},
+		{"an IPv6 address that is not a literal", func(c *Config) { c.LocalName = "2001:db8::1" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
 		{"an IPv6 literal without its tag", func(c *Config) { c.LocalName = "[2001:db8::1]" }, []string{"LocalName", `"[IPv6:2001:db8::1]"`}},
 		{"a part of an address", func(c *Config) { c.LocalName = "10.1.2" }, []string{"LocalName", "neither a domain name nor"}},
 		{"an underscore", func(c *Config) { c.LocalName = "web_1.internal" }, []string{"LocalName", "underscore"}},
 		{"a name of one label", func(c *Config) { c.LocalName = "web" }, nil},
-		{"a literal of no address", func(c *Config) { c.LocalName = "[web]" }, []string{"LocalName"}},
-		{"a command behind the name", func(c *Config) { c.LocalName = "web\r\nMAIL FROM:<>" }, []string{"LocalName", `web\r\n`}},
+		{"a literal without an address", func(c *Config) { c.LocalName = "[web]" }, []string{"LocalName"}},
+		{"a command after the name", func(c *Config) { c.LocalName = "web\r\nMAIL FROM:<>" }, []string{"LocalName", `web\r\n`}},
 		{"a name too long", func(c *Config) { c.LocalName = strings.Repeat("x.", 127) + "xx" }, []string{"LocalName"}},
 
-		{"fewer than no connections", func(c *Config) { c.Limits.MaxConns = -1 }, []string{"Limits.MaxConns is -1"}},
+		{"a negative number of connections", func(c *Config) { c.Limits.MaxConns = -1 }, []string{"Limits.MaxConns is -1"}},
 		{"too many connections", func(c *Config) { c.Limits.MaxConns = 10001 }, []string{"Limits.MaxConns is 10001"}},
 		{"the most connections", func(c *Config) { c.Limits.MaxConns = 10000 }, nil},
-		{"another relay's password, and no address", func(c *Config) { c.Addr, c.Username, c.Password = "", "", "POSTMARK-TOKEN" }, []string{"Addr is empty", "SendGrid"}},
-		{"fewer than no messages in flight", func(c *Config) { c.MaxInFlight = -1 }, []string{"MaxInFlight is -1"}},
+		{"another relay's password without an address", func(c *Config) { c.Addr, c.Username, c.Password = "", "", "POSTMARK-TOKEN" }, []string{"Addr is empty", "SendGrid"}},
+		{"a negative number of messages in flight", func(c *Config) { c.MaxInFlight = -1 }, []string{"MaxInFlight is -1"}},
 		{"too many in flight", func(c *Config) { c.MaxInFlight = 1001 }, []string{"MaxInFlight is 1001"}},
 		{"a negative wait", func(c *Config) { c.Retry.MinBackoff = -1 }, []string{"MinBackoff"}},
 		{"another negative wait", func(c *Config) { c.Retry.MaxBackoff = -1 }, []string{"MaxBackoff"}},
-		{"waits the wrong way round", func(c *Config) { c.Retry = Retry{MinBackoff: 2 * time.Second, MaxBackoff: time.Second} }, []string{"1s", "2s"}},
+		{"MinBackoff above MaxBackoff", func(c *Config) { c.Retry = Retry{MinBackoff: 2 * time.Second, MaxBackoff: time.Second} }, []string{"1s", "2s"}},
 		{"negative limits and times, which mean none", func(c *Config) {
 			c.Limits = Limits{MaxMessagesPerConn: -1, MaxRecipients: -1, MaxConnAge: -1, MaxIdleTime: -1}
 			c.Retry.MaxAttempts = -1
@@ -114,7 +114,7 @@ func TestNewReportsEachMistake(t *testing.T) {
 			client, err := New(cfg)
 			if len(tt.says) == 0 {
 				if err != nil {
-					t.Fatalf("got %v, want it taken", err)
+					t.Fatalf("got %v, want it accepted", err)
 				}
 				client.Close()
 				return
@@ -124,24 +124,24 @@ func TestNewReportsEachMistake(t *testing.T) {
 				t.Fatalf("got %v, %v, want no Client and an *Error", client, err)
 			}
 			if e.Op != OpConfig || e.Outcome != NotAccepted || e.Temporary() {
-				t.Errorf("got op %q, %v, temporary %v, want the configuration, not accepted, for good", e.Op, e.Outcome, e.Temporary())
+				t.Errorf("got op %q, %v, temporary %v, want the configuration, not accepted, permanent", e.Op, e.Outcome, e.Temporary())
 			}
 			for _, words := range tt.says {
 				if !strings.Contains(err.Error(), words) {
-					t.Errorf("got %q, which does not say %q", err, words)
+					t.Errorf("got %q, which does not contain %q", err, words)
 				}
 			}
 			if strings.Contains(err.Error(), "s3cret") {
-				t.Errorf("got %q, with the key in it", err)
+				t.Errorf("got %q, which contains the key", err)
 			}
 			if strings.Contains(err.Error(), "<nil>") || strings.Contains(err.Error(), "%!") {
-				t.Errorf("got %q, which says nothing somewhere", err)
+				t.Errorf("got %q, which has an empty part", err)
 			}
 		})
 	}
 }
 
-func TestNameInEHLOIsOneThatRelaysTake(t *testing.T) {
+func TestNameInEHLOIsOneThatRelaysAccept(t *testing.T) {
 	tcp := func(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: 1} }
 	for _, tt := range []struct {
 		why, host string
@@ -150,27 +150,27 @@ func TestNameInEHLOIsOneThatRelaysTake(t *testing.T) {
 	}{
 		{"the full name of this host", "web-1.example.com", tcp("192.0.2.1"), "web-1.example.com"},
 		{"without the dot of the root", "web.example.com.", tcp("192.0.2.1"), "web.example.com"},
-		{"a name that is not full", "web", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a name without a domain", "web", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"an underscore", "web_1.internal", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"an empty label", "web..example", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"a hyphen at the end of a label", "web-.example", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"a label too long", strings.Repeat("x", 64) + ".example", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"characters that are not ASCII", "büro.example", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"an address for a name", "10.1.2.3", tcp("192.0.2.1"), "[192.0.2.1]"},
-		{"a name of the loopback, which says nothing elsewhere", "LocalHost.localdomain", tcp("192.0.2.1"), "[192.0.2.1]"},
+		{"a loopback name, which has no meaning elsewhere", "LocalHost.localdomain", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"no name", "", tcp("192.0.2.1"), "[192.0.2.1]"},
 		{"IPv6", "web", tcp("2001:db8::1"), "[IPv6:2001:db8::1]"},
 		{"IPv4 within IPv6", "web", tcp("::ffff:192.0.2.1"), "[192.0.2.1]"},
-		{"a connection of Config.Dial that knows no address", "web", &net.TCPAddr{}, "[127.0.0.1]"},
-		{"one that is no TCP", "web", &net.UnixAddr{Name: "/run/relay"}, "[127.0.0.1]"},
-		{"one that tells nothing", "web", nil, "[127.0.0.1]"},
+		{"a connection of Config.Dial without an address", "web", &net.TCPAddr{}, "[127.0.0.1]"},
+		{"one that is not TCP", "web", &net.UnixAddr{Name: "/run/relay"}, "[127.0.0.1]"},
+		{"one without any local address", "web", nil, "[127.0.0.1]"},
 	} {
 		got := ehloName(tt.host, tt.local)
 		if got != tt.want {
 			t.Errorf("%s: %q: got %q, want %q", tt.why, tt.host, got, tt.want)
 		}
 		if !validHostName(got) && !validLiteral(got) {
-			t.Errorf("%s: %q: got %q, which New would not take as LocalName", tt.why, tt.host, got)
+			t.Errorf("%s: %q: got %q, which New would not accept as LocalName", tt.why, tt.host, got)
 		}
 	}
 }
@@ -221,7 +221,7 @@ func TestZeroMeansTheDefaultAndNegativeMeansNone(t *testing.T) {
 	}
 }
 
-func TestNewCopiesWhatItIsGiven(t *testing.T) {
+func TestNewCopiesItsConfig(t *testing.T) {
 	theirs := &tls.Config{}
 	s, err := Config{Addr: "relay.example:587", TLSConfig: theirs}.check()
 	if err != nil {
@@ -239,7 +239,7 @@ func TestNewCopiesWhatItIsGiven(t *testing.T) {
 		t.Fatal(err)
 	}
 	if s.tls.ServerName != "other.example" || s.tls.MinVersion != tls.VersionTLS13 || s.tls.ClientSessionCache != cache {
-		t.Errorf("got %q, %x, %v, want what was set", s.tls.ServerName, s.tls.MinVersion, s.tls.ClientSessionCache)
+		t.Errorf("got %q, %x, %v, want the caller's values", s.tls.ServerName, s.tls.MinVersion, s.tls.ClientSessionCache)
 	}
 }
 
@@ -247,35 +247,35 @@ func TestPortAndHostDecideTheTLSThatIsNotSet(t *testing.T) {
 	for _, tt := range []struct {
 		why, addr            string
 		mode                 TLSMode
-		implicit, mail, auth bool // TLS from the first byte; what may cross in the clear
+		implicit, mail, auth bool // TLS from the first byte; what may be sent in plaintext
 	}{
 		{"the port of submissions (RFC 8314)", "relay.example:465", TLSByPort, true, false, false},
-		{"the one beside it", "relay.example:2465", TLSByPort, true, false, false},
+		{"the alternative one", "relay.example:2465", TLSByPort, true, false, false},
 		{"the port of submission", "relay.example:587", TLSByPort, false, false, false},
 		{"any other port", "relay.example:25", TLSByPort, false, false, false},
 		{"this machine by name", "localhost:25", TLSByPort, false, true, true},
-		{"and in upper case", "LOCALHOST:25", TLSByPort, false, true, true},
+		{"this machine in upper case", "LOCALHOST:25", TLSByPort, false, true, true},
 		{"this machine by address", "127.0.0.2:25", TLSByPort, false, true, true},
 		{"and of IPv6", "[::1]:25", TLSByPort, false, true, true},
-		{"and of IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true, true},
+		{"this machine by IPv4 within IPv6", "[::ffff:127.0.0.1]:25", TLSByPort, false, true, true},
 		{"a network of this machine is not this machine", "192.168.0.1:25", TLSByPort, false, false, false},
-		{"a name that begins as one of this machine", "localhost.example:25", TLSByPort, false, false, false},
+		{"a name that begins like this machine's", "localhost.example:25", TLSByPort, false, false, false},
 		{"a name that looks like an address of this machine", "127.0.0.1.example:25", TLSByPort, false, false, false},
 		{"STARTTLS when asked for, on this machine too", "localhost:465", TLSStartTLS, false, false, true},
 		{"implicit TLS when asked for", "localhost:25", TLSImplicit, true, false, true},
 		{"none when asked for", "relay.example:25", TLSNone, false, true, false},
-		{"by chance: none, if the relay does not offer it", "relay.example:587", TLSOpportunistic, false, true, false},
-		{"but not on a port of TLS", "relay.example:465", TLSOpportunistic, true, true, false},
+		{"opportunistic: none, if the relay does not offer it", "relay.example:587", TLSOpportunistic, false, true, false},
+		{"opportunistic on a port for TLS", "relay.example:465", TLSOpportunistic, true, true, false},
 	} {
 		s, err := Config{Addr: tt.addr, TLS: tt.mode}.check()
 		if err != nil {
 			t.Errorf("%s: %v", tt.why, err)
 			continue
 		}
-		client, relay := net.Pipe() // which leads nowhere that could be told from its address
+		client, relay := net.Pipe() // its address does not say where it leads
 		mail, auth := s.clear(client)
 		if s.implicit() != tt.implicit || mail != tt.mail || auth != tt.auth {
-			t.Errorf("%s: %s, %v: got implicit %v, in the clear mail %v and credentials %v, want %v, %v, %v",
+			t.Errorf("%s: %s, %v: got implicit %v, in plaintext mail %v and credentials %v, want %v, %v, %v",
 				tt.why, tt.addr, tt.mode, s.implicit(), mail, auth, tt.implicit, tt.mail, tt.auth)
 		}
 		client.Close()
@@ -291,15 +291,15 @@ func TestURLBecomesAConfig(t *testing.T) {
 		{"smtps is TLS from the first byte", "smtps://apikey:SG.x@smtp.sendgrid.net", Config{Addr: "smtp.sendgrid.net:465", Username: "apikey", Password: "SG.x", TLS: TLSImplicit}},
 		{"smtp is STARTTLS", "smtp://u:p@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p"}},
 		{"smtp+insecure is neither", "smtp+insecure://relay.example", Config{Addr: "relay.example:25", TLS: TLSNone}},
-		{"schemes are the same in any case (RFC 3986, 3.1)", "SMTP://relay.example", Config{Addr: "relay.example:587"}},
-		{"a port of its own", "smtps://u:p@relay.example:2465", Config{Addr: "relay.example:2465", Username: "u", Password: "p", TLS: TLSImplicit}},
-		{"no port behind the colon", "smtps://relay.example:", Config{Addr: "relay.example:465", TLS: TLSImplicit}},
-		{"a slash behind the host", "smtp://relay.example/", Config{Addr: "relay.example:587"}},
+		{"schemes are case-insensitive (RFC 3986, 3.1)", "SMTP://relay.example", Config{Addr: "relay.example:587"}},
+		{"an explicit port", "smtps://u:p@relay.example:2465", Config{Addr: "relay.example:2465", Username: "u", Password: "p", TLS: TLSImplicit}},
+		{"no port after the colon", "smtps://relay.example:", Config{Addr: "relay.example:465", TLS: TLSImplicit}},
+		{"a slash after the host", "smtp://relay.example/", Config{Addr: "relay.example:587"}},
 		{"an IPv6 address", "smtp://[2001:db8::1]:25", Config{Addr: "[2001:db8::1]:25"}},
-		{"no user name, at SendGrid: apikey comes later", "smtp://:p@smtp.sendgrid.net", Config{Addr: "smtp.sendgrid.net:587", Password: "p"}},
+		{"no user name, at SendGrid: apikey is added later", "smtp://:p@smtp.sendgrid.net", Config{Addr: "smtp.sendgrid.net:587", Password: "p"}},
 		{"percent-encoding in both", "smtp://a%40x.example:p%2F%3F%23%25%20%3A%40@relay.example",
 			Config{Addr: "relay.example:587", Username: "a@x.example", Password: "p/?#% :@"}},
-		{"an at sign in a password is found by the last one", "smtp://u:p@ss@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p@ss"}},
+		{"the last at sign ends the password", "smtp://u:p@ss@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "p@ss"}},
 		{"a plus is a plus", "smtp://u:a+b@relay.example", Config{Addr: "relay.example:587", Username: "u", Password: "a+b"}},
 		{"numbers", "smtp://relay.example?max_conns=3&max_messages=-1&max_recipients=50&max_in_flight=2&max_attempts=1",
 			Config{Addr: "relay.example:587", Limits: Limits{MaxConns: 3, MaxMessagesPerConn: -1, MaxRecipients: 50}, MaxInFlight: 2, Retry: Retry{MaxAttempts: 1}}},
@@ -308,12 +308,12 @@ func TestURLBecomesAConfig(t *testing.T) {
 		{"words", "smtp://relay.example?local_name=web.example&pipelining=within",
 			Config{Addr: "relay.example:587", LocalName: "web.example", Pipelining: PipelineWithin}},
 		{"other words", "smtp://relay.example?local_name=[192.0.2.1]&pipelining=off", Config{Addr: "relay.example:587", LocalName: "[192.0.2.1]", Pipelining: PipelineOff}},
-		{"the default in words", "smtp://relay.example?pipelining=across", Config{Addr: "relay.example:587"}},
-		{"no TLS and credentials: the scheme's name says that they cross the network", "smtp+insecure://u:p@relay.example",
+		{"the default, explicitly", "smtp://relay.example?pipelining=across", Config{Addr: "relay.example:587"}},
+		{"no TLS and credentials: the scheme's name says that they are sent in plaintext", "smtp+insecure://u:p@relay.example",
 			Config{Addr: "relay.example:25", Username: "u", Password: "p", TLS: TLSNone, AllowInsecureAuth: true}},
 		{"TLS by chance", "smtp://relay.example:25?tls=opportunistic", Config{Addr: "relay.example:25", TLS: TLSOpportunistic}},
-		{"TLS by other words", "smtp://relay.example:2525?tls=implicit", Config{Addr: "relay.example:2525", TLS: TLSImplicit}},
-		{"the word that the scheme says", "smtp+insecure://relay.example?tls=none", Config{Addr: "relay.example:25", TLS: TLSNone}},
+		{"TLS by a parameter", "smtp://relay.example:2525?tls=implicit", Config{Addr: "relay.example:2525", TLS: TLSImplicit}},
+		{"the scheme's own TLS mode", "smtp+insecure://relay.example?tls=none", Config{Addr: "relay.example:25", TLS: TLSNone}},
 		{"switches", "smtp://u:p@relay.example?chunking=on&retry_4xx=on&insecure_auth=on&tls=none",
 			Config{Addr: "relay.example:587", Username: "u", Password: "p", Chunking: true, Retry: Retry{On4xx: true}, TLS: TLSNone, AllowInsecureAuth: true}},
 		{"waits between tries", "smtp://relay.example?min_backoff=1s&max_backoff=1m", Config{Addr: "relay.example:587", Retry: Retry{MinBackoff: time.Second, MaxBackoff: time.Minute}}},
@@ -326,14 +326,14 @@ func TestURLBecomesAConfig(t *testing.T) {
 
 		{"SendGrid by name", "sendgrid://:SG.x@", Config{Addr: "smtp.sendgrid.net:587", Username: "apikey", Password: "SG.x",
 			Limits: Limits{MaxConns: 10, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
-		{"its host in the EU, its port of TLS, and what the query says wins", "sendgrid://:SG.x@eu:465?max_conns=3", Config{Addr: "smtp.eu.sendgrid.net:465", Username: "apikey", Password: "SG.x",
+		{"its host in the EU, its port for TLS, and the query takes precedence", "sendgrid://:SG.x@eu:465?max_conns=3", Config{Addr: "smtp.eu.sendgrid.net:465", Username: "apikey", Password: "SG.x",
 			Limits: Limits{MaxConns: 3, MaxMessagesPerConn: 100, MaxRecipients: 1000}}},
 		{"SES in a region", "ses://u:p@eu-west-1", Config{Addr: "email-smtp.eu-west-1.amazonaws.com:587", Username: "u", Password: "p", Limits: Limits{MaxRecipients: 50}}},
 		{"Postmark's token is both", "postmark://:t@broadcasts", Config{Addr: "smtp-broadcasts.postmarkapp.com:587", Username: "t", Password: "t", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
 		{"or a key of a stream", "postmark://access:secret@", Config{Addr: "smtp.postmarkapp.com:587", Username: "access", Password: "secret", Limits: Limits{MaxConns: 10, MaxRecipients: 50}}},
 		{"an address as user name", "gmail://ann@gmail.com:p@", Config{Addr: "smtp.gmail.com:587", Username: "ann@gmail.com", Password: "p"}},
 		{"Mailpit needs nothing", "mailpit://", Config{Addr: "localhost:1025"}},
-		{"and may be elsewhere", "mailpit://mail.lan:25?tls=none", Config{Addr: "mail.lan:25", TLS: TLSNone}},
+		{"and may be on another host", "mailpit://mail.lan:25?tls=none", Config{Addr: "mail.lan:25", TLS: TLSNone}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			got, err := ParseURL(tt.url)
@@ -348,21 +348,21 @@ func TestURLBecomesAConfig(t *testing.T) {
 	}
 }
 
-func TestURLIsRefusedForAReason(t *testing.T) {
+func TestInvalidURLIsRefusedWithAReason(t *testing.T) {
 	for _, tt := range []struct {
-		why, url string // a secret, if there is one, has the word s3cret in it
+		why, url string // the secret, if any, contains s3cret
 		says     []string
 	}{
 		{"nothing", "", []string{"the URL is empty"}},
 		{"a host alone", "relay.example", []string{"no scheme"}},
 		{"host and port alone, whose host looks like a scheme", "relay.example:587", []string{"no scheme"}},
 		{"user and password without scheme, whose user is the key too (Postmark)", "s3cret:s3cret@relay.example", []string{"no scheme"}},
-		{"a line end behind it, as of a file", "smtp://u:s3cret@relay.example\n", []string{"white space", "newline"}},
+		{"a line end after it, as from a file", "smtp://u:s3cret@relay.example\n", []string{"white space", "newline"}},
 		{"a space before it", " smtp://u:s3cret@relay.example", []string{"white space"}},
 		{"another scheme", "https://u:s3cret@relay.example", []string{`"https"`, "smtps"}},
 		{"no host", "smtp://u:s3cret@", []string{"no host"}},
 		{"no host but a port", "smtp://:587", []string{"no host"}},
-		{"a port that is no number", "smtp://u:s3cret@relay.example:submission", []string{"cannot be parsed", "percent-encoded"}},
+		{"a port that is not a number", "smtp://u:s3cret@relay.example:submission", []string{"cannot be parsed", "percent-encoded"}},
 		{"an IPv6 address without brackets, whose end is taken for the port", "smtp://u:s3cret@2001:db8::1", []string{"IPv6"}},
 		{"a port too high", "smtp://u:s3cret@relay.example:65536", []string{"1 to 65535"}},
 		{"port 0", "smtp://u:s3cret@relay.example:0", []string{"1 to 65535"}},
@@ -372,39 +372,40 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 		{"the URL of a socket", "unix:///run/relay.sock", []string{"Config.Dial"}},
 		{"the path of a socket", "/run/relay.sock", []string{"Config.Dial"}},
 		{"several at once", " https://:s3cret@relay.example:99999/x?max_conns=-1&max_idle=3#y", []string{"white space", "path", "fragment", `"https"`, "Username is empty", "1 to 65535", "MaxConns is -1", "max_idle"}},
-		{"no host, and more", "smtp://u:s3cret@?local_name=_", []string{"no host", "LocalName"}},
-		{"white space around what cannot be parsed", "smtp://u:s3cret@relay.example:x ", []string{"white space", "port is not a number"}},
-		{"a percent sign alone", "smtp://u:s3cret%@relay.example", []string{"hexadecimal"}},
+		{"no host, and another mistake", "smtp://u:s3cret@?local_name=_", []string{"no host", "LocalName"}},
+		{"white space around an invalid URL", "smtp://u:s3cret@relay.example:x ", []string{"white space", "port is not a number"}},
+		{"a lone percent sign", "smtp://u:s3cret%@relay.example", []string{"hexadecimal"}},
 		{"a control character", "smtp://u:s3cret@relay\x01.example", []string{"control character"}},
 		{"an IPv6 address that is not closed", "smtp://u:s3cret@[::1", []string{"closed by ]"}},
-		{"a user without a password, who may be the key", "smtp://s3cret@relay.example", []string{"Password is empty"}},
+		{"a user without a password, which may be the key", "smtp://s3cret@relay.example", []string{"Password is empty"}},
 		{"no password for SendGrid", "smtp://smtp.sendgrid.net", []string{"Password is empty"}},
 		{"a parameter that is unknown", "smtp://u:s3cret@relay.example?max_con=1", []string{`"max_con"`}},
 		{"a parameter in upper case", "smtp://relay.example?MAX_CONNS=1", []string{`"MAX_CONNS"`}},
-		{"a parameter that stands twice", "smtp://relay.example?max_conns=1&max_conns=2", []string{"max_conns", "twice"}},
-		{"a number that is none", "smtp://relay.example?max_conns=ten", []string{"max_conns", "ten", "whole number"}},
-		{"a number of nothing", "smtp://relay.example?max_conns", []string{"max_conns", "whole number"}},
+		{"a parameter given twice", "smtp://relay.example?max_conns=1&max_conns=2", []string{"max_conns", "twice"}},
+		{"not a number", "smtp://relay.example?max_conns=ten", []string{"max_conns", "ten", "whole number"}},
+		{"an empty number", "smtp://relay.example?max_conns", []string{"max_conns", "whole number"}},
 		{"a number out of bounds", "smtp://relay.example?max_conns=-1", []string{"Limits.MaxConns is -1"}},
 		{"a duration without its unit", "smtp://relay.example?max_idle=30", []string{"max_idle", "30s"}},
 		{"another mode of pipelining", "smtp://relay.example?pipelining=on", []string{"pipelining", "auto, within or off"}},
-		{"a name that is none", "smtp://relay.example?local_name=a%0Db", []string{"LocalName", `a\rb`}},
+		{"not a name", "smtp://relay.example?local_name=a%0Db", []string{"LocalName", `a\rb`}},
 		{"a line end in a number", "smtp://relay.example?max_conns=1%0A", []string{"max_conns", `1\n`}},
 		{"all mistakes at once", "ftp://?max_conns=x&no=1", []string{`"ftp"`, "no host", "max_conns", `"no"`}},
-		{"those of the query and those of New", "smtp://s3cret@relay.example:0?max_conns=x&chunking=yes&local_name=?&quit_timeout=-1s",
+		{"mistakes of the query and of New", "smtp://s3cret@relay.example:0?max_conns=x&chunking=yes&local_name=?&quit_timeout=-1s",
 			[]string{"max_conns", "chunking", "on or off", "1 to 65535", "Password is empty", "LocalName", "Quit"}},
-		{"TLS where the scheme says none", "smtp+insecure://relay.example?tls=starttls", []string{"tls=starttls", "none", "smtp://"}},
-		{"no TLS where the scheme says TLS", "smtps://relay.example?tls=opportunistic", []string{"tls=opportunistic", "implicit"}},
-		{"another word for TLS", "smtp://relay.example?tls=maybe", []string{`tls="maybe"`, "opportunistic"}},
-		{"roots that are not there", "smtp://relay.example?ca=testdata/no-such-file", []string{`ca="testdata/no-such-file"`, "no such file"}},
-		{"roots in a file of something else", "smtp://relay.example?ca=go.mod", []string{`ca="go.mod"`, "PEM"}},
+		{"TLS although the scheme says none", "smtp+insecure://relay.example?tls=starttls", []string{"tls=starttls", "none", "smtp://"}},
+		{"no TLS although the scheme says TLS", "smtps://relay.example?tls=opportunistic", []string{"tls=opportunistic", "implicit"}},
+		{"an unknown TLS mode", "smtp://relay.example?tls=maybe", []string{`tls="maybe"`, "opportunistic"}},
+		{"a missing file of roots", "smtp://relay.example?ca=testdata/no-such-file", []string{`ca="testdata/no-such-file"`, "no such file"}},
+		{"a file without roots", "smtp://relay.example?ca=go.mod", []string{`ca="go.mod"`, "PEM"}},
 		{"no key for SendGrid by name", "sendgrid://", []string{"no password", "sendgrid://:SECRET@"}},
-		{"a key in the place of the user", "sendgrid://s3cret@", []string{"no password", "sendgrid://:SECRET@"}},
-		{"a key in the place of the host", "sendgrid://s3cret", []string{"no such host", `"eu"`, "no password"}},
+		{"a key in place of the user", "sendgrid://s3cret@", []string{"no password", "sendgrid://:SECRET@"}},
+		{"a key in place of the host", "sendgrid://s3cret", []string{"no such host", `"eu"`, "no password"}},
 		{"no user for SES", "ses://:s3cret@eu-west-1", []string{"no user name", "SES"}},
 		{"no region", "ses://u:s3cret@", []string{"region", "eu-west-1"}},
 		{"a region that is another host", "ses://u:s3cret@evil.example", []string{"region"}},
 
-		// Passwords that are not percent-encoded: the URL ends early, and the rest of the password stands where it may be shown.
+		// Passwords that are not percent-encoded: the URL ends early, and the rest of the password is in a part that may be
+		// shown.
 		{"a slash", "smtp://u:1/s3cret@relay.example", []string{"percent-encoded"}},
 		{"a number sign", "smtp://u:1#s3cret@relay.example", []string{"percent-encoded"}},
 		{"a question mark", "smtp://u:1?s3cret@relay.example", []string{"percent-encoded"}},
@@ -423,25 +424,25 @@ func TestURLIsRefusedForAReason(t *testing.T) {
 				t.Fatalf("%s: got %v, %v, want an *Error", tt.url, cfg, err)
 			}
 			if e.Op != OpConfig || e.Outcome != NotAccepted || e.Temporary() || !reflect.DeepEqual(cfg, Config{}) {
-				t.Errorf("got %v, op %q, %v, temporary %v, want nothing, the configuration, not accepted, for good", cfg, e.Op, e.Outcome, e.Temporary())
+				t.Errorf("got %v, op %q, %v, temporary %v, want nothing, the configuration, not accepted, permanent", cfg, e.Op, e.Outcome, e.Temporary())
 			}
 			for _, words := range tt.says {
 				if !strings.Contains(err.Error(), words) {
-					t.Errorf("%s: got %q, which does not say %q", tt.url, err, words)
+					t.Errorf("%s: got %q, which does not contain %q", tt.url, err, words)
 				}
 			}
 			if strings.Contains(err.Error(), "s3cret") {
-				t.Errorf("%s: got %q, with the secret in it", tt.url, err)
+				t.Errorf("%s: got %q, which contains the secret", tt.url, err)
 			}
 			lines := strings.Split(err.Error(), "; ")
 			if slices.Sort(lines); len(slices.Compact(slices.Clone(lines))) != len(lines) {
-				t.Errorf("%s: got %q, which says one thing twice", tt.url, err)
+				t.Errorf("%s: got %q, which repeats itself", tt.url, err)
 			}
 		})
 	}
 }
 
-func TestURLNamesWhomToTrust(t *testing.T) {
+func TestURLNamesTheRoots(t *testing.T) {
 	relay := httptest.NewTLSServer(nil)
 	defer relay.Close()
 	file := filepath.Join(t.TempDir(), "ca.pem")
@@ -453,11 +454,11 @@ func TestURLNamesWhomToTrust(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := relay.Certificate().Verify(x509.VerifyOptions{Roots: cfg.TLSConfig.RootCAs}); err != nil {
-		t.Errorf("got roots by which the certificate is not verified: %v", err)
+		t.Errorf("the certificate does not verify with these roots: %v", err)
 	}
 }
 
-// printed is c in every form in which a program may print it, and as a part of something else.
+// printed returns c in every form in which a program may print it, also as a field of a struct.
 func printed(c Config) string {
 	var b strings.Builder
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
@@ -494,14 +495,14 @@ func TestConfigIsPrintedWithoutItsSecret(t *testing.T) {
 		})
 	}
 	if got := printed(Config{Addr: "relay.example:587"}); strings.Contains(got, "redacted") {
-		t.Errorf("got\n%s\nas if there were a password", got)
+		t.Errorf("got\n%s\nas if it had a password", got)
 	}
 }
 
 func TestSecretDoesNotPrint(t *testing.T) {
 	s := newSecret("s3cret")
 	if s.reveal() != "s3cret" {
-		t.Errorf("got %q, want what it was made of", s.reveal())
+		t.Errorf("got %q, want the original", s.reveal())
 	}
 	var b strings.Builder
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
@@ -519,8 +520,8 @@ func TestSecretDoesNotPrint(t *testing.T) {
 	}
 }
 
-// FuzzParseURL puts a password into a URL with anything around it, percent-encoded or not. Whatever is made of it, an error
-// does not show the password, and a Config has it where it is not printed, and is good for New.
+// FuzzParseURL puts a password into a URL with anything around it, percent-encoded or not. In any case an error does not show the
+// password, and a Config has it where it is not printed, and is valid for New.
 func FuzzParseURL(f *testing.F) {
 	for _, seed := range []struct{ scheme, user, before, after, rest string }{
 		{"smtps://", "apikey", "SG.", "_x-y", "smtp.sendgrid.net:465?max_conns=10"},
@@ -552,7 +553,7 @@ func FuzzParseURL(f *testing.F) {
 			if strings.Contains(strings.ToLower(err.Error()), strings.ToLower(password)) {
 				t.Errorf("%q: the password is in %q", raw, err)
 			}
-			for line := range strings.SplitSeq(err.Error(), "\n") { // of errors.Join
+			for line := range strings.SplitSeq(err.Error(), "\n") { // from errors.Join
 				if strings.ContainsFunc(line, unicode.IsControl) {
 					t.Errorf("%q: a control character is in %q", raw, err)
 				}
@@ -561,7 +562,7 @@ func FuzzParseURL(f *testing.F) {
 		}
 		if !strings.Contains(cfg.Password, password) {
 			type plain Config
-			t.Errorf("%q: the password is not in that of %+v", raw, plain(cfg))
+			t.Errorf("%q: the password is missing in %+v", raw, plain(cfg))
 		}
 		if got := printed(cfg); strings.Contains(got, password) {
 			t.Errorf("%q: printed as\n%s", raw, got)
@@ -572,7 +573,7 @@ func FuzzParseURL(f *testing.F) {
 		}
 		client.Close()
 
-		// The parts, well encoded, make the same Config.
+		// The parts, properly encoded, make the same Config.
 		again := &url.URL{Scheme: "smtp", User: url.UserPassword(cfg.Username, cfg.Password), Host: cfg.Addr}
 		got, err := ParseURL(again.String())
 		if err != nil || got.Addr != cfg.Addr || got.Username != cfg.Username || got.Password != cfg.Password {
@@ -582,13 +583,13 @@ func FuzzParseURL(f *testing.F) {
 	})
 }
 
-// The key of a Config in a Registry.
+// The Registry's key of a Config.
 
-// noSlots has no place for anybody.
+// noSlots has no slots.
 type noSlots struct{ Slots }
 
-// Of each field there is, those that come later included, another value is another Client, or needs a Name.
-func TestEachFieldOfAConfigTellsItsClientFromOthers(t *testing.T) {
+// For each field, including future ones, another value means another Client, or needs a Name.
+func TestEachFieldOfAConfigDistinguishesClients(t *testing.T) {
 	seen := map[fingerprint.Sum]string{}
 	key := func(c Config) fingerprint.Sum {
 		sum, err := c.key()
@@ -624,7 +625,7 @@ func TestEachFieldOfAConfigTellsItsClientFromOthers(t *testing.T) {
 			case reflect.Interface:
 				f.Set(reflect.ValueOf(noSlots{}))
 			default:
-				t.Errorf("%s is a %v, which the test does not know", name, f.Kind())
+				t.Errorf("%s is a %v, which this test does not support", name, f.Kind())
 				continue
 			}
 			if f.Kind() == reflect.Func || f.Kind() == reflect.Pointer || f.Kind() == reflect.Interface {
@@ -646,7 +647,7 @@ func TestEachFieldOfAConfigTellsItsClientFromOthers(t *testing.T) {
 	walk("", &c, reflect.ValueOf(&c).Elem())
 }
 
-func TestWhatATLSConfigSaysOfTheNameTellsClientsApart(t *testing.T) {
+func TestTLSConfigsServerNameDistinguishesClients(t *testing.T) {
 	one := Config{Name: "shop", TLSConfig: &tls.Config{ServerName: "a.example"}}
 	same := Config{Name: "shop", TLSConfig: &tls.Config{ServerName: "a.example"}, Dial: nil}
 	other := Config{Name: "shop", TLSConfig: &tls.Config{ServerName: "b.example"}}
@@ -656,7 +657,7 @@ func TestWhatATLSConfigSaysOfTheNameTellsClientsApart(t *testing.T) {
 	for why, want := range map[string]struct {
 		c    Config
 		same bool
-	}{"the same": {same, true}, "another name": {other, false}, "not verified": {unsafe, false}, "by a dialler": {dialled, false}} {
+	}{"the same": {same, true}, "another name": {other, false}, "not verified": {unsafe, false}, "with a Dial": {dialled, false}} {
 		if b, _ := want.c.key(); (a == b) != want.same {
 			t.Errorf("%s: got the same: %v", why, a == b)
 		}

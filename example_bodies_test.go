@@ -1,4 +1,4 @@
-// The example of bodies. It stays the only one in its file: its type is shown with it.
+// The example of bodies. It is alone in its file, so that go doc shows its type too.
 package smtprelay_test
 
 import (
@@ -13,7 +13,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// file is a Body that can be written as often as is needed, in constant memory: it opens its file each time.
+// file is a Body that can be written repeatedly, in constant memory: it opens its file each time.
 type file string
 
 func (f file) WriteTo(w io.Writer) (int64, error) {
@@ -25,7 +25,7 @@ func (f file) WriteTo(w io.Writer) (int64, error) {
 	return io.Copy(w, r)
 }
 
-// Bodies: bytes, a reader, or anything that is an io.WriterTo, as the messages of go-mail and gomail are.
+// Bodies: bytes, a reader, or anything that is an io.WriterTo, such as the messages of go-mail and gomail.
 func ExampleMessage() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -35,7 +35,7 @@ func ExampleMessage() {
 	}
 	defer client.Close()
 
-	const text = "Subject: hello\n\n.Hello.\n" // line ends and dots are seen to
+	const text = "Subject: hello\n\n.Hello.\n" // the client converts line ends and dots
 	temp, err := os.CreateTemp("", "mail")
 	if err != nil {
 		log.Fatal(err)
@@ -50,11 +50,11 @@ func ExampleMessage() {
 
 	for _, body := range []io.WriterTo{
 		smtprelay.Bytes([]byte(text)),
-		smtprelay.Reader(strings.NewReader(text)), // read again for another try, since it can seek
+		smtprelay.Reader(strings.NewReader(text)), // can be retried, since it can seek
 		file(temp.Name()),
 	} {
 		_, err := client.Send(context.Background(), smtprelay.Message{
-			From: smtprelay.NullSender, // no bounce is sent for it
+			From: smtprelay.NullSender, // no bounce is sent to it
 			To:   []string{"ann@example.org"},
 			Body: body,
 		})

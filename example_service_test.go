@@ -1,4 +1,5 @@
-// Examples of what a service needs around its mails: settings, readiness, metrics, blind copies, a rate, bodies made on the way or signed, tests.
+// Examples of what a service needs around its mails: settings, readiness, metrics, blind copies, a rate limit, generated and signed
+// bodies, tests.
 package smtprelay_test
 
 import (
@@ -22,7 +23,7 @@ import (
 
 // Settings from the environment: one variable for relay, key and limits.
 func ExampleParseURL_environment() {
-	os.Setenv("SMTP_URL", "smtps://apikey:SG.secret@smtp.sendgrid.net:465?max_conns=4&name=orders") // really: by whoever deploys
+	os.Setenv("SMTP_URL", "smtps://apikey:SG.secret@smtp.sendgrid.net:465?max_conns=4&name=orders") // in production: set by the deployment
 	defer os.Unsetenv("SMTP_URL")
 	cfg, err := smtprelay.ParseURL(os.Getenv("SMTP_URL"))
 	if err != nil {
@@ -38,7 +39,7 @@ func ExampleParseURL_environment() {
 	// smtprelay.Client("orders", smtp.sendgrid.net:465)
 }
 
-// A readiness probe: Ping is cheap enough for every few seconds.
+// A readiness probe: Ping is cheap enough to call every few seconds.
 func ExampleClient_Ping_readiness() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -64,7 +65,7 @@ func ExampleClient_Ping_readiness() {
 	// 200 ready
 }
 
-// Metrics: Stats is a flat struct of numbers, which expvar publishes as it is.
+// Metrics: Stats is a flat struct of numbers, which expvar can publish directly.
 func ExampleClient_Stats() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -90,7 +91,7 @@ func ExampleClient_Stats() {
 	// 3 accepted, 0 unknown, 1 connection, 0 waiting
 }
 
-// A blind copy: whoever is in To gets the message, and only the header says who the others see.
+// A blind copy: everybody in To gets the message, and the header alone says whom the others see.
 func ExampleMessage_bcc() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -109,7 +110,7 @@ func ExampleMessage_bcc() {
 	// <nil> [ann@example.org archive@example.com] false
 }
 
-// A body that is made while it is sent. The function runs again if another try is needed.
+// A body that is generated while it is sent. The function runs again for a retry.
 func ExampleBodyFunc() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -136,7 +137,7 @@ func ExampleBodyFunc() {
 	// <nil> 2 1
 }
 
-// Ten messages a second, because the provider says so. Without a Rate the Client finds the relay's limit by itself.
+// Ten messages a second, because the provider requires it. Without a Rate the Client finds the relay's limit itself.
 func ExampleLimits_rate() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -152,7 +153,7 @@ func ExampleLimits_rate() {
 	// <nil>
 }
 
-// A test of success and of failure. In a test, smtptest.New(t) and its Client(t) close both at the end.
+// A test of success and of failure. In a test, smtptest.New(t) and its Client(t) are closed at the end.
 func Example_test() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -161,14 +162,14 @@ func Example_test() {
 		log.Fatal(err)
 	}
 	defer client.Close()
-	invite := func(to string) error { // what is tested
+	invite := func(to string) error { // the code under test
 		return client.SendMail("shop@example.com", []string{to}, []byte("Subject: Welcome\r\n\r\nHello.\r\n"))
 	}
 
 	fmt.Println(invite("ann@example.org"), len(relay.Messages()))
 	relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user"})
 	fmt.Println(invite("gone@example.org"))
-	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // lost before the relay could say yes
+	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // lost before the reply
 	fmt.Println(smtprelay.OutcomeOf(invite("bob@example.org")))
 	// Output:
 	// <nil> 1
@@ -176,7 +177,7 @@ func Example_test() {
 	// unknown
 }
 
-// A program with many tenants learns with each message which relay it is for.
+// A program with many tenants knows only with each message which relay to use.
 func ExampleRegistry() {
 	relay := smtptest.NewUnstartedServer()
 	relay.NoTLS = true

@@ -1,5 +1,5 @@
-// Examples of what a service does with a Client, from sending to what went wrong, AUTH and Trace. That of bodies has a file of its
-// own: go doc shows the type in it along with it.
+// Examples of what a service does with a Client, from sending to errors, AUTH and Trace. The example of bodies is in a separate
+// file, so that go doc shows its type too.
 package smtprelay_test
 
 import (
@@ -20,22 +20,22 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// order is the mail of most examples. A program has one built by a library such as go-mail.
+// order is the mail of most examples. Programs build theirs with a library such as go-mail.
 var order = []byte("From: The Shop <shop@example.com>\r\n" +
 	"To: ann@example.org\r\n" +
 	"Subject: Your order\r\n" +
 	"Date: Mon, 30 Nov 2026 10:00:00 +0000\r\n" +
-	"Message-ID: <order-4711@example.com>\r\n" + // stable, so that the relay's log can be searched for it
+	"Message-ID: <order-4711@example.com>\r\n" + // stable, to search the relay's log for
 	"List-Unsubscribe: <https://example.com/unsubscribe?order=4711>\r\n" +
 	"List-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" +
 	"\r\n" +
 	"It is ready.\r\n")
 
-// A mail to one recipient. A program makes one Client, at its start, and shares it.
+// A mail to one recipient. A program creates one Client, at its start, and shares it.
 func ExampleClient_Send() {
-	relay := smtptest.NewServer() // in place of a real relay
+	relay := smtptest.NewServer() // instead of a real relay
 	defer relay.Close()
-	client, err := smtprelay.New(relay.Config()) // really: smtprelay.Config{Password: os.Getenv("SENDGRID_API_KEY")}
+	client, err := smtprelay.New(relay.Config()) // in production: smtprelay.Config{Password: os.Getenv("SENDGRID_API_KEY")}
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -50,14 +50,14 @@ func ExampleClient_Send() {
 		log.Fatal(err)
 	}
 	fmt.Println(receipt.Reply.Code, receipt.Recipients[0].To, receipt.Recipients[0].Outcome)
-	fmt.Println("the relay names it:", receipt.QueueID == relay.Messages()[0].ID)
+	fmt.Println("same queue ID at the relay:", receipt.QueueID == relay.Messages()[0].ID)
 	// Output:
 	// 250 ann@example.org accepted
-	// the relay names it: true
+	// same queue ID at the relay: true
 }
 
-// A mail to each of many recipients, as many at a time as the connections can carry. The messages are made as they are
-// needed, and results come in the order of completion.
+// A mail to each of many recipients, as many at a time as the connections can carry. The messages are created as needed, and
+// results come in the order of completion.
 func ExampleClient_SendAll() {
 	relay := smtptest.NewUnstartedServer()
 	relay.Reject = map[string]string{"gone@example.org": "550 5.1.1 no such user"}
@@ -102,7 +102,7 @@ func ExampleClient_SendAll() {
 	// gone@example.org: smtprelay: RCPT TO <gone@example.org>: 550 5.1.1 "no such user"
 }
 
-// At the start of a service: are address and key right? Better known now than at the first mail.
+// At the start of a service: find a wrong address or key now, not at the first mail.
 func ExampleClient_Ping() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -114,7 +114,7 @@ func ExampleClient_Ping() {
 	}
 	defer client.Close()
 
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second) // a relay may say nothing at all
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second) // a relay may never reply
 	defer cancel()
 	err = client.Ping(ctx)
 	var e *smtprelay.Error
@@ -125,7 +125,7 @@ func ExampleClient_Ping() {
 	// auth 535 relay
 }
 
-// The end of a program: take no more, finish what is under way, say QUIT, and do not wait for ever.
+// The end of a program: accept no more messages, finish those in progress, send QUIT, and do not wait for ever.
 func ExampleClient_Shutdown() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -160,7 +160,7 @@ func ExampleParseURL() {
 	// true
 }
 
-// What a service does with an error: its Outcome says whether the message may be sent again, and to whom.
+// How a service handles an error: its Outcome says whether the message may be sent again, and to whom.
 func ExampleError() {
 	relay := smtptest.NewUnstartedServer()
 	relay.Reject = map[string]string{
@@ -214,8 +214,8 @@ func ExampleError() {
 	// perhaps accepted: a person decides
 }
 
-// A relay with greylisting refuses the first try of each new recipient with a 4xx reply. By default that is told to the
-// caller, who knows better how long the message can wait; with On4xx the client tries again by itself.
+// A relay with greylisting refuses the first try of each new recipient with a 4xx reply. By default the caller gets this error
+// and decides how long to wait; with On4xx the client retries by itself.
 func ExampleRetry() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -225,7 +225,7 @@ func ExampleRetry() {
 	cfg.Retry = smtprelay.Retry{
 		On4xx:       true,
 		MaxAttempts: 3,
-		MinBackoff:  time.Millisecond, // really: minutes, for greylisting, since a random part is waited
+		MinBackoff:  time.Millisecond, // in production: minutes, for greylisting, since the wait is a random part of it
 		MaxBackoff:  10 * time.Millisecond,
 	}
 	cfg.Trace = &smtprelay.Trace{
@@ -250,7 +250,7 @@ func ExampleRetry() {
 	// 250 <nil>
 }
 
-// ShouldRetry is the one question before a message goes back into a queue.
+// ShouldRetry decides whether a message goes back into a queue.
 func ExampleShouldRetry() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -269,7 +269,7 @@ func ExampleShouldRetry() {
 	_, err = client.Send(context.Background(), m)
 	fmt.Println(smtprelay.ShouldRetry(err), err)
 
-	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // taken, and lost before the relay could say so
+	relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true}) // accepted, and lost before the reply
 	_, err = client.Send(context.Background(), m)
 	fmt.Println(smtprelay.ShouldRetry(err), smtprelay.OutcomeOf(err))
 	fmt.Println("at the relay:", relay.Stats().Accepted)
@@ -279,12 +279,12 @@ func ExampleShouldRetry() {
 	// at the relay: 1
 }
 
-// tokens stands for what hands out OAuth tokens, such as an oauth2.TokenSource.
+// tokens stands for a source of OAuth tokens, such as an oauth2.TokenSource.
 type tokens struct{}
 
 func (tokens) Token(context.Context) (string, error) { return "ya29.token", nil }
 
-// OAuth: Auth is asked once for each connection, so that the token it returns is always a fresh one.
+// OAuth: Auth is called for each connection, so it can return a fresh token each time.
 func ExampleConfig_auth() {
 	var source tokens
 	relay := smtptest.NewUnstartedServer()
@@ -318,12 +318,12 @@ func ExampleConfig_auth() {
 	// ping: <nil>
 }
 
-// A key that is replaced while the program runs: each new connection takes the present one, and those that are open go on.
+// A key that is replaced while the program runs: new connections use the current one, and open connections continue.
 func ExampleConfig_rotatingKey() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
 	cfg := relay.Config()
-	user, key := cfg.Username, cfg.Password // really: read from where the key is kept, each time
+	user, key := cfg.Username, cfg.Password // in production: read from the store of the key, each time
 	cfg.Username, cfg.Password = "", ""
 	cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 		return sasl.NewPlainClient("", user, key), nil
@@ -338,7 +338,7 @@ func ExampleConfig_rotatingKey() {
 	// <nil>
 }
 
-// Counting and timing: hooks get the context of the Send that they belong to, so a span can hang on it.
+// Counting and timing: hooks get the context of their Send, so they can record a span.
 func ExampleTrace() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
@@ -349,7 +349,7 @@ func ExampleTrace() {
 		},
 		SendDone: func(_ context.Context, s smtprelay.SendDoneInfo) {
 			fmt.Println("sent to", s.Message.To, "error:", s.Err)
-			_ = s.Took // goes into a histogram
+			_ = s.Took // for a histogram
 		},
 	}
 	client, err := smtprelay.New(cfg)
@@ -370,7 +370,7 @@ func ExampleTrace() {
 func ExampleLogTrace() {
 	relay := smtptest.NewServer()
 	defer relay.Close()
-	var logged bytes.Buffer // really: os.Stderr
+	var logged bytes.Buffer // in production: os.Stderr
 	cfg := relay.Config()
 	cfg.Trace = smtprelay.LogTrace(slog.New(slog.NewTextHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	client, err := smtprelay.New(cfg)

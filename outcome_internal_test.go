@@ -1,7 +1,7 @@
 package smtprelay
 
-// What the end of a transaction means for its message and each recipient: every row is a Result and what the RFC, or the
-// relays that are known, make of it.
+// What the end of a transaction means for its message and each recipient: each row is a Result and its meaning according to the
+// RFC or known relays.
 
 import (
 	"bytes"
@@ -23,10 +23,10 @@ import (
 	"github.com/smtprelay/smtprelay/internal/wire"
 )
 
-// code is a reply of a code alone; 0: none.
+// code is a reply with only a code; 0 means no reply.
 func code(n int) wire.Reply { return wire.Reply{Code: n} }
 
-// codes are replies to RCPT.
+// codes returns replies to RCPT.
 func codes(n ...int) (replies []wire.Reply) {
 	for _, c := range n {
 		replies = append(replies, code(c))
@@ -34,7 +34,7 @@ func codes(n ...int) (replies []wire.Reply) {
 	return replies
 }
 
-// replies are those to MAIL, DATA and the final dot, and to each RCPT.
+// replies returns the replies to MAIL, DATA and the final dot, and to each RCPT.
 func replies(mail, data, final int, rcpt ...int) conn.Replies {
 	return conn.Replies{Mail: code(mail), Rcpt: codes(rcpt...), Data: code(data), Final: code(final)}
 }
@@ -54,60 +54,60 @@ func TestResultDecidesTheOutcome(t *testing.T) {
 	}{
 		// RFC 5321, 4.2.5: the reply to the final dot decides.
 		{"2xx to the final dot: the relay is responsible", conn.Result{Replies: replies(250, 354, 250, 250), End: conn.EndSent}, false, ""},
-		{"and for some recipients: for those", conn.Result{Replies: replies(250, 354, 250, 250, 550), End: conn.EndSent}, false, ""},
-		{"what happens to the connection later means nothing", conn.Result{Replies: replies(250, 354, 250, 250), End: conn.EndSent, Lost: eof, CtxErr: context.Canceled}, false, ""},
+		{"with some recipients: for those", conn.Result{Replies: replies(250, 354, 250, 250, 550), End: conn.EndSent}, false, ""},
+		{"what happens to the connection later does not matter", conn.Result{Replies: replies(250, 354, 250, 250), End: conn.EndSent, Lost: eof, CtxErr: context.Canceled}, false, ""},
 		{"4xx to the final dot", conn.Result{Replies: replies(250, 354, 451, 250), End: conn.EndSent}, false, "not accepted: end 451"},
 		{"5xx to the final dot", conn.Result{Replies: replies(250, 354, 554, 250), End: conn.EndSent}, false, "not accepted: end 554"},
 		{"421 to the final dot (3.8)", conn.Result{Replies: replies(250, 354, 421, 250), End: conn.EndSent, Lost: gone421}, false, "not accepted: end 421"},
-		{"3xx to the final dot means nothing", conn.Result{Replies: replies(250, 354, 354, 250), End: conn.EndSent}, false, "unknown: end 354"},
+		{"3xx to the final dot has no meaning", conn.Result{Replies: replies(250, 354, 354, 250), End: conn.EndSent}, false, "unknown: end 354"},
 		{"in chunks the last BDAT decides (RFC 3030, 2)", conn.Result{Replies: replies(250, 250, 552, 250), End: conn.EndSent, Chunked: true}, false, "not accepted: end 552"},
 
-		// RFC 1047: without that reply nobody knows.
-		{"lost behind the final dot", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: eof}, false, "unknown: end"},
+		// RFC 1047: without that reply the outcome is unknown.
+		{"lost after the final dot", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: eof}, false, "unknown: end"},
 		{"no reply in time", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, Begun: true, Lost: timeout}, false, "unknown: end"},
-		{"the caller has gone, the dot has left", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, CtxErr: context.Canceled}, false, "unknown: end"},
-		{"and where it will leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndDue, CtxErr: context.Canceled}, false, "unknown: end"},
-		{"in chunks, with no reply to anything", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: eof}, false, "unknown: end"},
+		{"the caller gave up, the dot was sent", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndSent, CtxErr: context.Canceled}, false, "unknown: end"},
+		{"the caller gave up, the dot will be sent", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndDue, CtxErr: context.Canceled}, false, "unknown: end"},
+		{"in chunks, without any reply", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: eof}, false, "unknown: end"},
 
-		// Until the end has left the relay has no message.
-		{"the dot was written and did not leave", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndUnsent, Begun: true, Lost: eof}, false, "not accepted: end"},
+		// Before the end is sent the relay has no message.
+		{"the dot was buffered but not sent", conn.Result{Replies: replies(250, 354, 0, 250), End: conn.EndUnsent, Begun: true, Lost: eof}, false, "not accepted: end"},
 		{"lost within the body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: eof}, false, "not accepted: body"},
 		{"the body failed", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, BodyErr: body, Lost: errors.New("given up")}, false, "not accepted: body"},
 		{"lost at the envelope", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, Lost: eof}, false, "not accepted: rcpt"},
-		{"lost before a word", conn.Result{Replies: replies(0, 0, 0, 0), Lost: eof}, false, "not accepted: wait"},
-		{"the relay says on its way out why it takes no body", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(552)}}, false, "not accepted: body 552"},
-		{"a reply too many that refuses nothing is no reason", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(250)}}, false, "not accepted: body"},
-		{"421 to another message is for all", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "not accepted: mail 421"},
-		{"another's reply that cannot be is not this one's", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: &conn.ReplyError{Step: conn.StepFinalDot, Reply: code(354)}}, false, "not accepted: mail"},
+		{"lost before any reply", conn.Result{Replies: replies(0, 0, 0, 0), Lost: eof}, false, "not accepted: wait"},
+		{"the relay says why it refuses the body before it closes", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(552)}}, false, "not accepted: body 552"},
+		{"an extra reply that refuses nothing is no reason", conn.Result{Replies: replies(250, 354, 0, 250), Begun: true, Lost: &conn.UnexpectedReply{Reply: code(250)}}, false, "not accepted: body"},
+		{"421 to another message is for all messages", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "not accepted: mail 421"},
+		{"an impossible reply to another message is not for this one", conn.Result{Replies: replies(0, 0, 0, 0), Begun: true, Waiting: conn.StepMail, Lost: &conn.ReplyError{Step: conn.StepFinalDot, Reply: code(354)}}, false, "not accepted: mail"},
 
 		// The first refusal is the reason.
 		{"MAIL refused", conn.Result{Replies: replies(550, 503, 0, 503), Begun: true}, false, "not accepted: mail 550"},
 		{"the only recipient refused, and so DATA", conn.Result{Replies: replies(250, 554, 0, 550), Begun: true}, false, "not accepted: rcpt 550"},
-		{"one of two refused, and DATA for a reason of its own", conn.Result{Replies: replies(250, 451, 0, 250, 550), Begun: true}, false, "not accepted: data 451"},
+		{"one of two refused, and DATA for another reason", conn.Result{Replies: replies(250, 451, 0, 250, 550), Begun: true}, false, "not accepted: data 451"},
 		{"one of two refused for all or nothing", conn.Result{Replies: replies(250, 0, 0, 250, 452), Begun: true}, true, "not accepted: rcpt 452"},
-		{"421 to one recipient is for all (RFC 5321, 3.8)", conn.Result{Replies: replies(250, 0, 0, 250, 421), Begun: true, Lost: gone421}, false, "not accepted: rcpt 421"},
+		{"421 to one recipient is for all recipients (RFC 5321, 3.8)", conn.Result{Replies: replies(250, 0, 0, 250, 421), Begun: true, Lost: gone421}, false, "not accepted: rcpt 421"},
 		{"AUTH refused ahead of the envelope", conn.Result{Replies: conn.Replies{Auth: code(535), Mail: code(530), Rcpt: codes(503)}, Begun: true}, false, "not accepted: auth 535"},
-		{"RSET refused, the rest taken: no harm", conn.Result{Replies: conn.Replies{Rset: code(500), Mail: code(250), Rcpt: codes(250), Final: code(250)}, End: conn.EndSent}, false, ""},
-		{"RSET refused, and what came behind it", conn.Result{Replies: conn.Replies{Rset: code(503), Mail: code(503), Rcpt: codes(503)}, Begun: true}, false, "not accepted: rset 503"},
+		{"RSET refused, the rest accepted: no harm", conn.Result{Replies: conn.Replies{Rset: code(500), Mail: code(250), Rcpt: codes(250), Final: code(250)}, End: conn.EndSent}, false, ""},
+		{"RSET refused, and the commands after it", conn.Result{Replies: conn.Replies{Rset: code(503), Mail: code(503), Rcpt: codes(503)}, Begun: true}, false, "not accepted: rset 503"},
 
 		// The wrong envelope.
-		{"MAIL refused, a recipient taken, the message too: for whom?", conn.Result{Replies: replies(503, 354, 250, 250), End: conn.EndSent}, false, "unknown: end 250"},
-		{"a chunk refused, its end taken", conn.Result{Replies: replies(250, 552, 250, 250), End: conn.EndSent, Chunked: true}, false, "unknown: end 250"},
-		{"MAIL refused, a recipient taken, no reply to the end", conn.Result{Replies: replies(503, 0, 0, 250), End: conn.EndSent, Chunked: true, Lost: eof}, false, "unknown: end"},
-		{"all refused: the end cannot have been taken", conn.Result{Replies: replies(503, 0, 0, 503), End: conn.EndSent, Chunked: true, Lost: eof}, false, "not accepted: mail 503"},
+		{"MAIL refused, a recipient accepted, the message too: for whom?", conn.Result{Replies: replies(503, 354, 250, 250), End: conn.EndSent}, false, "unknown: end 250"},
+		{"a chunk refused, its end accepted", conn.Result{Replies: replies(250, 552, 250, 250), End: conn.EndSent, Chunked: true}, false, "unknown: end 250"},
+		{"MAIL refused, a recipient accepted, no reply to the end", conn.Result{Replies: replies(503, 0, 0, 250), End: conn.EndSent, Chunked: true, Lost: eof}, false, "unknown: end"},
+		{"all refused: the end cannot have been accepted", conn.Result{Replies: replies(503, 0, 0, 503), End: conn.EndSent, Chunked: true, Lost: eof}, false, "not accepted: mail 503"},
 
 		// Replies come in order (RFC 2920, 3.2).
-		{"a 421 before, then an orderly close: nothing was taken", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421, Left421: true}, false, "not accepted: mail 421"},
-		{"a 421 before, then a reset: words may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "unknown: end"},
-		{"a reply to this one between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepRcpt, Lost: gone421, Left421: true}, false, "unknown: end"},
-		{"421 to its RCPT, another taken, then an orderly close", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421, Left421: true}, false, "not accepted: rcpt 421"},
+		{"an earlier 421, then a FIN: nothing was accepted", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421, Left421: true}, false, "not accepted: mail 421"},
+		{"an earlier 421, then a reset: replies may be missing", conn.Result{Replies: replies(0, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepMail, Lost: gone421}, false, "unknown: end"},
+		{"with a reply to this message in between", conn.Result{Replies: replies(250, 0, 0, 0), End: conn.EndSent, Chunked: true, Begun: true, Waiting: conn.StepRcpt, Lost: gone421, Left421: true}, false, "unknown: end"},
+		{"421 to its RCPT, another accepted, then a FIN", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421, Left421: true}, false, "not accepted: rcpt 421"},
 		{"the same, then a reset", conn.Result{Replies: replies(250, 0, 0, 250, 421), End: conn.EndSent, Chunked: true, Lost: gone421}, false, "unknown: end"},
 
-		// What stood behind a final dot may have been thrown away.
-		{"replies too few behind a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: data"},
-		{"the same where nothing was overlapped: it is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: rcpt 550"},
+		// Commands after a final dot may have been discarded.
+		{"missing replies after a final dot", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Overlapped: true, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: data"},
+		{"the same without overlap: the reply is RCPT's", conn.Result{Replies: conn.Replies{Rset: code(250), Mail: code(250), Rcpt: codes(550)}, Begun: true, Waiting: conn.StepData, Lost: timeout}, false, "not accepted: rcpt 550"},
 
-		{"the caller has gone before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: rcpt"},
+		{"the caller gave up before the end", conn.Result{Replies: replies(250, 0, 0, 0), Begun: true, Waiting: conn.StepRcpt, CtxErr: context.Canceled, Cancelled: true, Lost: eof}, false, "not accepted: rcpt"},
 	} {
 		m := &Message{From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, AllOrNothing: tt.all}
 		rcpts := []int{0, 1}[:len(tt.r.Rcpt)]
@@ -128,10 +128,10 @@ func TestErrorNamesTheCause(t *testing.T) {
 		r    conn.Result
 		want error
 	}{
-		{"the body's error, although the caller has gone since", conn.Result{BodyErr: body, CtxErr: context.Canceled, Begun: true}, body},
-		{"the context's, where it ended the connection under the body", conn.Result{BodyErr: body, CtxErr: context.Canceled, Cancelled: true, Begun: true}, context.Canceled},
+		{"the body's error, although the caller gave up later", conn.Result{BodyErr: body, CtxErr: context.Canceled, Begun: true}, body},
+		{"the context's, if it ended the connection during the body", conn.Result{BodyErr: body, CtxErr: context.Canceled, Cancelled: true, Begun: true}, context.Canceled},
 		{"the context's before the connection's", conn.Result{CtxErr: context.DeadlineExceeded, Lost: io.EOF, Begun: true}, context.DeadlineExceeded},
-		{"the context's behind the final dot", conn.Result{CtxErr: context.DeadlineExceeded, Lost: io.EOF, End: conn.EndSent}, context.DeadlineExceeded},
+		{"the context's after the final dot", conn.Result{CtxErr: context.DeadlineExceeded, Lost: io.EOF, End: conn.EndSent}, context.DeadlineExceeded},
 		{"the connection's", conn.Result{Lost: io.EOF, Begun: true}, io.EOF},
 	} {
 		tt.r.Replies = replies(250, 354, 0, 250)
@@ -141,16 +141,16 @@ func TestErrorNamesTheCause(t *testing.T) {
 	}
 	e := verdict(&Message{To: []string{"b@y.example"}}, []int{0}, &conn.Result{Replies: replies(250, 354, 0, 250), BodyErr: &conn.SizeError{Limit: 9}})
 	if e.Temporary() {
-		t.Errorf("%v: temporary, want permanent: it will be as large the next time", e)
+		t.Errorf("%v: temporary, want permanent: it is as large the next time", e)
 	}
 }
 
-func TestEachRecipientHasItsFate(t *testing.T) {
+func TestEachRecipientHasAnOutcome(t *testing.T) {
 	accepted, unknown, failed := (*Error)(nil), &Error{Outcome: Unknown}, &Error{Outcome: NotAccepted}
 	for _, tt := range []struct {
 		why       string
 		mail      int
-		rcpt      []int // the first one's fate is looked at
+		rcpt      []int // the first one's outcome is tested
 		e         *Error
 		all       bool
 		temporary bool // Retry.On4xx
@@ -158,19 +158,19 @@ func TestEachRecipientHasItsFate(t *testing.T) {
 	}{
 		{"accepted with the message", 250, []int{250}, accepted, false, false, fateAccepted},
 		{"251 will forward (RFC 5321, 3.4)", 250, []int{251}, accepted, false, false, fateAccepted},
-		{"refused beside others who got it", 250, []int{550, 250}, accepted, false, false, fateRefused},
-		{"refused for now: the caller knows how long it can wait", 250, []int{450, 250}, accepted, false, false, fateRefused},
-		{"refused for now, and the caller has said to wait", 250, []int{450, 250}, accepted, false, true, fateLater},
+		{"refused, while others got it", 250, []int{550, 250}, accepted, false, false, fateRefused},
+		{"refused temporarily: the caller decides how long to wait", 250, []int{450, 250}, accepted, false, false, fateRefused},
+		{"refused temporarily, with On4xx", 250, []int{450, 250}, accepted, false, true, fateLater},
 		{"too many recipients: the next transaction (4.5.3.1.10)", 250, []int{452, 250}, accepted, false, false, fateOpen},
-		{"552 for 452, as older relays say", 250, []int{552, 250}, accepted, false, false, fateOpen},
-		{"452 to all of them: not their number, but the relay", 250, []int{452, 452}, failed, false, false, fateRefused},
+		{"552 instead of 452, as from older relays", 250, []int{552, 250}, accepted, false, false, fateOpen},
+		{"452 to all of them: not their number but the relay", 250, []int{452, 452}, failed, false, false, fateRefused},
 		{"the final dot's reply is missing", 250, []int{250}, unknown, false, false, fateUnknown},
-		{"and, in chunks, RCPT's too", 250, []int{0}, unknown, false, false, fateUnknown},
-		{"refused before the end went missing", 250, []int{550, 250}, unknown, false, false, fateRefused},
+		{"in chunks, RCPT's reply is missing too", 250, []int{0}, unknown, false, false, fateUnknown},
+		{"refused before the connection was lost", 250, []int{550, 250}, unknown, false, false, fateRefused},
 		{"the message failed, the recipient was accepted", 250, []int{250}, failed, false, false, fateOpen},
 		{"MAIL failed: RCPT's refusal is a consequence", 451, []int{503}, failed, false, false, fateOpen},
 		{"421 is about the connection (3.8)", 250, []int{421}, failed, false, false, fateOpen},
-		{"a reply to RCPT that cannot be", 250, []int{354}, failed, false, false, fateOpen},
+		{"an impossible reply to RCPT", 250, []int{354}, failed, false, false, fateOpen},
 		{"all or nothing: refused with the message, not alone", 250, []int{550, 250}, failed, true, false, fateOpen},
 	} {
 		r := &conn.Result{Replies: replies(tt.mail, 0, 0, tt.rcpt...)}
@@ -180,7 +180,7 @@ func TestEachRecipientHasItsFate(t *testing.T) {
 	}
 }
 
-func TestTooManyRecipientsIsTheirNumberOnlyWhereThatIsSaid(t *testing.T) {
+func TestTooManyRecipientsNeedsAReplyThatSaysSo(t *testing.T) {
 	full := wire.Reply{Code: 452, Enhanced: [3]int{4, 2, 2}, Text: "mailbox full"}
 	number := wire.Reply{Code: 452, Enhanced: [3]int{4, 5, 3}}
 	for _, tt := range []struct {
@@ -190,11 +190,11 @@ func TestTooManyRecipientsIsTheirNumberOnlyWhereThatIsSaid(t *testing.T) {
 		sure    bool
 	}{
 		{"none", codes(250, 250), 0, true},
-		{"the last ones, in as many words", []wire.Reply{code(250), number, number}, 2, true},
+		{"the last ones, explicitly", []wire.Reply{code(250), number, number}, 2, true},
 		{"a mailbox that is full", []wire.Reply{code(250), full}, 1, false},
 		{"452 alone, at the end of several", codes(250, 250, 452), 1, true},
 		{"452 alone, of two: it may be the mailbox", codes(250, 452), 1, false},
-		{"one accepted behind it: not their number", codes(250, 452, 250), 1, false},
+		{"one accepted after it: not their number", codes(250, 452, 250), 1, false},
 	} {
 		tooMany, sure := countTooMany(&conn.Result{Replies: conn.Replies{Rcpt: tt.rcpt}})
 		if tooMany != tt.tooMany || sure != tt.sure {
@@ -208,9 +208,9 @@ func wireReply(code int, enhanced ...int) wire.Reply {
 	return wire.Reply{Code: code, Enhanced: [3]int(enhanced)}
 }
 
-// What is done after a transaction that ended in an error.
+// The decision after a transaction that ended in an error.
 
-func TestResultDecidesWhatIsDoneNext(t *testing.T) {
+func TestResultDecidesTheNextStep(t *testing.T) {
 	first := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 1, 1, true; return r }
 	later := func(r conn.Result) conn.Result { r.Seq, r.Used, r.Begun = 2, 2, true; return r }
 	refused := func(op Op, code int) Error { return Error{Op: op, Outcome: NotAccepted, Reply: Reply{Code: code}} }
@@ -224,43 +224,43 @@ func TestResultDecidesWhatIsDoneNext(t *testing.T) {
 		want      next
 	}{
 		{"unknown: sending again may deliver twice (RFC 1047)", first(mail250), Error{Op: OpEnd, Outcome: Unknown, Err: io.EOF}, true, giveUp},
-		{"the caller has gone", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
+		{"the caller gave up", first(conn.Result{CtxErr: context.Canceled}), lost(OpMail), true, giveUp},
 		{"the body cannot be written", first(conn.Result{BodyErr: errors.New("disk failed")}), lost(OpBody), true, giveUp},
 
-		{"lost on the way: nothing was accepted", first(mail250), lost(OpBody), false, retryLater},
-		{"lost before a word, on a new connection", conn.Result{}, lost(OpWait), false, retryLater},
-		{"lost before a word, on one that had a message before: it was idle", conn.Result{Used: 2}, lost(OpWait), false, retryNow},
-		{"lost before MAIL was answered, on such a one", later(conn.Result{}), lost(OpMail), false, retryNow},
-		{"lost behind MAIL's reply: it cost the relay an attempt", later(mail250), lost(OpRcpt), false, retryLater},
-		{"421 in place of MAIL's reply, on such a one (RFC 5321, 3.8)", later(conn.Result{}), refused(OpMail, 421), false, retryNow},
+		{"connection lost: nothing was accepted", first(mail250), lost(OpBody), false, retryLater},
+		{"lost before any reply, on a new connection", conn.Result{}, lost(OpWait), false, retryLater},
+		{"lost before any reply, on a used connection: it was idle", conn.Result{Used: 2}, lost(OpWait), false, retryNow},
+		{"lost before the reply to MAIL, on a used connection", later(conn.Result{}), lost(OpMail), false, retryNow},
+		{"lost after the reply to MAIL: an attempt", later(mail250), lost(OpRcpt), false, retryLater},
+		{"421 instead of MAIL's reply, on a used connection (RFC 5321, 3.8)", later(conn.Result{}), refused(OpMail, 421), false, retryNow},
 		{"421 to the first message", first(conn.Result{}), refused(OpMail, 421), false, retryLater},
 		{"Gmail has ended the idle connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(451, 4, 4, 2)}}), refused(OpMail, 451), false, retryNow},
-		{"OpenSMTPD wants another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
+		{"OpenSMTPD asks for another connection", later(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, retryNow},
 		{"but not for the first message", first(conn.Result{Replies: conn.Replies{Mail: wireReply(452, 4, 5, 3)}}), refused(OpMail, 452), false, giveUp},
 
 		{"Microsoft 365: too many connections", first(mail250), refused(OpEnd, 432), false, waitForSlot},
-		{"AUTH with commands behind it refused: it goes alone from now on", first(conn.Result{LedByAuth: true}), refused(OpAuth, 535), false, retryNow},
-		{"hung up at AUTH with commands behind it", first(conn.Result{LedByAuth: true}), lost(OpAuth), false, retryNow},
-		{"hung up behind it", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235)}}), lost(OpMail), false, retryNow},
-		{"MAIL refused behind AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235), Mail: code(550)}}), refused(OpMail, 550), false, retryNow},
-		{"a recipient refused behind both is refused", first(conn.Result{LedByAuth: true, Replies: replies(250, 0, 0, 0)}), refused(OpRcpt, 550), false, giveUp},
+		{"AUTH refused with commands pipelined after it: sent alone from now on", first(conn.Result{LedByAuth: true}), refused(OpAuth, 535), false, retryNow},
+		{"hung up at AUTH with commands pipelined after it", first(conn.Result{LedByAuth: true}), lost(OpAuth), false, retryNow},
+		{"hung up after AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235)}}), lost(OpMail), false, retryNow},
+		{"MAIL refused after AUTH", first(conn.Result{LedByAuth: true, Replies: conn.Replies{Auth: code(235), Mail: code(550)}}), refused(OpMail, 550), false, retryNow},
+		{"a recipient refused after both is refused", first(conn.Result{LedByAuth: true, Replies: replies(250, 0, 0, 0)}), refused(OpRcpt, 550), false, giveUp},
 
 		{"Amazon SES: messages come too fast", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Maximum sending rate exceeded."}}, false, waitForPace},
-		{"Amazon SES: nothing more today", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
-		{"4xx to MAIL on a connection that has had other messages: it may be about that", later(conn.Result{Worked: true, Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
-		{"4xx to MAIL where nothing else came to anything either", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
+		{"Amazon SES: daily quota", first(mail250), Error{Op: OpEnd, Outcome: NotAccepted, Reply: Reply{Code: 454, Message: "Throttling failure: Daily message quota exceeded."}}, false, giveUp},
+		{"4xx to MAIL on a used connection: it may be about the connection", later(conn.Result{Worked: true, Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, tryElsewhere},
+		{"4xx to MAIL on a connection that accepted nothing", later(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
 		{"4xx to the first MAIL is not", first(conn.Result{Replies: conn.Replies{Mail: code(451)}}), refused(OpMail, 451), false, giveUp},
 		{"the login is forgotten (RFC 4954, 6)", later(conn.Result{Replies: conn.Replies{Mail: code(530)}}), refused(OpMail, 530), false, tryElsewhere},
 
-		{"RSET refused behind a final dot: no more overlap", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpRset, 503), false, retryNow},
+		{"RSET refused after a final dot: no more overlap", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpRset, 503), false, retryNow},
 		{"RSET refused: the message was not offered yet", later(mail250), refused(OpRset, 500), false, retryNow},
-		{"a reply that cannot be, behind a final dot", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpData, 250), false, retryNow},
-		{"a reply that cannot be", first(mail250), refused(OpData, 250), false, retryLater},
-		{"503 to MAIL: the relay has another idea of the connection", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, tryElsewhere},
-		{"503 to the first MAIL will not get better", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
+		{"an impossible reply after a final dot", later(conn.Result{Overlapped: true, Replies: conn.Replies{Mail: code(250)}}), refused(OpData, 250), false, retryNow},
+		{"an impossible reply", first(mail250), refused(OpData, 250), false, retryLater},
+		{"503 to MAIL: the relay is out of step", later(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, tryElsewhere},
+		{"503 to the first MAIL is permanent", first(conn.Result{Replies: conn.Replies{Mail: code(503)}}), refused(OpMail, 503), false, giveUp},
 
-		{"4xx: the caller knows how long it can wait", first(mail250), refused(OpEnd, 451), false, giveUp},
-		{"4xx, and the caller has said to try", first(mail250), refused(OpEnd, 451), true, retryLater},
+		{"4xx: the caller decides how long to wait", first(mail250), refused(OpEnd, 451), false, giveUp},
+		{"4xx, with On4xx", first(mail250), refused(OpEnd, 451), true, retryLater},
 		{"5xx", first(mail250), refused(OpEnd, 554), true, giveUp},
 	} {
 		if got := (Retry{On4xx: tt.temporary}).next(&tt.r, &tt.e, false); got != tt.want {
@@ -281,7 +281,7 @@ func TestMessageIsTriedElsewhereOnce(t *testing.T) {
 	}
 }
 
-// What OutcomeOf, ShouldRetry and RetryTo make of errors that no relay is needed for.
+// OutcomeOf, ShouldRetry and RetryTo for errors that need no relay.
 
 func TestErrorsOfOtherLibraries(t *testing.T) {
 	for _, tt := range []struct {
@@ -311,7 +311,7 @@ func TestErrorsOfOtherLibraries(t *testing.T) {
 	}
 }
 
-func TestErrorThatWasPutTogetherDecidesLikeOneOfTheClient(t *testing.T) {
+func TestConstructedErrorDecidesLikeOneOfTheClient(t *testing.T) {
 	a := func(o Outcome, code int) RecipientResult {
 		return RecipientResult{To: "a@y.example", Outcome: o, Reply: Reply{Code: code}}
 	}
@@ -325,16 +325,16 @@ func TestErrorThatWasPutTogetherDecidesLikeOneOfTheClient(t *testing.T) {
 		to        []string
 		temporary bool
 	}{
-		{"nothing but a code, for now", Error{Reply: Reply{Code: 451}, Outcome: NotAccepted}, true, nil, true},
-		{"nothing but a code, for good", Error{Reply: Reply{Code: 550}, Outcome: NotAccepted}, false, nil, false},
+		{"only a code, temporary", Error{Reply: Reply{Code: 451}, Outcome: NotAccepted}, true, nil, true},
+		{"only a code, permanent", Error{Reply: Reply{Code: 550}, Outcome: NotAccepted}, false, nil, false},
 		{"the zero value", Error{}, false, nil, false},
 		{"a wrong key", Error{Op: OpAuth, Scope: ScopeRelay, Reply: Reply{Code: 535}, Outcome: NotAccepted,
 			Recipients: []RecipientResult{a(NotAccepted, 535), b(NotAccepted, 535)}}, true, []string{"a@y.example", "b@y.example"}, false},
-		{"a wrong key, after one was refused for itself", Error{Op: OpAuth, Scope: ScopeRelay, Reply: Reply{Code: 535}, Outcome: NotAccepted,
+		{"a wrong key, after a recipient was refused", Error{Op: OpAuth, Scope: ScopeRelay, Reply: Reply{Code: 535}, Outcome: NotAccepted,
 			Recipients: []RecipientResult{a(NotAccepted, 550), b(NotAccepted, 535)}}, true, []string{"b@y.example"}, false},
 		{"552 to RCPT: too many recipients (RFC 5321, 4.5.3.1.10)", Error{Op: OpRcpt, Scope: ScopeRecipient, Reply: Reply{Code: 552}, Outcome: NotAccepted,
 			Recipients: []RecipientResult{a(NotAccepted, 552)}}, true, []string{"a@y.example"}, true},
-		{"one has it, and one was never asked about", Error{Op: OpMail, Scope: ScopeRelay, Reply: Reply{Code: 421}, Outcome: Accepted,
+		{"one has it, and one was not tried", Error{Op: OpMail, Scope: ScopeRelay, Reply: Reply{Code: 421}, Outcome: Accepted,
 			Recipients: []RecipientResult{a(Accepted, 250), b(NotAccepted, 421)}}, false, []string{"b@y.example"}, false},
 		{"one may have it", Error{Op: OpEnd, Scope: ScopeRelay, Outcome: Unknown,
 			Recipients: []RecipientResult{a(Unknown, 250), b(NotAccepted, 450)}}, false, []string{"b@y.example"}, false},
@@ -350,7 +350,7 @@ func TestErrorThatWasPutTogetherDecidesLikeOneOfTheClient(t *testing.T) {
 	}
 }
 
-func TestOpsAreShortStableWordsWithATextEach(t *testing.T) {
+func TestOpsAreStableWordsWithATextEach(t *testing.T) {
 	words := []Op{"config", "check", "wait", "dial", "greeting", "ehlo", "starttls", "tls", "auth", "rset", "mail", "rcpt", "data", "body", "end", "quit"}
 	if len(opTexts) != len(words) {
 		t.Errorf("there are %d, want %d", len(opTexts), len(words))
@@ -370,7 +370,7 @@ func TestOpsAreShortStableWordsWithATextEach(t *testing.T) {
 	}
 }
 
-func TestReplyTellsWhoseFaultItWas(t *testing.T) {
+func TestReplyDecidesTheScope(t *testing.T) {
 	for _, tt := range []struct {
 		op   Op
 		r    Reply
@@ -385,7 +385,7 @@ func TestReplyTellsWhoseFaultItWas(t *testing.T) {
 		{OpMail, Reply{Code: 451, EnhancedCode: EnhancedCode{4, 4, 2}, Message: "Timeout - closing connection"}, ScopeRelay},
 		{OpMail, Reply{Code: 503, Message: "need AUTH first"}, ScopeRelay},
 		{OpMail, Reply{Code: 530}, ScopeRelay},
-		{OpMail, Reply{Code: 250}, ScopeRelay}, // and yet it failed
+		{OpMail, Reply{Code: 250}, ScopeRelay}, // although it failed
 		{OpData, Reply{Code: 554}, ScopeMessage},
 		{OpData, Reply{Code: 432, EnhancedCode: EnhancedCode{4, 3, 2}}, ScopeRelay},
 		{OpBody, Reply{Code: 552}, ScopeMessage},
@@ -401,7 +401,7 @@ func TestReplyTellsWhoseFaultItWas(t *testing.T) {
 	}
 }
 
-// What a Message, a Receipt, a Result and an Error show when they are printed or logged.
+// What a Message, a Receipt, a Result and an Error show when printed or logged.
 
 const bodyNobodyPrints = "a word in confidence"
 
@@ -415,7 +415,7 @@ func aResult() (Message, Receipt, *Error) {
 	return m, r, &Error{Op: OpRcpt, subject: "<b@y.example>", Reply: rcpts[1].Reply, Outcome: Accepted, Scope: ScopeRecipient, Recipients: rcpts, Attempts: 1}
 }
 
-func TestWhatIsPrintedShowsAddressesAndOutcome(t *testing.T) {
+func TestPrintedValuesShowAddressesAndOutcome(t *testing.T) {
 	m, r, e := aResult()
 	for _, tt := range []struct {
 		got  any
@@ -437,7 +437,7 @@ func TestWhatIsPrintedShowsAddressesAndOutcome(t *testing.T) {
 	}
 }
 
-func TestBodyIsInNothingThatIsPrintedOrLogged(t *testing.T) {
+func TestBodyIsNeverPrintedOrLogged(t *testing.T) {
 	m, r, e := aResult()
 	var out bytes.Buffer
 	text := slog.New(slog.NewTextHandler(&out, nil))
@@ -463,7 +463,7 @@ func TestBodyIsInNothingThatIsPrintedOrLogged(t *testing.T) {
 	}
 }
 
-// Structs of options may grow a field that cannot be compared, so that none of them can be now.
+// Structs of options may get a field that is not comparable, so none is comparable now.
 func TestOptionsCannotBeCompared(t *testing.T) {
 	for _, options := range []any{Config{}, Limits{}, Retry{}, Timeouts{}, Message{}, Trace{}} {
 		if reflect.TypeOf(options).Comparable() {

@@ -19,8 +19,8 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// While a machine sleeps the monotonic clock stands still, and the timer that ends idle connections with it.
-func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
+// While a machine sleeps the monotonic clock stops, and so does the timer that ends idle connections.
+func TestConnectionThatSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
 	for _, slept := range []time.Duration{0, 29 * time.Second, 30 * time.Second, 8 * time.Hour} {
 		synctest.Test(t, func(t *testing.T) {
 			var dials atomic.Int64
@@ -41,7 +41,7 @@ func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
 				}
 				c.pool.mu.Lock()
 				for s := range c.pool.sessions {
-					s.idleSince = s.idleSince.Round(0).Add(-slept) // by the wall clock alone
+					s.idleSince = s.idleSince.Round(0).Add(-slept) // only by the wall clock
 				}
 				c.pool.mu.Unlock()
 			}
@@ -58,8 +58,8 @@ func TestConnectionThatHasSleptPastItsIdleTimeIsNotUsed(t *testing.T) {
 	}
 }
 
-// Slots are taken and freed while the cap goes down and up.
-func TestCapIsKeptInWhateverOrderItIsLoweredAndRaised(t *testing.T) {
+// Slots are taken and freed while the limit is lowered and raised.
+func TestLimitHoldsInWhateverOrderItIsLoweredAndRaised(t *testing.T) {
 	const most = 5
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 0))
@@ -97,7 +97,7 @@ func TestCapIsKeptInWhateverOrderItIsLoweredAndRaised(t *testing.T) {
 	}
 }
 
-// acceptAll is a relay that says yes to everything.
+// acceptAll is a relay that accepts everything.
 func acceptAll(conn net.Conn) {
 	defer conn.Close()
 	fmt.Fprint(conn, "220 relay.example ESMTP\r\n")
@@ -120,7 +120,7 @@ func acceptAll(conn net.Conn) {
 	}
 }
 
-func TestTimerThatRunsOutAtTheEndSetsNoOther(t *testing.T) {
+func TestTimerThatFiresAtTheEndSetsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, err := New(Config{Addr: "relay.example:25", TLS: TLSNone})
 		if err != nil {
@@ -134,14 +134,14 @@ func TestTimerThatRunsOutAtTheEndSetsNoOther(t *testing.T) {
 		time.Sleep(crowdWait - time.Second)
 		c.Close()
 		time.Sleep(crowdWait)
-		p.wake() // which waited for the lock while the Client was closed
+		p.wake() // it waited for the lock while the Client was closed
 		if p.timer.Stop() {
 			t.Error("a timer runs on a closed Client")
 		}
 	})
 }
 
-// endsMeanwhile is a context that ends just when it has said that it has not.
+// endsMeanwhile is a context that ends right after it has reported that it has not.
 type endsMeanwhile struct {
 	context.Context
 	end context.CancelCauseFunc
@@ -153,7 +153,7 @@ func (c endsMeanwhile) Err() error {
 	return err
 }
 
-func TestContextThatEndsMeanwhileHasNotEndedYet(t *testing.T) {
+func TestContextThatEndsDuringTheCheckHasNotEnded(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	both := endsMeanwhile{ctx, cancel}
 	if err := conn.ContextError(both); err != nil {
@@ -164,9 +164,9 @@ func TestContextThatEndsMeanwhileHasNotEndedYet(t *testing.T) {
 	}
 }
 
-// The order in which those who wait are served, and what it costs to leave.
+// The order in which waiters are served, and the cost of leaving.
 
-func TestQueueServesUrgentOnesFirstButForEveryEighthTurn(t *testing.T) {
+func TestQueueServesUrgentWaitersFirstExceptEveryEighthTurn(t *testing.T) {
 	q := newQueue()
 	add := func(n int, a ask) (all []*waiter) {
 		for range n {
@@ -178,14 +178,14 @@ func TestQueueServesUrgentOnesFirstButForEveryEighthTurn(t *testing.T) {
 	}
 	others, urgent := add(3, ask{}), add(20, ask{urgent: true})
 	again := add(1, ask{again: true})[0]
-	others = append([]*waiter{again}, others...) // one that was throttled goes before its kind
+	others = append([]*waiter{again}, others...) // one that was throttled comes first among its kind
 	for turn := range 24 {
 		want := &urgent
 		if len(urgent) == 0 || turn%othersTurn == othersTurn-1 {
 			want = &others
 		}
 		if w := q.serve(); w != (*want)[0] {
-			t.Fatalf("turn %d went to the wrong one", turn)
+			t.Fatalf("turn %d went to the wrong waiter", turn)
 		}
 		*want = (*want)[1:]
 	}
@@ -194,7 +194,7 @@ func TestQueueServesUrgentOnesFirstButForEveryEighthTurn(t *testing.T) {
 	}
 }
 
-func TestAllWhoWaitAreVisitedThoughTheyLeave(t *testing.T) {
+func TestAllWaitersAreVisitedEvenIfTheyLeave(t *testing.T) {
 	q := newQueue()
 	for i := range 10 {
 		q.add(&waiter{ask: ask{urgent: i%3 == 0}})
@@ -209,7 +209,7 @@ func TestAllWhoWaitAreVisitedThoughTheyLeave(t *testing.T) {
 	}
 }
 
-// BenchmarkCancelWaiting is the cost of one that leaves a queue of 100,000, in random order.
+// BenchmarkCancelWaiting measures a waiter's leaving a queue of 100,000, in random order.
 func BenchmarkCancelWaiting(b *testing.B) {
 	const waiting = 100_000
 	c, err := New(Config{Addr: "relay.example:25", TLS: TLSNone})
@@ -255,7 +255,7 @@ func TestTimeForOneOfSeveralAddresses(t *testing.T) {
 	}
 }
 
-func TestWhatIsTheFaultOfOneAddress(t *testing.T) {
+func TestFaultsOfASingleAddress(t *testing.T) {
 	for _, tt := range []struct {
 		e    Error
 		want bool
@@ -271,7 +271,7 @@ func TestWhatIsTheFaultOfOneAddress(t *testing.T) {
 		{Error{Op: OpSTARTTLS, Reply: Reply{Code: 454}}, true},
 		{Error{Op: OpAuth, Reply: Reply{Code: 535}}, false},
 		{Error{Op: OpAuth, Err: errors.New("connection lost")}, false},
-		{Error{Op: OpData}, false}, // the question about refused chunks
+		{Error{Op: OpData}, false}, // the probe for refused chunks
 	} {
 		if got := tt.e.ofNode(); got != tt.want {
 			t.Errorf("%v: %v, want %v", &tt.e, got, tt.want)

@@ -1,4 +1,4 @@
-// Here belongs what the client asks of its sockets, which it does on Linux alone.
+// Socket options that the client sets, on Linux only.
 package test
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// socketConn counts how often something is asked of its socket.
+// socketConn counts the requests for its socket.
 type socketConn struct {
 	net.Conn
 	asked *atomic.Int64
@@ -32,7 +32,7 @@ func (s rawSocket) Control(func(fd uintptr)) error {
 	return nil
 }
 
-// replyInParts is a relay that has read a whole envelope before it answers, in one write or in one for each reply.
+// replyInParts is a relay that reads a whole envelope before it replies, in one write or in one for each reply.
 func replyInParts(conn net.Conn, parts bool) {
 	defer conn.Close()
 	in := bufio.NewReader(conn)
@@ -41,7 +41,7 @@ func replyInParts(conn net.Conn, parts bool) {
 			replies = []string{strings.Join(replies, "")}
 		}
 		for _, r := range replies {
-			conn.Write([]byte(r)) // which lasts until it is read
+			conn.Write([]byte(r)) // blocks until it is read
 		}
 	}
 	say("220 relay\r\n")
@@ -68,8 +68,8 @@ func replyInParts(conn net.Conn, parts bool) {
 	}
 }
 
-// A relay that writes each reply on its own waits for the acknowledgement of each. One that writes them together does not, and
-// its client pays nothing.
+// A relay that writes each reply separately waits for each acknowledgement. One that writes them together does not, and then its
+// client must not pay anything.
 func TestRepliesInPartsAreAcknowledgedAtOnce(t *testing.T) {
 	const messages = 5
 	for name, tt := range map[string]struct {
@@ -78,7 +78,7 @@ func TestRepliesInPartsAreAcknowledgedAtOnce(t *testing.T) {
 		asked   int
 	}{
 		"together":                 {false, 0, 0},
-		"each on its own":          {true, 0, 2 * messages},
+		"each separately":          {true, 0, 2 * messages},
 		"together, with a limit":   {false, 1, 1},
 		"in parts, with the limit": {true, 1, 2*messages + 1},
 	} {
@@ -99,12 +99,12 @@ func TestRepliesInPartsAreAcknowledgedAtOnce(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			want(t, "times that something was asked of the socket", int(asked.Load()), tt.asked)
+			want(t, "requests for the socket", int(asked.Load()), tt.asked)
 		})
 	}
 }
 
-// Linux gives up a connection under TCP_USER_TIMEOUT, too, where the relay's window is full and its kernel answers.
+// Linux's TCP_USER_TIMEOUT also ends a connection if the relay's window is full and its kernel answers.
 func TestLimitOfAcknowledgementsIsLiftedForLargeBodies(t *testing.T) {
 	for _, size := range []int{15 << 10, 17 << 10} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
@@ -125,7 +125,7 @@ func TestLimitOfAcknowledgementsIsLiftedForLargeBodies(t *testing.T) {
 			if size > 16<<10 {
 				times = 3 // lifted, and set again
 			}
-			want(t, "times that it was set", int(asked.Load()), times)
+			want(t, "times that the limit was set", int(asked.Load()), times)
 		})
 	}
 }

@@ -1,4 +1,4 @@
-// Here belong relays with several addresses behind one name.
+// Relays with several addresses of one name.
 package test
 
 import (
@@ -16,8 +16,8 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// severalNodes is a relay with n addresses behind the name relay.test, and the configuration for it. The test's dials are in the
-// trace that is returned.
+// severalNodes returns a relay with n addresses of the name relay.test, its configuration, and a trace that records the dials of
+// the test.
 func severalNodes(t *testing.T, n int, set ...func(*smtptest.Server)) (*smtptest.Server, smtprelay.Config, *dialsTold) {
 	t.Helper()
 	relay := newRelay(t, append(set, func(s *smtptest.Server) { s.Addresses, s.CertNames = n, []string{"relay.test"} })...)
@@ -27,13 +27,13 @@ func severalNodes(t *testing.T, n int, set ...func(*smtptest.Server)) (*smtptest
 	cfg := configOf(relay)
 	_, port, _ := net.SplitHostPort(relay.Addr())
 	cfg.Addr, cfg.Dial, cfg.AllowInsecureAuth = "relay.test:"+port, nil, true
-	cfg.Retry.MaxAttempts = 1 // a dial that fails is the end of its Send
+	cfg.Retry.MaxAttempts = 1 // a failed dial ends its Send
 	told := new(dialsTold)
 	cfg.Trace = told.trace()
 	return relay, cfg, told
 }
 
-// dialsTold is what a Trace was told of dials and lessons.
+// dialsTold records the dials and lessons reported to a Trace.
 type dialsTold struct {
 	mu      sync.Mutex
 	dials   []smtprelay.DialDoneInfo
@@ -55,13 +55,13 @@ func (d *dialsTold) trace() *smtprelay.Trace {
 	}
 }
 
-// nodeOf is which of the loopback addresses a dial has ended at.
+// nodeOf is the loopback address at which a dial ended.
 func nodeOf(i smtprelay.DialDoneInfo) string {
 	host, _, _ := net.SplitHostPort(i.Remote)
 	return strings.TrimPrefix(host, "127.0.0.")
 }
 
-// perNode is how many connections each address of relay has had.
+// perNode is the number of connections to each address of relay.
 func perNode(relay *smtptest.Server, n int) []int {
 	at := make([]int, n)
 	for _, c := range relay.Conns() {
@@ -70,7 +70,7 @@ func perNode(relay *smtptest.Server, n int) []int {
 	return at
 }
 
-// illNodes are what an address may do before AUTH.
+// illNodes are the ways in which an address may fail before AUTH.
 var illNodes = map[string]smtptest.Fault{
 	"closes":                       {At: smtptest.Connect, Drop: true},
 	"is reset":                     {At: smtptest.Connect, Abort: true},
@@ -79,14 +79,14 @@ var illNodes = map[string]smtptest.Fault{
 	"greets with 554":              {At: smtptest.Connect, Reply: "554 5.7.1 not you", Drop: true},
 	"answers EHLO with 421":        {At: smtptest.EHLO, Reply: "421 4.3.2 going down", Drop: true},
 	"does not answer EHLO":         {At: smtptest.EHLO, Stall: true},
-	"has no TLS today":             {At: smtptest.StartTLS, Reply: "454 4.7.0 TLS not available"},
+	"refuses STARTTLS":             {At: smtptest.StartTLS, Reply: "454 4.7.0 TLS not available"},
 	"closes within the handshake":  {At: smtptest.TLSHandshake, Drop: true},
 	"is silent in the handshake":   {At: smtptest.TLSHandshake, Stall: true},
-	"speaks within the handshake":  {At: smtptest.TLSHandshake, Reply: "421 4.3.2 going down", Drop: true},
+	"replies within the handshake": {At: smtptest.TLSHandshake, Reply: "421 4.3.2 going down", Drop: true},
 	"answers the second EHLO only": {At: smtptest.EHLO, Nth: 2, Reply: "421 4.3.2 going down", Drop: true},
 }
 
-func TestAddressThatFailsBeforeAuthIsFollowedByTheNextOne(t *testing.T) {
+func TestAddressThatFailsBeforeAuthIsFollowedByTheNext(t *testing.T) {
 	for name, fault := range illNodes {
 		t.Run(name, func(t *testing.T) {
 			relay, cfg, told := severalNodes(t, 2)
@@ -119,10 +119,10 @@ func TestAddressThatFailsBeforeAuthIsFollowedByTheNextOne(t *testing.T) {
 	}
 }
 
-func TestAddressThatRefusesTheConnectionIsFollowedByTheNextOne(t *testing.T) {
+func TestAddressThatRefusesTheConnectionIsFollowedByTheNext(t *testing.T) {
 	relay, cfg, told := severalNodes(t, 3)
 	host, port, _ := net.SplitHostPort(cfg.Addr)
-	closed, err := net.Listen("tcp", "127.0.0.9:0") // a port that nobody listens on at the relay's addresses
+	closed, err := net.Listen("tcp", "127.0.0.9:0") // a port that is closed at the relay's addresses
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestAddressThatRefusesTheConnectionIsFollowedByTheNextOne(t *testing.T) {
 	_, err = client.Send(t.Context(), numbered(0))
 	for _, words := range []string{"connection refused", "3 addresses of the relay have failed"} {
 		if !contains(err, words) {
-			t.Errorf("%v, want it to say %q", err, words)
+			t.Errorf("%v, want it to contain %q", err, words)
 		}
 	}
 	want(t, "dials told", len(told.dials), 1)
@@ -144,8 +144,8 @@ func TestAddressThatRefusesTheConnectionIsFollowedByTheNextOne(t *testing.T) {
 	want(t, "connections", len(relay.Conns()), 1)
 }
 
-// What the relay says of its last address is told, and by which address; a reply tells more than a connection refused.
-func TestDialThatFailsAtAllAddressesTellsWhatTheRelaySaid(t *testing.T) {
+// The error has the reply of the relay's last address, and that address; a reply is more useful than a refused connection.
+func TestDialThatFailsAtAllAddressesReportsTheReply(t *testing.T) {
 	relay, cfg, told := severalNodes(t, 3)
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 1, Drop: true, Count: -1})
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 2, Reply: "554 5.7.1 not you", Drop: true, Count: -1})
@@ -154,18 +154,18 @@ func TestDialThatFailsAtAllAddressesTellsWhatTheRelaySaid(t *testing.T) {
 	_, err := client.Send(t.Context(), numbered(0))
 	for _, words := range []string{`554 5.7.1 "not you"`, "127.0.0.2:", "3 addresses of the relay have failed"} {
 		if !contains(err, words) {
-			t.Errorf("%v, want it to say %q", err, words)
+			t.Errorf("%v, want it to contain %q", err, words)
 		}
 	}
 	if len(told.dials) != 1 || nodeOf(told.dials[0]) != "2" || told.dials[0].Err == nil {
-		t.Errorf("dials told: %+v", told.dials)
+		t.Errorf("dials reported: %+v", told.dials)
 	}
 	if got := perNode(relay, 3); !slices.Equal(got, []int{1, 1, 1}) {
 		t.Errorf("connections at each address: %v", got)
 	}
 }
 
-// A relay of many addresses that all fail is not asked at each of them in one dial.
+// If all of a relay's many addresses fail, one dial does not try each of them.
 func TestDialTriesThreeAddressesThatAnswer(t *testing.T) {
 	relay, cfg, _ := severalNodes(t, 10)
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Reply: "421 4.3.2 going down", Drop: true, Count: -1})
@@ -177,8 +177,8 @@ func TestDialTriesThreeAddressesThatAnswer(t *testing.T) {
 	want(t, "connections", len(relay.Conns()), 3)
 }
 
-// What is no fault of one address ends the dial, and marks none.
-func TestWhatIsNoFaultOfOneAddressIsNotAskedOfTheNextOne(t *testing.T) {
+// A failure that is not the fault of one address ends the dial, and marks no address.
+func TestFailureOfTheRelayIsNotRetriedAtTheNextAddress(t *testing.T) {
 	for name, fault := range map[string]smtptest.Fault{
 		"too many connections": {At: smtptest.Connect, Reply: "421 4.7.0 too many connections from your host", Drop: true},
 		"AUTH refused":         {At: smtptest.Auth, Reply: "535 5.7.8 bad credentials"},
@@ -205,7 +205,7 @@ func TestWhatIsNoFaultOfOneAddressIsNotAskedOfTheNextOne(t *testing.T) {
 }
 
 // A node that drains does not lower the number of connections to the others.
-func TestAddressThatDrainsLowersNothingForTheOthers(t *testing.T) {
+func TestAddressThatDrainsDoesNotLowerTheLimit(t *testing.T) {
 	relay, cfg, _ := severalNodes(t, 2)
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 1, Reply: "421 4.3.2 going down", Drop: true, Count: -1})
 	cfg.Limits.MaxConns = 4
@@ -216,20 +216,20 @@ func TestAddressThatDrainsLowersNothingForTheOthers(t *testing.T) {
 	want(t, "dials that failed", int(client.Stats().DialErrors), 0)
 }
 
-// The certificate is checked for the name, whichever address has it.
-func TestCertificateIsCheckedForTheNameAtEachAddress(t *testing.T) {
+// The certificate is checked against the name at every address.
+func TestCertificateIsCheckedAgainstTheNameAtEachAddress(t *testing.T) {
 	relay, cfg, _ := severalNodes(t, 2, func(s *smtptest.Server) {})
 	_, port, _ := net.SplitHostPort(cfg.Addr)
 	cfg.Addr = "other.test:" + port
 	client := newClient(t, cfg)
 	_, err := client.Send(t.Context(), numbered(0))
 	if e, ok := errors.AsType[*smtprelay.Error](err); !ok || e.Op != smtprelay.OpTLS || !contains(err, "other.test") {
-		t.Errorf("%v, want the name that the certificate is not for", err)
+		t.Errorf("%v, want the name that the certificate lacks", err)
 	}
 	want(t, "messages", len(relay.Messages()), 0)
 }
 
-// One connection at a time counts against the cap, while a dial goes from address to address.
+// While a dial goes from address to address, it counts as one connection against the limit.
 func TestDialOverSeveralAddressesHoldsOneConnectionAtATime(t *testing.T) {
 	relay, cfg, _ := severalNodes(t, 3)
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Addr: 1, Reply: "421 4.3.2 going down", Count: -1})
@@ -243,8 +243,8 @@ func TestDialOverSeveralAddressesHoldsOneConnectionAtATime(t *testing.T) {
 	}
 }
 
-// With Config.Dial the addresses are its own matter.
-func TestDialOfTheCallersOwnIsGivenTheName(t *testing.T) {
+// Config.Dial chooses the address itself.
+func TestConfigDialGetsTheName(t *testing.T) {
 	relay, cfg, told := severalNodes(t, 2)
 	relay.Fault(smtptest.Fault{At: smtptest.Connect, Reply: "421 4.3.2 going down", Drop: true, Count: -1})
 	var asked []string
@@ -257,11 +257,11 @@ func TestDialOfTheCallersOwnIsGivenTheName(t *testing.T) {
 		t.Error("the message was accepted")
 	}
 	if !slices.Equal(asked, []string{cfg.Addr}) || len(told.dials) != 1 || nodeOf(told.dials[0]) != "1" {
-		t.Errorf("dialled %q, told %+v", asked, told.dials)
+		t.Errorf("dialled %q, reported %+v", asked, told.dials)
 	}
 }
 
-func TestNameWithoutAddressIsTheErrorOfTheDial(t *testing.T) {
+func TestFailedLookupIsTheErrorOfTheDial(t *testing.T) {
 	_, cfg, told := severalNodes(t, 1)
 	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
 		return nil, fmt.Errorf("no network")
@@ -273,6 +273,6 @@ func TestNameWithoutAddressIsTheErrorOfTheDial(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if len(told.dials) != 1 || told.dials[0].Remote != "" {
-		t.Errorf("dials told: %+v", told.dials)
+		t.Errorf("dials reported: %+v", told.dials)
 	}
 }

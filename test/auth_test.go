@@ -1,4 +1,4 @@
-// Here belongs AUTH: refused credentials and how long they are not tried again, mechanisms that misbehave.
+// AUTH: refused credentials and how long they are not retried, mechanisms that misbehave.
 package test
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// observed remembers when the events passed that a fault observes.
+// observed records when events of an observing fault happened.
 type observed struct {
 	mu    sync.Mutex // guards the field below
 	times []time.Time
@@ -42,8 +42,8 @@ func (o *observed) all() []time.Time {
 	return slices.Clone(o.times)
 }
 
-// One AUTH for each period, which grows: some relays lock the account of somebody who goes on trying. In between every
-// Send fails at once, with what the relay said.
+// One AUTH per period, which grows: some relays lock the account after repeated attempts. In between, every Send fails at once
+// with the relay's reply.
 func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -79,18 +79,18 @@ func TestRefusedCredentialsAreNotTriedAgainForAWhile(t *testing.T) {
 			}
 			last = at
 		}
-		// After 30 s, 1 min, 2, 4 and 5: three and a part of them in ten minutes.
+		// After 30 s, 1 min, 2, 4 and 5: a little over three of these in ten minutes.
 		atMost(t, "AUTHs after the first burst", len(times)-first, 4)
 		if len(times) == first {
 			t.Error("the credentials were never tried again")
 		}
 		want(t, "messages at the relay", relay.Stats().Accepted, 0)
-		want(t, "bodies that left nevertheless", commands(relay, "BDAT"), 0)
+		want(t, "bodies that were sent nevertheless", commands(relay, "BDAT"), 0)
 	})
 }
 
-// With the right key again all goes on: at once with a new one from Config.Auth, and after the pause when the account is
-// repaired at the relay.
+// Once the credentials are right again, sending continues: at once with a new key from Config.Auth, and after the pause if the
+// relay has enabled the account.
 func TestPauseOfTheCredentialsEnds(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -105,7 +105,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 		}
 		client := newClient(t, cfg)
 		began := time.Now()
-		for i := range 20 { // the same key again and again: AUTH goes out once
+		for i := range 20 { // with the same key AUTH is sent once
 			s := sendOne(t.Context(), client, i)
 			if e := failure(s.err); e.Reply.Code != 535 || s.took > 30*time.Second {
 				t.Fatalf("with the old key: %v after %v; want the 535 once Config.Auth was asked", s.err, s.took)
@@ -119,7 +119,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 			t.Errorf("with the new key: %v after %v", s.err, s.took)
 		}
 
-		// And the key that was refused may be the right one again.
+		// A key that was refused may become right again.
 		broken := relay.Fault(smtptest.Fault{At: smtptest.Auth, Reply: "535 5.7.8 account suspended"})
 		cfg = configOf(relay)
 		client = newClient(t, cfg)
@@ -138,7 +138,7 @@ func TestPauseOfTheCredentialsEnds(t *testing.T) {
 	})
 }
 
-func TestChallengesWithoutEndAreGivenUp(t *testing.T) {
+func TestEndlessChallengesAreGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var answers atomic.Int64
 		client := newClient(t, smtprelay.Config{
@@ -157,12 +157,12 @@ func TestChallengesWithoutEndAreGivenUp(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 		if n := answers.Load(); n > 13 { // AUTH, ten answers, "*", QUIT
-			t.Errorf("the client has said %d lines", n)
+			t.Errorf("the client has sent %d lines", n)
 		}
 	})
 }
 
-// talker is a mechanism that always has an answer.
+// talker is a mechanism that always has a response.
 type talker struct{}
 
 func (talker) Start() (string, []byte, error) { return "X-TALK", nil, nil }
@@ -192,7 +192,7 @@ func TestSlowChallengesAreBoundedTogether(t *testing.T) {
 	})
 }
 
-// behindAuth are relays that object to what stands behind AUTH, each in its way.
+// behindAuth are relays that object to commands pipelined after AUTH, each in its way.
 func behindAuth() map[string]smtptest.Fault {
 	led := func(e smtptest.Event) bool { return e.AuthLed }
 	leading := func(e smtptest.Event) bool { return e.AuthLed && e.N == 1 }
@@ -200,7 +200,7 @@ func behindAuth() map[string]smtptest.Fault {
 		"hangs up at AUTH":           {At: smtptest.Auth, Pipelined: true, Drop: true},
 		"resets at AUTH":             {At: smtptest.Auth, Pipelined: true, Abort: true},
 		"235 and hangs up":           {At: smtptest.Auth, Pipelined: true, Reply: "235 2.7.0 Accepted", Drop: true},
-		"235 and throws the rest":    {At: smtptest.Auth, Pipelined: true, Discard: true},
+		"235 and discards the rest":  {At: smtptest.Auth, Pipelined: true, Discard: true},
 		"is silent":                  {At: smtptest.Auth, Pipelined: true, Stall: true},
 		"334 to an initial response": {At: smtptest.Auth, Pipelined: true, Reply: "334 "},
 	}
@@ -212,14 +212,14 @@ func behindAuth() map[string]smtptest.Fault {
 		rows[reply[:3]+" to each MAIL of such a connection"] = smtptest.Fault{At: smtptest.Mail, When: led, Reply: reply}
 	}
 	for _, reply := range []string{"550 5.7.1 No", "451 4.7.0 Not yet"} {
-		rows[reply[:3]+" to the MAIL behind AUTH"] = smtptest.Fault{At: smtptest.Mail, When: leading, Reply: reply}
+		rows[reply[:3]+" to the MAIL after AUTH"] = smtptest.Fault{At: smtptest.Mail, When: leading, Reply: reply}
 	}
 	return rows
 }
 
-// Where the relay objects to what stands behind AUTH, that costs some connections once and no message, and nobody is told that
+// A relay that objects to commands pipelined after AUTH costs some connections once, but no message, and no caller is told that
 // the password is wrong.
-func TestRelayThatDoesNotTakeCommandsBehindAuthCostsNoMessage(t *testing.T) {
+func TestRelayThatRefusesCommandsAfterAuthCostsNoMessage(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		messages := fewer(200)
 		for _, at := range []int{messages, 1} { // at once, or one after another
@@ -230,7 +230,7 @@ func TestRelayThatDoesNotTakeCommandsBehindAuthCostsNoMessage(t *testing.T) {
 					relay.Fault(*habit)
 				}
 				cfg := configOf(relay)
-				cfg.Limits.MaxMessagesPerConn = 15 // so that AUTH is due now and then
+				cfg.Limits.MaxMessagesPerConn = 15 // so that AUTH is needed repeatedly
 				client := newClient(t, cfg)
 				began := time.Now()
 				for len(all) < messages {
@@ -251,11 +251,11 @@ func TestRelayThatDoesNotTakeCommandsBehindAuthCostsNoMessage(t *testing.T) {
 				}
 				checkLedger(t, relay, all)
 				most := usual + 3*time.Second
-				if habit.Stall { // nothing tells it from a relay that thinks for long
+				if habit.Stall { // indistinguishable from a slow relay
 					most = usual + 11*time.Second
 				}
 				if took > most {
-					t.Errorf("%s, %d at once: took %v, and %v without the habit", name, at, took, usual)
+					t.Errorf("%s, %d at once: took %v, but %v without the fault", name, at, took, usual)
 				}
 				atMost(t, name+": connections", len(relay.Conns()), messages/15+1+20)
 			}
@@ -263,8 +263,8 @@ func TestRelayThatDoesNotTakeCommandsBehindAuthCostsNoMessage(t *testing.T) {
 	})
 }
 
-// A wrong password is tried by one connection at a time, and then not for a while, however long the relay thinks about it.
-func TestWrongPasswordIsTriedSeldomHoweverSlowItsRefusalIs(t *testing.T) {
+// A wrong password is tried on one connection at a time, and then not for a while, however slow the refusal is.
+func TestWrongPasswordIsTriedRarelyHoweverSlowItsRefusal(t *testing.T) {
 	for _, slow := range []time.Duration{0, 500 * time.Millisecond, 3 * time.Second, 20 * time.Second, time.Minute} {
 		for _, asked := range []bool{false, true} {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -301,7 +301,7 @@ func TestWrongPasswordIsTriedSeldomHoweverSlowItsRefusalIs(t *testing.T) {
 	}
 }
 
-// Credentials that the relay has accepted are right: a refusal later is the directory's fault, and fails no message.
+// Credentials that the relay has accepted are right: a later refusal is the relay's fault, and fails no message.
 func TestRefusalOfCredentialsThatWereAcceptedFailsNoMessage(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.DropBodies = true })
@@ -321,7 +321,7 @@ func TestRefusalOfCredentialsThatWereAcceptedFailsNoMessage(t *testing.T) {
 	})
 }
 
-// The directory of the relay is down for 25 s: each AUTH is refused, in the middle of traffic.
+// The relay's directory is down for 25 s: each AUTH is refused, in the middle of traffic.
 func TestDirectoryThatIsDownForAWhileFailsNoMessage(t *testing.T) {
 	for _, reply := range []string{"535 5.7.8 Authentication failed", "454 4.7.0 Temporary authentication failure", "421 4.3.0 Directory down"} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -346,14 +346,14 @@ func TestDirectoryThatIsDownForAWhileFailsNoMessage(t *testing.T) {
 			senders.Wait()
 			allAccepted(t, relay, all)
 			if down.Hits() == 0 {
-				t.Error("the directory was not asked while it was down")
+				t.Error("no AUTH was sent while the directory was down")
 			}
 			atMost(t, "AUTHs while it was down", down.Hits(), 40)
 		})
 	}
 }
 
-// expiring are tokens of which each is accepted so often.
+// expiring are tokens, each of which is accepted a limited number of times.
 type expiring struct {
 	mu   sync.Mutex // guards the field below
 	uses map[string]int
@@ -366,8 +366,8 @@ func (e *expiring) take(token string, most int) bool {
 	return e.uses[token] <= most
 }
 
-// A token that is refused is asked for once more, at once: Config.Auth has a fresh one by then, and nobody hears of it.
-func TestTokenThatHasExpiredIsAskedForOnceMore(t *testing.T) {
+// After a refused token, Config.Auth is asked once more, at once: it has a new token by then, and no caller notices.
+func TestExpiredTokenIsReplacedAtOnce(t *testing.T) {
 	for _, plain := range []bool{true, false} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			tokens := expiring{uses: map[string]int{}}
@@ -393,7 +393,7 @@ func TestTokenThatHasExpiredIsAskedForOnceMore(t *testing.T) {
 			cfg := configOf(relay)
 			cfg.Username, cfg.Password = "", ""
 			cfg.Limits.MaxMessagesPerConn = 5
-			var cached atomic.Int64 // the cache gives each token for a while, and so too long now and then
+			var cached atomic.Int64 // the cache returns each token for a while, sometimes for too long
 			var asked atomic.Int64
 			cfg.Auth = func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
 				token := "token" + string(rune('a'+cached.Load()/4))

@@ -1,4 +1,4 @@
-// Here belongs Message.BeforeEnd, as far as a dialogue script cannot tell it.
+// Message.BeforeEnd, as far as a dialogue script cannot test it.
 package test
 
 import (
@@ -11,7 +11,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-func TestBeforeEndThatPanicsLetsNoEndOut(t *testing.T) {
+func TestBeforeEndThatPanicsSendsNoEnd(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		client := newClient(t, configOf(relay))
@@ -30,7 +30,7 @@ func TestBeforeEndThatPanicsLetsNoEndOut(t *testing.T) {
 	})
 }
 
-func TestBeforeEndIsToldTheRecipientsOfEachTransaction(t *testing.T) {
+func TestBeforeEndGetsTheRecipientsOfEachTransaction(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		cfg := configOf(relay)
@@ -44,14 +44,14 @@ func TestBeforeEndIsToldTheRecipientsOfEachTransaction(t *testing.T) {
 		m.BeforeEnd = func(_ context.Context, to []string) error {
 			atMost(t, "recipients of a transaction", len(to), 2)
 			told = append(told, to...)
-			clear(to) // it is the caller's
+			clear(to) // the caller may change it
 			return nil
 		}
 		if _, err := client.Send(t.Context(), m); err != nil {
 			t.Fatal(err)
 		}
 		if !slices.Equal(told, m.To) {
-			t.Errorf("told %v, want %v", told, m.To)
+			t.Errorf("got %v, want %v", told, m.To)
 		}
 		want(t, "messages", len(relay.Messages()), 3)
 	})

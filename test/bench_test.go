@@ -1,4 +1,4 @@
-// Here belong measurements: allocations, and benchmarks with round trips for each message.
+// Measurements: allocations, and benchmarks with round trips per message.
 package test
 
 import (
@@ -22,8 +22,8 @@ import (
 	"github.com/smtprelay/smtprelay/internal/netpipe"
 )
 
-// sink is a relay that accepts everything and costs next to nothing, as relaytest does not: what is measured is the client. It counts
-// turns: how often it had answered all that it had got, waited, and then got something.
+// sink is a relay that accepts everything at almost no cost, unlike relaytest: the client is what is measured. It counts turns:
+// how often it had answered all its input, waited, and then received more.
 type sink struct {
 	extensions []string
 	tls        *tls.Config // nil: no TLS
@@ -66,7 +66,7 @@ func (s *sink) serve(conn net.Conn) {
 		case "DATA":
 			out.WriteString("354 Continue\r\n")
 			out.Flush()
-			for { // the body's lines are counted by their dots only
+			for { // only the dots matter
 				line, err := in.ReadSlice('\n')
 				if err != nil {
 					return
@@ -116,7 +116,7 @@ var (
 	chunked    = append([]string{"CHUNKING"}, overlapped...)
 )
 
-// body is a message of about size octets, as a mail library makes it.
+// body is a message of about size octets, like those of mail libraries.
 func body(size int) []byte {
 	var b bytes.Buffer
 	b.WriteString("From: a@x.example\r\nTo: b@y.example\r\nSubject: measured\r\nMessage-ID: <1@x.example>\r\n\r\n")
@@ -147,9 +147,9 @@ func BenchmarkSend(b *testing.B) {
 	}
 }
 
-// sendAll sends m n times from so many goroutines.
+// sendAll sends m n times from the given number of goroutines.
 func sendAll(tb testing.TB, c *smtprelay.Client, m smtprelay.Message, senders, n int) {
-	ctx, cancel := context.WithCancel(context.Background()) // as services have it: of a request
+	ctx, cancel := context.WithCancel(context.Background()) // as in services, where it belongs to a request
 	defer cancel()
 	var left atomic.Int64
 	left.Store(int64(n))
@@ -202,9 +202,9 @@ func TestAllocationsPerMessage(t *testing.T) {
 			runtime.ReadMemStats(&after)
 			gotObjects := float64(after.Mallocs-before.Mallocs) / messages
 			gotOctets := float64(after.TotalAlloc-before.TotalAlloc) / messages
-			t.Logf("%.1f allocations, %.0f octets a message, the relay's included", gotObjects, gotOctets)
+			t.Logf("%.1f allocations, %.0f octets per message, including the relay's", gotObjects, gotOctets)
 			if gotObjects > objects || gotOctets > octets {
-				t.Errorf("%.1f allocations, %.0f octets a message, want at most %d and %d", gotObjects, gotOctets, objects, octets)
+				t.Errorf("%.1f allocations, %.0f octets per message, want at most %d and %d", gotObjects, gotOctets, objects, octets)
 			}
 		})
 	}
@@ -240,7 +240,7 @@ func BenchmarkSendBodyInPieces(b *testing.B) {
 	}
 }
 
-// listen is the address of the sink on loopback.
+// listen returns the address of the sink on loopback.
 func (s *sink) listen(tb testing.TB) string {
 	tb.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -260,9 +260,9 @@ func (s *sink) listen(tb testing.TB) string {
 	return l.Addr().String()
 }
 
-// BenchmarkConns shows whether a message costs more where there are more connections: with as many senders as connections, and
-// with 100 senders on as many open connections. What counts is the processor time, the relay's included; connections are open
-// before it is taken. Over loopback each one needs two files.
+// BenchmarkConns shows whether a message costs more with more connections: with as many senders as connections, and with 100
+// senders on that many open connections. The figure is the processor time, including the relay's; connections are opened before
+// the measurement. Over loopback each connection needs two files.
 func BenchmarkConns(b *testing.B) {
 	for _, way := range []string{"memory", "loopback"} {
 		for _, everybody := range []bool{true, false} {
@@ -294,7 +294,7 @@ func BenchmarkConns(b *testing.B) {
 	}
 }
 
-// openAll has c open so many connections: each carries a message whose body waits for the others.
+// openAll makes c open conns connections: each carries a message whose body waits for the others.
 func openAll(tb testing.TB, c *smtprelay.Client, m smtprelay.Message, conns int) {
 	tb.Helper()
 	var begun, sent sync.WaitGroup
@@ -314,7 +314,7 @@ func openAll(tb testing.TB, c *smtprelay.Client, m smtprelay.Message, conns int)
 	}
 }
 
-// meeting is a body that waits until all have begun.
+// meeting is a body that waits until all bodies have begun.
 type meeting struct {
 	io.WriterTo
 	begun *sync.WaitGroup

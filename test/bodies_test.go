@@ -1,4 +1,4 @@
-// Here belong bodies by their kind: readers, writers of unknown size, writers that do not stop.
+// Bodies by their kind: readers, writers of unknown size, writers that do not stop.
 package test
 
 import (
@@ -9,24 +9,26 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/smtprelay/smtprelay"
+	"github.com/smtprelay/smtprelay/internal/relaytest"
 	"github.com/smtprelay/smtprelay/smtpapi"
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
 func withoutSize(s *smtptest.Server) { s.Without = []string{"SIZE"} }
 
-// A body of unknown size goes by DATA where the relay has not said how large a message may be, although the decision falls
-// in the middle of the body: wherever that is, dots are doubled from there on and no line end is lost.
-func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
+// A body of unknown size is sent by DATA if the relay has not announced a size limit. The decision falls in the middle of the
+// body: wherever that is, dots are doubled from there on and no line end is lost.
+func TestBodyOfUnknownSizeIsSentByDataIfTheRelayAnnouncesNoSize(t *testing.T) {
 	text := append([]byte("Subject: dots\r\n\r\n"), bytes.Repeat([]byte(".\r\n..x\r\nplain\r\n"), 6000)...)
 	for _, size := range []int{7, 100, 4096, 1 << 20} {
-		for shift := range 16 { // what the end of the buffer falls on
+		for shift := range 16 { // moves the end of the buffer to each position
 			synctest.Test(t, func(t *testing.T) {
 				relay := newRelay(t, inChunks, withoutSize)
 				client := newClient(t, configOf(relay))
@@ -37,7 +39,7 @@ func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
 				}
 				got := relay.Messages()
 				if len(got) != 1 || !bytes.Equal(got[0].Body, body) {
-					t.Fatalf("pieces of %d, shifted by %d: the body came otherwise than it went", size, shift)
+					t.Fatalf("pieces of %d, shifted by %d: the body arrived changed", size, shift)
 				}
 				if n := relay.Conns()[0].Commands["DATA"]; n != 1 {
 					t.Errorf("%d DATA, want 1", n)
@@ -47,7 +49,7 @@ func TestBodyOfUnknownSizeGoesByDataWhereTheRelayNamesNoSize(t *testing.T) {
 	}
 }
 
-func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
+func TestBodyOfUnknownSizeIsNotSentByDataWithoutRecipient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks, withoutSize)
 		relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Reply: "550 5.1.1 nobody"})
@@ -65,8 +67,8 @@ func TestBodyOfUnknownSizeIsNotSentByDataToNobody(t *testing.T) {
 	})
 }
 
-// A body that can be written once only is tried again as long as the relay says no before more than its first chunk is used.
-func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
+// A body that can be read only once is retried if the relay refuses before more than its first chunk is used.
+func TestReaderIsRetriedIfItsFirstChunkIsRefused(t *testing.T) {
 	const chunk = 64 << 10
 	for _, size := range []int{1, 1000, chunk - 1, chunk, chunk + 1, chunk + 2, chunk + 3, 3 * chunk} {
 		for _, fault := range []smtptest.Fault{
@@ -85,14 +87,14 @@ func TestReaderIsTriedAgainWhereItsFirstChunkIsRefused(t *testing.T) {
 				}
 				want := append(body[:size-1:size-1], "\r\n"...)
 				if got := relay.Messages(); len(got) != 1 || !bytes.Equal(got[0].Body, want) {
-					t.Errorf("%d octets, %v at %v: %d messages, or another body than was sent", size, fault.Reply, fault.At, len(got))
+					t.Errorf("%d octets, %v at %v: %d messages, or a changed body", size, fault.Reply, fault.At, len(got))
 				}
 			})
 		}
 	}
 }
 
-func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
+func TestReaderIsNotRetriedOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks)
 		relay.Fault(smtptest.Fault{At: smtptest.Body, AfterBytes: 100_000, Abort: true})
@@ -105,7 +107,7 @@ func TestReaderIsNotTriedAgainOnceMoreThanItsFirstChunkIsUsed(t *testing.T) {
 	})
 }
 
-// keptWriter is a body that writes once more to what the body before it was given.
+// keptWriter is a body that keeps writing to the Writer of an earlier body.
 type keptWriter struct {
 	kept *io.Writer
 	late *error
@@ -120,7 +122,7 @@ func (b keptWriter) WriteTo(w io.Writer) (int64, error) {
 	return int64(n), err
 }
 
-// again are bodies of 100 KB that can be written more than once.
+// again returns bodies of 100 KB that can be written more than once.
 func again(t *testing.T) map[string]io.WriterTo {
 	text := strings.Repeat("Subject: x\r\n", 8_000)
 	path := filepath.Join(t.TempDir(), "mail")
@@ -142,7 +144,7 @@ func again(t *testing.T) map[string]io.WriterTo {
 	}
 }
 
-func TestBodyThatCanBeHadAgainIsTriedAgainInTheMiddle(t *testing.T) {
+func TestRepeatableBodyIsRetriedAfterAFailureInTheMiddle(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for name, body := range again(t) {
 			relay := newRelay(t, near)
@@ -150,7 +152,7 @@ func TestBodyThatCanBeHadAgainIsTriedAgainInTheMiddle(t *testing.T) {
 			lost := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 bye", Drop: true})
 			m := shortMessage("b@y.example")
 			m.Body = body
-			for range 2 { // a message that is sent again is sent whole
+			for range 2 { // a message that is sent again is sent completely
 				if _, err := client.Send(t.Context(), m); err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
@@ -160,14 +162,14 @@ func TestBodyThatCanBeHadAgainIsTriedAgainInTheMiddle(t *testing.T) {
 			}
 			for _, got := range relay.Messages() {
 				if n := len(got.Body); n != 96_000 {
-					t.Errorf("%s: %d octets came, want 96,000", name, n)
+					t.Errorf("%s: %d octets arrived, want 96,000", name, n)
 				}
 			}
 		}
 	})
 }
 
-// Without SIZE= a relay with a limit takes all of a body before it says no.
+// Without SIZE= a relay with a limit reads the whole body before it refuses.
 func TestSizeOfBodyInMemoryIsDeclared(t *testing.T) {
 	relay := newRelay(t, func(s *smtptest.Server) { s.MaxSize = 50_000 })
 	client := newClient(t, configOf(relay))
@@ -181,7 +183,7 @@ func TestSizeOfBodyInMemoryIsDeclared(t *testing.T) {
 	}
 }
 
-func TestBodyThatCannotBeHadTwiceSaysSo(t *testing.T) {
+func TestErrorSaysThatTheBodyCanBeReadOnlyOnce(t *testing.T) {
 	const words = "the Body can be read only once: use Bytes, BodyFunc or a Reader that can seek"
 	once := func() io.WriterTo {
 		return smtprelay.Reader(struct{ io.Reader }{strings.NewReader("Subject: x\r\n\r\nhi\r\n")})
@@ -190,12 +192,12 @@ func TestBodyThatCannotBeHadTwiceSaysSo(t *testing.T) {
 		why   string
 		limit int
 		fault smtptest.Fault
-		lists string // Error.Outcome, and who would be worth another try
+		lists string // Error.Outcome, and the recipients of RetryTo
 		mails int
 	}{
 		{"known before anything is sent: two transactions", 1, smtptest.Fault{}, "not accepted []", 0},
 		{"the connection is lost", 0, smtptest.Fault{At: smtptest.FinalDot, Reply: "421 4.3.2 bye", Drop: true}, "not accepted [b@y.example c@y.example]", 1},
-		{"the relay takes fewer recipients than it has said", 0, smtptest.Fault{At: smtptest.Rcpt, Rcpt: "c@y.example", Reply: "452 4.5.3 too many recipients"}, "accepted [c@y.example]", 1},
+		{"the relay accepts fewer recipients than announced", 0, smtptest.Fault{At: smtptest.Rcpt, Rcpt: "c@y.example", Reply: "452 4.5.3 too many recipients"}, "accepted [c@y.example]", 1},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			relay := newRelay(t)
@@ -208,7 +210,7 @@ func TestBodyThatCannotBeHadTwiceSaysSo(t *testing.T) {
 			m.Body = once()
 			_, err := newClient(t, cfg).Send(t.Context(), m)
 			if err == nil || !strings.Contains(err.Error(), words) {
-				t.Errorf("got %v, want it to say %q", err, words)
+				t.Errorf("got %v, want it to contain %q", err, words)
 			}
 			if got := fmt.Sprint(smtprelay.OutcomeOf(err), " ", smtprelay.RetryTo(err)); got != tt.lists {
 				t.Errorf("got %s, want %s", got, tt.lists)
@@ -234,17 +236,17 @@ func TestBodyThatWritesLateDoesNotWriteIntoAnotherMessage(t *testing.T) {
 			}
 		}
 		if late == nil {
-			t.Errorf("chunking %v: what was written late was taken", chunking)
+			t.Errorf("chunking %v: the late write was accepted", chunking)
 		}
 		for _, m := range relay.Messages() {
 			if strings.Contains(string(m.Body), "of another message") {
-				t.Errorf("chunking %v: a message has it: %q", chunking, m.Body)
+				t.Errorf("chunking %v: a message contains it: %q", chunking, m.Body)
 			}
 		}
 	}
 }
 
-// stuckReader brings some octets and then nothing, without an error.
+// stuckReader returns some octets, and then nothing, without an error.
 type stuckReader struct{ left int }
 
 func (r *stuckReader) Read(p []byte) (int, error) {
@@ -253,7 +255,7 @@ func (r *stuckReader) Read(p []byte) (int, error) {
 	return copy(p, bytes.Repeat([]byte("x"), n)), nil
 }
 
-func TestReaderThatBringsNothingForEverIsGivenUp(t *testing.T) {
+func TestReaderWithoutProgressIsGivenUp(t *testing.T) {
 	for _, chunking := range []bool{false, true} {
 		for _, octets := range []int{0, 1, 100_000} {
 			for name, wrap := range map[string]func(io.WriterTo) io.WriterTo{
@@ -273,9 +275,9 @@ func TestReaderThatBringsNothingForEverIsGivenUp(t *testing.T) {
 	}
 }
 
-// What small writes gather leaves whole: none of it is lost at the end, before a large write, or where the body's last write
-// fills it up.
-func TestBodyOfSmallAndLargeWritesArrivesWhole(t *testing.T) {
+// Buffered small writes arrive completely: nothing is lost at the end, before a large write, or if the last write fills the
+// buffer.
+func TestBodyOfSmallAndLargeWritesArrivesComplete(t *testing.T) {
 	for _, chunking := range []bool{false, true} {
 		relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Chunking = chunking })
 		client := newClient(t, configOf(relay))
@@ -312,8 +314,9 @@ func (ws writes) WriteTo(w io.Writer) (total int64, err error) {
 	return total, nil
 }
 
-// A body that is written slowly, a little at a time, is told when its context has ended, whatever was gathered of it.
-func TestBodyOfSmallWritesIsToldWhenItsContextHasEnded(t *testing.T) {
+// A body that is written slowly in small pieces gets an error soon after its context has ended, even while its output is
+// buffered.
+func TestBodyOfSmallWritesNoticesTheEndOfItsContext(t *testing.T) {
 	for _, chunking := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			relay := newRelay(t, inChunks, func(s *smtptest.Server) { s.Chunking = chunking })
@@ -331,7 +334,7 @@ func TestBodyOfSmallWritesIsToldWhenItsContextHasEnded(t *testing.T) {
 	}
 }
 
-// slowOctets is written an octet a second.
+// slowOctets writes an octet per second.
 type slowOctets struct{ taken int64 }
 
 func (b *slowOctets) WriteTo(w io.Writer) (int64, error) {
@@ -341,5 +344,109 @@ func (b *slowOctets) WriteTo(w io.Writer) (int64, error) {
 		}
 		b.taken++
 		time.Sleep(time.Second)
+	}
+}
+
+// generator is a body of size bytes that fails after failAt of them, if that is not negative. While it writes it measures the
+// memory in use.
+type generator struct {
+	size, failAt int64
+	look         func()
+}
+
+var errGenerator = errors.New("the generator is broken")
+
+func (g *generator) WriteTo(w io.Writer) (written int64, err error) {
+	const lookEvery = 64 << 20
+	block := bytes.Repeat([]byte("Seventy-seven octets and a line end, so that this is a mail like any other..\r\n"), 420)
+	end := g.size
+	if g.failAt >= 0 {
+		end = g.failAt
+	}
+	for next := int64(0); written < end; {
+		n, err := w.Write(block[:min(int64(len(block)), end-written)])
+		written += int64(n)
+		if err != nil {
+			return written, err
+		}
+		if written >= next && g.look != nil {
+			g.look()
+			next = written + lookEvery
+		}
+	}
+	if g.failAt >= 0 {
+		return written, errGenerator
+	}
+	return written, nil
+}
+
+func TestBodyOfOneGiBPassesInConstantMemory(t *testing.T) {
+	sendOneGiB(t, "250-PIPELINING\n250 SIZE")
+}
+
+func TestBodyOfOneGiBPassesInConstantMemoryInChunks(t *testing.T) {
+	sendOneGiB(t, "250-PIPELINING\n250-SIZE 2000000000\n250 CHUNKING")
+}
+
+// sendOneGiB sends a message of 1 GiB to a relay with these extensions, and checks that it needs no memory.
+func sendOneGiB(t *testing.T, extensions string) {
+	t.Helper()
+	var received relaytest.Octets
+	relay := &relaytest.Relay{Body: &received, Answer: func(_ int, line string) string { return relaytest.Agree(extensions, line) }}
+	client := newClient(t, smtprelay.Config{Addr: "sink.example:25", TLS: smtprelay.TLSNone, Chunking: true, Dial: relay.Dial})
+	inUse := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	var before, peak uint64
+	body := &generator{size: largeBody, failAt: -1, look: func() {
+		if before == 0 {
+			before = inUse() // the connection is ready and the first block written
+		}
+		peak = max(peak, inUse())
+	}}
+	if _, err := client.Send(t.Context(), smtprelay.Message{From: "a@example.com", To: []string{"b@example.org"}, Body: body}); err != nil {
+		t.Fatal(err)
+	}
+	if n := received.Load(); n < largeBody {
+		t.Errorf("the relay received %d bytes, want at least %d", n, largeBody)
+	}
+	if grown := int64(peak) - int64(before); grown >= 1<<20 {
+		t.Errorf("memory grew by %d KiB while %d MiB were sent, want less than 1 MiB", grown>>10, largeBody>>20)
+	}
+}
+
+func TestTruncatedBodyIsNeverAccepted(t *testing.T) {
+	const size = 200_000
+	for _, test := range []struct {
+		name   string
+		failAt int64
+	}{
+		{"fails at byte 0", 0},
+		{"fails in the middle", size / 2},
+		{"fails at the last byte", size - 1},
+		{"fails after the last byte", size},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			relay := newRelay(t)
+			client := newClient(t, configOf(relay))
+			m := numbered(0)
+			m.Body = &generator{size: size, failAt: test.failAt}
+			_, err := client.Send(t.Context(), m)
+			if !errors.Is(err, errGenerator) || smtprelay.OutcomeOf(err) != smtprelay.NotAccepted {
+				t.Errorf("got %v, want the writer's error, not accepted", err)
+			}
+			t.Log(err)
+
+			// The relay's count is final once another message was sent and everything is closed.
+			sendNumbered(t, client, 1, 1)
+			if err := client.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+			relay.Close()
+			want(t, "accepted by the relay", relay.Stats().Accepted, 1)
+		})
 	}
 }

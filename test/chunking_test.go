@@ -1,4 +1,4 @@
-// Here belong bodies in chunks (BDAT): refused chunks, and the end that stands behind the last one.
+// Bodies in chunks (BDAT): refused chunks, and the end after the last one.
 package test
 
 import (
@@ -16,7 +16,7 @@ import (
 	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
-func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
+func TestFirstRefusalOfAChunkIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var refused bool
 		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(1<<20, func(_ int, l string) string {
@@ -40,7 +40,7 @@ func TestFirstRefusalOfAChunkIsTheOneTold(t *testing.T) {
 	})
 }
 
-func TestSilenceBehindALastChunkIsNotCutShort(t *testing.T) {
+func TestSilenceAfterALastChunkIsNotCutShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var bd atomic.Int64
 		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: relaytest.Dial(0, func(n int, l string) string {
@@ -79,7 +79,7 @@ func TestLastChunkIsNotSentOnceAChunkWasRefused(t *testing.T) {
 		m.Body = slowChunks{}
 		_, err := c.Send(t.Context(), m)
 		if err == nil {
-			t.Error("truncated message, chunk known to be refused, reported accepted")
+			t.Error("a truncated message with a refused chunk is reported as accepted")
 		}
 		c.Close()
 	})
@@ -99,13 +99,13 @@ func (slowChunks) WriteTo(w io.Writer) (total int64, err error) {
 	return total, nil
 }
 
-// addressless is a connection that does not tell where it leads.
+// addressless is a connection without a remote address.
 type addressless struct{ net.Conn }
 
 func (addressless) RemoteAddr() net.Addr { return nil }
 
-// What one relay has shown says nothing of another, so a connection that may lead to any of them has no chunks.
-func TestBodyGoesByDataWhereTheRelayHasNoAddress(t *testing.T) {
+// What one relay has shown is not valid for another, so a connection that may lead to any relay gets no chunks.
+func TestBodyIsSentByDataIfTheRelayHasNoAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, inChunks)
 		cfg := configOf(relay)

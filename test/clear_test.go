@@ -1,4 +1,4 @@
-// Here belongs what may cross a connection without TLS: mail by the mode of TLS, credentials by a rule of their own.
+// What may be sent without TLS: mail depending on the TLS mode, credentials by a separate rule.
 package test
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// placed is a connection that leads to where it says.
+// placed is a connection with a given remote address.
 type placed struct {
 	net.Conn
 	remote net.Addr
@@ -24,7 +24,7 @@ func (p placed) RemoteAddr() net.Addr { return p.remote }
 
 var elsewhere = &net.TCPAddr{IP: net.IPv4(203, 0, 113, 5), Port: 587}
 
-func TestCredentialsCrossTheClearOnlyOnThisMachineOrByAWord(t *testing.T) {
+func TestCredentialsAreSentInPlaintextOnlyOnThisMachineOrIfAllowed(t *testing.T) {
 	const password = "the-real-key-0123456789"
 	byPassword := func(c *smtprelay.Config) {}
 	byAuth := func(c *smtprelay.Config) {
@@ -36,25 +36,25 @@ func TestCredentialsCrossTheClearOnlyOnThisMachineOrByAWord(t *testing.T) {
 	for _, tt := range []struct {
 		why    string
 		addr   string
-		remote net.Addr // nil: as the connection has it
+		remote net.Addr // nil: the connection's own
 		mode   smtprelay.TLSMode
 		word   bool
 		set    func(*smtprelay.Config)
 		passes bool
 	}{
-		{"none, to another machine", "relay.example:587", elsewhere, smtprelay.TLSNone, false, byPassword, false},
-		{"by chance, to another machine", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, false, byPassword, false},
-		{"a mechanism of the caller's", "relay.example:587", elsewhere, smtprelay.TLSNone, false, byAuth, false},
-		{"the same by chance", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, false, byAuth, false},
-		{"a name of this machine that leads to another", "localhost:587", elsewhere, smtprelay.TLSNone, false, byPassword, false},
-		{"the same, by chance", "localhost:587", elsewhere, smtprelay.TLSOpportunistic, false, byPassword, false},
+		{"no TLS, to another machine", "relay.example:587", elsewhere, smtprelay.TLSNone, false, byPassword, false},
+		{"opportunistic, to another machine", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, false, byPassword, false},
+		{"a custom mechanism", "relay.example:587", elsewhere, smtprelay.TLSNone, false, byAuth, false},
+		{"the same, opportunistic", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, false, byAuth, false},
+		{"a name of this machine that resolves to another", "localhost:587", elsewhere, smtprelay.TLSNone, false, byPassword, false},
+		{"the same, opportunistic", "localhost:587", elsewhere, smtprelay.TLSOpportunistic, false, byPassword, false},
 		{"the same with an IPv6 address", "[::1]:587", &net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 587}, smtprelay.TLSNone, false, byAuth, false},
 		{"another machine through a proxy on this one", "relay.example:587", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1080}, smtprelay.TLSNone, false, byPassword, false},
-		{"another machine by a connection without an address", "relay.example:587", &net.UnixAddr{Name: "@", Net: "unix"}, smtprelay.TLSNone, false, byPassword, false},
-		{"no TLS, by a word", "relay.example:587", elsewhere, smtprelay.TLSNone, true, byPassword, true},
-		{"by chance, by a word", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, true, byAuth, true},
+		{"another machine over a connection without an address", "relay.example:587", &net.UnixAddr{Name: "@", Net: "unix"}, smtprelay.TLSNone, false, byPassword, false},
+		{"no TLS, allowed", "relay.example:587", elsewhere, smtprelay.TLSNone, true, byPassword, true},
+		{"opportunistic, allowed", "relay.example:587", elsewhere, smtprelay.TLSOpportunistic, true, byAuth, true},
 		{"this machine", "127.0.0.1:587", nil, smtprelay.TLSNone, false, byPassword, true},
-		{"this machine, by chance", "localhost:587", nil, smtprelay.TLSOpportunistic, false, byPassword, true},
+		{"this machine, opportunistic", "localhost:587", nil, smtprelay.TLSOpportunistic, false, byPassword, true},
 		{"this machine, by its port", "localhost:587", nil, smtprelay.TLSByPort, false, byAuth, true},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -79,7 +79,7 @@ func TestCredentialsCrossTheClearOnlyOnThisMachineOrByAWord(t *testing.T) {
 			}
 			e, ok := errors.AsType[*smtprelay.Error](err)
 			if !ok || e.Op != smtprelay.OpAuth || e.Outcome != smtprelay.NotAccepted || !strings.Contains(err.Error(), "AllowInsecureAuth") {
-				t.Errorf("got %v, want an error of AUTH that names the word", err)
+				t.Errorf("got %v, want an error of AUTH that names AllowInsecureAuth", err)
 			}
 			if got := record.written(); strings.Contains(got, "AUTH") || strings.Contains(got, "MAIL") {
 				t.Errorf("the client wrote %q, want neither AUTH nor MAIL", got)
@@ -88,17 +88,17 @@ func TestCredentialsCrossTheClearOnlyOnThisMachineOrByAWord(t *testing.T) {
 	}
 }
 
-func TestOpportunisticTLSIsTakenWhereItIsOfferedAndNeverGivesWay(t *testing.T) {
+func TestOpportunisticTLSIsUsedIfOfferedAndNeverAbandoned(t *testing.T) {
 	for _, tt := range []struct {
 		why   string
 		relay func(*smtptest.Server)
 		roots bool
-		op    smtprelay.Op // of the error; "" means that the mail goes through
+		op    smtprelay.Op // of the error; "" means that the mail is sent
 		tls   bool
 	}{
 		{"it is offered", func(*smtptest.Server) {}, true, "", true},
 		{"it is not offered", func(s *smtptest.Server) { s.NoTLS = true }, true, "", false},
-		{"the certificate is nobody's", func(*smtptest.Server) {}, false, smtprelay.OpTLS, false},
+		{"the certificate's authority is unknown", func(*smtptest.Server) {}, false, smtprelay.OpTLS, false},
 		{"the certificate is for another name", func(s *smtptest.Server) { s.CertNames = []string{"other.example"} }, true, smtprelay.OpTLS, false},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -114,7 +114,7 @@ func TestOpportunisticTLSIsTakenWhereItIsOfferedAndNeverGivesWay(t *testing.T) {
 				t.Errorf("got %v, want op %q", err, tt.op)
 			}
 			if inClear := strings.Contains(record.written(), "MAIL FROM"); inClear != (tt.op == "" && !tt.tls) {
-				t.Errorf("mail in the clear: got %v", inClear)
+				t.Errorf("mail in plaintext: got %v", inClear)
 			}
 		})
 	}
@@ -130,13 +130,13 @@ func TestOpportunisticTLSIsTakenWhereItIsOfferedAndNeverGivesWay(t *testing.T) {
 	})
 }
 
-// A relay that seems to offer no STARTTLS may be one on whose way somebody hides it.
-func TestWhatCredentialsCannotHaveWithoutTLSMayBeHadLater(t *testing.T) {
+// If a relay seems to offer no STARTTLS, an attacker on the path may be hiding it.
+func TestMissingTLSForCredentialsIsTemporary(t *testing.T) {
 	relay := newRelay(t, func(s *smtptest.Server) { s.NoTLS = true })
 	cfg := relay.Config()
 	cfg.Addr, cfg.TLS, cfg.Dial, cfg.Retry.MaxAttempts = "relay.example:587", smtprelay.TLSOpportunistic, relay.Dial, 1
 	_, err := newClient(t, cfg).Send(t.Context(), numbered(1))
 	if e, _ := errors.AsType[*smtprelay.Error](err); e == nil || !e.Temporary() || !strings.Contains(err.Error(), "hides it") {
-		t.Errorf("got %v, want an error that another try may not meet", err)
+		t.Errorf("got %v, want a temporary error that says so", err)
 	}
 }

@@ -1,5 +1,5 @@
-// Here belongs the end of a Client: Close and Shutdown, idle, under load and while connections open. The bubble that each test runs in
-// fails it if a goroutine is left.
+// The end of a Client: Close and Shutdown, when idle, under load and while connections open. The bubble of each test fails if a
+// goroutine is left.
 package test
 
 import (
@@ -16,14 +16,14 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// load is traffic that goes on until the client is closed.
+// load is traffic that continues until the client is closed.
 type load struct {
 	running sync.WaitGroup
 	mu      sync.Mutex // guards the field below
 	all     []sent
 }
 
-// startLoad has so many senders send one message after the other, until one of theirs is told that the client is closed.
+// startLoad starts senders that each send one message after the other, until a Send fails because the client is closed.
 func startLoad(ctx context.Context, client *smtprelay.Client, senders int) *load {
 	l := &load{}
 	for i := range senders {
@@ -42,13 +42,13 @@ func startLoad(ctx context.Context, client *smtprelay.Client, senders int) *load
 	return l
 }
 
-// wait returns what became of all messages, once the last one has ended.
+// wait returns the results of all messages, once the last one has ended.
 func (l *load) wait() []sent {
 	l.running.Wait()
 	return l.all
 }
 
-// nothingLeft checks that a closed client holds nothing.
+// nothingLeft checks that a closed client holds no resources.
 func nothingLeft(t *testing.T, relay *smtptest.Server, client *smtprelay.Client) {
 	t.Helper()
 	synctest.Wait()
@@ -62,7 +62,7 @@ func nothingLeft(t *testing.T, relay *smtptest.Server, client *smtprelay.Client)
 	}
 }
 
-// Under load Shutdown finishes what is under way, and each Send is either accepted or told that the client is closed.
+// Under load Shutdown finishes what is in progress, and each Send is either accepted or fails with ErrClosed.
 func TestShutdownUnderLoadLosesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -73,7 +73,7 @@ func TestShutdownUnderLoadLosesNothing(t *testing.T) {
 		if err := client.Shutdown(t.Context()); err != nil {
 			t.Errorf("Shutdown: %v", err)
 		}
-		// What is under way takes a round trip or three, and so does QUIT.
+		// A message in progress takes up to three round trips, and so does QUIT.
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("Shutdown took %v", took)
 		}
@@ -86,14 +86,14 @@ func TestShutdownUnderLoadLosesNothing(t *testing.T) {
 		checkLedger(t, relay, all)
 		nothingLeft(t, relay, client)
 		for _, c := range relay.Conns() {
-			if c.Accepted > 0 { // a dial that is under way is given up
+			if c.Accepted > 0 { // a dial in progress is abandoned
 				want(t, "QUITs on a connection", c.Commands["QUIT"], 1)
 			}
 		}
 	})
 }
 
-// Close waits for nobody: what was behind its final dot is unknown, and nothing else is.
+// Close does not wait: messages whose final dot has no reply are unknown, and no others.
 func TestCloseUnderLoadEndsEverySendWithItsOutcome(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		const loaded = 300 * time.Millisecond // all connections work, and the first ones have been replaced
@@ -127,13 +127,13 @@ func TestCloseUnderLoadEndsEverySendWithItsOutcome(t *testing.T) {
 	})
 }
 
-// Shutdown whose context ends closes the rest, and says so.
+// A Shutdown whose context ends closes the rest, and reports it.
 func TestShutdownThatTakesTooLongEndsAsClose(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		client := newClient(t, configOf(relay))
 		slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Hour, Count: -1})
-		l := startLoad(t.Context(), client, 60) // more than may be in flight
+		l := startLoad(t.Context(), client, 60) // more than can be in flight
 		if err := slow.Wait(t.Context(), 10); err != nil {
 			t.Fatal(err)
 		}
@@ -156,15 +156,15 @@ func TestShutdownThatTakesTooLongEndsAsClose(t *testing.T) {
 			}
 		}
 		if most := map[bool]int{false: 10, true: 10 * 4}[relay.Chunking]; unknown < 10 || unknown > most {
-			t.Errorf("%d messages are unknown, want those behind their final dot, 10 to %d", unknown, most)
+			t.Errorf("%d messages are unknown, want those that wait for their final reply, 10 to %d", unknown, most)
 		}
 		relay.Close()
 		nothingLeft(t, relay, client)
 	})
 }
 
-// Close and Shutdown may be called from anywhere, any number of times, together with everything else.
-func TestCloseAndShutdownTwiceAtOnce(t *testing.T) {
+// Close and Shutdown may be called from anywhere, any number of times, concurrently with everything else.
+func TestCloseAndShutdownConcurrently(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, calls := range [][]string{
 			{"close", "close"}, {"shutdown", "shutdown"}, {"shutdown", "close"}, {"close", "shutdown", "close", "shutdown"},
@@ -211,7 +211,7 @@ func TestCloseAndShutdownTwiceAtOnce(t *testing.T) {
 	})
 }
 
-// A dial that is under way is given up, in each of its steps.
+// A dial in progress is abandoned, at each of its steps.
 func TestCloseAndShutdownDuringADial(t *testing.T) {
 	for _, step := range []smtptest.Step{0, smtptest.Connect, smtptest.EHLO, smtptest.StartTLS, smtptest.TLSHandshake} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -237,7 +237,7 @@ func TestCloseAndShutdownDuringADial(t *testing.T) {
 				began := time.Now()
 				end := client.Close
 				patience := time.Duration(0)
-				if shutdown { // it waits for those who wait for the dial
+				if shutdown { // it waits for the Sends that wait for the dial
 					patience = time.Second
 					end = func() error {
 						ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -264,8 +264,8 @@ func TestCloseAndShutdownDuringADial(t *testing.T) {
 	}
 }
 
-// Nor do they wait for ever for a relay that never answers QUIT, or never closes: Timeouts.Quit bounds it, once and not
-// once for each connection.
+// They do not wait for ever for a relay that never answers QUIT, or never closes: Timeouts.Quit bounds the wait, once for all
+// connections.
 func TestEndIsBoundedWhenTheRelayNeverAnswersQUIT(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, fault := range []smtptest.Fault{
@@ -302,7 +302,7 @@ func TestEndIsBoundedWhenTheRelayNeverAnswersQUIT(t *testing.T) {
 	})
 }
 
-func TestShutdownSendsWhatWaitsForAConnection(t *testing.T) {
+func TestShutdownSendsMessagesThatWaitForAConnection(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: 500 * time.Millisecond, Count: -1})

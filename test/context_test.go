@@ -1,4 +1,4 @@
-// Here belong callers whose context ends: each Send ends when it should, and harms nobody else.
+// Callers whose context ends: each Send ends when it should, and affects no other.
 package test
 
 import (
@@ -39,7 +39,7 @@ func TestContextIsTheBudgetOfAllTries(t *testing.T) {
 				t.Errorf("ended after %v with %v; want the end of the context after %v, not accepted", s.took, s.err, budget)
 			}
 			if !errors.Is(s.err, syscall.ECONNREFUSED) && !contains(s.err, "connection refused") {
-				t.Errorf("%q does not say why there was no connection", s.err)
+				t.Errorf("%q does not name the reason for the missing connection", s.err)
 			}
 		}
 	})
@@ -79,7 +79,7 @@ func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
 		chunks := 0
 		dial := relaytest.Dial(600, func(_ int, l string) string {
 			if strings.HasPrefix(l, "BDAT") {
-				if chunks++; chunks == 4 { // the question first, then what is sent of A: a chunk and the end
+				if chunks++; chunks == 4 { // first the probe for refused chunks, then message A: a chunk and the end
 					<-stall
 				}
 			}
@@ -116,7 +116,7 @@ func TestCancelledMessageLeavesThoseInItsBufferAlone(t *testing.T) {
 	})
 }
 
-// B, a large message behind A, is cancelled while its write is blocked: A's final reply, due in 20 s, is awaited for 2 s only.
+// B, a large message after A, is cancelled while its write is blocked: A's final reply, due in 20 s, is awaited for only 2 s.
 func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: relaytest.Dial(600, func(n int, l string) string {
@@ -139,14 +139,14 @@ func TestCancelledWriteDoesNotHurryTheFinalReplyOfAnother(t *testing.T) {
 			t.Errorf("got %v, want the context's error", err)
 		}
 		if err := <-res; err != nil {
-			t.Errorf("its neighbour was told %v", err)
+			t.Errorf("the other message: %v", err)
 		}
 		c.Close()
 		time.Sleep(time.Hour)
 	})
 }
 
-func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
+func TestContextEndsAllOrNothingAfterAnotherMessagesLastChunk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1}, Dial: relaytest.Dial(0, func(n int, l string) string {
 			if strings.HasPrefix(l, "BDAT") {
@@ -179,8 +179,8 @@ func TestContextEndsAllOrNothingBehindAnothersLastChunk(t *testing.T) {
 	})
 }
 
-// A relay that has stopped reading holds up whoever writes for a while, but nobody beyond his context.
-func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T) {
+// A relay that has stopped reading delays writers, but none beyond its context.
+func TestContextEndsASendThatCarriesAnotherFinalDotToAStalledRelay(t *testing.T) {
 	for _, test := range []struct {
 		extensions   string
 		window, size int
@@ -229,9 +229,9 @@ func TestContextEndsASendThatCarriesAnothersFinalDotToAStalledRelay(t *testing.T
 	}
 }
 
-// Whose context ends while the first connection is being opened is told where that has got stuck: the time-outs of the steps
+// If the context ends while the first connection is being opened, the error names the step that hangs: the time-outs of the steps
 // are longer than most callers wait.
-func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
+func TestErrorOfAWaitNamesTheStepThatHangs(t *testing.T) {
 	for _, test := range []struct {
 		step smtptest.Step
 		says string
@@ -262,8 +262,8 @@ func TestWaitThatEndsTellsWhereTheConnectionIsStuck(t *testing.T) {
 	}
 }
 
-// Many senders, of whom a part goes away at any moment: each of those ends at that moment, the others have all of their
-// messages accepted, and what the relay has is what everybody was told.
+// Of many senders, some give up at any moment: each of those returns at that moment, the messages of the others are all accepted,
+// and the relay has exactly what the callers were told.
 func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 	for seed := range uint64(8) {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -277,7 +277,7 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 			var all []sent
 			var running sync.WaitGroup
 			for i := range senders {
-				patience := make([]time.Duration, messages) // before the message is given up; 0 is never
+				patience := make([]time.Duration, messages) // before the message is given up; 0 means never
 				for j := range patience {
 					if random.IntN(4) == 0 {
 						patience[j] = rand.N(300 * time.Millisecond)
@@ -312,23 +312,23 @@ func TestCallersWhoGoAwayHarmNobodyElse(t *testing.T) {
 	}
 }
 
-// stalledWriter takes the first of a body that is written to it only once it is closed.
+// stalledWriter blocks the first write of a body until it is closed.
 type stalledWriter chan struct{}
 
 func (w stalledWriter) Write(p []byte) (int, error) {
-	if strings.Contains("XCHUNK\r\n", string(p)) { // the question about refused chunks, and not a part of a body
+	if strings.Contains("XCHUNK\r\n", string(p)) { // the probe for refused chunks, not a part of a body
 		return len(p), nil
 	}
 	<-w
 	return len(p), nil
 }
 
-// thinks is a relay that takes so long for its final reply.
+// thinks is a relay that delays its final replies by d.
 func thinks(d time.Duration) smtptest.Fault {
 	return smtptest.Fault{At: smtptest.FinalDot, Delay: d, Count: -1}
 }
 
-// What a caller calls off while the relay thinks is not of unknown fate: its answer is awaited for Timeouts.Drain.
+// A message that is cancelled while the relay processes it is not unknown: its reply is awaited for Timeouts.Drain.
 func TestSendsCancelledAtRandomLeaveNothingUnknown(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -351,20 +351,20 @@ func TestSendsCancelledAtRandomLeaveNothingUnknown(t *testing.T) {
 		want(t, "unknown", outcomes[smtprelay.Unknown], 0)
 		want(t, "accepted", outcomes[smtprelay.Accepted], len(relay.Messages()))
 		if outcomes[smtprelay.Accepted] == 0 || outcomes[smtprelay.NotAccepted] == 0 {
-			t.Errorf("got %v: the contexts ended too late or too soon to show anything", outcomes)
+			t.Errorf("got %v: the contexts ended too late or too soon to test anything", outcomes)
 		}
 	})
 }
 
-// Ctrl-C in the middle of a batch: no further message is begun, and those under way are finished.
-func TestSendAllFinishesWhatIsUnderWayWhenItsContextEnds(t *testing.T) {
+// Ctrl-C in the middle of a batch: no further message is begun, and those in progress are finished.
+func TestSendAllFinishesMessagesInProgressWhenItsContextEnds(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
-		relay.Fault(thinks(400 * time.Millisecond)) // with 4 on each connection in chunks, the last one is answered after 1.6 s
+		relay.Fault(thinks(400 * time.Millisecond)) // with 4 on each connection in chunks, the last one gets its reply after 1.6 s
 		client := newClient(t, configOf(relay))
 		ctx, interrupt := context.WithCancel(t.Context())
 		defer interrupt()
-		go func() { // ends with the bubble's time
+		go func() { // ends in the bubble's time
 			time.Sleep(3500 * time.Millisecond)
 			interrupt()
 		}()

@@ -2,5 +2,5 @@
 
 package test
 
-// processorTime is not known here.
+// processorTime is unknown on this system.
 func processorTime() int64 { return 0 }

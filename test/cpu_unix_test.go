@@ -4,7 +4,7 @@ package test
 
 import "syscall"
 
-// processorTime is what the process has used so far, in nanoseconds.
+// processorTime is the process's CPU time so far, in nanoseconds.
 func processorTime() int64 {
 	var u syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &u)

@@ -1,4 +1,4 @@
-// Here belongs the way to a connection: addresses, Dial, the greeting, EHLO.
+// Opening a connection: addresses, Dial, the greeting, EHLO.
 package test
 
 import (
@@ -21,7 +21,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A burst opens many connections at once. If none of them succeeds, that is one attempt of those who wait, and not ten.
+// A burst opens many connections at once. If all of them fail, that is one attempt of each waiting Send, not ten.
 func TestDialsThatFailTogetherAreOneAttempt(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -42,13 +42,13 @@ func TestDialsThatFailTogetherAreOneAttempt(t *testing.T) {
 	})
 }
 
-// openFiles is the number of this process's open files, or 0 where the system does not tell.
+// openFiles is the number of this process's open files, or 0 if the system does not tell.
 func openFiles() int {
 	files, _ := os.ReadDir("/dev/fd")
 	return len(files)
 }
 
-// countedConn knows how many of its kind are open.
+// countedConn counts open connections.
 type countedConn struct {
 	net.Conn
 	open *atomic.Int64
@@ -139,14 +139,14 @@ func TestEHLONameIsNeverLocalhost(t *testing.T) {
 	}
 }
 
-// A nameserver answers each question for an IPv4 address with all of its addresses, in their order, and knows no others. It
-// speaks DNS over a stream (RFC 1035, 4.2.2).
+// A nameserver answers each query for an IPv4 address with all of its addresses, in order, and knows no others. It uses DNS over
+// a stream (RFC 1035, 4.2.2).
 type nameserver struct {
 	addresses []string
 	asked     atomic.Int64
 }
 
-// resolver asks nobody but the nameserver.
+// resolver uses only the nameserver.
 func (ns *nameserver) resolver() *net.Resolver {
 	return &net.Resolver{
 		PreferGo: true,
@@ -177,7 +177,7 @@ func (ns *nameserver) serve(conn net.Conn) {
 	}
 }
 
-// answer is the reply to a query with one question (RFC 1035, 4.1).
+// answer returns the reply to a query with one question (RFC 1035, 4.1).
 func (ns *nameserver) answer(query []byte) []byte {
 	const header, typeA, ttl = 12, 1, 60
 	end := header + bytes.IndexByte(query[header:], 0) + 1 // of the name
@@ -187,8 +187,8 @@ func (ns *nameserver) answer(query []byte) []byte {
 		ns.asked.Add(1)
 		count = len(ns.addresses)
 	}
-	a := append([]byte{}, query[:2]...)                         // the number of the query
-	a = append(a, 0x81, 0x80, 0, 1, 0, byte(count), 0, 0, 0, 0) // a response without error: one question, so many answers
+	a := append([]byte{}, query[:2]...)                         // the query's ID
+	a = append(a, 0x81, 0x80, 0, 1, 0, byte(count), 0, 0, 0, 0) // a response without error: one question, count answers
 	a = append(a, question...)
 	for _, addr := range ns.addresses[:count] {
 		a = append(a, 0xc0, header) // the name in the question
@@ -198,8 +198,8 @@ func (ns *nameserver) answer(query []byte) []byte {
 	return a
 }
 
-// A name with several addresses, of which the first ones are dead: whoever dials passes them over, and nobody is told.
-func TestDeadAddressesOfANameArePassedOver(t *testing.T) {
+// The first addresses of a name are dead: a dial skips them without an error.
+func TestDeadAddressesOfANameAreSkipped(t *testing.T) {
 	relay := newRelay(t, func(s *smtptest.Server) { s.CertNames = []string{"relay.test"} })
 	_, port, err := net.SplitHostPort(relay.Addr())
 	if err != nil {
@@ -215,17 +215,17 @@ func TestDeadAddressesOfANameArePassedOver(t *testing.T) {
 	allAccepted(t, relay, sendAtOnce(t.Context(), client, 0, 50))
 	want(t, "Stats().DialErrors", int(client.Stats().DialErrors), 0)
 	if ns.asked.Load() == 0 {
-		t.Error("the nameserver was never asked")
+		t.Error("the nameserver got no query")
 	}
 
-	// With nobody at any of them, the error names the relay and says what to look at.
+	// If all addresses are dead, the error names the relay and what to check.
 	dead := nameserver{addresses: ns.addresses[:3]}
 	dialer.Resolver = dead.resolver()
 	cfg.Dial = dialer.DialContext
 	s := sendOne(t.Context(), newClient(t, cfg), 100)
 	for _, words := range []string{"dial relay.test:" + port, "check host and port"} {
 		if !contains(s.err, words) {
-			t.Errorf("%v; want it to say %q", s.err, words)
+			t.Errorf("%v; want it to contain %q", s.err, words)
 		}
 	}
 	if e := failure(s.err); e.Attempts != 1 || e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
@@ -233,7 +233,7 @@ func TestDeadAddressesOfANameArePassedOver(t *testing.T) {
 	}
 }
 
-func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
+func TestAllWaitersContinueOnceADialSucceeds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var down atomic.Bool
 		var dials atomic.Int64
@@ -277,7 +277,7 @@ func TestAllWhoWaitGoOnWhenADialSucceedsAgain(t *testing.T) {
 	})
 }
 
-// noDeadlines is a connection like those through SSH.
+// noDeadlines is a connection without deadlines, like those through SSH.
 type noDeadlines struct{ net.Conn }
 
 var errNoDeadline = errors.New("deadline not supported")
@@ -288,7 +288,7 @@ func (noDeadlines) SetReadDeadline(time.Time) error { return errNoDeadline }
 
 func (noDeadlines) SetWriteDeadline(time.Time) error { return errNoDeadline }
 
-func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
+func TestDialThatReturnsNoUsableConnectionIsAnError(t *testing.T) {
 	silent := relaytest.Dial(0, func(_ int, l string) string { return "" })
 	for _, test := range []struct {
 		dial func(context.Context, string, string) (net.Conn, error)
@@ -308,7 +308,7 @@ func TestDialThatReturnsNoUsableConnectionIsTold(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want an error with %q", err, test.want)
 			}
-			c.Close() // and does not wait for the relay
+			c.Close() // does not wait for the relay
 		})
 	}
 }

@@ -1,4 +1,4 @@
-// Here belongs a relay that says back what it was given: its echoes of the credentials are shown to nobody.
+// A relay that echoes what it received: echoes of the credentials must not become visible.
 package test
 
 import (
@@ -23,10 +23,10 @@ import (
 	"github.com/smtprelay/smtprelay/internal/relaytest"
 )
 
-// runsOf returns the runs of twelve characters of a secret, and of its base64, that nobody may see.
+// runsOf returns the runs of twelve characters of a secret, and of its base64, that must not become visible.
 func runsOf(secret string, responses ...string) map[string]bool {
 	forms := []string{secret, hex.EncodeToString([]byte(secret))}
-	for _, s := range append(responses, secret) { // as a text a response has the user's name in it, which may be shown
+	for _, s := range append(responses, secret) { // a response as text contains the user's name, which may be shown
 		forms = append(forms, base64.RawStdEncoding.EncodeToString([]byte(s)))
 	}
 	runs := map[string]bool{}
@@ -39,7 +39,7 @@ func runsOf(secret string, responses ...string) map[string]bool {
 	return runs
 }
 
-// squeezed is text in lower case, without blanks and ends of lines; what was redacted keeps its neighbours apart.
+// squeezed is text in lower case, without white space; redacted parts still separate their neighbours.
 func squeezed(text string) string {
 	text = strings.ReplaceAll(text, "[redacted]", "\x00")
 	return strings.Map(func(r rune) rune {
@@ -50,7 +50,7 @@ func squeezed(text string) string {
 	}, text)
 }
 
-// shownOf returns a run that stands in text.
+// shownOf returns a run that text contains.
 func shownOf(runs map[string]bool, text string) string {
 	text = squeezed(text)
 	for i := 0; i+12 <= len(text); i++ {
@@ -61,14 +61,14 @@ func shownOf(runs map[string]bool, text string) string {
 	return ""
 }
 
-// echoer is a relay that answers each command in a way that goes on, or not, and says back what it was given in AUTH.
+// echoer is a relay that replies to each command positively or not, and echoes what it received in AUTH.
 type echoer struct {
-	secrets []string // the first one is the key, the others are responses
+	secrets []string // the first is the key, the others are responses
 	given   atomic.Bool
 	echoes  atomic.Int64
 }
 
-// echo returns a part of a secret, encoded, folded and spaced as a hostile relay may.
+// echo returns a part of a secret, encoded, folded and spaced as a hostile relay might do.
 func (e *echoer) echo(code int) string {
 	e.echoes.Add(1)
 	s := e.secrets[rand.N(len(e.secrets))]
@@ -102,7 +102,7 @@ func (e *echoer) echo(code int) string {
 	return reply + fmt.Sprintf("%d %s%s", code, words, s)
 }
 
-// answer is the relay's to a line.
+// answer is the relay's reply to a line.
 func (e *echoer) answer(_ int, line string) string {
 	code := 250
 	switch verb, _, _ := strings.Cut(line, " "); verb {
@@ -130,7 +130,7 @@ func (e *echoer) answer(_ int, line string) string {
 		if rand.N(20) == 0 {
 			code = []int{421, 550, 354}[rand.N(3)]
 		}
-	default: // AUTH, or behind AUTH LOGIN, which has the user's name, the password
+	default: // AUTH or, after AUTH LOGIN, which has the user's name, the password
 		if strings.HasPrefix(line, "AUTH LOGIN") {
 			return "334 UGFzc3dvcmQ6"
 		}
@@ -145,16 +145,16 @@ func (e *echoer) answer(_ int, line string) string {
 	case 0:
 		answer = answer[2:] // malformed
 	case 1:
-		answer += "\n" + e.echo(250) // unasked
+		answer += "\n" + e.echo(250) // unexpected
 	case 2:
 		answer += "\n" + e.echo(421)
 	}
 	return answer
 }
 
-var echoes = flag.Int64("echoes", 5000, "echoes of TestEchoesOfTheCredentialsAreShownToNobody")
+var echoes = flag.Int64("echoes", 5000, "echoes of TestEchoesOfTheCredentialsAreNotShown")
 
-func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
+func TestEchoesOfTheCredentialsAreNotShown(t *testing.T) {
 	for name, auth := range map[string]func(ctx context.Context, s smtprelay.ServerInfo) (smtprelay.Mechanism, error){
 		"password": nil,
 		"Config.Auth, PLAIN": func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {
@@ -206,7 +206,7 @@ func TestEchoesOfTheCredentialsAreShownToNobody(t *testing.T) {
 				log.DialDone(ctx, d)
 			}
 			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
-				relay.given.Store(false) // nothing by this Client
+				relay.given.Store(false) // nothing from this Client yet
 				cfg := smtprelay.Config{
 					Addr: "relay.example:25", TLS: smtprelay.TLSNone, AllowInsecureAuth: true, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
 					Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 2},
@@ -257,7 +257,7 @@ type bearer struct{}
 
 func (bearer) Start() (string, []byte, error) { return "XOAUTH2", []byte(bearerResponse), nil }
 
-// Next has the challenge in its error, as mechanisms do.
+// Next puts the challenge into its error, as mechanisms do.
 func (bearer) Next(challenge []byte) ([]byte, error) {
 	return nil, fmt.Errorf("token refused: %s", challenge)
 }

@@ -1,4 +1,4 @@
-// Here belongs fail-over: which errors send a message on to the next relay, which do not, and how long a relay rests.
+// Failover: which errors send a message to the next relay, which do not, and how long a relay rests.
 package test
 
 import (
@@ -41,12 +41,12 @@ func newPair(t *testing.T, set ...func(*smtprelay.Config)) *pair {
 	return p
 }
 
-// accepted is how many messages each has taken.
+// accepted is how many messages each relay has accepted.
 func (p *pair) accepted() string {
 	return fmt.Sprint(len(p.first.Messages()), " ", len(p.second.Messages()))
 }
 
-func TestMessageGoesOnOnlyWhereTheRelayIsAtFault(t *testing.T) {
+func TestNextRelayIsUsedOnlyIfTheRelayIsAtFault(t *testing.T) {
 	for _, tt := range []struct {
 		why     string
 		fault   smtptest.Fault
@@ -65,8 +65,8 @@ func TestMessageGoesOnOnlyWhereTheRelayIsAtFault(t *testing.T) {
 		{"the recipient is refused", smtptest.Fault{At: smtptest.Rcpt, Reply: "550 nobody"}, false, smtprelay.NotAccepted},
 		{"the recipient is refused for now", smtptest.Fault{At: smtptest.Rcpt, Reply: "450 greylisted"}, false, smtprelay.NotAccepted},
 		{"the message is refused", smtptest.Fault{At: smtptest.FinalDot, Reply: "554 spam"}, false, smtprelay.NotAccepted},
-		{"nobody knows: lost once accepted", smtptest.Fault{At: smtptest.Accepted, Drop: true}, false, smtprelay.Unknown},
-		{"nobody knows: lost at the final dot", smtptest.Fault{At: smtptest.FinalDot, Drop: true}, false, smtprelay.Unknown},
+		{"unknown: lost after acceptance", smtptest.Fault{At: smtptest.Accepted, Drop: true}, false, smtprelay.Unknown},
+		{"unknown: lost at the final dot", smtptest.Fault{At: smtptest.FinalDot, Drop: true}, false, smtprelay.Unknown},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -87,7 +87,7 @@ func TestMessageGoesOnOnlyWhereTheRelayIsAtFault(t *testing.T) {
 	}
 }
 
-func TestRelayThatFailsRestsAndIsTriedByOne(t *testing.T) {
+func TestFailedRelayRestsAndIsTriedByOneSend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t)
 		down := p.first.Fault(smtptest.Fault{At: smtptest.Connect, Reply: "554 down", Count: -1})
@@ -99,7 +99,7 @@ func TestRelayThatFailsRestsAndIsTriedByOne(t *testing.T) {
 		for range 5 {
 			send()
 		}
-		want(t, "tries of the relay that fails", down.Hits(), 1)
+		want(t, "tries of the failed relay", down.Hits(), 1)
 		time.Sleep(30 * time.Second)
 		var senders sync.WaitGroup
 		for range 5 {
@@ -120,7 +120,7 @@ func TestRelayThatFailsRestsAndIsTriedByOne(t *testing.T) {
 	})
 }
 
-func TestOneFailureThatManySendsMeetIsCountedOnce(t *testing.T) {
+func TestOneFailureOfManySendsIsCountedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t)
 		down := p.first.Fault(smtptest.Fault{At: smtptest.Mail, Delay: time.Second, Drop: true, Count: -1})
@@ -137,12 +137,12 @@ func TestOneFailureThatManySendsMeetIsCountedOnce(t *testing.T) {
 		down.Remove()
 		time.Sleep(31 * time.Second)
 		if _, err := p.Send(t.Context(), numbered(1)); err != nil || p.accepted() != "1 5" {
-			t.Errorf("got %v and %s accepted, want the first asked after its first rest", err, p.accepted())
+			t.Errorf("got %v and %s accepted, want the first relay used after its first rest", err, p.accepted())
 		}
 	})
 }
 
-func TestRestingRelayIsAskedWhenAllOthersFail(t *testing.T) {
+func TestRestingRelayIsUsedIfAllOthersFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t)
 		p.first.Fault(smtptest.Fault{At: smtptest.Connect, Reply: "554 down"})
@@ -152,7 +152,7 @@ func TestRestingRelayIsAskedWhenAllOthersFail(t *testing.T) {
 		p.second.Fault(smtptest.Fault{At: smtptest.Mail, Drop: true, Count: -1})
 		time.Sleep(5 * time.Second)
 		if _, err := p.Send(t.Context(), numbered(2)); err != nil || p.accepted() != "1 1" {
-			t.Errorf("got %v and %s accepted, want the first asked again", err, p.accepted())
+			t.Errorf("got %v and %s accepted, want the first relay used again", err, p.accepted())
 		}
 		p.first.Fault(smtptest.Fault{At: smtptest.Mail, Drop: true, Count: -1})
 		_, err := p.Send(t.Context(), numbered(3))
@@ -162,8 +162,8 @@ func TestRestingRelayIsAskedWhenAllOthersFail(t *testing.T) {
 	})
 }
 
-// What is left of a body that was begun is a part of the message.
-func TestBodyThatWasBegunGoesNoFurther(t *testing.T) {
+// The rest of a body that was begun is only a part of the message.
+func TestBodyThatWasBegunIsNotSentToTheNextRelay(t *testing.T) {
 	const text = "Subject: hi\r\n\r\nhi\r\n"
 	for _, tt := range []struct {
 		why    string
@@ -186,7 +186,7 @@ func TestBodyThatWasBegunGoesNoFurther(t *testing.T) {
 				_, err := p.Send(t.Context(), m)
 				if !tt.goesOn {
 					if err == nil || len(p.second.Conns()) != 0 {
-						t.Errorf("got %v and %d connections to the second, want it told", err, len(p.second.Conns()))
+						t.Errorf("got %v and %d connections to the second, want an error", err, len(p.second.Conns()))
 					}
 					return
 				}
@@ -213,8 +213,8 @@ type failing struct{}
 
 func (failing) WriteTo(io.Writer) (int64, error) { return 0, errors.New("no such template") }
 
-// A relay that cannot be reached and says nothing uses up the context of one Send, and not that of the next.
-func TestRelayThroughWhichNothingGoesRests(t *testing.T) {
+// An unreachable relay that never answers uses up the context of one Send, but not that of the next.
+func TestUnreachableRelayRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t)
 		silent := p.first.Fault(smtptest.Fault{At: smtptest.Connect, Stall: true, Count: -1})
@@ -235,7 +235,7 @@ func TestRelayThroughWhichNothingGoesRests(t *testing.T) {
 	})
 }
 
-func TestPingAnswersWhereOneRelayDoes(t *testing.T) {
+func TestPingSucceedsIfOneRelayDoes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		refused := func(context.Context, string, string) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
 		down := newClient(t, smtprelay.Config{Addr: "relay.example:25", Dial: refused, Retry: smtprelay.Retry{MaxAttempts: 1}})
@@ -256,7 +256,7 @@ func TestPingAnswersWhereOneRelayDoes(t *testing.T) {
 			t.Errorf("got %v, want ErrClosed", err)
 		}
 		if _, err := smtprelay.NewFailover().Send(t.Context(), numbered(1)); err == nil {
-			t.Error("no relays at all: it was sent")
+			t.Error("no relays: the message was sent")
 		}
 	})
 }

@@ -1,7 +1,7 @@
-// Package test holds the tests of the client's behaviour, by topic, through its public interface alone. Time is that of a synctest
-// bubble wherever a test speaks of time. TESTING.md says where a new test goes.
+// Package test has the tests of the client's behaviour, by topic, through its public interface only. Tests that depend on time
+// use the time of a synctest bubble. TESTING.md says where a new test goes.
 //
-// In this file: what tests of several topics need. What one topic needs stands in its file.
+// This file has the helpers for several topics. Helpers for one topic are in its file.
 package test
 
 import (
@@ -34,7 +34,7 @@ func newRelay(t *testing.T, set ...func(*smtptest.Server)) *smtptest.Server {
 	return relay
 }
 
-// configOf is the configuration for relay, with Chunking where the relay offers it.
+// configOf is the configuration for relay, with Chunking if the relay offers it.
 func configOf(relay *smtptest.Server) smtprelay.Config {
 	cfg := relay.Config()
 	cfg.Chunking = relay.Chunking
@@ -51,14 +51,14 @@ func newClient(t *testing.T, cfg smtprelay.Config) *smtprelay.Client {
 	return client
 }
 
-// far is a relay in memory, for use in a synctest bubble, at a distance of 20 ms.
+// far makes a relay in memory, for a synctest bubble, at a distance of 20 ms.
 func far(s *smtptest.Server) {
 	s.InMemory = true
 	s.Delay = 20 * time.Millisecond
 	s.DropBodies = true
 }
 
-// numbered returns the ith of many messages that all differ.
+// numbered returns the ith of many different messages.
 func numbered(i int) smtprelay.Message {
 	return smtprelay.Message{
 		From: "shop@example.com",
@@ -67,7 +67,7 @@ func numbered(i int) smtprelay.Message {
 	}
 }
 
-// sendNumbered sends n messages from so many goroutines and fails the test if one of them is not accepted.
+// sendNumbered sends n messages from the given number of goroutines and fails the test if one of them is not accepted.
 func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
 	t.Helper()
 	numbers := make(chan int)
@@ -88,7 +88,7 @@ func sendNumbered(t *testing.T, client *smtprelay.Client, n, goroutines int) {
 	senders.Wait()
 }
 
-// want fails the test if a figure is not what it should be.
+// want fails the test if a figure differs.
 func want(t *testing.T, what string, got, want int) {
 	t.Helper()
 	if got != want {
@@ -103,7 +103,7 @@ func atMost(t *testing.T, what string, got, most int) {
 	}
 }
 
-// commands is how many commands with that verb the relay has carried out or refused.
+// commands is how many commands with that verb the relay has received.
 func commands(relay *smtptest.Server, verb string) (n int) {
 	for _, c := range relay.Conns() {
 		n += c.Commands[verb]
@@ -111,8 +111,8 @@ func commands(relay *smtptest.Server, verb string) (n int) {
 	return n
 }
 
-// inBothModes runs a test in a bubble of its own with a relay that takes bodies by DATA, and again with one that takes them
-// in chunks. near sets up a relay of the kind, in memory and without TLS.
+// inBothModes runs a test in a bubble with a relay that accepts bodies by DATA, and again with one that accepts them in chunks.
+// near makes a relay of that kind, in memory and without TLS.
 func inBothModes(t *testing.T, f func(t *testing.T, near func(*smtptest.Server))) {
 	t.Helper()
 	for _, chunking := range []bool{false, true} {
@@ -128,7 +128,7 @@ func inBothModes(t *testing.T, f func(t *testing.T, near func(*smtptest.Server))
 	}
 }
 
-// bodyStep is the step at which the relay is asked to take a body.
+// bodyStep is the step of the command before the body, DATA or BDAT.
 func bodyStep(relay *smtptest.Server) smtptest.Step {
 	if relay.Chunking {
 		return smtptest.Bdat
@@ -136,7 +136,7 @@ func bodyStep(relay *smtptest.Server) smtptest.Step {
 	return smtptest.Data
 }
 
-// sent is what became of a message.
+// sent is the result of a message.
 type sent struct {
 	number  int
 	receipt smtprelay.Receipt
@@ -161,8 +161,7 @@ func failure(err error) *smtprelay.Error {
 	return e
 }
 
-// sendAtOnce sends the messages with numbers from first on, n of them, all at the same time, and returns what became of
-// them, in their order.
+// sendAtOnce sends n messages, numbered from first, all at the same time, and returns their results in order.
 func sendAtOnce(ctx context.Context, client *smtprelay.Client, first, n int) []sent {
 	results := make([]sent, n)
 	var senders sync.WaitGroup
@@ -180,8 +179,8 @@ func sendOne(ctx context.Context, client *smtprelay.Client, number int) sent {
 	return s
 }
 
-// checkLedger holds what the callers were told against what the relay has: each message that was accepted is there once,
-// under the queue ID of its receipt; none that was not accepted is; of those whose fate is unknown there is one copy at most.
+// checkLedger compares what the callers were told with what the relay has: it has each accepted message once, under the queue ID
+// of its receipt, no message that was not accepted, and at most one copy of each unknown message.
 func checkLedger(t *testing.T, relay *smtptest.Server, results []sent) {
 	t.Helper()
 	ids := map[string][]string{}
@@ -203,7 +202,7 @@ func checkLedger(t *testing.T, relay *smtptest.Server, results []sent) {
 			}
 		default:
 			if len(got) > 1 {
-				t.Errorf("message %d, whose fate is unknown, is at the relay %d times", s.number, len(got))
+				t.Errorf("message %d is unknown; the relay has it %d times", s.number, len(got))
 			}
 		}
 	}
@@ -229,7 +228,7 @@ func noneFailed(t *testing.T, results []sent) {
 	}
 }
 
-// noRelay is a Dial that fails, and remembers when it was asked.
+// noRelay is a Dial that fails, and records when it was called.
 type noRelay struct {
 	mu    sync.Mutex // guards the field below
 	times []time.Time
@@ -256,12 +255,12 @@ func contains(err error, words string) bool {
 	return err != nil && strings.Contains(err.Error(), words)
 }
 
-// inChunks is a relay in memory that offers CHUNKING, and no TLS and AUTH.
+// inChunks makes a relay in memory that offers CHUNKING, without TLS and AUTH.
 func inChunks(s *smtptest.Server) {
 	s.InMemory, s.Chunking, s.NoTLS, s.NoAuth = true, true, true, true
 }
 
-// pieces writes a body in pieces of so many octets.
+// pieces writes a body in pieces of a given size.
 type pieces struct {
 	text []byte
 	size int
@@ -297,7 +296,7 @@ const (
 	secretKey  = "SG.k3y-with/odd+chars=.and%percent"
 )
 
-// lockedBuffer is a buffer that many goroutines write to.
+// lockedBuffer is a buffer for concurrent writes.
 type lockedBuffer struct {
 	mu sync.Mutex // guards the field below
 	b  bytes.Buffer
@@ -321,7 +320,7 @@ func (l *lockedBuffer) reset() {
 	l.b.Reset()
 }
 
-// missed is how many recipients err says did not get the message, as far as is known.
+// missed is how many recipients, according to err, did not get the message.
 func missed(err error) (n int) {
 	for _, r := range failure(err).Recipients {
 		if r.Outcome != smtprelay.Accepted {

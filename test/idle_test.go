@@ -1,4 +1,4 @@
-// Here belong connections that nobody uses: how they end, and that nobody is harmed by it.
+// Idle connections: how they end, and that this affects no caller.
 package test
 
 import (
@@ -18,14 +18,14 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// openTen has ten messages go out on ten connections, which are idle then.
+// openTen sends ten messages on ten connections, which are then idle.
 func openTen(t *testing.T, relay *smtptest.Server, client *smtprelay.Client, first int) []sent {
 	t.Helper()
 	slow := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Count: -1})
 	defer slow.Remove()
 	results := make([]sent, 10)
 	var senders sync.WaitGroup
-	for i := range results { // one after the other, so that each finds the connections before it busy
+	for i := range results { // each begins while the connections before it are busy
 		senders.Go(func() { results[i] = sendOne(t.Context(), client, first+i) })
 		if err := slow.Wait(t.Context(), i+1); err != nil {
 			t.Fatal(err)
@@ -38,10 +38,10 @@ func openTen(t *testing.T, relay *smtptest.Server, client *smtprelay.Client, fir
 	return results
 }
 
-// usedBefore tells one of the first ten connections, when it has carried a message before this one.
+// usedBefore reports whether e is on one of the first ten connections, when it has carried an earlier message.
 func usedBefore(e smtptest.Event) bool { return e.Conn <= 10 && e.Message > 1 }
 
-// The relay has closed its idle connections, in one way or another, and the next messages find that out: nobody else does.
+// The relay has closed its idle connections, in one way or another, and the next messages notice it: no caller does.
 func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -52,9 +52,9 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 		{"reset", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Abort: true}, 0},
 		{"421", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "421 4.4.2 timeout", Drop: true}, 0},
 		{"451 (Amazon SES, Gmail)", smtptest.Fault{At: smtptest.Idle, Delay: 5 * time.Second, Reply: "451 4.4.2 timeout", Drop: true}, 0},
-		{"reset by what is said first, as after a long sleep", smtptest.Fault{At: smtptest.Mail, Abort: true, When: usedBefore}, 0},
-		{"421 to what is said first", smtptest.Fault{At: smtptest.Mail, Reply: "421 4.4.2 timeout", Drop: true, When: usedBefore}, 0},
-		{"forgotten by something on the way", smtptest.Fault{At: smtptest.Mail, Stall: true, When: usedBefore}, 5 * time.Minute},
+		{"reset at the next command, as after a long sleep", smtptest.Fault{At: smtptest.Mail, Abort: true, When: usedBefore}, 0},
+		{"421 to the next command", smtptest.Fault{At: smtptest.Mail, Reply: "421 4.4.2 timeout", Drop: true, When: usedBefore}, 0},
+		{"forgotten by a firewall", smtptest.Fault{At: smtptest.Mail, Stall: true, When: usedBefore}, 5 * time.Minute},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -78,7 +78,7 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 				after := sendAtOnce(t.Context(), client, 1000, fewer(200))
 				for _, s := range after {
 					if s.err != nil && relay.Chunking && s.outcome() == smtprelay.Unknown && test.Fault.At == smtptest.Mail && test.Reply == "" {
-						s.err = nil // it left with its envelope, and nothing came back: nobody can know
+						s.err = nil // the message was sent with its envelope, without any reply: its outcome is unknown
 						continue
 					}
 					if s.err != nil {
@@ -96,7 +96,7 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 	}
 }
 
-// Connections that end while nobody uses them are nobody's error: a Trace is told, and there is no other word of it.
+// The end of an idle connection is not an error for anybody: only a Trace reports it.
 func TestIdleConnectionsEndInSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var printed bytes.Buffer
@@ -108,7 +108,7 @@ func TestIdleConnectionsEndInSilence(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
 		cfg := configOf(relay)
 		var mu sync.Mutex    // guards the next
-		var reasons []string // of the ends that the Trace is told
+		var reasons []string // of the ends reported to the Trace
 		cfg.Trace = &smtprelay.Trace{ConnClosed: func(_ context.Context, c smtprelay.ConnClosedInfo) {
 			mu.Lock()
 			defer mu.Unlock()

@@ -1,4 +1,4 @@
-// Here belong mistakes of the caller: they are told before anything is written, and no connection is touched.
+// Mistakes of the caller: reported before anything is written, without touching a connection.
 package test
 
 import (
@@ -14,8 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A mistake of the caller is told before anything is written, leaves the connections alone, and says what is wrong with
-// what.
+// A mistake of the caller is reported before anything is written, leaves the connections alone, and says what is wrong with what.
 func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 	good := func() smtprelay.Message {
 		return smtprelay.Message{
@@ -32,7 +31,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 		ctx  context.Context // nil means the test's
 		edit func(*smtprelay.Message)
 		op   smtprelay.Op
-		is   error    // what errors.Is finds; nil means nothing in particular
+		is   error    // what errors.Is finds; nil means nothing special
 		says []string // in the text of the error
 		why  string
 	}{
@@ -41,7 +40,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			edit: func(m *smtprelay.Message) { m.From = "shop@example.com>\nRCPT TO:<eve@example.net" },
 			op:   smtprelay.OpCheck,
 			says: []string{"From", "control character"},
-			why:  "a line of its own would be a command of its own",
+			why:  "a separate line would be a separate command",
 		},
 		{
 			name: "CR in the reverse-path",
@@ -62,7 +61,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			edit: func(m *smtprelay.Message) { m.To = []string{"ann@example.org", "bob@example.org>\r\nDATA"} },
 			op:   smtprelay.OpCheck,
 			says: []string{"To", "bob@example.org", "control character"},
-			why:  "which of many recipients it was is what the caller has to know",
+			why:  "the caller must know which of many recipients it was",
 		},
 		{
 			name: "NUL in a forward-path",
@@ -90,7 +89,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			edit: func(m *smtprelay.Message) { m.From = "The Shop <shop@example.com>" },
 			op:   smtprelay.OpCheck,
 			says: []string{"From", "The Shop <shop@example.com>", "display name"},
-			why:  "the commonest mistake: a header's address in the envelope",
+			why:  "the most common mistake: a header's address in the envelope",
 		},
 		{
 			name: "angle brackets around a forward-path",
@@ -118,7 +117,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			edit: func(m *smtprelay.Message) { m.Body = nil },
 			op:   smtprelay.OpCheck,
 			says: []string{"Body", "nil"},
-			why:  "an empty message is accepted by many relays: better told than sent",
+			why:  "many relays accept an empty message: better to report it",
 		},
 		{
 			name: "LF in a parameter of MAIL",
@@ -128,32 +127,32 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			why:  "a parameter is on the command line too",
 		},
 		{
-			name: "options for somebody who is no recipient",
+			name: "options for an address that is not a recipient",
 			edit: func(m *smtprelay.Message) {
 				m.RcptOptions = map[string]*smtprelay.RcptOptions{"bob@example.org": {}}
 			},
 			op:   smtprelay.OpCheck,
 			says: []string{"RcptOptions", "bob@example.org"},
-			why:  "a misspelt key would lose the options in silence",
+			why:  "a misspelt key would lose the options silently",
 		},
 		{
 			name: "recipient in UTF-8",
 			edit: func(m *smtprelay.Message) { m.To = []string{"jürgen@example.org"} },
 			says: []string{"jürgen@example.org", "SMTPUTF8"},
-			why:  "this relay does not offer SMTPUTF8, so nobody may send it such an address (RFC 6531, 3.2)",
+			why:  "this relay does not offer SMTPUTF8, so it must not be sent such an address (RFC 6531, 3.2)",
 		},
 		{
-			name: "body larger than the relay takes",
+			name: "body larger than the relay accepts",
 			edit: func(m *smtprelay.Message) { m.Body = smtprelay.Bytes(make([]byte, relaySize+1)) },
 			says: []string{"SIZE"},
-			why:  "the relay said so in its EHLO: no need to carry it there (RFC 1870, 6.1)",
+			why:  "the relay's EHLO says so: no need to send it (RFC 1870, 6.1)",
 		},
 		{
 			name: "context that has ended",
 			ctx:  cancelled,
 			edit: func(*smtprelay.Message) {},
 			is:   context.Canceled,
-			why:  "whoever asks has gone",
+			why:  "the caller has gone",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -177,7 +176,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			got := relay.Conns()[0].Commands
 			wanted := map[string]int{"EHLO": 2, "STARTTLS": 1, "AUTH": 1, "MAIL": 2, "RCPT": 2, "DATA": 2}
 			if !maps.Equal(got, wanted) {
-				t.Errorf("the relay was told %v; want %v, those of the good messages: %s", got, wanted, test.why)
+				t.Errorf("the relay got %v; want %v, those of the good messages: %s", got, wanted, test.why)
 			}
 		})
 	}
@@ -200,18 +199,18 @@ func checkRefusedLocally(t *testing.T, err error, op smtprelay.Op, is error, say
 		t.Errorf("op %q, want %q: %v", e.Op, op, err)
 	}
 	if is == nil && e.Temporary() {
-		t.Errorf("temporary, but the same message will never do: %v", err)
+		t.Errorf("temporary, but the same message will always fail: %v", err)
 	}
 	if is != nil && !errors.Is(err, is) {
 		t.Errorf("errors.Is does not find %v in %v", is, err)
 	}
 	for _, words := range says {
 		if !strings.Contains(err.Error(), words) {
-			t.Errorf("%q does not say %q: %s", err, words, why)
+			t.Errorf("%q does not contain %q: %s", err, words, why)
 		}
 	}
 	if strings.ContainsAny(err.Error(), "\r\n\x00") {
-		t.Errorf("%q has control characters in it, which a log would carry on", err)
+		t.Errorf("%q has control characters, which a log would contain too", err)
 	}
 }
 
@@ -230,7 +229,7 @@ func TestNoConnectionIsOpenedForBadInput(t *testing.T) {
 	want(t, "connections opened", len(relay.Conns()), 0)
 }
 
-func TestClosedClientSaysSo(t *testing.T) {
+func TestClosedClientReturnsErrClosed(t *testing.T) {
 	relay := newRelay(t)
 	client := newClient(t, configOf(relay))
 	if err := client.Close(); err != nil {
@@ -253,8 +252,8 @@ func TestClosedClientSaysSo(t *testing.T) {
 	want(t, "connections opened", len(relay.Conns()), 0)
 }
 
-// The body is not so much as opened when the envelope is bad: it may be a file, or a stream that can be read once.
-func TestBodyIsNotTouchedWhenTheEnvelopeIsBad(t *testing.T) {
+// If the envelope is wrong the body is not even opened: it may be a file, or a stream that can be read once.
+func TestBodyIsNotTouchedIfTheEnvelopeIsInvalid(t *testing.T) {
 	client := newClient(t, newRelay(t).Config())
 	_, err := client.Send(t.Context(), smtprelay.Message{
 		From: "a@example.com",
@@ -286,7 +285,7 @@ func TestNewReportsAllMistakesAtOnce(t *testing.T) {
 	}
 	t.Log(err)
 	if e.Op != smtprelay.OpConfig || e.Temporary() {
-		t.Errorf("op %q, temporary %v; want the configuration, for good", e.Op, e.Temporary())
+		t.Errorf("op %q, temporary %v; want the configuration, permanent", e.Op, e.Temporary())
 	}
 	for _, field := range []string{"Addr", "LocalName", "MaxConns"} {
 		if !strings.Contains(err.Error(), field) {
@@ -294,6 +293,6 @@ func TestNewReportsAllMistakesAtOnce(t *testing.T) {
 		}
 	}
 	if strings.Contains(err.Error(), "secret-key") {
-		t.Errorf("%q names the key", err)
+		t.Errorf("%q contains the key", err)
 	}
 }

@@ -1,4 +1,4 @@
-// Here belong limits of connections, and of messages on one: what is configured, what the relay announces, and what it teaches.
+// Limits of connections, and of messages per connection: configured, announced by the relay, and learnt.
 package test
 
 import (
@@ -16,7 +16,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// mostOnOne is the largest number of transactions that a connection has had.
+// mostOnOne is the largest number of transactions of a connection.
 func mostOnOne(relay *smtptest.Server) int {
 	most := 0
 	for _, c := range relay.Conns() {
@@ -25,8 +25,8 @@ func mostOnOne(relay *smtptest.Server) int {
 	return most
 }
 
-// All connections get ready at the same moment here, which once seemed to call for one more.
-func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
+// All connections become ready at the same moment here, which once opened an extra one.
+func TestBurstOpensNoMoreConnectionsThanItHasMessages(t *testing.T) {
 	for n := range 10 {
 		for range fewer(30) {
 			synctest.Test(t, func(t *testing.T) {
@@ -38,8 +38,8 @@ func TestBurstOpensNoConnectionMoreThanItHasMessages(t *testing.T) {
 	}
 }
 
-// A relay says in many ways that there are too many connections. All of them lower the cap for a while, and as long as one
-// connection works nobody fails, not even with a single attempt.
+// A relay reports too many connections in many ways. Each lowers the limit for a while, and as long as one connection works no
+// Send fails, not even with a single attempt.
 func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 	const allowed = 3
 	forms := []struct {
@@ -67,23 +67,23 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				cfg.Retry.MaxAttempts = 1
 				client := newClient(t, cfg)
 
-				// One connection works before there are more.
+				// One connection works before others are opened.
 				all := sendAtOnce(t.Context(), client, 0, 1)
 				all = append(all, sendAtOnce(t.Context(), client, 1, fewer(200))...)
 				if crowd.Hits() == 0 {
-					t.Fatal("the relay never had to say so: this test shows nothing")
+					t.Fatal("the relay never had too many connections: this test shows nothing")
 				}
 				most := allowed
 				if fault.At == smtptest.FinalDot {
-					most = 9 // a connection that gets no message before the burst is over is not told
+					most = 9 // a connection that gets no message before the end of the burst does not learn it
 				} else {
-					atMost(t, "connections opened, of which none takes the place of one too many", len(relay.Conns()), 10)
+					atMost(t, "connections opened, none of which replaces a refused one", len(relay.Conns()), 10)
 				}
 				if s := client.Stats(); s.MaxConns > most || s.MaxConns < 1 {
 					t.Errorf("Stats().MaxConns is %d, want %d at most", s.MaxConns, most)
 				}
 
-				// While the relay goes on like that, it is asked now and then only.
+				// While the relay keeps refusing, another connection is tried only now and then.
 				before := crowd.Hits()
 				for i := range 20 {
 					time.Sleep(time.Minute)
@@ -91,10 +91,10 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 				}
 				atMost(t, "refusals in 20 minutes", crowd.Hits()-before, 40)
 				if crowd.Hits() == before {
-					t.Error("a higher cap was never tried again")
+					t.Error("a higher limit was never tried again")
 				}
 
-				// And when it has room again, the cap comes back.
+				// When the relay has room again, the limit returns.
 				crowd.Remove()
 				time.Sleep(2 * time.Hour)
 				want(t, "Stats().MaxConns two hours later", client.Stats().MaxConns, 10)
@@ -106,8 +106,8 @@ func TestTooManyConnectionsLowersTheCapAndFailsNobody(t *testing.T) {
 	}
 }
 
-// Of the connections that a burst opens on a cold Client the relay refuses some at the greeting, long before the others are
-// ready. The cap becomes what it allows, not what was ready by then.
+// When a burst opens connections on a cold Client, the relay refuses some at the greeting, long before the others are ready. The
+// limit becomes what the relay allows, not what was ready by then.
 func TestTooManyConnectionsAtAColdStartLeaveAsManyAsTheRelayAllows(t *testing.T) {
 	for _, allowed := range []int{1, 3, 8, 9} {
 		t.Run(fmt.Sprint(allowed), func(t *testing.T) {
@@ -119,7 +119,7 @@ func TestTooManyConnectionsAtAColdStartLeaveAsManyAsTheRelayAllows(t *testing.T)
 				all := sendAtOnce(t.Context(), client, 0, 200)
 				want(t, "Stats().MaxConns", client.Stats().MaxConns, allowed)
 
-				// The first try of one more is not put off for long because several were refused together.
+				// One more is tried soon, although several were refused together.
 				time.Sleep(crowdWait * 5 / 4)
 				want(t, "Stats().MaxConns after the first wait", client.Stats().MaxConns, allowed+1)
 				allAccepted(t, relay, all)
@@ -128,10 +128,10 @@ func TestTooManyConnectionsAtAColdStartLeaveAsManyAsTheRelayAllows(t *testing.T)
 	}
 }
 
-// crowdWait is how long the cap stays low after the relay has said "too many connections" for the first time, at least.
+// crowdWait is the minimum time that the limit stays low after the first "too many connections".
 const crowdWait = 30 * time.Second
 
-// moreThan returns what is true for events on connections beside n others that it was false for and that are still open.
+// moreThan returns a filter that is true for events on connections when n others, for which it was false, are still open.
 func moreThan(n int, relay *smtptest.Server) func(smtptest.Event) bool {
 	var mu sync.Mutex
 	let := make(map[int]bool)
@@ -153,8 +153,8 @@ func at(s smtptest.Step) func(*smtptest.Server) smtptest.Step {
 	return func(*smtptest.Server) smtptest.Step { return s }
 }
 
-// A relay that ends each connection after N messages teaches N: the first two cost a try elsewhere, and then none is
-// refused any more. After a while without proof that is forgotten.
+// A relay that ends each connection after N messages teaches N: the first two refusals cost a retry elsewhere, then none is
+// refused any more. Without further proof the limit is forgotten after a while.
 func TestRelayThatSays421AfterNMessagesTeachesN(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		const n = 7
@@ -171,7 +171,7 @@ func TestRelayThatSays421AfterNMessagesTeachesN(t *testing.T) {
 		if learning == 0 {
 			t.Fatal("nothing was refused: this test shows nothing")
 		}
-		// Each connection that was open before may find out for itself, with as many messages as are under way on it.
+		// Each connection that was open before may find out itself, with as many messages as it has in flight.
 		atMost(t, "refusals until it was known", learning, 10*4)
 		all = append(all, sendAtOnce(t.Context(), client, 300, 300)...)
 		want(t, "refusals once it was known", full.Hits()-learning, 0)
@@ -185,14 +185,14 @@ func TestRelayThatSays421AfterNMessagesTeachesN(t *testing.T) {
 			most = max(most, c.Mails)
 		}
 		if most <= n {
-			t.Errorf("the most messages on a connection are %d still, eleven minutes later", most)
+			t.Errorf("the most messages on a connection are still %d, eleven minutes later", most)
 		}
 		allAccepted(t, relay, all)
 	})
 }
 
-// What was forgotten is believed again as soon as it is met, and costs no second message a try.
-func TestLimitThatWasForgottenIsLearntAgainAtOnce(t *testing.T) {
+// A forgotten limit is believed again as soon as it is met, and costs no second retry.
+func TestForgottenLimitIsLearntAgainAtOnce(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		const n = 7
 		relay := newRelay(t, near)
@@ -209,7 +209,7 @@ func TestLimitThatWasForgottenIsLearntAgainAtOnce(t *testing.T) {
 	})
 }
 
-// A relay that is shut down tells all connections, which may have had the same number of messages.
+// A relay that shuts down says so on all connections, which may have had the same number of messages.
 func TestRelayThatIsShutDownTeachesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -228,7 +228,7 @@ func TestRelayThatIsShutDownTeachesNothing(t *testing.T) {
 	})
 }
 
-// A single 421 is no limit: the relay may have been restarted.
+// A single 421 is no limit: the relay may have restarted.
 func TestOne421TeachesNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -241,8 +241,8 @@ func TestOne421TeachesNothing(t *testing.T) {
 	})
 }
 
-// Nor are several of them, after the same number of messages even, as long as other connections go further: a relay that says
-// 421 now and then, having too much to do, must not be given ever more connections to deal with.
+// Several are not a limit either, even after the same number of messages, as long as other connections carry more: a busy relay
+// that sometimes says 421 must not get ever more connections.
 func TestRandom421sTeachNothing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -291,11 +291,11 @@ func TestLIMITSLowerThanConfiguredWin(t *testing.T) {
 		want(t, "recipients", recipients, 50*8)
 		want(t, "refusals for a limit", relay.Stats().Refused, 0)
 		atMost(t, "messages on one connection", mostOnOne(relay), 5)
-		want(t, "RCPT commands", commands(relay, "RCPT"), 50*8) // so that none was refused with 452
+		want(t, "RCPT commands", commands(relay, "RCPT"), 50*8) // so none was refused with 452
 	})
 }
 
-func TestLIMITSHigherThanConfiguredDoNot(t *testing.T) {
+func TestLIMITSHigherThanConfiguredAreIgnored(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) {
 			s.Delay = 20 * time.Millisecond
@@ -315,7 +315,7 @@ func TestLIMITSHigherThanConfiguredDoNot(t *testing.T) {
 	})
 }
 
-// Two programs that share one allowance of ten: each thinks that all of it is its own, and both get on.
+// Two programs share one allowance of ten: each assumes that it has all of it, and both make progress.
 func TestTwoClientsShareAnAllowance(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -326,7 +326,7 @@ func TestTwoClientsShareAnAllowance(t *testing.T) {
 		for i := range results {
 			client := newClient(t, cfg)
 			both.Go(func() {
-				for round := range 5 { // with pauses, in which connections are given up and taken by the other
+				for round := range 5 { // with pauses, in which one gives up connections and the other takes them
 					results[i] = append(results[i], sendAtOnce(t.Context(), client, 100_000*i+1000*round, fewer(300))...)
 					time.Sleep(time.Duration(40+20*i) * time.Second)
 				}
@@ -334,15 +334,15 @@ func TestTwoClientsShareAnAllowance(t *testing.T) {
 		}
 		both.Wait()
 		allAccepted(t, relay, slices.Concat(results[0], results[1]))
-		// 3,000 refused connections would be hammering.
+		// 3,000 refused connections would be too many.
 		atMost(t, "connections refused", relay.Stats().Refused, 300)
 	})
 }
 
-// Somebody who comes when all of the allowance is in use, and stays so, gets his part as connections are replaced.
-func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
+// A client that starts when the whole allowance is in use, permanently, gets its share as connections are replaced.
+func TestLatecomerGetsItsShareOfTheAllowance(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
-		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = time.Second }) // so that time passes, and not messages
+		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = time.Second }) // so that time passes without many messages
 		cfg := configOf(relay)
 		cfg.Retry.MaxAttempts = -1
 		cfg.Limits.MaxMessagesPerConn = 20
@@ -375,8 +375,8 @@ func TestLatecomerGetsHisPartOfTheAllowance(t *testing.T) {
 	})
 }
 
-// A sender who has the next message ready as soon as one is accepted uses one connection, and not one more each time that
-// he is faster than the bookkeeping.
+// A sender whose next message is ready as soon as one is accepted uses one connection, and no further one whenever it is faster
+// than the bookkeeping.
 func TestLoneSenderNeverOpensASecondConnection(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxMessages = -1 })
@@ -388,7 +388,7 @@ func TestLoneSenderNeverOpensASecondConnection(t *testing.T) {
 	})
 }
 
-// A relay that takes its time to close: its connections count until then, and the cap holds.
+// A relay closes slowly: its connections count until then, and the limit holds.
 func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -417,7 +417,7 @@ func TestConnectionsCountUntilTheRelayHasClosedThem(t *testing.T) {
 	}
 }
 
-func TestShortSessionsDoNotHoldBackOthers(t *testing.T) {
+func TestShortSessionsDoNotDelayOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var conns atomic.Int64
 		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
@@ -442,14 +442,14 @@ func TestShortSessionsDoNotHoldBackOthers(t *testing.T) {
 	})
 }
 
-func TestConnectionThatIsOldBeforeItIsReadyCarriesAMessage(t *testing.T) {
+func TestConnectionTooOldWhenReadyCarriesAMessage(t *testing.T) {
 	for _, age := range []time.Duration{5 * time.Second, time.Nanosecond} {
 		synctest.Test(t, func(t *testing.T) {
 			var conns atomic.Int64
 			c := bubbleClient(t, smtprelay.Config{Limits: smtprelay.Limits{MaxConns: 1, MaxConnAge: age}, Dial: relaytest.Dial(0, func(n int, l string) string {
 				conns.Store(int64(n))
 				if l == "" {
-					time.Sleep(6 * time.Second) // as a relay does that waits for who speaks first
+					time.Sleep(6 * time.Second) // like a relay that waits for clients that send before the greeting
 				}
 				return relaytest.Agree("250 PIPELINING", l)
 			})})

@@ -1,4 +1,4 @@
-// Here belong connections and networks that are lost under way: what can be sent is sent, and nothing is sent twice.
+// Connections and networks that are lost: what can be sent is sent, and nothing is sent twice.
 package test
 
 import (
@@ -17,7 +17,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// unknownOf counts those of unknown fate among all, of whom the others must have been accepted.
+// unknownOf counts the unknown results of all; the others must have been accepted.
 func unknownOf(t *testing.T, all []sent) (n int) {
 	t.Helper()
 	for _, s := range all {
@@ -31,8 +31,8 @@ func unknownOf(t *testing.T, all []sent) (n int) {
 	return n
 }
 
-// A connection can be lost in many ways, at any step. All of them are one thing: before the end of the message it goes to
-// another connection, and behind it nobody knows.
+// A connection can be lost in many ways, at any step. The result is the same: before the end of the message it is sent on another
+// connection, after the end its outcome is unknown.
 func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Buffer = 4096 })
@@ -53,9 +53,9 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 		for _, step := range steps {
 			for _, form := range forms {
 				if step == smtptest.FinalDot && form.Reply == "" {
-					continue // unknown, for which there are scripts
+					continue // unknown; scripts test this
 				}
-				for _, used := range []bool{false, true} { // whether the connection has carried a message before
+				for _, used := range []bool{false, true} { // whether the connection has carried an earlier message
 					name := fmt.Sprintf("%s at %v, used before: %t", form.name, step, used)
 					client := newClient(t, configOf(relay))
 					before := 0
@@ -74,18 +74,18 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 					}
 					h := relay.Fault(fault)
 					m := numbered(number)
-					m.Body = pieces{bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 3000), 5000} // more than fits into all buffers
+					m.Body = pieces{bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), 3000), 5000} // larger than all buffers
 					_, err := client.Send(t.Context(), m)
 					want(t, name+": hits", h.Hits(), 1)
 					s := client.Stats()
-					// A reset may destroy the 421 on its way. And a relay that closes in order, and goes on reading, may let all of
-					// the message leave before the client has seen the end: then nobody knows what it has made of it.
+					// A reset may destroy the 421. And a relay that closes gracefully, and keeps reading, may let the client send
+					// the whole message before it notices: then its outcome is unknown.
 					mayBeUnknown := form.Abort && step == smtptest.FinalDot ||
 						form.name == "EOF" && (step == smtptest.Body || relay.Chunking && step >= smtptest.Auth)
 					if err != nil && !(mayBeUnknown && failure(err).Outcome == smtprelay.Unknown) {
 						t.Errorf("%s: %v", name, err)
 					} else if err == nil && (s.Accepted != int64(1+before) || s.Retries > 1) {
-						t.Errorf("%s: %d accepted, %d tries more; want one more", name, s.Accepted, s.Retries)
+						t.Errorf("%s: %d accepted, %d retries; want one", name, s.Accepted, s.Retries)
 					}
 					if err := client.Close(); err != nil {
 						t.Error(err)
@@ -105,8 +105,7 @@ func TestConnectionLostInAnyFormIsOneThing(t *testing.T) {
 	})
 }
 
-// The network goes away for a while, in the middle of traffic, in both of its ways: so that everybody notices, and so that
-// nobody does.
+// The network is interrupted in the middle of traffic, in both ways: noticed by all connections, and noticed by none.
 func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -122,7 +121,7 @@ func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 		}
 		client := newClient(t, cfg)
 
-		// A trickle of messages all the time: 20 at once, every five seconds.
+		// Continuous traffic: 20 messages at once, every five seconds.
 		var all []sent
 		var mu sync.Mutex // guards all
 		var senders sync.WaitGroup
@@ -142,20 +141,20 @@ func TestNetworkThatGoesAwayAndComesBackCostsNoMessage(t *testing.T) {
 		time.Sleep(time.Minute)
 		away.Store(false)
 		time.Sleep(30*time.Second + 15*time.Millisecond)
-		stall := relay.Fault(smtptest.Fault{Stall: true, Count: -1}) // like a cable pulled out: nothing moves, nobody is told
+		stall := relay.Fault(smtptest.Fault{Stall: true, Count: -1}) // like an unplugged cable: nothing moves, and neither side notices
 		time.Sleep(time.Minute)
 		stall.Remove()
 		senders.Wait()
 
 		unknown := unknownOf(t, all)
 		want(t, "sends that have ended", len(all), 20*bursts)
-		// Those whose dot was out when all connections were reset: one on each of ten, with CHUNKING four.
-		atMost(t, "messages of unknown fate", unknown, 10*4)
+		// Those whose dot had been sent when all connections were reset: one on each of ten, with CHUNKING four.
+		atMost(t, "unknown messages", unknown, 10*4)
 		checkLedger(t, relay, all)
 	})
 }
 
-// Fifty messages wait for the only connection, which is lost again and again: each is served by the next dial, at once.
+// Fifty messages wait for the only connection, which is lost repeatedly: the next dial serves them at once.
 func TestWaitersAreServedWhenTheOnlyConnectionDies(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -172,18 +171,18 @@ func TestWaitersAreServedWhenTheOnlyConnectionDies(t *testing.T) {
 		all := <-done
 		unknown := unknownOf(t, all)
 		for _, s := range all {
-			// 50 messages at a round trip each, five dials of four round trips, and a back-off of half a second behind each loss.
+			// 50 messages at a round trip each, five dials of four round trips, and a back-off of half a second after each loss.
 			if s.took > 50*20*time.Millisecond+kills*(80+500)*time.Millisecond {
 				t.Errorf("message %d took %v", s.number, s.took)
 			}
 		}
-		atMost(t, "messages of unknown fate", unknown, kills*4)
+		atMost(t, "unknown messages", unknown, kills*4)
 		checkLedger(t, relay, all)
 		atMost(t, "open at once", relay.Stats().MaxOpen, 1)
 	})
 }
 
-// The connection is full with the message, and no other can be opened: that is nothing to the message.
+// The message uses up the connection, and no other can be opened: the message is not affected.
 func TestFailedDialBehindTheLastMessageOfAConnectionCostsNoReceipt(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)

@@ -2,5 +2,8 @@
 
 package test
 
-// fewer is how many of n messages a test sends, or callers it has, where the number does not matter: all of them.
+// fewer is how many of n messages or callers a test uses if the number does not matter: all of them.
 func fewer(n int) int { return n }
+
+// largeBody is the size of the body that must pass in constant memory.
+const largeBody = 1 << 30

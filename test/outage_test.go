@@ -1,5 +1,5 @@
-// Here belong relays that are away, restart, fall silent or refuse everybody: how often they are asked, how long a Send waits
-// for them, and that it waits for nothing else.
+// Relays that are away, restart, fall silent or refuse everything: how often they are dialled, how long a Send waits for them,
+// and that it waits for nothing else.
 package test
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// everySecond has so many senders send a message each, again a second after each has ended, for a while.
+// everySecond has each sender send a message, and again a second after the last one ended, for a while.
 func everySecond(t *testing.T, client *smtprelay.Client, senders int, for_ time.Duration) (all []sent) {
 	ends := time.Now().Add(for_)
 	var mu sync.Mutex // guards all
@@ -39,7 +39,7 @@ func everySecond(t *testing.T, client *smtprelay.Client, senders int, for_ time.
 	return all
 }
 
-// refused is a Dial that fails for a while, and then is the relay's.
+// refused is a Dial that fails for a while, and then connects to the relay.
 func refused(relay *smtptest.Server, away time.Duration) (*noRelay, func(ctx context.Context, network, addr string) (net.Conn, error)) {
 	nobody, back := &noRelay{}, time.Now().Add(away)
 	return nobody, func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -50,9 +50,9 @@ func refused(relay *smtptest.Server, away time.Duration) (*noRelay, func(ctx con
 	}
 }
 
-// A relay that does no work is not hammered, wherever it fails, and whatever it says there: a hundred senders ask it together
-// about as often as one would.
-func TestRelayThatFailsIsAskedSeldomWhereverItFails(t *testing.T) {
+// A relay that does not work is not dialled often, wherever it fails and whatever it replies: a hundred senders together dial
+// about as often as one.
+func TestFailingRelayIsDialledRarelyWhereverItFails(t *testing.T) {
 	rows := map[string]smtptest.Fault{
 		"greeting 421":                  {At: smtptest.Connect, Reply: "421 4.3.2 draining", Drop: true},
 		"greeting 554":                  {At: smtptest.Connect, Reply: "554 5.7.1 no", Drop: true},
@@ -91,7 +91,7 @@ func TestRelayThatFailsIsAskedSeldomWhereverItFails(t *testing.T) {
 				all := everySecond(t, newClient(t, configOf(relay)), 100, 10*time.Minute)
 				atMost(t, "connections in ten minutes", len(relay.Conns()), 100)
 				if len(relay.Conns()) < 3 {
-					t.Errorf("%d connections in ten minutes: a relay that is back is not found", len(relay.Conns()))
+					t.Errorf("%d connections in ten minutes: a relay that works again is not found", len(relay.Conns()))
 				}
 				for _, s := range all {
 					if s.outcome() == smtprelay.Accepted || s.took > 2*time.Minute+30*time.Second {
@@ -111,8 +111,8 @@ func TestRelayThatFailsIsAskedSeldomWhereverItFails(t *testing.T) {
 	})
 }
 
-// A relay is restarted under load: whoever has time waits for it, and no message fails for it.
-func TestRestartFailsNoMessageThatHasTime(t *testing.T) {
+// A relay restarts under load: Sends with enough time wait for it, and no message fails.
+func TestRestartFailsNoMessageWithEnoughTime(t *testing.T) {
 	messages := fewer(10_000)
 	for _, away := range []time.Duration{5 * time.Second, 20 * time.Second} {
 		for _, greets := range []bool{false, true} {
@@ -177,8 +177,8 @@ func TestRestartInTheMiddleOfTrafficFailsNoMessage(t *testing.T) {
 	})
 }
 
-// An idle connection is cut on the way, and swallows what is written: the message is delivered on another one, and its fate is
-// never unknown.
+// An idle connection is cut and loses everything written to it: the message is delivered on another connection, and is never
+// unknown.
 func TestIdleConnectionThatSwallowsEverythingCostsHalfAMinute(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -202,8 +202,8 @@ func TestIdleConnectionThatSwallowsEverythingCostsHalfAMinute(t *testing.T) {
 	})
 }
 
-// A relay that is silent for ten seconds is no outage of minutes: all messages are delivered soon after, those included that
-// come while the connections of the silent time are still stuck. forgets: it never answers what came in that time.
+// A relay that is silent for ten seconds is not an outage of minutes: all messages are delivered soon after, including those that
+// arrive while the old connections still hang. forgets: the relay never answers commands of that time.
 func TestMomentOfSilenceIsNoOutage(t *testing.T) {
 	for _, row := range []struct {
 		step    smtptest.Step
@@ -240,8 +240,8 @@ func TestMomentOfSilenceIsNoOutage(t *testing.T) {
 	}
 }
 
-// One connection falls silent, and the context of its Send ends. The next Send does not wait for it: other places are free.
-func TestSilentConnectionDoesNotHoldUpTheNextSend(t *testing.T) {
+// One connection falls silent, and the context of its Send ends. The next Send does not wait for it: other slots are free.
+func TestSilentConnectionDoesNotDelayTheNextSend(t *testing.T) {
 	for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO, smtptest.Auth, smtptest.Mail, smtptest.FinalDot} {
 		for _, conns := range []int{1, 2, 10} {
 			for _, proven := range []bool{false, true} {
@@ -260,7 +260,7 @@ func TestSilentConnectionDoesNotHoldUpTheNextSend(t *testing.T) {
 					sendOne(ctx, client, 1)
 					patience := 15 * time.Second
 					if conns == 1 {
-						patience = 31 * time.Second // there is no other place
+						patience = 31 * time.Second // there is no other slot
 					}
 					s := sendOne(t.Context(), client, 2)
 					if s.err != nil || s.took > patience {
@@ -272,7 +272,7 @@ func TestSilentConnectionDoesNotHoldUpTheNextSend(t *testing.T) {
 	}
 }
 
-// swallowing is a Dial whose connections swallow all.
+// swallowing is a Dial whose connections discard everything and never answer.
 func swallowing(context.Context, string, string) (net.Conn, error) {
 	near, far := netpipe.New(1 << 20)
 	go func() { // ends with the connection
@@ -287,8 +287,8 @@ func swallowing(context.Context, string, string) (net.Conn, error) {
 	return near, nil
 }
 
-// What a caller without a deadline waits at most, with the defaults.
-func TestCallerWithoutADeadlineIsToldInTime(t *testing.T) {
+// The longest that a caller without a deadline waits, with the defaults.
+func TestSendWithoutADeadlineEndsInTime(t *testing.T) {
 	agree := func(reply func(line string) (string, bool)) func(context.Context, string, string) (net.Conn, error) {
 		return relaytest.Dial(0, func(_ int, line string) string {
 			if said, ok := reply(line); ok {
@@ -354,8 +354,8 @@ func TestCallerWithoutADeadlineIsToldInTime(t *testing.T) {
 	}
 }
 
-// Connections that work do not open the gate for those that cannot be opened.
-func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing.T) {
+// Connections that work do not open the gate for others that cannot be opened.
+func TestRelayWithTwoConnectionsIsNotDialledForEachMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) {
 			s.InMemory, s.NoTLS, s.NoAuth, s.MaxMessages, s.Delay = true, true, true, -1, 20*time.Millisecond
@@ -381,13 +381,13 @@ func TestRelayThatTakesTwoConnectionsIsNotAskedForMoreWithEachMessage(t *testing
 		if n := relay.Stats().Accepted; n < 300 {
 			t.Errorf("%d messages: this test shows nothing", n)
 		}
-		atMost(t, "connections in a minute, one behind each wait of 15 s in the mean", len(relay.Conns()), 30)
+		atMost(t, "connections in a minute, one after each wait of 15 s on average", len(relay.Conns()), 30)
 	})
 }
 
-// After a failure one connection has to show that the relay works before others are opened. Where the caller gives that one up,
-// nobody waits for what it would have shown.
-func TestCallerWhoGivesUpAfterAFailureHoldsNobodyUp(t *testing.T) {
+// After a failure one connection must show that the relay works before others are opened. If its caller abandons it, others do
+// not wait for it.
+func TestCallerThatGivesUpAfterAFailureDelaysNoOther(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		relay.Fault(smtptest.Fault{At: smtptest.Connect, Drop: true})
@@ -413,8 +413,8 @@ func TestCallerWhoGivesUpAfterAFailureHoldsNobodyUp(t *testing.T) {
 	})
 }
 
-// The reply to a command of one message may name addresses: others are told its code alone.
-func TestMessageIsNotToldTheWordsToAnotherOne(t *testing.T) {
+// The reply to a command of one message may name addresses: others get only its code.
+func TestReplyTextOfAnotherMessageIsNotReported(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, reply := range []string{"354 somebody@example.com is odd", "503 5.5.1 somebody@example.com is odd"} {
 			relay := newRelay(t, near)

@@ -1,4 +1,4 @@
-// Here belongs what a caller is told: outcome, receipt and error, and that they add up to what the relay has.
+// What a caller is told: outcome, receipt and error, and that they match what the relay has.
 package test
 
 import (
@@ -20,7 +20,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// Whatever the relay refuses, the connection goes on and is counted.
+// Whatever the relay refuses, the connection continues and is counted.
 func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) {
@@ -56,8 +56,7 @@ func TestRefusedMessagesLeaveNoConnectionBehind(t *testing.T) {
 	})
 }
 
-// Two messages of a relay may not be told apart by who was faster: whatever goes wrong, what the callers were told adds up
-// to what the relay has.
+// Messages must not be confused by their timing: whatever goes wrong, the results match what the relay has.
 func TestReceiptsAddUpToWhatTheRelayHas(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -131,15 +130,15 @@ func TestEveryErrorTellsItsOutcome(t *testing.T) {
 	})
 }
 
-// Who sends again to whoever was refused for now must not do so to somebody who may have the message.
-func TestRecipientOfUnknownFateWasNotRefusedForNow(t *testing.T) {
+// A caller that retries temporary refusals must not send to a recipient that may have the message.
+func TestUnknownRecipientIsNotATemporaryRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true })
 		relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
 		client := newClient(t, configOf(relay))
 		e := failure(sendErr(t.Context(), client, numbered(0)))
 		if e.Outcome != smtprelay.Unknown || len(e.Recipients) != 1 || e.Recipients[0].Outcome != smtprelay.Unknown {
-			t.Fatalf("%v, recipients %v; want one of unknown fate", e, e.Recipients)
+			t.Fatalf("%v, recipients %v; want one unknown", e, e.Recipients)
 		}
 		if to := smtprelay.RetryTo(e); len(to) != 0 {
 			t.Errorf("RetryTo is %v", to)
@@ -153,7 +152,7 @@ func sendErr(ctx context.Context, client *smtprelay.Client, m smtprelay.Message)
 	return err
 }
 
-func TestErrorIsOneLineWhateverTheRelayAndTheUserWrite(t *testing.T) {
+func TestErrorIsOneLineWhateverItQuotes(t *testing.T) {
 	const forged = "x\x1b[2J\x00\u202e\u2028\u0085"
 	for _, tt := range []struct{ why, offer, rcpt, to string }{
 		{"a refusal of lines that look like ours", "250 relay", "550-x\n550-2026/11/30 02:00:00 smtprelay: accepted, queued as FORGED\n550 " + forged, "b@y.example"},
@@ -204,14 +203,14 @@ func TestErrorIsOneLineWhateverTheRelayAndTheUserWrite(t *testing.T) {
 					t.Errorf("%d octets of error", len(err.Error()))
 				}
 				if strings.Contains(err.Error(), `no"; check`) {
-					t.Errorf("the relay's words pass for ours: %s", err)
+					t.Errorf("the relay's text looks like ours: %s", err)
 				}
 			})
 		})
 	}
 }
 
-// plainHandler logs as a program may that trusts what it is given: nothing is escaped. Records end with two line ends.
+// plainHandler logs without escaping, like a program that trusts its input. Records end with two line ends.
 type plainHandler struct {
 	slog.Handler
 	out *bytes.Buffer

@@ -1,4 +1,4 @@
-// Here belong transactions that begin before the reply to the final dot before them, and relays that cannot bear it.
+// Transactions that begin before the previous final reply, and relays that do not support that.
 package test
 
 import (
@@ -14,13 +14,13 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// To be wrong about overlap is to take twice the round trips for as long as the Client lives.
-func TestOverlapGoesOnAfterWhatSaysNothingAboutIt(t *testing.T) {
+// Disabling overlap by mistake costs twice the round trips for the Client's lifetime.
+func TestOverlapContinuesAfterUnrelatedFailures(t *testing.T) {
 	for _, test := range []struct {
 		why   string
-		leave bool // the relay says 421 to the RSET behind the first final dot
+		leave bool // the relay replies 421 to the RSET after the first final dot
 	}{
-		{"a caller gives up while the RSET behind a final dot has no reply", false},
+		{"a caller gives up while the RSET after a final dot has no reply", false},
 		{"the relay leaves", true},
 	} {
 		t.Run(test.why, func(t *testing.T) {

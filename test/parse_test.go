@@ -1,4 +1,4 @@
-// Here belongs how addresses in header form, and messages that know their envelope, become a Message.
+// How addresses in header form, and messages that have an envelope, become a Message.
 package test
 
 import (
@@ -12,28 +12,28 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-func TestAddressesOfHeadersBecomeBare(t *testing.T) {
+func TestHeaderAddressesBecomeBareAddresses(t *testing.T) {
 	for _, tt := range []struct {
 		why  string
 		list []string
 		want []string
-		says string // of the error; "" means that there is none
+		says string // in the error; "" means that there is none
 	}{
 		{"a bare one", []string{"ann@example.org"}, []string{"ann@example.org"}, ""},
 		{"brackets", []string{"<ann@example.org>"}, []string{"ann@example.org"}, ""},
 		{"a name", []string{"Ann Smith <ann@example.org>"}, []string{"ann@example.org"}, ""},
 		{"a name with a comma in it", []string{`"Smith, Ann" <ann@example.org>, bob@example.org`}, []string{"ann@example.org", "bob@example.org"}, ""},
 		{"several headers, one of them empty", []string{"ann@example.org", "", " ", "Bob <bob@example.org>"}, []string{"ann@example.org", "bob@example.org"}, ""},
-		{"a group, and one of nobody", []string{"Team: ann@example.org, Bob <bob@example.org>;"}, []string{"ann@example.org", "bob@example.org"}, ""},
+		{"a group", []string{"Team: ann@example.org, Bob <bob@example.org>;"}, []string{"ann@example.org", "bob@example.org"}, ""},
 		{"a local part in quotes keeps them", []string{`<"ann smith"@example.org>`}, []string{`"ann smith"@example.org`}, ""},
-		{"or it would be two addresses", []string{`"eve@evil.example,ann"@example.org`}, []string{`"eve@evil.example,ann"@example.org`}, ""},
-		{"a name in a character set that nobody knows", []string{"=?x-mystery?Q?Ann?= <ann@example.org>"}, []string{"ann@example.org"}, ""},
+		{"without quotes it would be two addresses", []string{`"eve@evil.example,ann"@example.org`}, []string{`"eve@evil.example,ann"@example.org`}, ""},
+		{"a name in an unknown character set", []string{"=?x-mystery?Q?Ann?= <ann@example.org>"}, []string{"ann@example.org"}, ""},
 		{"an address that is not ASCII", []string{"Ännchen <ännchen@example.org>"}, []string{"ännchen@example.org"}, ""},
 		{"the same twice", []string{"a@x.example, a@x.example"}, []string{"a@x.example", "a@x.example"}, ""},
 		{"nothing", nil, nil, ""},
 		{"a name alone", []string{"ann@example.org", "Ann Smith"}, nil, `"Ann Smith"`},
 		{"a line end that would be another command", []string{"ann@example.org>\r\nRCPT TO:<eve@evil.example"}, nil, `\r\n`},
-		{"all that is wrong", []string{"x", "y"}, nil, `"y"`},
+		{"several mistakes", []string{"x", "y"}, nil, `"y"`},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			got, err := smtprelay.ParseAddresses(tt.list...)
@@ -44,13 +44,13 @@ func TestAddressesOfHeadersBecomeBare(t *testing.T) {
 				return
 			}
 			if e, ok := errors.AsType[*smtprelay.Error](err); !ok || e.Op != smtprelay.OpCheck || got != nil || !strings.Contains(err.Error(), tt.says) {
-				t.Errorf("got %q, %v, want an error that says %s", got, err, tt.says)
+				t.Errorf("got %q, %v, want an error that contains %s", got, err, tt.says)
 			}
 		})
 	}
 }
 
-// goMail has the methods of a *mail.Msg of go-mail; bench has the test with one.
+// goMail has the methods of go-mail's *mail.Msg; the test with a real one is in bench.
 type goMail struct {
 	from    string
 	to      []string
@@ -65,7 +65,7 @@ func (m *goMail) WriteTo(w io.Writer) (int64, error) {
 func (m *goMail) GetSender(bool) (string, error)   { return m.from, m.fromErr }
 func (m *goMail) GetRecipients() ([]string, error) { return m.to, m.toErr }
 
-func TestMessageTakesTheEnvelopeOfOneThatKnowsIt(t *testing.T) {
+func TestMessageTakesTheEnvelopeOfAGoMailMessage(t *testing.T) {
 	relay := newRelay(t)
 	m, err := smtprelay.MessageOf(&goMail{from: "<shop@example.com>", to: []string{"<ann@example.org>", "bob@example.org", "<ann@example.org>"}})
 	if err != nil {
@@ -93,7 +93,7 @@ func TestMessageWithoutAnEnvelopeIsAnError(t *testing.T) {
 	}
 }
 
-// A message whose methods use ParseAddresses returns an error of ours, which names the step once.
+// If a message's methods use ParseAddresses, they return an error of ours, which names the step once.
 func TestMessageWithABadAddressNamesTheStepOnce(t *testing.T) {
 	_, bad := smtprelay.ParseAddresses("ann@@example.org")
 	_, err := smtprelay.MessageOf(&goMail{from: "a@x.example", toErr: bad})

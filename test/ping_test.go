@@ -1,4 +1,4 @@
-// Here belongs what Ping says of a client: one that is busy, idle, slow, misconfigured or without a relay.
+// What Ping reports about a client: busy, idle, slow, misconfigured or without a relay.
 package test
 
 import (
@@ -42,7 +42,7 @@ func TestPingOfABusyClientIsAnsweredAtOnce(t *testing.T) {
 		time.Sleep(6 * time.Second)
 		for range 5 {
 			if s := client.Stats(); s.Waiting == 0 {
-				t.Fatal("nobody waits: the client is not busy")
+				t.Fatal("no Send waits: the client is not busy")
 			}
 			if took, err := pingWithin(t, client, time.Second); err != nil || took != 0 {
 				t.Errorf("got %v after %v, want nil at once", err, took)
@@ -54,7 +54,7 @@ func TestPingOfABusyClientIsAnsweredAtOnce(t *testing.T) {
 	})
 }
 
-// What worked half a minute ago proves nothing where the relay has gone silent since.
+// Success half a minute ago proves nothing if the relay has been silent since.
 func TestPingFailsOnceTheRelayHasBeenSilentForHalfAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS = true, true })
@@ -66,7 +66,7 @@ func TestPingFailsOnceTheRelayHasBeenSilentForHalfAMinute(t *testing.T) {
 		}
 		silent := relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Stall: true})
 		ended := make(chan error, 1)
-		go func() { // until the fault is taken away
+		go func() { // ends when the fault is removed
 			_, err := client.Send(t.Context(), numbered(1))
 			ended <- err
 		}()
@@ -117,7 +117,7 @@ func TestPingDoesNotTrustAConnectionThatWasLost(t *testing.T) {
 		relay.Close()
 		synctest.Wait()
 		if took, err := pingWithin(t, client, time.Minute); err == nil {
-			t.Errorf("got nil after %v, and there is no relay", took)
+			t.Errorf("got nil after %v, but there is no relay", took)
 		}
 	})
 }

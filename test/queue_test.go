@@ -1,4 +1,4 @@
-// Here belong those who wait for a connection: who is served first, how many may wait, and who would rather not.
+// Waiting for a connection: the order, the number that may wait, and messages that do not wait.
 package test
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// paced is a Client of a relay in memory to which it sends 14 messages a second.
+// paced is a Client of a relay in memory, limited to 14 messages a second.
 func paced(t *testing.T, set func(*smtprelay.Config)) (*smtprelay.Client, *smtptest.Server) {
 	relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS = true, true })
 	cfg := configOf(relay)
@@ -31,7 +31,7 @@ func urgent(i int) smtprelay.Message {
 	return m
 }
 
-func TestUrgentMessageOvertakesThoseThatWait(t *testing.T) {
+func TestUrgentMessageOvertakesWaitingMessages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, _ := paced(t, nil)
 		var running sync.WaitGroup
@@ -47,7 +47,7 @@ func TestUrgentMessageOvertakesThoseThatWait(t *testing.T) {
 	})
 }
 
-// Those that are not urgent have every eighth turn, however many urgent ones there are.
+// Other messages get every eighth turn, however many urgent ones there are.
 func TestOthersHaveAnEighthUnderUrgentLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, relay := paced(t, nil)
@@ -78,8 +78,8 @@ func TestOthersHaveAnEighthUnderUrgentLoad(t *testing.T) {
 	})
 }
 
-// No more than MaxWaiting wait: each further Send is told at once, at no cost in memory.
-func TestSendsBeyondMaxWaitingAreToldAtOnce(t *testing.T) {
+// No more than MaxWaiting wait: each further Send fails at once, without using memory.
+func TestSendsBeyondMaxWaitingFailAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const most, sends = 100, 100_000
 		client, relay := paced(t, func(c *smtprelay.Config) { c.Limits.MaxWaiting = most })
@@ -112,7 +112,7 @@ func TestSendsBeyondMaxWaitingAreToldAtOnce(t *testing.T) {
 	})
 }
 
-// SendAll waits where Send would be told that too many wait.
+// SendAll waits where Send would fail because too many wait.
 func TestSendAllWaitsBeyondMaxWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, relay := paced(t, func(c *smtprelay.Config) { c.Limits.MaxWaiting = 1 })
@@ -132,8 +132,8 @@ func TestSendAllWaitsBeyondMaxWaiting(t *testing.T) {
 	})
 }
 
-// A message with FailFast is told how the last dial failed while none succeeds, and waits for a pool that is merely full.
-func TestFailFastIsToldTheLastDialsErrorAndWaitsForAFullPool(t *testing.T) {
+// While no dial succeeds, a message with FailFast fails with the last dial's error; it waits for a pool that is merely full.
+func TestFailFastReturnsTheLastDialsErrorButWaitsForAFullPool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS = true, true })
 		nobody, dial := refused(relay, 20*time.Second)

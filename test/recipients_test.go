@@ -1,4 +1,4 @@
-// Here belong messages with several recipients: how many go into one transaction, and that each keeps its own reply.
+// Messages with several recipients: how many share one transaction, and that each keeps its own reply.
 package test
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// 452 to a recipient says that the others may have another transaction; so does 552, which old relays say (RFC 5321,
-// 4.5.3.1.10). Each recipient gets the message once. With AllOrNothing nobody gets it, since nobody could take it back.
+// 452 to a recipient means that the others may have another transaction; so does 552 from old relays (RFC 5321, 4.5.3.1.10). Each
+// recipient gets the message once. With AllOrNothing none gets it, since it could not be taken back.
 func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 	for _, reply := range []string{"452 4.5.3 Too many recipients", "452 too many", "552 too many recipients", "451 4.5.3 Too many recipients"} {
 		t.Run(reply, func(t *testing.T) {
@@ -35,7 +35,7 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 				m.AllOrNothing = true
 				_, err := client.Send(t.Context(), m)
 				if e := failure(err); e.Outcome != smtprelay.NotAccepted || relay.Stats().Accepted != 0 {
-					t.Errorf("AllOrNothing: %v, and the relay has taken %d messages; want it for nobody", err, relay.Stats().Accepted)
+					t.Errorf("AllOrNothing: %v, and the relay has accepted %d messages; want none", err, relay.Stats().Accepted)
 				}
 
 				m.AllOrNothing = false
@@ -61,7 +61,7 @@ func TestTooManyRecipientsGoInFurtherTransactions(t *testing.T) {
 	}
 }
 
-// limitRcpts has relay take n recipients in a transaction, and say so to the others.
+// limitRcpts makes relay accept n recipients in a transaction, and refuse others.
 func limitRcpts(relay *smtptest.Server, n int) {
 	relay.Fault(smtptest.Fault{
 		At: smtptest.Rcpt, Reply: "452 4.5.3 Too many recipients", Count: -1,
@@ -72,7 +72,7 @@ func limitRcpts(relay *smtptest.Server, n int) {
 func TestNumberOfRecipientsIsLearntWithinAMessage(t *testing.T) {
 	for _, tt := range []struct{ most, recipients, commands int }{
 		{1, 1000, 4500},
-		{50, 2000, 2000 + 950 + 2*40 + 150}, // the first transaction, and now and then a few too many
+		{50, 2000, 2000 + 950 + 2*40 + 150}, // the first transaction, and sometimes a few too many
 	} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
@@ -120,9 +120,9 @@ func TestNumberOfRecipientsIsRememberedForAWhile(t *testing.T) {
 	})
 }
 
-// Postfix hangs up on the twentieth refusal of a session. What it took by then is the number; nothing is unknown, since it was
-// leaving when it came to the message.
-func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
+// Postfix hangs up at the twentieth refusal of a session. The number accepted by then is the limit; nothing is unknown, since the
+// message was never sent.
+func TestRelayThatClosesOnTooManyRecipientsTeachesTheLimit(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.MaxRecipients = -1 })
 		var refused atomic.Int64
@@ -141,7 +141,7 @@ func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
 			},
 		})
 		client := newClient(t, relay.Config())
-		if _, err := client.Send(t.Context(), numbered(1)); err != nil { // behind AUTH the body would wait for all replies
+		if _, err := client.Send(t.Context(), numbered(1)); err != nil { // right after AUTH the body would wait for all replies
 			t.Fatal(err)
 		}
 		m := numbered(0)
@@ -154,8 +154,8 @@ func TestRelayThatLeavesOverTooManyRecipientsTeachesTheNumberToo(t *testing.T) {
 	})
 }
 
-// A mailbox that is full has the same code as one recipient too many.
-func TestFullMailboxesTeachNoNumber(t *testing.T) {
+// A full mailbox has the same code as too many recipients.
+func TestFullMailboxesTeachNoLimit(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		var lifted atomic.Bool
@@ -179,7 +179,7 @@ func TestFullMailboxesTeachNoNumber(t *testing.T) {
 	})
 }
 
-func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T) {
+func TestThousandRecipientsShareATransactionByDefault(t *testing.T) {
 	for _, tt := range []struct {
 		why                    string
 		max, recipients, as    int
@@ -189,7 +189,7 @@ func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T)
 		{why: "more than that", recipients: 2001, as: 3},
 		{why: "no limit", max: -1, recipients: 2001, as: 1},
 		{why: "AllOrNothing is one transaction", recipients: 2001, as: 1, allOrNothing: true},
-		{why: "and so is what can be written once only", recipients: 2001, as: 1, onceOnly: true},
+		{why: "so is a body that can be read only once", recipients: 2001, as: 1, onceOnly: true},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -210,7 +210,7 @@ func TestThousandRecipientsGoIntoOneTransactionUnlessToldOtherwise(t *testing.T)
 	}
 }
 
-// moreRecipients are those of a call with more=n.
+// moreRecipients returns the recipients of a call with more=n.
 func moreRecipients(n int) (to []string) {
 	for i := range n {
 		to = append(to, fmt.Sprintf("r%d@y.example", i+1))
@@ -218,13 +218,13 @@ func moreRecipients(n int) (to []string) {
 	return to
 }
 
-// byteReads lets no Read return more than one octet.
+// byteReads limits each Read to one octet.
 type byteReads struct{ net.Conn }
 
 func (c byteReads) Read(p []byte) (int, error) { return c.Conn.Read(p[:min(1, len(p))]) }
 
-// 1,000 recipients through a window of 4 KiB, their replies read octet by octet, and one in ten of them refused in three
-// lines: no deadlock, and no reply is taken for another one's.
+// 1,000 recipients through a window of 4 KiB, with replies read octet by octet, one in ten refused in three lines: no deadlock,
+// and no reply is taken for another.
 func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
 	for _, pipelining := range []smtprelay.Pipelining{smtprelay.PipelineAuto, smtprelay.PipelineWithin, smtprelay.PipelineOff} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
@@ -266,7 +266,7 @@ func TestThousandRecipientsThroughANarrowWindow(t *testing.T) {
 	}
 }
 
-func TestAllOrNothingTakesASessionWithRoomForItsDomains(t *testing.T) {
+func TestAllOrNothingUsesASessionWithRoomForItsDomains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := bubbleClient(t, smtprelay.Config{Dial: relaytest.Dial(0, func(n int, l string) string {
 			return relaytest.Agree("250-PIPELINING\n250 LIMITS RCPTDOMAINMAX=2", l)
@@ -304,19 +304,19 @@ func TestEachRecipientKeepsItsOwnReplyInAllOrNothing(t *testing.T) {
 	})
 }
 
-// A relay that answers a command twice is noticed before anybody acts on its replies: of what came behind, each would be
-// taken for the reply to the command before it, and a 250 to a chunk for the acceptance of a message that is refused.
-func TestReplyTooManyIsNoticedBeforeTheBodyLeaves(t *testing.T) {
+// If a relay answers a command twice, the client notices before it acts on the replies: each later one would be taken for the
+// reply to the command before it, and a 250 to a chunk for the acceptance of a message that is refused.
+func TestExtraReplyIsNoticedBeforeTheBodyIsSent(t *testing.T) {
 	for _, at := range []smtptest.Step{smtptest.Mail, smtptest.Rcpt} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			relay := newRelay(t, near)
 			twice := relay.Fault(smtptest.Fault{At: at, Reply: "250 2.0.0 Ok\n250 2.0.0 Ok"})
 			relay.Fault(smtptest.Fault{At: smtptest.FinalDot, Delay: time.Second, Reply: "554 5.6.0 no", Count: -1})
 			cfg := configOf(relay)
-			// Replies are told slowly, so that whoever waits for them acts as early as it can.
+			// The hook delays replies, so that a client that acts on them acts as early as it can.
 			cfg.Trace = &smtprelay.Trace{Reply: func(context.Context, smtprelay.ReplyInfo) { time.Sleep(time.Millisecond) }}
 			m := numbered(0)
-			m.AllOrNothing = true // the body leaves when each recipient has its reply
+			m.AllOrNothing = true // the body is sent when each recipient has its reply
 			m.To = moreRecipients(2)
 			_, err := newClient(t, cfg).Send(t.Context(), m)
 			if e := failure(err); e.Outcome != smtprelay.NotAccepted || e.Reply.Code != 554 {

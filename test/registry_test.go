@@ -1,4 +1,4 @@
-// Here belongs the Registry: which Sends share a Client, and when one is shut down.
+// The Registry: which Sends share a Client, and when a Client is shut down.
 package test
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// tenant is a relay in memory and the Config by which a Registry finds it.
+// tenant returns a relay in memory and the Config by which a Registry finds it.
 func tenant(t *testing.T, name string) (*smtptest.Server, smtprelay.Config) {
 	t.Helper()
 	relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS = true, true })
@@ -50,7 +50,7 @@ func TestSendsWithOneConfigShareAClient(t *testing.T) {
 	})
 }
 
-func TestClientUsedLongestAgoIsShutDown(t *testing.T) {
+func TestLeastRecentlyUsedClientIsShutDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := smtprelay.Registry{Max: 2}
 		var relays []*smtptest.Server
@@ -80,7 +80,7 @@ func TestClientUsedLongestAgoIsShutDown(t *testing.T) {
 	})
 }
 
-func TestClientIsNotShutDownUnderASend(t *testing.T) {
+func TestClientIsNotShutDownDuringASend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := smtprelay.Registry{Max: 1}
 		slow, slowCfg := tenant(t, "slow")
@@ -89,7 +89,7 @@ func TestClientIsNotShutDownUnderASend(t *testing.T) {
 		var sending sync.WaitGroup
 		sending.Go(func() {
 			if _, err := r.Send(t.Context(), slowCfg, numbered(1)); err != nil {
-				t.Errorf("the Send that was under way: %v", err)
+				t.Errorf("the Send in progress: %v", err)
 			}
 		})
 		time.Sleep(time.Second)
@@ -106,7 +106,7 @@ func TestClientIsNotShutDownUnderASend(t *testing.T) {
 }
 
 // The relay counts the connections of the old Client and of the new one.
-func TestNextClientOfTheSameSettingsWaitsForTheLast(t *testing.T) {
+func TestNextClientOfTheSameConfigWaitsForTheLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := smtprelay.Registry{Max: 1}
 		relay, cfg := tenant(t, "a")
@@ -130,7 +130,7 @@ func TestNextClientOfTheSameSettingsWaitsForTheLast(t *testing.T) {
 	})
 }
 
-func TestRegistryTellsTheMistakesOfAConfig(t *testing.T) {
+func TestRegistryReportsTheMistakesOfAConfig(t *testing.T) {
 	var r smtprelay.Registry
 	for why, cfg := range map[string]smtprelay.Config{
 		"a mistake":                     {Addr: "nowhere"},

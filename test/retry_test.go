@@ -1,4 +1,4 @@
-// Here belongs what is tried again, how often, after which back-off, and what is not.
+// What is retried, how often, after which back-off, and what is not.
 package test
 
 import (
@@ -18,8 +18,8 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A relay that wants another mechanism says so for good. A wrong certificate may be that of somebody on the way, who may be
-// gone later. Both are told at once, and nobody tries again.
+// A relay that requires another mechanism is a permanent error. A wrong certificate may be an attacker's, who may be gone later.
+// Both are reported at once, and not retried.
 func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory = true; s.Mechanisms = []string{"XOAUTH2"} })
@@ -30,16 +30,16 @@ func TestMistakesOfConfigurationAreNotRetried(t *testing.T) {
 			cfg.Retry.MaxAttempts = -1
 			s := sendOne(t.Context(), newClient(t, cfg), 0)
 			if e := failure(s.err); e.Temporary() != (i == 1) || e.Outcome != smtprelay.NotAccepted || errors.Is(s.err, context.DeadlineExceeded) {
-				t.Errorf("%v; want an error that is told at once, temporary: %t", s.err, i == 1)
+				t.Errorf("%v; want an error at once, temporary: %t", s.err, i == 1)
 			}
 			want(t, "connections", len(relay.Conns())-before, 1)
 		}
 	})
 }
 
-// The wait before the nth dial is any time between nothing and a limit that doubles up to MaxBackoff: nobody who fails
-// together with others comes back together with them.
-func TestBackOffIsARandomPartOfATimeThatDoublesUpToItsCap(t *testing.T) {
+// Before the nth dial, a random time is waited, between zero and a limit that doubles up to MaxBackoff: clients that fail
+// together do not return together.
+func TestBackOffIsRandomUpToALimitThatDoubles(t *testing.T) {
 	const (
 		clients  = 200
 		attempts = 8
@@ -69,21 +69,21 @@ func TestBackOffIsARandomPartOfATimeThatDoublesUpToItsCap(t *testing.T) {
 			for _, w := range waits[i] {
 				least, most, sum = min(least, w), max(most, w), sum+w
 			}
-			// Of 200 times that are uniform up to the limit, none is in a given fifth of it once in 10^19 runs, and the mean is
-			// off the middle by a fifth of the limit once in 10^22.
+			// Of 200 uniform times up to the limit, none is in a given fifth of it once in 10^19 runs, and the mean is off the
+			// middle by a fifth of the limit once in 10^22.
 			if most > limit || most < limit*4/5 || least > limit/5 {
 				t.Errorf("waits before dial %d are from %v to %v, want them all over the time up to %v", i+2, least, most, limit)
 			}
 			if mean := sum / clients; mean < limit*3/10 || mean > limit*7/10 {
-				t.Errorf("waits before dial %d are %v in the mean, want about half of %v", i+2, mean, limit)
+				t.Errorf("waits before dial %d are %v on average, want about half of %v", i+2, mean, limit)
 			}
 		}
 	})
 }
 
-// A relay that is away is asked by one connection at a time, however many messages wait; and when it is back they are all
-// sent within one back-off.
-func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
+// A relay that is away is dialled by one connection at a time, however many messages wait; when it is back they are all sent
+// within one back-off.
+func TestRelayThatIsAwayIsDialledRarelyAndFoundAgain(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		const away, waiting = 10 * time.Minute, 100
 		relay := newRelay(t, near)
@@ -105,15 +105,14 @@ func TestRelayThatIsAwayIsNotHammeredAndFoundAgain(t *testing.T) {
 				t.Errorf("message %d took %v, want no more than the longest back-off beyond %v", s.number, s.took, away)
 			}
 		}
-		// Ten at once, which fail together, and then one behind each wait of 15 s in the mean.
-		atMost(t, "dials in vain", len(nobody.dials()), 10+120)
+		// Ten at once, which fail together, and then one after each wait of 15 s on average.
+		atMost(t, "failed dials", len(nobody.dials()), 10+120)
 		atMost(t, "open at once", relay.Stats().MaxOpen, 10)
 	})
 }
 
-// What the relay refuses for now is the caller's to decide, unless Retry.On4xx hands that over; and either way it is
-// known to be not accepted.
-func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
+// By default a temporary refusal is returned to the caller; with Retry.On4xx it is retried. Either way it is not accepted.
+func TestTemporaryRefusalsAreRetriedWithOn4xx(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.NoAuth = true })
 		for i, step := range []smtptest.Step{smtptest.Mail, smtptest.Rcpt, bodyStep(relay), smtptest.FinalDot} {
@@ -136,7 +135,7 @@ func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 			}
 			want(t, "451s", busy.Hits(), 3)
 
-			// At MAIL and DATA some may be about connections that have had other messages, and cost no attempt.
+			// At MAIL and DATA some refusals may be about connections that have carried other messages, and cost no attempt.
 			busy = relay.Fault(smtptest.Fault{At: step, Reply: "451 4.7.1 come back later", Count: 4 + 3})
 			tired := sendOne(t.Context(), again, 10*i+2)
 			if e := failure(tired.err); e.Reply.Code != 451 || e.Attempts != 4 || !e.Temporary() || e.Outcome != smtprelay.NotAccepted {
@@ -155,7 +154,7 @@ func TestTemporaryRefusalsAreTriedAgainIfRetrySaysSo(t *testing.T) {
 	})
 }
 
-// One recipient is refused for now and the other accepted: the second try is for the first alone.
+// One recipient is refused temporarily and the other accepted: the second try is only for the first.
 func TestTemporaryRefusalOfOneRecipientSendsNothingTwice(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
@@ -183,7 +182,7 @@ func TestTemporaryRefusalOfOneRecipientSendsNothingTwice(t *testing.T) {
 	})
 }
 
-func TestBackOffStaysAtItsCapHoweverLongTheRelayIsAway(t *testing.T) {
+func TestBackOffStaysAtItsLimitHoweverLongTheRelayIsAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, r := range []smtprelay.Retry{
 			{MinBackoff: 20 * time.Second},
@@ -201,7 +200,7 @@ func TestBackOffStaysAtItsCapHoweverLongTheRelayIsAway(t *testing.T) {
 			if len(dials) < 40 {
 				t.Errorf("%v: %d dials in a day, want 40 at least", r, len(dials))
 			}
-			late := dials[len(dials)-10:] // all at the cap, and together at nothing once in 10^12 runs
+			late := dials[len(dials)-10:] // all at the limit; all near zero once in 10^12 runs
 			if r.MaxBackoff < math.MaxInt64 && late[9].Sub(late[0]) < max(r.MaxBackoff, 30*time.Second)/4 {
 				t.Errorf("%v: the last ten dials are within %v", r, late[9].Sub(late[0]))
 			}
@@ -219,7 +218,7 @@ func TestSendFailsWhereThereIsNoRelayHoweverOftenItIsTried(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			for _, s := range sendAtOnce(ctx, client, 0, 20) {
 				if s.outcome() != smtprelay.NotAccepted || !contains(s.err, "connection refused") {
-					t.Errorf("MaxAttempts %d: %v; want not accepted, and why", attempts, s.err)
+					t.Errorf("MaxAttempts %d: %v; want not accepted, with the reason", attempts, s.err)
 				}
 			}
 			cancel()
@@ -233,8 +232,8 @@ func TestSendFailsWhereThereIsNoRelayHoweverOftenItIsTried(t *testing.T) {
 	})
 }
 
-// A relay that answers nothing but goes away 15 ms later, always: the attempts are bounded, and so is the time while no
-// connection can be had.
+// A relay always disconnects 15 ms later without a reply: the attempts are bounded, and so is the time while no connection can be
+// opened.
 func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO, smtptest.Auth, smtptest.Mail, smtptest.Rcpt, smtptest.Body} {
@@ -242,16 +241,16 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 			relay.Fault(smtptest.Fault{At: step, Delay: 15 * time.Millisecond, Abort: true, Count: -1})
 			client := newClient(t, configOf(relay))
 			m := numbered(0)
-			m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than is on its way before the loss
+			m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than can be in flight before the loss
 			began := time.Now()
 			_, err := client.Send(t.Context(), m)
 			e, took, conns := failure(err), time.Since(began), len(relay.Conns())
 			if e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
-				t.Errorf("dropped at %v: %v; want not accepted, for now", step, err)
+				t.Errorf("dropped at %v: %v; want not accepted, temporary", step, err)
 			}
-			if step == smtptest.Connect || step == smtptest.EHLO || step == smtptest.Auth { // no connection can be had
+			if step == smtptest.Connect || step == smtptest.EHLO || step == smtptest.Auth { // no connection can be opened
 				if took != 2*time.Minute || e.Attempts != conns {
-					t.Errorf("dropped at %v: took %v and %d connections, %d attempts told; want Timeouts.Outage", step, took, conns, e.Attempts)
+					t.Errorf("dropped at %v: took %v and %d connections, %d attempts reported; want Timeouts.Outage", step, took, conns, e.Attempts)
 				}
 				atMost(t, "connections", conns, 30)
 				continue
@@ -259,7 +258,7 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 			if e.Attempts != 4 {
 				t.Errorf("dropped at %v: %v, %d attempts; want not accepted after 4", step, err, e.Attempts)
 			}
-			atMost(t, "connections, of which one may be lost to commands behind AUTH", conns, 5)
+			atMost(t, "connections, one of which may be lost to commands pipelined after AUTH", conns, 5)
 			want(t, "messages at the relay", relay.Stats().Accepted, 0)
 		}
 	})
@@ -280,7 +279,7 @@ func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {
 		})})
 		_, err := c.Send(t.Context(), shortMessage("b@y.example", "c@y.example"))
 		if n := got.Load(); n > 1 {
-			t.Errorf("the relay has it %d times; told %v", n, err)
+			t.Errorf("the relay has it %d times; error: %v", n, err)
 		}
 		c.Close()
 		time.Sleep(time.Minute)

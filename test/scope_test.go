@@ -1,5 +1,5 @@
-// Here belongs what decides about sending again: OutcomeOf, ShouldRetry, RetryTo and Error's Scope and Op, for what a relay says
-// and does at each step, by DATA and in chunks.
+// What decides about sending again: OutcomeOf, ShouldRetry, RetryTo and Error's Scope and Op, for a relay's replies and faults at
+// each step, by DATA and in chunks.
 package test
 
 import (
@@ -19,13 +19,13 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// decision is all that is told about sending again.
+// decision is everything that is reported about sending again.
 type decision struct {
 	op      smtprelay.Op
 	scope   smtprelay.Scope
 	outcome smtprelay.Outcome
 	retry   bool
-	to      string // whom RetryTo names, by number
+	to      string // the recipients of RetryTo, by number
 }
 
 func decisionOf(err error) decision {
@@ -40,7 +40,7 @@ func decisionOf(err error) decision {
 	return d
 }
 
-func TestWhatIsToldDecidesAboutSendingAgain(t *testing.T) {
+func TestErrorDecidesAboutSendingAgain(t *testing.T) {
 	const (
 		never, maybe, some = smtprelay.NotAccepted, smtprelay.Unknown, smtprelay.Accepted
 		rcpt, message      = smtprelay.ScopeRecipient, smtprelay.ScopeMessage
@@ -55,11 +55,11 @@ func TestWhatIsToldDecidesAboutSendingAgain(t *testing.T) {
 	lost := func(at smtptest.Step) smtptest.Fault { return smtptest.Fault{At: at, Drop: true, Count: -1} }
 	for _, tt := range []struct {
 		why    string
-		faults []smtptest.Fault // bodyStep stands for DATA, and for BDAT
+		faults []smtptest.Fault // bodyStepOf stands for DATA or BDAT
 		all    bool             // AllOrNothing
 		want   decision
 	}{
-		// Before the relay speaks about the message it is not the message's fault, whatever the code.
+		// Until the relay replies about the message, a failure is not the message's fault, whatever the code.
 		{"554 in place of a greeting: no service here (RFC 5321, 3.1)", []smtptest.Fault{says(smtptest.Connect, "554 5.3.2 no SMTP here")}, false,
 			decision{smtprelay.OpGreeting, relayed, never, true, "12"}},
 		{"421 in place of a greeting", []smtptest.Fault{says(smtptest.Connect, "421 4.3.2 not now")}, false,
@@ -127,13 +127,13 @@ func TestWhatIsToldDecidesAboutSendingAgain(t *testing.T) {
 				}
 				e := failure(err)
 				if !slices.Equal(e.Recipients, receipt.Recipients) || len(e.Recipients) != 2 {
-					t.Errorf("the error tells of %v, the receipt of %v", e.Recipients, receipt.Recipients)
+					t.Errorf("the error has %v, the receipt %v", e.Recipients, receipt.Recipients)
 				}
 				if temporary := e.Temporary(); temporary && !tt.want.retry || !temporary && e.Outcome == never && e.Reply.Code/100 == 4 {
 					t.Errorf("temporary: %t", temporary)
 				}
 				if wrapped := fmt.Errorf("job 7: %w", err); decisionOf(wrapped) != decisionOf(err) {
-					t.Errorf("wrapped, it is %+v", decisionOf(wrapped))
+					t.Errorf("when wrapped: %+v", decisionOf(wrapped))
 				}
 			})
 		})
@@ -143,7 +143,7 @@ func TestWhatIsToldDecidesAboutSendingAgain(t *testing.T) {
 // bodyStepOf stands for the command that begins the body, DATA or BDAT.
 const bodyStepOf smtptest.Step = -1
 
-func TestCallerWhoEndsASendKeepsTheMessage(t *testing.T) {
+func TestMessageOfAnEndedSendIsKept(t *testing.T) {
 	errRefused := errors.New("connection refused")
 	for _, tt := range []struct {
 		why  string
@@ -160,7 +160,7 @@ func TestCallerWhoEndsASendKeepsTheMessage(t *testing.T) {
 			client.Close()
 			return sendErr(t.Context(), client, numbered(0))
 		}, decision{smtprelay.OpWait, smtprelay.ScopeCaller, smtprelay.NotAccepted, true, "1"}},
-		{"no connection can be had", func(t *testing.T, relay *smtptest.Server) error {
+		{"no connection can be opened", func(t *testing.T, relay *smtptest.Server) error {
 			cfg := relay.Config()
 			cfg.Retry.MaxAttempts = 1
 			cfg.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, errRefused }
@@ -176,7 +176,7 @@ func TestCallerWhoEndsASendKeepsTheMessage(t *testing.T) {
 			m.MailOptions = &smtprelay.MailOptions{Priority: new(3)}
 			return sendErr(t.Context(), newClient(t, relay.Config()), m)
 		}, decision{smtprelay.OpCheck, smtprelay.ScopeMessage, smtprelay.NotAccepted, false, ""}},
-		{"its body cannot be read just now", func(t *testing.T, relay *smtptest.Server) error {
+		{"its body cannot be read now", func(t *testing.T, relay *smtptest.Server) error {
 			m := numbered(0)
 			m.Body = smtprelay.Reader(iotest.ErrReader(errors.New("disk on fire")))
 			return sendErr(t.Context(), newClient(t, relay.Config()), m)
@@ -199,7 +199,7 @@ func TestCallerWhoEndsASendKeepsTheMessage(t *testing.T) {
 	}
 }
 
-func TestWaitThatEndsTellsWhetherTheRelayWasToBlame(t *testing.T) {
+func TestErrorOfAWaitSaysWhetherTheRelayWasAtFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		cfg := configOf(relay)
@@ -236,7 +236,7 @@ func TestClientClosedBetweenTwoTriesKeepsTheMessage(t *testing.T) {
 			cfg := configOf(relay)
 			cfg.Retry = smtprelay.Retry{MaxAttempts: smtprelay.NoLimit, On4xx: true, MinBackoff: time.Hour, MaxBackoff: time.Hour}
 			client := newClient(t, cfg)
-			sendOne(t.Context(), client, 0) // what follows is on a used connection
+			sendOne(t.Context(), client, 0) // what follows uses a used connection
 			relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: reply, Count: -1})
 			time.AfterFunc(time.Second, func() { client.Close() })
 			err := sendErr(t.Context(), client, numbered(1))
@@ -247,9 +247,9 @@ func TestClientClosedBetweenTwoTriesKeepsTheMessage(t *testing.T) {
 	}
 }
 
-// A message that was refused only because its connection had had its share, and that meets the end of the Client before the next try, was
+// A message refused only because its connection was used up, and then stopped by the end of the Client before the next try, was
 // not refused itself: a queue keeps it.
-func TestMessageThatMeetsTheEndOfTheClientBetweenTwoTriesIsKept(t *testing.T) {
+func TestMessageIsKeptIfTheClientIsClosedBetweenTwoTries(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		refused := relay.Fault(smtptest.Fault{At: smtptest.Mail, AfterMessages: 1, Reply: "550 5.7.0 Too many messages in this session", Count: -1})

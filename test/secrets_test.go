@@ -1,4 +1,4 @@
-// Here belongs the secrecy of keys: in no trace, log, error or dump.
+// The secrecy of keys: in no trace, log, error or dump.
 package test
 
 import (
@@ -30,7 +30,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
+func TestKeyIsNotReportedWhenA421QuotesIt(t *testing.T) {
 	for i, ext := range []string{"250 AUTH PLAIN", "250-PIPELINING\n250 AUTH PLAIN"} {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -59,19 +59,19 @@ func TestKeyIsNotToldWhenA421QuotesIt(t *testing.T) {
 	}
 }
 
-// leaksOf returns the forms of the key that output has in it.
+// leaksOf returns the forms of the key that output contains.
 func leaksOf(output string) []string {
 	var leaks []string
 	for form, text := range map[string]string{
-		"the key":                 secretKey,
-		"its base64":              base64.StdEncoding.EncodeToString([]byte(secretKey)),
-		"its base64, unpadded":    base64.RawStdEncoding.EncodeToString([]byte(secretKey)),
-		"its base64 for URLs":     base64.RawURLEncoding.EncodeToString([]byte(secretKey)),
-		"AUTH PLAIN's response":   base64.StdEncoding.EncodeToString([]byte("\x00" + secretUser + "\x00" + secretKey)),
-		"its hex":                 hex.EncodeToString([]byte(secretKey)),
-		"it escaped in a URL":     url.PathEscape(secretKey),
-		"it as a query parameter": url.QueryEscape(secretKey),
-		"its bytes in decimal":    strings.Trim(fmt.Sprint([]byte(secretKey)), "[]"),
+		"the key":                      secretKey,
+		"its base64":                   base64.StdEncoding.EncodeToString([]byte(secretKey)),
+		"its base64, unpadded":         base64.RawStdEncoding.EncodeToString([]byte(secretKey)),
+		"its base64 for URLs":          base64.RawURLEncoding.EncodeToString([]byte(secretKey)),
+		"AUTH PLAIN's response":        base64.StdEncoding.EncodeToString([]byte("\x00" + secretUser + "\x00" + secretKey)),
+		"its hex":                      hex.EncodeToString([]byte(secretKey)),
+		"the key escaped in a URL":     url.PathEscape(secretKey),
+		"the key as a query parameter": url.QueryEscape(secretKey),
+		"its bytes in decimal":         strings.Trim(fmt.Sprint([]byte(secretKey)), "[]"),
 	} {
 		if strings.Contains(strings.ToLower(output), strings.ToLower(text)) {
 			leaks = append(leaks, form)
@@ -80,17 +80,17 @@ func leaksOf(output string) []string {
 	return leaks
 }
 
-// The test would show nothing if it did not know the key when it saw it.
-func TestLeaksAreSeen(t *testing.T) {
+// Without recognising the key the other tests would show nothing.
+func TestLeaksAreRecognised(t *testing.T) {
 	type config struct{ Password string }
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%X"} {
 		if output := fmt.Sprintf(verb, config{secretKey}); len(leaksOf(output)) == 0 {
-			t.Errorf("%s of a plain struct: the key in %q is not seen", verb, output)
+			t.Errorf("%s of a plain struct: the key in %q is not recognised", verb, output)
 		}
 	}
 }
 
-// dump returns v in every form that a program may print it in.
+// dump returns v in every form in which a program may print it.
 func dump(v any) string {
 	var b bytes.Buffer
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d"} {
@@ -105,7 +105,7 @@ func dump(v any) string {
 	return b.String()
 }
 
-// everyHook returns a Trace with all its hooks set, each of which hands its arguments to see.
+// everyHook returns a Trace with all hooks set, each of which passes its arguments to see.
 func everyHook(see func(hook string, args ...any)) *smtprelay.Trace {
 	trace := new(smtprelay.Trace)
 	v := reflect.ValueOf(trace).Elem()
@@ -126,7 +126,7 @@ func everyHook(see func(hook string, args ...any)) *smtprelay.Trace {
 	return trace
 }
 
-// scenario is a way for a client's life to go, with whatever can be said about it printed.
+// scenario is a course of a client's life; everything that can be printed about it is.
 type scenario struct {
 	name   string
 	relay  func(*smtptest.Server)
@@ -142,12 +142,12 @@ var scenarios = []scenario{
 		s.SASL = func(string) (smtptest.SASLServer, error) { return nil, errors.New("odd") }
 	}},
 	{name: "wrong password", relay: func(s *smtptest.Server) { s.Password = "another" }},
-	{name: "the relay says the AUTH line back in its refusal", faults: []smtptest.Fault{{
+	{name: "the relay echoes the AUTH line in its refusal", faults: []smtptest.Fault{{
 		At: smtptest.Auth, Count: -1,
 		Reply: "500 5.5.1 Command unrecognized: \"AUTH PLAIN " +
 			base64.StdEncoding.EncodeToString([]byte("\x00"+secretUser+"\x00"+secretKey)) + "\"",
 	}}},
-	{name: "the relay says the key back in its refusal", faults: []smtptest.Fault{{
+	{name: "the relay echoes the key in its refusal", faults: []smtptest.Fault{{
 		At: smtptest.Auth, Reply: "535 5.7.8 Invalid key " + secretKey, Count: -1,
 	}}},
 	{name: "421 at AUTH", faults: []smtptest.Fault{{At: smtptest.Auth, Reply: "421 4.7.0 too many", Drop: true, Count: -1}}},
@@ -158,8 +158,8 @@ var scenarios = []scenario{
 	{name: "refused at RCPT", faults: []smtptest.Fault{{At: smtptest.Rcpt, Reply: "550 5.1.1 no such user", Count: -1}}},
 	{name: "refused at the final dot", faults: []smtptest.Fault{{At: smtptest.FinalDot, Reply: "554 no", Count: -1}}},
 	{name: "lost at the final dot", faults: []smtptest.Fault{{At: smtptest.FinalDot, Drop: true, Count: -1}}},
-	{name: "key given by Config.Auth", client: keyByAuth},
-	{name: "key given by Config.Auth and said back", client: keyByAuth, faults: []smtptest.Fault{{
+	{name: "key from Config.Auth", client: keyByAuth},
+	{name: "key from Config.Auth, echoed", client: keyByAuth, faults: []smtptest.Fault{{
 		At: smtptest.Auth, Count: -1,
 		Reply: "500 5.5.1 Command unrecognized: \"AUTH PLAIN " +
 			base64.StdEncoding.EncodeToString([]byte("\x00"+secretUser+"\x00"+secretKey)) + "\"",
@@ -228,10 +228,10 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 				"the hooks": hooks.String(), "LogTrace at debug level": logs.String(), "errors, receipts, Client, Stats": rest.String(),
 			} {
 				if output == "" {
-					t.Errorf("%s: no output, so this shows nothing", what)
+					t.Errorf("%s: no output, so this test shows nothing", what)
 				}
 				for _, leak := range leaksOf(output) {
-					t.Errorf("%s: %s is in it:\n%s", what, leak, excerpt(output))
+					t.Errorf("%s contains %s:\n%s", what, leak, excerpt(output))
 				}
 			}
 			if s.name == "all is well" {
@@ -245,7 +245,7 @@ func TestKeyIsInNoTraceLogOrError(t *testing.T) {
 	}
 }
 
-// excerpt returns the first lines of output that have the key in them.
+// excerpt returns the first lines of output that contain the key.
 func excerpt(output string) string {
 	var lines []string
 	for line := range strings.Lines(output) {
@@ -256,7 +256,7 @@ func excerpt(output string) string {
 	return strings.Join(lines, "")
 }
 
-// Every exported type, found in the source, so that one that is added has to be added here too.
+// Every exported type, found in the source, so that a new one must be added here too.
 func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 	client := newClient(t, smtprelay.Config{Username: secretUser, Password: secretKey})
 	cfg := smtprelay.Config{
@@ -305,7 +305,7 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"GotConnInfo":     smtprelay.GotConnInfo{},
 		"Limits":          cfg.Limits,
 		"MailOptions":     smtprelay.MailOptions{},
-		"Mechanism":       sasl.NewExternalClient(secretUser), // what is in one is its maker's
+		"Mechanism":       sasl.NewExternalClient(secretUser), // its maker is responsible for its content
 		"Message":         numbered(0),
 		"Op":              smtprelay.OpAuth,
 		"Outcome":         smtprelay.Unknown,
@@ -319,13 +319,13 @@ func TestKeyIsInNoDumpOfAnyExportedType(t *testing.T) {
 		"Scope":           smtprelay.ScopeRelay,
 		"ServerInfo":      smtprelay.ServerInfo{Name: "relay.example.com", Mechanisms: []string{"PLAIN"}},
 		"Slot":            smtprelay.Slot{},
-		"Slots":           smtprelay.Slots(nil), // what is in one is its maker's
+		"Slots":           smtprelay.Slots(nil), // its maker is responsible for its content
 		"Stats":           client.Stats(),
 		"TLSMode":         cfg.TLS,
 		"Timeouts":        cfg.Timeouts,
 		"Trace":           cfg.Trace,
 		"Failover":        smtprelay.NewFailover(client),
-		"GoMail":          smtprelay.GoMail(nil), // what is in one is its maker's
+		"GoMail":          smtprelay.GoMail(nil), // its maker is responsible for its content
 		"Registry":        registry,
 	}
 	for _, name := range exportedTypes(t) {
@@ -379,7 +379,7 @@ func exportedTypes(t *testing.T) []string {
 	return names
 }
 
-// A URL that does not parse is the likeliest of all errors to carry a key into a log: url.Parse quotes what it was given.
+// An invalid URL is the error that most likely carries a key into a log: url.Parse quotes its input.
 func TestKeyIsInNoErrorOfParseURL(t *testing.T) {
 	for _, text := range []string{
 		"smtps://" + secretUser + ":" + secretKey + "@relay.example.com:465",              // a / and a % not escaped
@@ -396,7 +396,7 @@ func TestKeyIsInNoErrorOfParseURL(t *testing.T) {
 	} {
 		cfg, err := smtprelay.ParseURL(text)
 		if err == nil {
-			t.Errorf("%q is taken for %v", strings.ReplaceAll(text, secretKey, "KEY"), cfg)
+			t.Errorf("%q is parsed as %v", strings.ReplaceAll(text, secretKey, "KEY"), cfg)
 			continue
 		}
 		t.Log(err)

@@ -1,4 +1,4 @@
-// Here belong limits of a session that a relay tells in its own words, and sessions that forget what was agreed.
+// Limits of a session that a relay reports in its own words, and sessions that forget what was agreed.
 package test
 
 import (
@@ -9,7 +9,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A relay ends a session after five messages, in whatever words and at whatever step: no message fails for it.
+// A relay ends a session after five messages, in any words and at any step: no message fails.
 func TestLimitOfASessionFailsNoMessageWhateverItsWords(t *testing.T) {
 	for _, row := range []struct {
 		at    smtptest.Step
@@ -32,7 +32,7 @@ func TestLimitOfASessionFailsNoMessageWhateverItsWords(t *testing.T) {
 		for _, conns := range []int{1, 10} {
 			for _, senders := range []int{1, 40} {
 				if conns > 1 && senders > 1 && strings.HasSuffix(row.reply, "Come back later") {
-					continue // words that say nothing are believed to be about a connection three times at most
+					continue // a reply that says nothing about connections is taken for one at most three times
 				}
 				inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 					relay := newRelay(t, near)
@@ -60,7 +60,7 @@ func TestLimitOfASessionFailsNoMessageWhateverItsWords(t *testing.T) {
 	}
 }
 
-// From the second message on a session wants AUTH, which it has had.
+// From the second message on a session requires AUTH, although it has authenticated.
 func TestSessionThatForgetsItsLoginFailsNoMessage(t *testing.T) {
 	for _, reply := range []string{
 		"530 5.7.1 Authentication required", "503 5.5.1 AUTH first", "502 5.7.0 Please authenticate first",
@@ -83,15 +83,15 @@ func TestSessionThatForgetsItsLoginFailsNoMessage(t *testing.T) {
 	}
 }
 
-// A relay refuses RSET. The message in front of which it stands was never offered: it fails for nothing, whatever MaxAttempts says,
-// and later refusals of recipients cost no connection each.
+// A relay refuses RSET. The message after it was never offered: it does not fail, whatever MaxAttempts is, and later refusals of
+// recipients do not each cost a connection.
 func TestRefusedRSETFailsNoMessage(t *testing.T) {
 	for _, reply := range []string{"502 5.5.1 Unimplemented", "500 5.5.2 What?", "503 5.5.1 Bad sequence", "550 5.7.1 No", "451 4.3.0 Later", "421 4.3.0 Bye"} {
 		for _, attempts := range []int{0, 1} {
 			inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 				relay := newRelay(t, near)
 				relay.Fault(smtptest.Fault{At: smtptest.Rset, Reply: reply, Drop: reply[0] == '4' && reply[1] == '2', Count: -1,
-					When: func(e smtptest.Event) bool { return e.Message > 0 }}) // and not where the question about chunks is put
+					When: func(e smtptest.Event) bool { return e.Message > 0 }}) // not at the probe for refused chunks
 				relay.Fault(smtptest.Fault{At: smtptest.Rcpt, Rcpt: "bad@example.org", Reply: "550 5.1.1 no such user", Count: -1})
 				cfg := configOf(relay)
 				cfg.Retry.MaxAttempts = attempts
@@ -114,8 +114,8 @@ func TestRefusedRSETFailsNoMessage(t *testing.T) {
 	}
 }
 
-// A session that refuses each message quickly does not draw those of all others to it.
-func TestSessionThatRefusesQuicklyIsLeftAlone(t *testing.T) {
+// A session that refuses each message quickly does not attract the messages of all others.
+func TestSessionThatRefusesQuicklyIsNotPreferred(t *testing.T) {
 	for _, reply := range []string{"451 4.3.0 Come back later", "530 5.7.0 Log in first", "452 4.3.1 Insufficient system storage"} {
 		inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 			relay := newRelay(t, near)

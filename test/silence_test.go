@@ -1,4 +1,4 @@
-// Here belong relays that fall silent or slow: each Send ends when it should, and a reply that comes too late is given to nobody.
+// Relays that fall silent or slow: each Send ends when it should, and a late reply is given to no other message.
 package test
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// A relay that takes 100 octets a second is slow, but moving: no limit for a reply runs while its message is being written.
+// A relay that reads 100 octets a second is slow, but alive: no time limit for a reply runs while its message is being written.
 func TestSlowRelayIsNotGivenUpWhileItReads(t *testing.T) {
 	for _, extensions := range []string{"250-SIZE 1000000\n250 PIPELINING", "250-SIZE 1000000\n250-PIPELINING\n250 CHUNKING"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -42,7 +42,7 @@ func TestSlowRelayIsNotGivenUpWhileItReads(t *testing.T) {
 				}
 				m.Body = pieces{bytes.Repeat([]byte("0123456789abcdef0123456789abcde\r\n"), size/33), 5000}
 				if _, err := c.Send(t.Context(), m); err != nil {
-					t.Errorf("%d octets of a size not known: %v", size, err)
+					t.Errorf("%d octets of unknown size: %v", size, err)
 				}
 			}
 			c.Close()
@@ -62,9 +62,9 @@ func (r slowReader) Read(p []byte) (int, error) {
 	return r.Conn.Read(p[:min(len(p), 100)])
 }
 
-// A relay falls silent at each step in turn, for ever, or until after the caller has gone.
+// A relay falls silent at each step in turn, for ever, or until after the caller has given up.
 func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
-	limits := smtprelay.Timeouts{ // each its own, so that it can be told which one it was; a dial of ten seconds is made up for by another one
+	limits := smtprelay.Timeouts{ // all different, so that the error shows which one it was; after ten seconds another dial replaces a silent one
 		Greeting: 8 * time.Second, TLS: 9 * time.Second, Command: 17 * time.Second, Data: 19 * time.Second,
 		Write: 23 * time.Second, FinalReply: 29 * time.Second, Drain: 1, Quit: 3 * time.Second,
 	}
@@ -85,7 +85,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 		{step: smtptest.TLSHandshake, byData: expected{smtprelay.OpTLS, limits.TLS, not}},
 		{
 			step: smtptest.Mail, byData: expected{smtprelay.OpMail, limits.Command, not}, inChunks: expected{smtprelay.OpEnd, limits.Command, unknown},
-			why: "in chunks the message has left with its envelope: the relay has all of it",
+			why: "in chunks the message was sent with its envelope: the relay has all of it",
 		},
 		{
 			step: smtptest.Rcpt, byData: expected{smtprelay.OpRcpt, limits.Command, not}, inChunks: expected{smtprelay.OpEnd, limits.Command, unknown},
@@ -97,7 +97,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 		},
 		{
 			step: smtptest.Body, byData: expected{smtprelay.OpBody, 2 * limits.Write, not}, inChunks: expected{smtprelay.OpBody, 2 * limits.Write, not},
-			why: "a buffer full is progress, from which the time counts",
+			why: "a full buffer is progress, and restarts the time",
 		},
 		{step: smtptest.FinalDot, byData: expected{smtprelay.OpEnd, limits.FinalReply, unknown}, inChunks: expected{smtprelay.OpEnd, limits.FinalReply, unknown}},
 	} {
@@ -107,7 +107,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					relay := newRelay(t, near, func(s *smtptest.Server) {
 						s.Buffer = 4096
 						s.NoTLS = test.step != smtptest.StartTLS && test.step != smtptest.TLSHandshake
-						s.NoAuth = test.step > smtptest.Auth // so that in chunks all of the first message leaves at once
+						s.NoAuth = test.step > smtptest.Auth // so that in chunks the whole first message is sent at once
 					})
 					want := test.byData
 					step := test.step
@@ -123,7 +123,7 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					cfg.Timeouts = limits
 					client := newClient(t, cfg)
 
-					if relay.Chunking && step > smtptest.Auth { // once the relay has shown itself all of a message leaves at once
+					if relay.Chunking && step > smtptest.Auth { // once the relay has answered the probe, the whole message is sent at once
 						sendOne(t.Context(), client, 99)
 					}
 					silent := relay.Fault(smtptest.Fault{At: step, Stall: true})
@@ -133,10 +133,10 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					}
 					defer cancel()
 					ended := make(chan sent, 1)
-					go func() { // until Send returns, which is waited for below
+					go func() { // ends when Send returns
 						m := numbered(0)
 						if step == smtptest.Body {
-							m.Body = smtprelay.Bytes(make([]byte, 200_000)) // more than all buffers hold
+							m.Body = smtprelay.Bytes(make([]byte, 200_000)) // larger than all buffers
 						}
 						s := sent{began: time.Now()}
 						s.receipt, s.err = client.Send(ctx, m)
@@ -146,11 +146,11 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					if err := silent.Wait(t.Context(), 1); err != nil {
 						t.Fatal(err)
 					}
-					synctest.Wait() // until the write side is given back: whoever waits by then goes on behind
+					synctest.Wait() // until the write side is released: waiting messages then follow on this connection
 					var all []sent
-					if step > smtptest.Auth || step == smtptest.Auth && !relay.Chunking { // before, nobody would stay with a connection that is not ready
+					if step > smtptest.Auth || step == smtptest.Auth && !relay.Chunking { // earlier, a connection is not ready, and no other message uses it
 						for i := range 5 {
-							all = append(all, sendOne(t.Context(), client, 1+i)) // next to it, on a connection of their own
+							all = append(all, sendOne(t.Context(), client, 1+i)) // next to it, on another connection
 						}
 					}
 					for _, s := range all {
@@ -178,12 +178,12 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 					case end == "cancel" && !errors.Is(victim.err, context.Canceled), end == "deadline" && !errors.Is(victim.err, context.DeadlineExceeded):
 						t.Errorf("%v; want the context's error", victim.err)
 					case end == "deadline" && !e.Timeout():
-						t.Errorf("%v is no time-out", victim.err)
+						t.Errorf("%v is not a time-out", victim.err)
 					case victim.took < 5*time.Second || victim.took > 5*time.Second+limits.Drain:
 						t.Errorf("ended after %v, want 5s", victim.took)
 					}
 
-					// Then the relay finds its voice again.
+					// Then the relay answers again.
 					silent.Remove()
 					for i := range 5 {
 						s := sendOne(t.Context(), client, 10+i)
@@ -202,8 +202,8 @@ func TestSilentRelayEndsASendInTimeAndHarmsNobodyElse(t *testing.T) {
 	}
 }
 
-// A connection that does not get ready is made up for by the next one: whoever waits longest gets what is ready first.
-func TestSilentDialHoldsUpNobody(t *testing.T) {
+// If a connection does not become ready, another replaces it: the oldest waiter gets the first that is ready.
+func TestSilentDialDelaysNoMessage(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		for _, step := range []smtptest.Step{smtptest.Connect, smtptest.EHLO} {
 			relay := newRelay(t, near)
@@ -221,8 +221,8 @@ func TestSilentDialHoldsUpNobody(t *testing.T) {
 	})
 }
 
-// A connection that is near its limit of messages is waited for, rather than opening one more; but not if it falls silent.
-func TestSilentConnectionNearItsEndHoldsUpNobody(t *testing.T) {
+// If a connection is near its limit of messages, a message waits for it rather than opening another; but not if it falls silent.
+func TestSilentConnectionNearItsLimitDelaysNoMessage(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		cfg := configOf(relay)
@@ -245,8 +245,8 @@ func TestSilentConnectionNearItsEndHoldsUpNobody(t *testing.T) {
 	})
 }
 
-// All ten connections are stuck: each Send ends at its own deadline, the places come back, and traffic goes on with the
-// relay.
+// All ten connections hang: each Send ends at its own deadline, the slots are released, and traffic resumes when the relay works
+// again.
 func TestTrafficGoesOnWhenAllConnectionsWereStuck(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near, func(s *smtptest.Server) { s.Delay = 20 * time.Millisecond })
@@ -278,9 +278,9 @@ func TestTrafficGoesOnWhenAllConnectionsWereStuck(t *testing.T) {
 	})
 }
 
-// Credentials that are not known to be right go out on one connection at a time, but a relay that is silent there holds the
-// others up for ten seconds only.
-func TestSilenceAtTheFirstAuthHoldsTheOthersUpForTenSeconds(t *testing.T) {
+// Unproven credentials are sent on one connection at a time, but a relay that is silent there delays the others for only ten
+// seconds.
+func TestSilenceAtTheFirstAuthDelaysTheOthersForTenSeconds(t *testing.T) {
 	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
 		relay := newRelay(t, near)
 		relay.Fault(smtptest.Fault{At: smtptest.Auth, Stall: true})

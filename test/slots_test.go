@@ -1,4 +1,4 @@
-// Here belongs Limits.Slots: an allowance of connections that several Clients have together.
+// Limits.Slots: an allowance of connections that several Clients share.
 package test
 
 import (
@@ -14,19 +14,19 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// allowance is so many places for all who share it.
+// allowance is a number of slots for all that share it.
 type allowance struct {
 	places chan struct{}
 
 	mu      sync.Mutex
-	err     error           // of Acquire, while set
-	asking  int             // calls of Acquire under way
-	most    int             // of these, at once
-	taken   []chan struct{} // Retire of each place, by age
+	err     error           // returned by Acquire while set
+	asking  int             // calls of Acquire in progress
+	most    int             // maximum of asking
+	taken   []chan struct{} // Retire of each slot, oldest first
 	lost    []chan struct{} // and Lost
-	open    func() int      // if set, the connections that the relay counts; looked at when a place is given back
+	open    func() int      // if set, returns the connections that the relay counts; called when a slot is released
 	counted []int
-	dirty   int // places given back with clean unset
+	dirty   int // slots released with clean unset
 }
 
 func newAllowance(n int) *allowance { return &allowance{places: make(chan struct{}, n)} }
@@ -67,14 +67,14 @@ func (a *allowance) Acquire(ctx context.Context) (smtprelay.Slot, error) {
 	}}, nil
 }
 
-// asked is how many wait for a place, and how many did at once.
+// asked returns how many wait for a slot, and the most that did at once.
 func (a *allowance) asked() (now, most int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.asking, a.most
 }
 
-// sharing is a Client that opens connections by the leave of a.
+// sharing is a Client that opens connections with slots of a.
 func sharing(t *testing.T, relay *smtptest.Server, a smtprelay.Slots) *smtprelay.Client {
 	cfg := configOf(relay)
 	cfg.Limits.Slots = a
@@ -102,11 +102,11 @@ func TestClientsThatShareSlotsAreNeverRefused(t *testing.T) {
 		for _, c := range clients {
 			c.Close()
 		}
-		want(t, "places taken at the end", len(shared.places), 0)
+		want(t, "slots in use at the end", len(shared.places), 0)
 	})
 }
 
-func TestOnePlaceIsAskedForAtATimeAndMessagesOverlapMeanwhile(t *testing.T) {
+func TestOneSlotIsAcquiredAtATimeAndMessagesOverlapMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		shared := newAllowance(1)
@@ -118,11 +118,11 @@ func TestOnePlaceIsAskedForAtATimeAndMessagesOverlapMeanwhile(t *testing.T) {
 		want(t, "calls of Acquire at once", most, 1)
 		atMost(t, "round trips for messages", stats.MessageTurns, 91)
 		client.Close()
-		want(t, "places taken at the end", len(shared.places), 0)
+		want(t, "slots in use at the end", len(shared.places), 0)
 	})
 }
 
-func TestWaitForAPlaceEndsWhenNobodyNeedsIt(t *testing.T) {
+func TestWaitForASlotEndsWhenNoMessageNeedsIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		shared := newAllowance(1)
@@ -130,12 +130,12 @@ func TestWaitForAPlaceEndsWhenNobodyNeedsIt(t *testing.T) {
 		sendNumbered(t, client, 30, 10)
 		synctest.Wait()
 		asking, _ := shared.asked()
-		want(t, "calls of Acquire under way", asking, 0)
+		want(t, "calls of Acquire in progress", asking, 0)
 		want(t, "idle", client.Stats().IdleConns, 1)
 	})
 }
 
-func TestSlotsThatFailCountAsARelayThatCannotBeReached(t *testing.T) {
+func TestSlotsThatFailCountAsAnUnreachableRelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		shared := newAllowance(1)
@@ -156,12 +156,12 @@ func TestSlotsThatFailCountAsARelayThatCannotBeReached(t *testing.T) {
 			shared.err = nil
 		}()
 		if _, err := client.Send(t.Context(), numbered(2)); err != nil {
-			t.Errorf("once there are places: %v", err)
+			t.Errorf("once there are slots: %v", err)
 		}
 	})
 }
 
-func TestSendThatEndsWhileAllPlacesAreTakenSaysSo(t *testing.T) {
+func TestErrorSaysThatAllSlotsAreTaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		client := sharing(t, relay, newAllowance(0))
@@ -174,7 +174,7 @@ func TestSendThatEndsWhileAllPlacesAreTakenSaysSo(t *testing.T) {
 	})
 }
 
-func TestPlaceThatIsWantedBackIsGivenBackOnceTheRelayHasClosed(t *testing.T) {
+func TestRetiredSlotIsReleasedOnceTheRelayHasClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		shared := newAllowance(1)
@@ -189,7 +189,7 @@ func TestPlaceThatIsWantedBackIsGivenBackOnceTheRelayHasClosed(t *testing.T) {
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if !slices.Equal(shared.counted, []int{0}) || !slices.Equal(reasons, []string{"shared"}) {
-			t.Errorf("the relay counted %v connections when a place was given back, which had ended because of %v", shared.counted, reasons)
+			t.Errorf("the relay counted %v connections when a slot was released, whose connection ended because of %v", shared.counted, reasons)
 		}
 		want(t, "not clean", shared.dirty, 0)
 		sendNumbered(t, client, 1, 1)
@@ -197,7 +197,7 @@ func TestPlaceThatIsWantedBackIsGivenBackOnceTheRelayHasClosed(t *testing.T) {
 	})
 }
 
-func TestPlaceThatIsLostClosesItsConnectionAtOnce(t *testing.T) {
+func TestLostSlotClosesItsConnectionAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		shared := newAllowance(1)
@@ -210,7 +210,7 @@ func TestPlaceThatIsLostClosesItsConnectionAtOnce(t *testing.T) {
 	})
 }
 
-func TestPlaceOfAConnectionThatCannotBeOpenedIsGivenBack(t *testing.T) {
+func TestSlotOfAConnectionThatCannotBeOpenedIsReleased(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, far)
 		relay.Fault(smtptest.Fault{At: smtptest.Connect, Reply: "421 4.3.2 not now", Drop: true, Count: 3})

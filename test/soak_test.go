@@ -1,4 +1,4 @@
-// Here belongs the long run: nothing lost, nothing twice, memory and goroutines flat.
+// The long run: nothing lost, nothing twice, constant memory and number of goroutines.
 package test
 
 import (
@@ -24,8 +24,8 @@ import (
 
 var soakMessages = flag.Int("soak.messages", fewer(20_000), "messages of TestSoak")
 
-// soakRelay is a relay on loopback that fails one message in a hundred, each in one of several ways, and keeps a ledger of
-// fixed size: how often it has taken each message. Every second connection offers CHUNKING.
+// soakRelay is a relay on loopback that fails one message in a hundred, in one of several ways, and keeps a ledger of fixed size:
+// how often it has accepted each message. Every second connection offers CHUNKING.
 type soakRelay struct {
 	listener net.Listener
 	taken    []atomic.Uint32 // by the number of the message
@@ -33,7 +33,7 @@ type soakRelay struct {
 	open     atomic.Int64
 	most     atomic.Int64
 	faults   atomic.Int64
-	chunked  atomic.Int64 // messages that were taken in chunks
+	chunked  atomic.Int64 // messages accepted in chunks
 	serving  sync.WaitGroup
 }
 
@@ -63,11 +63,11 @@ type soakConn struct {
 	chance *rand.Rand
 	within bool         // a transaction is open
 	inBody bool         // DATA's
-	fault  string       // of its message: "", or where it strikes
-	text   bytes.Buffer // what has come of its body
+	fault  string       // of its message: "", or the step at which it strikes
+	text   bytes.Buffer // the part of its body that has arrived
 }
 
-// Read closes a connection that is idle.
+// Read closes an idle connection.
 func (c *soakConn) Read(p []byte) (int, error) {
 	var limit time.Time
 	if !c.inBody {
@@ -81,13 +81,13 @@ func (c *soakConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close comes before the client can know that the connection is over.
+// Close counts the connection as closed before the client can see it.
 func (c *soakConn) Close() error {
 	c.r.open.Add(-1)
 	return c.Conn.Close()
 }
 
-// strikes tells whether the message's fault strikes here.
+// strikes reports whether the message's fault strikes here.
 func (c *soakConn) strikes(at string) bool {
 	if c.fault != at {
 		return false
@@ -150,7 +150,7 @@ func (c *soakConn) answer(n int, line string) string {
 	return relaytest.Agree("", line)
 }
 
-// end answers the end of a body, and keeps the ledger.
+// end replies to the end of a body, and updates the ledger.
 func (c *soakConn) end() string {
 	c.within, c.inBody = false, false
 	if c.strikes("body") || c.strikes("before") {
@@ -169,13 +169,13 @@ func (c *soakConn) end() string {
 		return relaytest.Hangup
 	}
 	reply := "250 2.0.0 Ok: queued as " + strconv.Itoa(number)
-	if c.strikes("250") { // as some relays do, with nothing said of it
+	if c.strikes("250") { // as some relays do, without a word
 		return reply + relaytest.Hangup
 	}
 	return reply
 }
 
-// A long run: nothing is lost or sent twice, and neither memory nor goroutines grow. By default it is a short one.
+// A long run: nothing is lost or sent twice, and neither memory nor goroutines grow. The default is short.
 func TestSoak(t *testing.T) {
 	const senders, parts = 100, 10
 	goroutines := runtime.NumGoroutine()
@@ -216,7 +216,7 @@ func TestSoak(t *testing.T) {
 					if err != nil {
 						e, ok := errors.AsType[*smtprelay.Error](err)
 						if !ok {
-							t.Errorf("message %d: %v is no *Error", n, err)
+							t.Errorf("message %d: %v is not an *Error", n, err)
 							return
 						}
 						told[n] = e.Outcome
@@ -225,7 +225,7 @@ func TestSoak(t *testing.T) {
 			})
 		}
 		sending.Wait()
-		awaitNoneOpen(relay, client) // the relay closes what is idle
+		awaitNoneOpen(relay, client) // the relay closes idle connections
 		runtime.GC()
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
@@ -246,7 +246,7 @@ func TestSoak(t *testing.T) {
 		case told[n] == smtprelay.Accepted && copies == 0:
 			lost++
 		case told[n] == smtprelay.NotAccepted && copies == 1:
-			t.Errorf("message %d: told as not accepted, and taken", n)
+			t.Errorf("message %d: reported as not accepted, but accepted", n)
 		}
 		switch told[n] {
 		case smtprelay.Accepted:
@@ -285,7 +285,7 @@ func TestSoak(t *testing.T) {
 	}
 }
 
-// awaitNoneOpen returns when the relay has closed all connections and the client has noticed.
+// awaitNoneOpen waits until the relay has closed all connections and the client has noticed.
 func awaitNoneOpen(relay *soakRelay, client *smtprelay.Client) {
 	for relay.open.Load() > 0 || client.Stats().OpenConns > 0 {
 		runtime.Gosched()

@@ -1,4 +1,4 @@
-// Here belong STARTTLS and TLS, wrong settings of it, and what is believed of a relay before it.
+// STARTTLS and TLS, wrong settings, and what is believed from a relay before TLS.
 package test
 
 import (
@@ -25,7 +25,7 @@ import (
 	"github.com/smtprelay/smtprelay/smtptest"
 )
 
-// recorder keeps what a client writes to its connections, beneath TLS.
+// recorder records what a client writes to its connections, below TLS.
 type recorder struct {
 	dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
@@ -59,8 +59,8 @@ func (r *recorder) written() string {
 	return r.raw.String()
 }
 
-// What a user sees who got the address, the port, the TLS mode, the certificate or the key wrong: one error, which names
-// the cure, and no secret sent to anybody who should not have it.
+// What a user sees after a mistake in the address, the port, the TLS mode, the certificate or the key: one error, which names the
+// remedy, and no secret sent to the wrong receiver.
 func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 	const password = "the-real-key-0123456789"
 	otherName := func(s *smtptest.Server) { s.CertNames = []string{"mail.example.net"} }
@@ -70,11 +70,11 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		relay    func(*smtptest.Server)
-		implicit bool // the relay speaks TLS from the first byte
+		implicit bool // the relay uses TLS from the first byte
 		client   func(*smtprelay.Config)
 		op       smtprelay.Op
 		says     []string
-		isTLS    bool // a TLS connection may have been set up, and credentials have gone through it
+		isTLS    bool // a TLS connection may have been established, and carried credentials
 	}{
 		{
 			name:  "certificate for another name",
@@ -103,7 +103,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			says:   []string{"unknown authority", "RootCAs"},
 		},
 		{
-			name: "a relay that has old TLS only",
+			name: "a relay that supports only old TLS",
 			relay: func(s *smtptest.Server) {
 				s.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
 			},
@@ -111,7 +111,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			says: []string{"TLS in common", "MinVersion", "1.2"},
 		},
 		{
-			name:   "a client that wants new TLS only",
+			name:   "a client that accepts only new TLS",
 			relay:  func(s *smtptest.Server) { s.TLS = &tls.Config{MaxVersion: tls.VersionTLS12} },
 			client: func(c *smtprelay.Config) { c.TLSConfig.MinVersion = tls.VersionTLS13 },
 			op:     smtprelay.OpTLS,
@@ -127,7 +127,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			name:     "plain text on a TLS port",
 			implicit: true,
 			client: func(c *smtprelay.Config) {
-				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and says nothing
+				c.Timeouts.Greeting = 100 * time.Millisecond // the relay waits for a ClientHello and sends nothing
 			},
 			op:   smtprelay.OpGreeting,
 			says: []string{"greeting: no greeting within 100ms; ", "TLSImplicit", "smtps://"},
@@ -185,7 +185,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			}
 			for _, words := range test.says {
 				if !strings.Contains(err.Error(), words) {
-					t.Errorf("%q does not say %q", err, words)
+					t.Errorf("%q does not contain %q", err, words)
 				}
 			}
 			if strings.Contains(err.Error(), "\n") {
@@ -208,16 +208,15 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 				"AUTH", "MAIL", "RCPT", m.From, m.To[0],
 			} {
 				if strings.Contains(raw, secret) {
-					t.Errorf("%q went over the wire in the clear: %q", secret, raw)
+					t.Errorf("%q was sent in plaintext: %q", secret, raw)
 				}
 			}
 		})
 	}
 }
 
-// Most relays greet whoever connects, so that a client which speaks TLS on a port for STARTTLS reads a 220 where it wants
-// a ServerHello.
-func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
+// Most relays greet at once, so a client which uses TLS on a port for STARTTLS reads a 220 instead of a ServerHello.
+func TestTLSOnAPlainPortNamesTheRemedy(t *testing.T) {
 	var mu sync.Mutex // guards the next
 	var heard []string
 	relay := &relaytest.Relay{Answer: func(_ int, line string) string {
@@ -242,19 +241,19 @@ func TestTLSOnAPlainPortNamesTheCure(t *testing.T) {
 	t.Log(err)
 	e, ok := errors.AsType[*smtprelay.Error](err)
 	if !ok || e.Op != smtprelay.OpTLS || e.Outcome != smtprelay.NotAccepted || !e.Temporary() {
-		t.Errorf("got %v; want the TLS handshake to have failed, which somebody on the way may have brought about", err)
+		t.Errorf("got %v; want a failed TLS handshake, which an attacker on the path may have caused", err)
 	}
 	if !strings.Contains(err.Error(), "use TLSStartTLS") {
-		t.Errorf("%q does not name the cure", err)
+		t.Errorf("%q does not name the remedy", err)
 	}
 	mu.Lock()
 	defer mu.Unlock()
 	if said := strings.Join(heard, "\n"); strings.Contains(said, "AUTH") || strings.Contains(said, "MAIL") {
-		t.Errorf("the relay was told %q in the clear", said)
+		t.Errorf("the relay received %q in plaintext", said)
 	}
 }
 
-// closedPort returns an address of this machine at which nobody listens.
+// closedPort returns a closed port of this machine.
 func closedPort(t *testing.T) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -264,17 +263,17 @@ func closedPort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
+func TestPlaintextReplyIsNeverPermanentIfTLSIsRequired(t *testing.T) {
 	const ready, offer = "220 relay", "250-relay\n250 STARTTLS"
 	for _, tt := range []struct {
 		why    string
 		tls    smtprelay.TLSMode
-		script []string // the greeting, and what is said to each command
+		script []string // the greeting, and the reply to each command
 	}{
 		{"greeting", smtprelay.TLSStartTLS, []string{"554 go away"}},
 		{"EHLO", smtprelay.TLSStartTLS, []string{ready, "554 go away"}},
 		{"EHLO not known", smtprelay.TLSStartTLS, []string{ready, "502 what?"}},
-		{"EHLO for now", smtprelay.TLSStartTLS, []string{ready, "451 later"}},
+		{"EHLO refused temporarily", smtprelay.TLSStartTLS, []string{ready, "451 later"}},
 		{"no STARTTLS offered", smtprelay.TLSStartTLS, []string{ready, "250 relay"}},
 		{"STARTTLS refused", smtprelay.TLSStartTLS, []string{ready, offer, "554 no"}},
 		{"an alert in place of TLS", smtprelay.TLSStartTLS, []string{ready, offer, "220 go\n\x15\x03\x03\x00\x02\x02\x28"}},
@@ -302,14 +301,14 @@ func TestWhatIsSaidInTheClearWhereTLSIsRequiredIsNeverPermanent(t *testing.T) {
 				})
 				_, err := client.Send(t.Context(), numbered(0))
 				if !smtprelay.ShouldRetry(err) {
-					t.Errorf("got %v, want a message that a queue keeps", err)
+					t.Errorf("got %v, want an error for which a queue keeps the message", err)
 				}
 			})
 		})
 	}
 }
 
-// heardConn keeps what is read from a connection, beneath TLS.
+// heardConn records what is read from a connection, below TLS.
 type heardConn struct {
 	net.Conn
 	heard []byte
@@ -321,7 +320,7 @@ func (c *heardConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// endsInAlert reports whether the last record of TLS 1.2 that was read is an alert. crypto/tls says io.EOF in any case.
+// endsInAlert reports whether the last TLS 1.2 record that was read is an alert. crypto/tls returns io.EOF in any case.
 func (c *heardConn) endsInAlert() bool {
 	const header, alert = 5, 21
 	kind := byte(0)
@@ -332,8 +331,8 @@ func (c *heardConn) endsInAlert() bool {
 	return kind == alert
 }
 
-// tlsRelay listens with TLS from the first byte and answers as relaytest.Agree does. At the end of a session it sends whether
-// the client has ended TLS to ended.
+// tlsRelay listens with TLS from the first byte and replies like relaytest.Agree. At the end of a session it sends to ended
+// whether the client has ended TLS.
 func tlsRelay(t *testing.T, extensions string) (cfg smtprelay.Config, ended chan bool) {
 	t.Helper()
 	web := httptest.NewUnstartedServer(nil) // for its certificate
@@ -381,7 +380,7 @@ func tlsRelay(t *testing.T, extensions string) (cfg smtprelay.Config, ended chan
 	return smtprelay.Config{Addr: l.Addr().String(), TLS: smtprelay.TLSImplicit, TLSConfig: &tls.Config{RootCAs: roots}, Retry: smtprelay.Retry{MaxAttempts: 1}}, ended
 }
 
-// failingBody fails when a part of it was written.
+// failingBody fails after a part.
 type failingBody struct{}
 
 func (failingBody) WriteTo(w io.Writer) (int64, error) {
@@ -389,7 +388,7 @@ func (failingBody) WriteTo(w io.Writer) (int64, error) {
 	return int64(n), errors.New("no more")
 }
 
-func TestTLSIsEndedWhereASessionEndsInOrderAndNowhereElse(t *testing.T) {
+func TestTLSIsClosedOnlyIfTheSessionEndsGracefully(t *testing.T) {
 	t.Run("Close", func(t *testing.T) {
 		cfg, ended := tlsRelay(t, "250 PIPELINING")
 		client := newClient(t, cfg)
@@ -398,10 +397,10 @@ func TestTLSIsEndedWhereASessionEndsInOrderAndNowhereElse(t *testing.T) {
 		}
 		client.Close()
 		if !<-ended {
-			t.Error("the relay did not see the end of TLS behind QUIT")
+			t.Error("the relay did not see the end of TLS after QUIT")
 		}
 	})
-	t.Run("a connection that is left before it is ready", func(t *testing.T) {
+	t.Run("a connection that is abandoned before it is ready", func(t *testing.T) {
 		cfg, ended := tlsRelay(t, "250 AUTH X-OTHER")
 		cfg.Username, cfg.Password = "ann", "s3cret"
 		client := newClient(t, cfg)
@@ -409,10 +408,10 @@ func TestTLSIsEndedWhereASessionEndsInOrderAndNowhereElse(t *testing.T) {
 			t.Fatal("got no error")
 		}
 		if !<-ended {
-			t.Error("the relay did not see the end of TLS behind QUIT")
+			t.Error("the relay did not see the end of TLS after QUIT")
 		}
 	})
-	t.Run("a message that is given up", func(t *testing.T) {
+	t.Run("a message that is abandoned", func(t *testing.T) {
 		cfg, ended := tlsRelay(t, "250 PIPELINING")
 		client := newClient(t, cfg)
 		m := numbered(0)

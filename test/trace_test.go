@@ -1,4 +1,4 @@
-// Here belongs what a Trace is told: contexts, names, and lessons. That no secret is among it is for secrets_test.go.
+// What a Trace reports: contexts, names, and lessons. That it contains no secret is tested in secrets_test.go.
 package test
 
 import (
@@ -21,7 +21,7 @@ import (
 
 type spanKey struct{}
 
-// spans is a Trace that begins a span for each Send, and notes which span each other hook belongs to, with what.
+// spans is a Trace that begins a span for each Send, and records which span each other hook belongs to, with its arguments.
 type spans struct {
 	mu  sync.Mutex
 	log []string
@@ -55,7 +55,7 @@ func (s *spans) trace() *smtprelay.Trace {
 	}
 }
 
-func TestHooksOfASendAreGivenTheContextOfItsStart(t *testing.T) {
+func TestHooksOfASendGetTheContextOfItsStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) { s.InMemory, s.NoTLS, s.NoAuth = true, true, true })
 		var spans spans
@@ -98,9 +98,9 @@ bulk1 done bulk 1 accepted`, "\n")
 		if !slices.Equal(got, want) {
 			t.Errorf("got:\n%s", strings.Join(spans.log, "\n"))
 		}
-		for _, line := range []string{"command 1 quit", "closed 1 closed"} { // nobody's Send
+		for _, line := range []string{"command 1 quit", "closed 1 closed"} { // no Send's
 			if !slices.Contains(spans.log, line) {
-				t.Errorf("%s is not told", line)
+				t.Errorf("%s is not reported", line)
 			}
 		}
 	})
@@ -118,7 +118,7 @@ func TestEndOfAMessageHasOneStepByDataAndInChunks(t *testing.T) {
 			replies[r.Op] = r.Reply.Code
 		}}
 		client := newClient(t, cfg)
-		for i := range 2 { // in chunks the first one begins with the question what the relay does with a refused chunk
+		for i := range 2 { // in chunks the first one begins with the probe for refused chunks
 			if s := sendOne(t.Context(), client, i); s.err != nil {
 				t.Fatal(s.err)
 			}
@@ -133,7 +133,7 @@ func TestEndOfAMessageHasOneStepByDataAndInChunks(t *testing.T) {
 	})
 }
 
-func TestMultiTraceTellsAllAndHandsTheContextOn(t *testing.T) {
+func TestMultiTraceCallsAllAndPassesTheContextOn(t *testing.T) {
 	var first, second spans
 	trace := smtprelay.MultiTrace(first.trace(), nil, &smtprelay.Trace{}, &smtprelay.Trace{
 		SendStart: func(context.Context, smtprelay.SendStartInfo) context.Context { return nil },
@@ -141,7 +141,7 @@ func TestMultiTraceTellsAllAndHandsTheContextOn(t *testing.T) {
 	typ := reflect.TypeOf(*trace)
 	for i := range typ.NumField() {
 		if name := typ.Field(i).Name; name != "Learned" && reflect.ValueOf(*trace).Field(i).IsNil() {
-			t.Errorf("%s is told nobody", name)
+			t.Errorf("%s is reported to no Trace", name)
 		}
 	}
 	relay := newRelay(t)
@@ -165,7 +165,7 @@ func TestEveryInfoAboutAConnectionSaysWhichAndWhere(t *testing.T) {
 		hook := typ.Field(i)
 		info := hook.Type.In(1)
 		if _, ok := info.FieldByName("Name"); !ok || info.Name() != hook.Name+"Info" {
-			t.Errorf("%s is told a %s", hook.Name, info)
+			t.Errorf("%s gets a %s", hook.Name, info)
 		}
 		_, addr := info.FieldByName("Addr")
 		_, conn := info.FieldByName("Conn")
@@ -175,7 +175,7 @@ func TestEveryInfoAboutAConnectionSaysWhichAndWhere(t *testing.T) {
 	}
 }
 
-func TestLessonsAreToldInTheirOrderAndBeforeCloseReturns(t *testing.T) {
+func TestLessonsAreReportedInOrderBeforeCloseReturns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		relay := newRelay(t, func(s *smtptest.Server) {
 			s.InMemory, s.NoTLS, s.Chunking, s.MaxRecipients = true, true, true, 3
@@ -184,7 +184,7 @@ func TestLessonsAreToldInTheirOrderAndBeforeCloseReturns(t *testing.T) {
 		cfg.Name = "bulk"
 		var lessons []string
 		cfg.Trace = &smtprelay.Trace{Learned: func(_ context.Context, i smtprelay.LearnedInfo) {
-			time.Sleep(time.Second) // a slow hook holds up nobody but Close
+			time.Sleep(time.Second) // a slow hook delays only Close
 			lessons = append(lessons, fmt.Sprint(i.Name, " ", i.Lesson, " ", i.Limit, " ", i.Text != "" && i.Addr == cfg.Addr))
 		}}
 		client := newClient(t, cfg)
@@ -202,7 +202,7 @@ func TestLessonsAreToldInTheirOrderAndBeforeCloseReturns(t *testing.T) {
 	})
 }
 
-func TestEachThingThatIsLearntIsTold(t *testing.T) {
+func TestEachLessonIsReported(t *testing.T) {
 	for _, tt := range []struct {
 		why   string
 		relay func(*smtptest.Server)
@@ -251,7 +251,7 @@ func TestEachThingThatIsLearntIsTold(t *testing.T) {
 	}
 }
 
-func TestLogTraceTellsWhatWentWrongAtWarningLevelWithItsAttributes(t *testing.T) {
+func TestLogTraceLogsFailuresAsWarningsWithAttributes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged bytes.Buffer
 		cfg := smtprelay.Config{Name: "bulk", Retry: smtprelay.Retry{MaxAttempts: 1}, Dial: relaytest.Dial(0, func(_ int, line string) string {
@@ -297,14 +297,14 @@ func TestStatsCountWaitsAsDatabaseSQLDoes(t *testing.T) {
 		}
 		sendAtOnce(t.Context(), client, 2, 3) // two of them wait
 		if after := client.Stats(); after.WaitCount != 3 || after.Name != "bulk" {
-			t.Errorf("%q has waited %d times, want 3", after.Name, after.WaitCount)
+			t.Errorf("%q: WaitCount %d, want 3", after.Name, after.WaitCount)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		relay.Fault(smtptest.Fault{At: smtptest.Mail, Stall: true})
-		sendAtOnce(ctx, client, 5, 2) // one waits in vain
+		sendAtOnce(ctx, client, 5, 2) // one times out
 		if after := client.Stats(); after.WaitCount != 4 {
-			t.Errorf("waited %d times, want 4: who gave up has waited too", after.WaitCount)
+			t.Errorf("WaitCount %d, want 4: a Send that gives up counts too", after.WaitCount)
 		}
 	})
 }
