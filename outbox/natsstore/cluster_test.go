@@ -80,6 +80,13 @@ func (c *cluster) url() string {
 	return strings.Join(urls, ",")
 }
 
+func (c *cluster) processes() (pids []int) {
+	for _, n := range c.nodes {
+		pids = append(pids, n.cmd.Process.Pid)
+	}
+	return pids
+}
+
 func nodeIP(i int) string { return fmt.Sprintf("10.77.%d.2", i) }
 
 func freeAddr(t testing.TB) string {
@@ -161,5 +168,5 @@ func BenchmarkCluster(b *testing.B) {
 			b.Fatal(err)
 		}
 		return s
-	})
+	}, c.processes()...)
 }
