@@ -89,7 +89,6 @@ type mail struct {
 	Parts string `json:",omitempty"` // the tokens of the subjects of its body's parts; "": the body follows
 	Count int    `json:",omitempty"` // of parts
 
-	seq  uint64
 	body []byte
 }
 
