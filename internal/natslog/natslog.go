@@ -193,31 +193,39 @@ func (l *Log) api(request string) string {
 	return prefix + request + "." + l.name
 }
 
-func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
+// ask asks the stream's leader, once.
+func (l *Log) ask(ctx context.Context, request string, data []byte) (got answer, err error) {
 	try, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
-	answer, err := l.js.Conn().RequestWithContext(try, l.api("STREAM.MSG.GET"), request)
+	m, err := l.js.Conn().RequestWithContext(try, l.api(request), data)
+	if err == nil {
+		err = json.Unmarshal(m.Data, &got)
+	}
+	if err == nil && got.Error != nil {
+		err = got.Error
+	}
+	return got, err
+}
+
+// answer is a server's.
+type answer struct {
+	Error   *jetstream.APIError
+	Message struct {
+		Subject string
+		Seq     uint64
+		Hdrs    []byte
+		Data    []byte
+		Time    time.Time
+	}
+}
+
+func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
+	got, err := l.ask(ctx, "STREAM.MSG.GET", request)
 	if err != nil {
-		return nil, err
-	}
-	var got struct {
-		Error   *jetstream.APIError
-		Message struct {
-			Subject string
-			Seq     uint64
-			Hdrs    []byte
-			Data    []byte
-			Time    time.Time
+		if got.Error != nil && got.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound {
+			err = ErrNotFound
 		}
-	}
-	if err := json.Unmarshal(answer.Data, &got); err != nil {
 		return nil, err
-	}
-	if got.Error != nil {
-		if got.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound {
-			return nil, ErrNotFound
-		}
-		return nil, got.Error
 	}
 	m := &Message{Subject: strings.TrimPrefix(got.Message.Subject, l.name+"."), Seq: got.Message.Seq, Time: got.Message.Time, Data: got.Message.Data}
 	if len(got.Message.Hdrs) > 0 {
@@ -273,34 +281,30 @@ func (l *Log) some(ctx context.Context, subjects []string, f func(Message)) {
 	}
 }
 
-// RemoveAll removes the messages whose subject begins with those tokens.
+// RemoveAll removes the messages whose subject begins with those tokens. It tries until ctx ends.
 func (l *Log) RemoveAll(ctx context.Context, tokens string) error {
-	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
-		return stream.Purge(ctx, jetstream.WithPurgeSubject(l.name+"."+tokens+".>"))
-	})
+	return l.purge(ctx, map[string]any{"filter": l.name + "." + tokens + ".>"})
 }
 
-// RemoveUpTo removes the messages of the subjects that match among whose sequence is seq or less.
+// RemoveUpTo removes the messages of the subjects that match among whose sequence is seq or less. It tries until ctx ends.
 func (l *Log) RemoveUpTo(ctx context.Context, among string, seq uint64) error {
-	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
-		return stream.Purge(ctx, jetstream.WithPurgeSubject(l.name+"."+among), jetstream.WithPurgeSequence(seq+1))
-	})
+	return l.purge(ctx, map[string]any{"filter": l.name + "." + among, "seq": seq + 1})
 }
 
-func (l *Log) onStream(ctx context.Context, do func(context.Context, jetstream.Stream) error) error {
-	stream, err := l.handle(ctx)
+func (l *Log) purge(ctx context.Context, which map[string]any) error {
+	request, err := json.Marshal(which)
 	if err != nil {
 		return err
 	}
-	try, cancel := context.WithTimeout(ctx, tryTime)
-	defer cancel()
-	return do(try, stream)
-}
-
-func (l *Log) handle(ctx context.Context) (jetstream.Stream, error) {
-	try, cancel := context.WithTimeout(ctx, tryTime)
-	defer cancel()
-	return l.js.Stream(try, l.name)
+	for {
+		_, err := l.ask(ctx, "STREAM.PURGE", request)
+		if err == nil || final(err) {
+			return err
+		}
+		if pause(ctx) != nil {
+			return err
+		}
+	}
 }
 
 // Mark writes a message that means nothing, and returns its sequence: who follows and has come so far has seen all that was

@@ -602,6 +602,8 @@ func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error)
 	})
 	errs := make([]error, len(some))
 	atOnce(len(some), func(k int) {
+		ctx, cancel := withTime(ctx, opTime)
+		defer cancel()
 		errs[k] = s.log.RemoveUpTo(ctx, bothToken+strings.TrimPrefix(some[k].Subject, mailToken), some[k].Seq)
 	})
 	for _, e := range errs {
