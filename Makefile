@@ -1,5 +1,5 @@
 # Each target is one line that can as well be typed; .ci/run needs no make.
-.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets browser cuts kills mutants api cover lint quickstart ci
+.PHONY: all help test race fuzz bench peers relays speed cutpath soak storm sockets browser cuts kills cluster mutants api cover lint quickstart ci
 
 MODULES  := $(sort $(dir $(shell find . -name go.mod -not -path './.*' -not -path './tools/lint/*')))
 FUZZTIME ?= 30s
@@ -52,6 +52,10 @@ cuts: ## every dialogue with the connection cut after every octet: minutes
 kills: ## workers of each store of the outbox, killed a thousand times in each way of writing intents: hours
 	cd outbox/sqlitestore && go test -run Killed -v -timeout 3h . -kills=1000
 	cd outbox/natsstore && go test -run Killed -v -timeout 6h . -kills=1000
+
+cluster: ## a NATS cluster and workers of the outbox, killed, paused and cut off, in network namespaces: an hour; wants root and iproute2
+	cd outbox/natsstore && go test -tags cluster -run '^$$' .
+	cd outbox/natsstore && unshare -n sh -c 'ip link set lo up && go test -tags cluster -run WhileServersAndWorkersFail -v -timeout 3h . -cluster.messages=200000 -cluster.time=1h'
 
 mutants: ## break the client on purpose, one line at a time, and see that the tests notice
 	go run ./tools/mutants

@@ -98,12 +98,12 @@ type delivery struct {
 	claim  Claim
 	cancel context.CancelCauseFunc
 
-	// Of the intent. They are for the goroutine of Send, but for err, which is valid once begun is closed.
-	started bool
-	begun   chan struct{}
-	err     error
+	begun chan struct{} // closed when the store has answered about the intent
+	err   error         // what it has said, once begun is closed
 
-	passed bool // the end of the message may have left; guarded by o.mu
+	// Guarded by o.mu.
+	started bool // the intent is being written down
+	passed  bool // the end of the message may have left
 }
 
 // errStopping ends a delivery where Run is to stop.
@@ -151,14 +151,11 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 		return
 	}
 	defer d.leave()
-	if o.cfg.Intent == Early {
-		d.start()
-	}
 	_, err := o.cfg.Route(c.Item).Send(ctx, smtprelay.Message{
 		From: c.From, To: c.To, Body: c.Body, AllOrNothing: c.AllOrNothing, MailOptions: c.MailOptions, RcptOptions: c.RcptOptions,
 		BeforeEnd: d.beforeEnd,
 	})
-	if d.started {
+	if d.close() {
 		<-d.begun // else the intent might be written down behind the end
 		if errors.Is(d.err, ErrConflict) {
 			o.cfg.Store.Release(c.ID) // cancelled meanwhile; without an intent nothing has left
@@ -173,24 +170,53 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 func (d *delivery) enter() bool {
 	d.o.mu.Lock()
 	defer d.o.mu.Unlock()
-	if !d.o.ends {
-		d.o.hands[d] = struct{}{}
+	if d.o.ends {
+		return false
 	}
-	return !d.o.ends
+	d.o.hands[d] = struct{}{}
+	if d.o.cfg.Intent == Early {
+		d.o.line = append(d.o.line, d)
+		d.o.startNextLocked()
+	}
+	return true
+}
+
+// close keeps the intent from being started, and reports whether it was.
+func (d *delivery) close() (started bool) {
+	d.o.mu.Lock()
+	defer d.o.mu.Unlock()
+	if i := slices.Index(d.o.line, d); i >= 0 {
+		d.o.line = slices.Delete(d.o.line, i, i+1)
+	}
+	return d.started
 }
 
 func (d *delivery) leave() {
 	d.o.mu.Lock()
 	defer d.o.mu.Unlock()
 	delete(d.o.hands, d)
+	if d.started {
+		d.o.intents--
+	}
+	d.o.startNextLocked()
 }
 
-// start has the intent written down.
-func (d *delivery) start() {
+// startNextLocked starts the intents of the messages that are sent next: of so few that a worker which dies leaves few Unknown. Of four
+// messages in hand one is on a connection; half as many again have their intents before they get there.
+func (o *Outbox) startNextLocked() {
+	for !o.ends && len(o.line) > 0 && o.intents < max(o.cfg.InHand*3/8, 1) {
+		o.line[0].startLocked()
+		o.line = o.line[1:]
+	}
+}
+
+// startLocked has the intent written down, once.
+func (d *delivery) startLocked() {
 	if d.started {
 		return
 	}
 	d.started = true
+	d.o.intents++
 	go func() { // ends with the store's answer, for which deliver waits
 		defer close(d.begun)
 		d.err = d.o.cfg.Store.Begin(context.Background(), []Intent{{ID: d.claim.ID, Nonce: d.claim.Nonce}})[0]
@@ -199,7 +225,9 @@ func (d *delivery) start() {
 
 // beforeEnd lets the end of the message leave once its intent is durable.
 func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
-	d.start()
+	d.o.mu.Lock()
+	d.startLocked()
+	d.o.mu.Unlock()
 	select {
 	case <-d.begun:
 	case <-ctx.Done():

@@ -13,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -64,7 +66,7 @@ func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int
 	}
 	l := &Log{js: js, name: name}
 	want := jetstream.StreamConfig{Name: name, Subjects: []string{name + ".>"}, Storage: jetstream.FileStorage, Replicas: replicas,
-		MaxMsgsPerSubject: 1, AllowMsgTTL: true}
+		MaxMsgsPerSubject: 1, AllowMsgTTL: true, AllowDirect: true}
 	for {
 		try, cancel := context.WithTimeout(ctx, tryTime)
 		stream, err := js.Stream(try, name)
@@ -73,8 +75,8 @@ func Open(ctx context.Context, js jetstream.JetStream, name string, replicas int
 		}
 		cancel()
 		if err == nil {
-			if c := stream.CachedInfo().Config; c.MaxMsgsPerSubject != 1 || !c.AllowMsgTTL || c.AllowDirect || c.Storage != jetstream.FileStorage {
-				return nil, fmt.Errorf("the stream %q is there and is none of ours: it wants one message for each subject, files, TTLs, and no direct reads", name)
+			if c := stream.CachedInfo().Config; c.MaxMsgsPerSubject != 1 || !c.AllowMsgTTL || !c.AllowDirect || c.Storage != jetstream.FileStorage {
+				return nil, fmt.Errorf("the stream %q is there and is none of ours: it wants one message for each subject, files, TTLs, and direct reads", name)
 			}
 			return l, nil
 		}
@@ -122,15 +124,21 @@ func conflict(err error) bool {
 // Write replaces the message of subject whose sequence is expect; 0: there is none. It tries until ctx ends. Any error but ErrConflict
 // may mean that the message was written, or will be: for as long as nobody else has written.
 func (l *Log) Write(ctx context.Context, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
-	return l.write(ctx, rand.Text(), subject, expect, header, data, opts...)
+	return l.write(ctx, rand.Text(), subject, subject, expect, header, data, opts...)
 }
 
-func (l *Log) write(ctx context.Context, name, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
+// WriteAmong writes a message of subject if the last one of all subjects that match among, of which subject is one, has the sequence expect; 0:
+// there is none. It is like Write otherwise. Whoever writes one of these subjects names the same pattern.
+func (l *Log) WriteAmong(ctx context.Context, among, subject string, expect uint64, header nats.Header, data []byte) (seq uint64, err error) {
+	return l.write(ctx, rand.Text(), among, subject, expect, header, data)
+}
+
+func (l *Log) write(ctx context.Context, name, among, subject string, expect uint64, header nats.Header, data []byte, opts ...jetstream.PublishOpt) (seq uint64, err error) {
 	if header == nil {
 		header = nats.Header{}
 	}
 	header.Set(writeName, name)
-	opts = append(opts, jetstream.WithExpectLastSequencePerSubject(expect), jetstream.WithRetryAttempts(0))
+	opts = append(opts, jetstream.WithExpectLastSequenceForSubject(expect, l.name+"."+among), jetstream.WithRetryAttempts(0))
 	for {
 		try, cancel := context.WithTimeout(ctx, tryTime)
 		ack, err := l.js.PublishMsg(try, &nats.Msg{Subject: l.name + "." + subject, Header: header, Data: data}, opts...)
@@ -140,7 +148,7 @@ func (l *Log) write(ctx context.Context, name, subject string, expect uint64, he
 		}
 		if conflict(err) {
 			// By an earlier try of ours, whose answer was lost? Or by one that is under way, and may fail?
-			last, lastErr := l.Last(ctx, subject)
+			last, lastErr := l.Last(ctx, among)
 			switch {
 			case lastErr == nil && last.Header.Get(writeName) == name:
 				return last.Seq, nil
@@ -156,7 +164,7 @@ func (l *Log) write(ctx context.Context, name, subject string, expect uint64, he
 	}
 }
 
-// Last returns the message of subject, from the stream's leader.
+// Last returns the message of subject, or the last one of those that match it, from the stream's leader.
 func (l *Log) Last(ctx context.Context, subject string) (*Message, error) {
 	request, err := json.Marshal(map[string]string{"last_by_subj": l.name + "." + subject})
 	if err != nil {
@@ -173,7 +181,8 @@ func (l *Log) Last(ctx context.Context, subject string) (*Message, error) {
 	}
 }
 
-func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
+// api is the subject of a request about the stream.
+func (l *Log) api(request string) string {
 	prefix := "$JS.API."
 	switch o := l.js.Options(); {
 	case o.APIPrefix != "":
@@ -181,30 +190,42 @@ func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
 	case o.Domain != "":
 		prefix = "$JS." + o.Domain + ".API."
 	}
+	return prefix + request + "." + l.name
+}
+
+// ask asks the stream's leader, once.
+func (l *Log) ask(ctx context.Context, request string, data []byte) (got answer, err error) {
 	try, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
-	answer, err := l.js.Conn().RequestWithContext(try, prefix+"STREAM.MSG.GET."+l.name, request)
+	m, err := l.js.Conn().RequestWithContext(try, l.api(request), data)
+	if err == nil {
+		err = json.Unmarshal(m.Data, &got)
+	}
+	if err == nil && got.Error != nil {
+		err = got.Error
+	}
+	return got, err
+}
+
+// answer is a server's.
+type answer struct {
+	Error   *jetstream.APIError
+	Message struct {
+		Subject string
+		Seq     uint64
+		Hdrs    []byte
+		Data    []byte
+		Time    time.Time
+	}
+}
+
+func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
+	got, err := l.ask(ctx, "STREAM.MSG.GET", request)
 	if err != nil {
-		return nil, err
-	}
-	var got struct {
-		Error   *jetstream.APIError
-		Message struct {
-			Subject string
-			Seq     uint64
-			Hdrs    []byte
-			Data    []byte
-			Time    time.Time
+		if got.Error != nil && got.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound {
+			err = ErrNotFound
 		}
-	}
-	if err := json.Unmarshal(answer.Data, &got); err != nil {
 		return nil, err
-	}
-	if got.Error != nil {
-		if got.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound {
-			return nil, ErrNotFound
-		}
-		return nil, got.Error
 	}
 	m := &Message{Subject: strings.TrimPrefix(got.Message.Subject, l.name+"."), Seq: got.Message.Seq, Time: got.Message.Time, Data: got.Message.Data}
 	if len(got.Message.Hdrs) > 0 {
@@ -215,40 +236,75 @@ func (l *Log) last(ctx context.Context, request []byte) (*Message, error) {
 	return m, nil
 }
 
-// Remove removes the message of that sequence, if it is there.
-func (l *Log) Remove(ctx context.Context, seq uint64) error {
-	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
-		err := stream.DeleteMsg(ctx, seq)
-		if errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) {
-			if _, getErr := stream.GetMsg(ctx, seq); errors.Is(getErr, jetstream.ErrMsgNotFound) {
-				return nil
-			}
-		}
-		return err
-	})
+// most is how many messages a server gives at once.
+const most = 1000
+
+// Some calls f with the messages of many subjects, in one request for all of them, as one of the servers has them: it may be behind the leader, and
+// what it does not have, or cannot give at once, is left out.
+func (l *Log) Some(ctx context.Context, subjects []string, f func(Message)) {
+	for some := range slices.Chunk(subjects, most) {
+		l.some(ctx, some, f)
+	}
 }
 
-// RemoveAll removes the messages whose subject begins with those tokens.
-func (l *Log) RemoveAll(ctx context.Context, tokens string) error {
-	return l.onStream(ctx, func(ctx context.Context, stream jetstream.Stream) error {
-		return stream.Purge(ctx, jetstream.WithPurgeSubject(l.name+"."+tokens+".>"))
-	})
-}
-
-func (l *Log) onStream(ctx context.Context, do func(context.Context, jetstream.Stream) error) error {
-	stream, err := l.handle(ctx)
+func (l *Log) some(ctx context.Context, subjects []string, f func(Message)) {
+	full := make([]string, len(subjects))
+	for i, s := range subjects {
+		full[i] = l.name + "." + s
+	}
+	request, err := json.Marshal(map[string]any{"multi_last": full})
 	if err != nil {
-		return err
+		return
+	}
+	nc := l.js.Conn()
+	inbox := nc.NewInbox()
+	answers, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		return
+	}
+	defer func() { _ = answers.Unsubscribe() }()
+	if nc.PublishRequest(l.api("DIRECT.GET"), inbox, request) != nil {
+		return
 	}
 	try, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
-	return do(try, stream)
+	for {
+		m, err := answers.NextMsgWithContext(try)
+		if err != nil || m.Header.Get("Status") != "" { // the end, or an error
+			return
+		}
+		seq, err := strconv.ParseUint(m.Header.Get(jetstream.SequenceHeader), 10, 64)
+		if err != nil {
+			return
+		}
+		f(Message{Subject: strings.TrimPrefix(m.Header.Get(jetstream.SubjectHeader), l.name+"."), Seq: seq, Header: m.Header, Data: m.Data})
+	}
 }
 
-func (l *Log) handle(ctx context.Context) (jetstream.Stream, error) {
-	try, cancel := context.WithTimeout(ctx, tryTime)
-	defer cancel()
-	return l.js.Stream(try, l.name)
+// RemoveAll removes the messages whose subject begins with those tokens. It tries until ctx ends.
+func (l *Log) RemoveAll(ctx context.Context, tokens string) error {
+	return l.purge(ctx, map[string]any{"filter": l.name + "." + tokens + ".>"})
+}
+
+// RemoveUpTo removes the messages of the subjects that match among whose sequence is seq or less. It tries until ctx ends.
+func (l *Log) RemoveUpTo(ctx context.Context, among string, seq uint64) error {
+	return l.purge(ctx, map[string]any{"filter": l.name + "." + among, "seq": seq + 1})
+}
+
+func (l *Log) purge(ctx context.Context, which map[string]any) error {
+	request, err := json.Marshal(which)
+	if err != nil {
+		return err
+	}
+	for {
+		_, err := l.ask(ctx, "STREAM.PURGE", request)
+		if err == nil || final(err) {
+			return err
+		}
+		if pause(ctx) != nil {
+			return err
+		}
+	}
 }
 
 // Mark writes a message that means nothing, and returns its sequence: who follows and has come so far has seen all that was

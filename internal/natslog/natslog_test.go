@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"testing"
@@ -84,15 +85,71 @@ func TestWriteReplacesWhatItNamesAndNothingElse(t *testing.T) {
 
 func TestWriteWhoseAnswerWasLostIsKnownAgainAndAnotherOfTheSameTextIsNot(t *testing.T) {
 	l := open(t, start(t, t.TempDir(), server.RANDOM_PORT).ClientURL())
-	first, err := l.write(t.Context(), "name", "a", 0, nil, []byte("text"))
+	first, err := l.write(t.Context(), "name", "a", "a", 0, nil, []byte("text"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := l.write(t.Context(), "name", "a", 0, nil, []byte("text")); err != nil || again != first {
+	if again, err := l.write(t.Context(), "name", "a", "a", 0, nil, []byte("text")); err != nil || again != first {
 		t.Errorf("got %d, %v; want %d", again, err, first)
 	}
-	if _, err := l.write(t.Context(), "other name", "a", 0, nil, []byte("text")); !errors.Is(err, ErrConflict) {
+	if _, err := l.write(t.Context(), "other name", "a", "a", 0, nil, []byte("text")); !errors.Is(err, ErrConflict) {
 		t.Errorf("got %v, want ErrConflict", err)
+	}
+}
+
+func TestWriteAmongFollowsUponTheLastOfAllSubjectsThatMatch(t *testing.T) {
+	l := open(t, start(t, t.TempDir(), server.RANDOM_PORT).ClientURL())
+	write := func(subject string, expect uint64) (uint64, error) {
+		return l.WriteAmong(t.Context(), "*.x", subject, expect, nil, []byte(subject))
+	}
+	one, err := write("a.x", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := write("b.x", 0); !errors.Is(err, ErrConflict) {
+		t.Errorf("b, as if a was not there: %v, want ErrConflict", err)
+	}
+	two, err := write("b.x", one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := write("a.x", one); !errors.Is(err, ErrConflict) {
+		t.Errorf("a, as if b was not there: %v, want ErrConflict", err)
+	}
+	if _, err := l.WriteAmong(t.Context(), "*.y", "a.y", 0, nil, nil); err != nil {
+		t.Error(err)
+	}
+	if m, err := l.Last(t.Context(), "*.x"); err != nil || m.Seq != two || m.Subject != "b.x" {
+		t.Errorf("got %+v, %v; want b", m, err)
+	}
+	if _, err := write("a.x", two); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSomeGivesWhatIsThereWithHeaderAndData(t *testing.T) {
+	l := open(t, start(t, t.TempDir(), server.RANDOM_PORT).ClientURL())
+	var subjects []string
+	want := map[string]uint64{}
+	for i := range most + 50 { // more than one request
+		subject := fmt.Sprint("a.", i)
+		if subjects = append(subjects, subject); i%100 != 0 {
+			continue
+		}
+		seq, err := l.Write(t.Context(), subject, 0, nats.Header{"H": {subject}}, []byte(subject))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want[subject] = seq
+	}
+	got := map[string]uint64{}
+	l.Some(t.Context(), subjects, func(m Message) {
+		if got[m.Subject] = m.Seq; string(m.Data) != m.Subject || m.Header.Get("H") != m.Subject {
+			t.Errorf("got %+v", m)
+		}
+	})
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
@@ -154,7 +211,7 @@ func TestScanYieldsAllOfATokenInOrder(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 	for range 2 { // the second time it is gone
-		if err := l.Remove(t.Context(), seqs[0]); err != nil {
+		if err := l.RemoveUpTo(t.Context(), "*.0", seqs[0]); err != nil {
 			t.Error(err)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/smtprelay/smtprelay/outbox"
+	"github.com/smtprelay/smtprelay/outbox/natsstore"
 	"github.com/smtprelay/smtprelay/outbox/natsstore/embedded"
 	"github.com/smtprelay/smtprelay/outbox/storetest"
 )
@@ -17,7 +18,7 @@ func BenchmarkDelivered(b *testing.B) {
 	var stores atomic.Int64
 	storetest.Delivered(b, func(b *testing.B) outbox.Store {
 		nc, err := server.Connect()
-		s, err := open(nc, err, fmt.Sprintf("outbox%d", stores.Add(1)), lease)
+		s, err := open(nc, err, natsstore.Options{Name: fmt.Sprintf("outbox%d", stores.Add(1)), Lease: lease})
 		if err != nil {
 			b.Fatal(err)
 		}

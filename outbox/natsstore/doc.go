@@ -10,8 +10,9 @@
 //
 // # How it works
 //
-// A stream holds two records of a message: its mail, with envelope and body as they were enqueued, and its state. Each change of
-// the state is a compare-and-set, which names the record that it replaces; the intent ([outbox.Sending]) is one of them.
+// A stream holds two records of a message: its mail, with envelope and body as they were enqueued, and its state. What becomes of it
+// in the end is written in the mail's place. Each write is a compare-and-set, which names the last record of both; the intent ([outbox.Sending])
+// is one of them.
 // Whatever a worker does that was paused, cut off or given up for dead, it cannot write an intent for a message that somebody else has
 // touched, and without an intent it does not send. A write whose answer was lost is told from another worker's by a random number in it.
 //
@@ -45,8 +46,7 @@
 //
 // # Sizes
 //
-// A message is four writes: mail, intent, end, and a small record in the mail's place, by which its ID is known until
-// Config.Remember has passed. A body larger than half of the servers' max_payload is in parts, which are records too: an object
+// A message is three writes: mail, intent, and end, by which its ID is known until Config.Remember has passed. A body larger than half of the servers' max_payload is in parts, which are records too: an object
 // store would keep a marker of each for good. A worker holds about 400 octets in memory for each message that is not over, the servers
 // about 300 for each subject, of which there are two for each message that is known. Messages beyond some millions, or
 // thousands a second, are for several stores with names of their own: choose one by a hash of the ID.

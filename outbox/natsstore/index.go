@@ -37,7 +37,8 @@ type entry struct {
 	meta
 	token string
 	hash  uint64 // says whose it is
-	state uint64 // the sequence of its state; 0: it has none, and is Queued
+	mail  uint64 // the sequence of its mail
+	state uint64 // the sequence of what holds: the mail itself, if nothing was tried
 
 	nonce string // of our claim; "": we have none
 	at    *place // where it waits for us; nil: nowhere
@@ -68,12 +69,23 @@ func tokenOf(id string) string {
 	return base32.HexEncoding.EncodeToString(sum[:20])
 }
 
-// mail takes in the record of a mail, which is Queued unless its state says otherwise.
-func (x *index) mail(token string, m meta) {
-	if x.entries[token] != nil {
-		return
+// record takes in a record of a message. passed: the log has been followed so far, so that nothing older is to come.
+func (x *index) record(subject string, seq uint64, m meta, passed bool) {
+	if token, ok := strings.CutPrefix(subject, stateToken); ok {
+		x.change(token, seq, m, passed)
+	} else if token, ok := strings.CutPrefix(subject, mailToken); ok && m.over() {
+		x.change(token, seq, m, passed)
+	} else if e := x.entries[token]; ok && (e == nil || e.state < seq) {
+		if e != nil { // it was forgotten, and its ID is that of another message
+			x.drop(e)
+		}
+		x.add(token, seq, m)
 	}
-	e := &entry{meta: m, token: token}
+}
+
+// add adds a message that is new to us.
+func (x *index) add(token string, seq uint64, m meta) {
+	e := &entry{meta: m, token: token, mail: seq, state: seq}
 	e.Tenant = x.intern(e.Tenant)
 	sum := sha256.Sum256([]byte(token))
 	e.hash = binary.BigEndian.Uint64(sum[:])
@@ -89,15 +101,11 @@ func (x *index) intern(tenant string) string {
 	return strings.Clone(tenant)
 }
 
-// change takes in a state. passed: the log has been followed so far, so that nothing older is to come.
+// change takes in what has become of a message.
 func (x *index) change(token string, seq uint64, m meta, passed bool) {
 	e := x.entries[token]
-	if e == nil {
-		if m.over() && passed {
-			return
-		}
-		x.mail(token, m)
-		e = x.entries[token]
+	if e == nil { // it is over, and its first records are gone
+		return
 	}
 	if seq > e.state {
 		m.Order = e.Order
@@ -218,8 +226,8 @@ func (x *index) release(e *entry) {
 	x.settle(e)
 }
 
-// in returns the tokens of the messages in a state, oldest first.
-func (x *index) in(state outbox.State) (tokens []string) {
+// in returns what says so of the messages in a state, oldest first.
+func (x *index) in(state outbox.State) (records []record) {
 	var some []*entry
 	for _, e := range x.entries {
 		if e.State == state {
@@ -228,9 +236,13 @@ func (x *index) in(state outbox.State) (tokens []string) {
 	}
 	slices.SortFunc(some, func(a, b *entry) int { return cmp.Compare(a.Order, b.Order) })
 	for _, e := range some {
-		tokens = append(tokens, e.token)
+		subject := stateToken
+		if e.state == e.mail {
+			subject = mailToken
+		}
+		records = append(records, record{subject + e.token, e.state})
 	}
-	return tokens
+	return records
 }
 
 // count counts the messages that are not over.

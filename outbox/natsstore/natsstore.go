@@ -75,9 +75,11 @@ var (
 
 // claim is a message that we have in hand.
 type claim struct {
+	token string
 	nonce string
+	tried bool // its state is in a record of its own
 	item  outbox.Item
-	state uint64 // the sequence of the state that item is
+	state uint64 // the sequence of the record that says so
 	mail  mail
 }
 
@@ -87,17 +89,18 @@ type mail struct {
 	Parts string `json:",omitempty"` // the tokens of the subjects of its body's parts; "": the body follows
 	Count int    `json:",omitempty"` // of parts
 
-	seq  uint64
 	body []byte
 }
 
+// The records of a message are those of two subjects. The later one is what holds: each write names the sequence of the last one of both
+// that it follows upon, which is the compare-and-set that all agree upon.
 const (
-	mailToken  = "mail."  // + token: envelope and body as they were enqueued
-	stateToken = "state." // + token: what has become of it; its compare-and-set is what all agree upon
+	mailToken  = "mail."  // + token: envelope and body as they were enqueued; when it is over, what has become of it, in their place
+	stateToken = "state." // + token: what has become of it until then
+	bothToken  = "*."     // + token: both
 	partToken  = "part"   // + token + a random one + number
 
 	metaHeader = "Outbox"
-	goneHeader = "Gone" // of a mail whose body is needed no more; the ID stays known
 
 	opTime     = 10 * time.Second // for what has no deadline of its own
 	intentTime = 5 * time.Second  // for an intent or an end
@@ -213,48 +216,43 @@ func (s *Store) see(m natslog.Message) {
 	}
 	var header meta
 	if json.Unmarshal([]byte(m.Header.Get(metaHeader)), &header) != nil {
-		return // a part, a mark, or a mail that is gone
+		return // a part or a mark
 	}
-	if token, ok := strings.CutPrefix(m.Subject, mailToken); ok {
-		s.index.mail(token, header)
-	} else if token, ok := strings.CutPrefix(m.Subject, stateToken); ok {
-		s.index.change(token, m.Seq, header, true)
-	}
+	s.index.record(m.Subject, m.Seq, header, true)
 }
 
 // learn takes in what we have written ourselves, before it comes with the others.
 func (s *Store) learn(subject string, seq uint64, header meta) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if seq <= s.applied {
-		return
-	}
-	if token, ok := strings.CutPrefix(subject, mailToken); ok {
-		s.index.mail(token, header)
-	} else if token, ok := strings.CutPrefix(subject, stateToken); ok {
-		s.index.change(token, seq, header, false)
+	if s.applied > 0 && seq > s.applied { // else all of it is still to come
+		s.index.record(subject, seq, header, false)
 	}
 }
 
-// write writes a record.
-func (s *Store) write(ctx context.Context, subject string, expect uint64, header meta, data []byte) (seq uint64, err error) {
+// write writes a record of a message, in the place of its last one, whose sequence is expect.
+func (s *Store) write(ctx context.Context, subject, token string, expect uint64, header meta, data []byte) (seq uint64, err error) {
 	text, err := json.Marshal(header)
 	if err != nil {
 		return 0, err
 	}
-	if seq, err = s.log.Write(ctx, subject, expect, nats.Header{metaHeader: {string(text)}}, data); err == nil {
-		s.learn(subject, seq, header)
+	if seq, err = s.log.WriteAmong(ctx, bothToken+token, subject+token, expect, nats.Header{metaHeader: {string(text)}}, data); err == nil {
+		s.learn(subject+token, seq, header)
 	}
 	return seq, err
 }
 
-// writeState writes what has become of a message.
+// writeState writes what has become of a message. Once it is over its body is gone with that.
 func (s *Store) writeState(ctx context.Context, token string, expect uint64, i *outbox.Item, nonce string) (seq uint64, err error) {
 	text, err := json.Marshal(i)
 	if err != nil {
 		return 0, err
 	}
-	return s.write(ctx, stateToken+token, expect, metaOf(i, nonce), text)
+	header, subject := metaOf(i, nonce), stateToken
+	if header.over() {
+		subject = mailToken
+	}
+	return s.write(ctx, subject, token, expect, header, text)
 }
 
 // withTime is ctx with an end.
@@ -338,23 +336,63 @@ func (s *Store) put(ctx context.Context, i *outbox.Item, order int64, b *spool) 
 	data := append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
 	header := metaOf(i, "")
 	header.Order = order
-	_, err = s.write(ctx, mailToken+tokenOf(i.ID), 0, header, append(data, b.text...))
+	_, err = s.write(ctx, mailToken, tokenOf(i.ID), 0, header, append(data, b.text...))
 	if errors.Is(err, natslog.ErrConflict) {
 		return false, nil
 	}
 	return err == nil, err
 }
 
-// mail reads the record of a mail; ErrNotFound if there is none, or it is gone.
+// record is one of a message's.
+type record struct {
+	subject string
+	seq     uint64
+}
+
+// read reads records, or later ones of the same subjects; nil stands for one that is gone. One request goes to any server for all of them, and one
+// to the leader for each that the server did not have.
+func (s *Store) read(ctx context.Context, some []record) (messages []*natslog.Message, err error) {
+	subjects := make([]string, len(some))
+	for i, r := range some {
+		subjects[i] = r.subject
+	}
+	got := map[string]*natslog.Message{}
+	s.log.Some(ctx, subjects, func(m natslog.Message) { got[m.Subject] = &m })
+	messages = make([]*natslog.Message, len(some))
+	errs := make([]error, len(some))
+	atOnce(len(some), func(i int) {
+		if m := got[some[i].subject]; m != nil && m.Seq >= some[i].seq {
+			messages[i] = m
+			return
+		}
+		if messages[i], errs[i] = s.log.Last(ctx, some[i].subject); errors.Is(errs[i], natslog.ErrNotFound) {
+			errs[i] = nil
+		}
+	})
+	return messages, errors.Join(errs...)
+}
+
+// mail reads the record of a mail; ErrNotFound if there is none, or the message is over.
 func (s *Store) mail(ctx context.Context, token string) (mail, error) {
 	r, err := s.log.Last(ctx, mailToken+token)
-	switch {
-	case errors.Is(err, natslog.ErrNotFound), err == nil && r.Header.Get(goneHeader) != "":
-		return mail{}, outbox.ErrNotFound
-	case err != nil:
+	if errors.Is(err, natslog.ErrNotFound) {
+		err = outbox.ErrNotFound
+	}
+	if err != nil {
 		return mail{}, err
 	}
-	m := mail{seq: r.Seq}
+	return mailOf(r)
+}
+
+func mailOf(r *natslog.Message) (mail, error) {
+	header, err := headerOf(r)
+	if err == nil && header.over() {
+		err = outbox.ErrNotFound
+	}
+	if err != nil {
+		return mail{}, err
+	}
+	var m mail
 	if len(r.Data) >= 4 {
 		if n := int(binary.BigEndian.Uint32(r.Data)); n <= len(r.Data)-4 {
 			m.body = r.Data[4+n:]
@@ -362,41 +400,44 @@ func (s *Store) mail(ctx context.Context, token string) (mail, error) {
 			return m, err
 		}
 	}
-	return mail{}, fmt.Errorf("the record %s%s is cut short", mailToken, token)
+	return mail{}, fmt.Errorf("the record %s is cut short", r.Subject)
 }
 
-// state reads a message's state; ErrNotFound if it has none.
-func (s *Store) state(ctx context.Context, token string) (header meta, i outbox.Item, seq uint64, err error) {
-	r, err := s.log.Last(ctx, stateToken+token)
+func headerOf(r *natslog.Message) (header meta, err error) {
+	err = json.Unmarshal([]byte(r.Header.Get(metaHeader)), &header)
+	return header, err
+}
+
+// load reads what has become of a message, and the sequence of the record that says so. It is ErrNotFound if there is none.
+func (s *Store) load(ctx context.Context, token string) (header meta, i outbox.Item, seq uint64, err error) {
+	r, err := s.log.Last(ctx, bothToken+token)
 	if errors.Is(err, natslog.ErrNotFound) {
 		err = outbox.ErrNotFound
 	}
 	if err != nil {
 		return meta{}, outbox.Item{}, 0, err
 	}
-	err = errors.Join(json.Unmarshal([]byte(r.Header.Get(metaHeader)), &header), json.Unmarshal(r.Data, &i))
+	header, i, err = itemOf(r)
 	return header, i, r.Seq, err
 }
 
-// load reads a message, and the sequence of its state, 0 if it has none.
-func (s *Store) load(ctx context.Context, token string) (i outbox.Item, state uint64, err error) {
-	_, i, state, err = s.state(ctx, token)
-	if !errors.Is(err, outbox.ErrNotFound) {
-		return i, state, err
+// itemOf is what a record says of a message.
+func itemOf(r *natslog.Message) (header meta, i outbox.Item, err error) {
+	if header, err = headerOf(r); err != nil {
+		return header, i, err
 	}
-	m, err := s.mail(ctx, token)
-	if !errors.Is(err, outbox.ErrNotFound) {
-		return m.Item, 0, err
+	if header.over() || strings.HasPrefix(r.Subject, stateToken) {
+		return header, i, json.Unmarshal(r.Data, &i)
 	}
-	_, i, state, err = s.state(ctx, token) // it may have been accepted in between
-	return i, state, err
+	m, err := mailOf(r)
+	return header, m.Item, err
 }
 
 // Get implements [outbox.Store].
 func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
 	ctx, cancel := withTime(ctx, opTime)
 	defer cancel()
-	i, _, err := s.load(ctx, tokenOf(id))
+	_, i, _, err := s.load(ctx, tokenOf(id))
 	return i, ours(err)
 }
 
@@ -428,14 +469,22 @@ func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) erro
 
 func (s *Store) change(ctx context.Context, token string, f func(*outbox.Item) error) error {
 	for {
-		i, state, err := s.load(ctx, token)
+		_, i, seq, err := s.load(ctx, token)
 		if err != nil {
 			return err
 		}
 		if err := f(&i); err != nil {
 			return err
 		}
-		_, err = s.writeState(ctx, token, state, &i, "")
+		var m mail
+		if header := metaOf(&i, ""); header.over() {
+			if m, err = s.mail(ctx, token); err != nil && !errors.Is(err, outbox.ErrNotFound) {
+				return err
+			}
+		}
+		if _, err = s.writeState(ctx, token, seq, &i, ""); err == nil && m.Parts != "" {
+			_ = s.log.RemoveAll(ctx, m.Parts) // else Attach does
+		}
 		if !errors.Is(err, natslog.ErrConflict) {
 			return err
 		}
@@ -462,15 +511,28 @@ func (s *Store) List(ctx context.Context, state outbox.State) iter.Seq2[outbox.I
 	}
 }
 
+// page is how many records a list has read at once.
+const page = 100
+
 // listOver lists from the log what is over and not in the index.
 func (s *Store) listOver(ctx context.Context, visit func(outbox.Item) bool) (err error) {
-	return errors.Join(s.log.Scan(ctx, strings.TrimSuffix(stateToken, "."), false, func(m natslog.Message) bool {
-		var i outbox.Item
-		if err = json.Unmarshal(m.Data, &i); err != nil {
-			return false
+	var some []record
+	more := true
+	flush := func() bool {
+		more, err = s.visit(ctx, some, visit)
+		some = some[:0]
+		return more && err == nil
+	}
+	scanErr := s.log.Scan(ctx, strings.TrimSuffix(mailToken, "."), true, func(m natslog.Message) bool {
+		if header, err := headerOf(&m); err == nil && header.over() {
+			some = append(some, record{m.Subject, m.Seq})
 		}
-		return visit(i)
-	}), err)
+		return len(some) < page || flush()
+	})
+	if scanErr == nil && err == nil && more {
+		flush()
+	}
+	return errors.Join(scanErr, err)
 }
 
 func (s *Store) listIndex(ctx context.Context, state outbox.State, visit func(outbox.Item) bool) error {
@@ -482,21 +544,32 @@ func (s *Store) listIndex(ctx context.Context, state outbox.State, visit func(ou
 		return err
 	}
 	s.mu.Lock()
-	tokens := s.index.in(state)
+	all := s.index.in(state)
 	s.mu.Unlock()
-	for _, token := range tokens {
-		i, _, err := s.load(ctx, token)
-		if errors.Is(err, outbox.ErrNotFound) {
-			continue
-		}
-		if err != nil {
+	for some := range slices.Chunk(all, page) {
+		if more, err := s.visit(ctx, some, visit); !more || err != nil {
 			return err
-		}
-		if !visit(i) {
-			return nil
 		}
 	}
 	return nil
+}
+
+// visit calls f with what some records say, until it returns false.
+func (s *Store) visit(ctx context.Context, some []record, f func(outbox.Item) bool) (more bool, err error) {
+	messages, err := s.read(ctx, some)
+	if err != nil {
+		return false, err
+	}
+	for _, m := range messages {
+		if m == nil {
+			continue
+		}
+		_, i, err := itemOf(m)
+		if err != nil || !f(i) {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 // Count implements [outbox.Store].
@@ -520,20 +593,19 @@ const forgetMost = 1000
 
 // Forget implements [outbox.Store].
 func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
-	type over struct {
-		token string
-		seq   uint64
-	}
-	var some []over
-	err = s.log.Scan(ctx, strings.TrimSuffix(stateToken, "."), true, func(m natslog.Message) bool {
-		var header meta
-		if json.Unmarshal([]byte(m.Header.Get(metaHeader)), &header) == nil && header.over() && header.Changed < before.UnixNano() {
-			some = append(some, over{strings.TrimPrefix(m.Subject, stateToken), m.Seq})
+	var some []natslog.Message
+	err = s.log.Scan(ctx, strings.TrimSuffix(mailToken, "."), true, func(m natslog.Message) bool {
+		if header, err := headerOf(&m); err == nil && header.over() && header.Changed < before.UnixNano() {
+			some = append(some, m)
 		}
 		return len(some) < forgetMost && m.Time.Before(before)
 	})
 	errs := make([]error, len(some))
-	atOnce(len(some), func(k int) { errs[k] = s.forget(ctx, some[k].token, some[k].seq) })
+	atOnce(len(some), func(k int) {
+		ctx, cancel := withTime(ctx, opTime)
+		defer cancel()
+		errs[k] = s.log.RemoveUpTo(ctx, bothToken+strings.TrimPrefix(some[k].Subject, mailToken), some[k].Seq)
+	})
 	for _, e := range errs {
 		if e == nil {
 			n++
@@ -542,38 +614,6 @@ func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error)
 		}
 	}
 	return n, ours(err)
-}
-
-// forget removes a message whose state has that sequence. The mail is gone for sure before the state is removed which says that it was
-// sent, even if the disk forgets a removal.
-func (s *Store) forget(ctx context.Context, token string, state uint64) error {
-	m, err := s.mail(ctx, token)
-	if err == nil {
-		err = s.bodyGone(ctx, token, &m)
-	}
-	if err != nil && !errors.Is(err, outbox.ErrNotFound) {
-		return err
-	}
-	r, err := s.log.Last(ctx, mailToken+token)
-	if err == nil && r.Header.Get(goneHeader) != "" {
-		err = s.log.Remove(ctx, r.Seq)
-	}
-	if err != nil && !errors.Is(err, natslog.ErrNotFound) {
-		return err
-	}
-	return s.log.Remove(ctx, state)
-}
-
-// bodyGone replaces a mail by a message that says that it was here.
-func (s *Store) bodyGone(ctx context.Context, token string, m *mail) error {
-	_, err := s.log.Write(ctx, mailToken+token, m.seq, nats.Header{goneHeader: {"1"}}, nil)
-	if errors.Is(err, natslog.ErrConflict) {
-		return nil
-	}
-	if err == nil && m.Parts != "" {
-		err = s.log.RemoveAll(ctx, m.Parts)
-	}
-	return err
 }
 
 // Working.
@@ -709,7 +749,7 @@ func (s *Store) parkLocked() {
 func (s *Store) park(ctx context.Context, tokens []string) (n int) {
 	parked := make([]bool, len(tokens))
 	atOnce(len(tokens), func(k int) {
-		header, i, seq, err := s.state(ctx, tokens[k])
+		header, i, seq, err := s.load(ctx, tokens[k])
 		worker, _, _ := strings.Cut(header.Nonce, ".")
 		if err != nil || header.State != outbox.Sending || s.group.Has(worker) {
 			return
@@ -749,70 +789,67 @@ func (s *Store) Claim(ctx context.Context, now time.Time, n int, weight func(ten
 	taken := s.index.take(n, weight, func() string { return me + "." + rand.Text() })
 	next = s.index.next()
 	mine := make([]*claim, len(taken))
-	tokens := make([]string, len(taken))
+	first := make([]int, len(taken)) // of each one's records
+	var some []record
 	for k, e := range taken {
-		mine[k], tokens[k] = &claim{nonce: e.nonce}, e.token
+		mine[k], first[k] = &claim{token: e.token, nonce: e.nonce, tried: e.state != e.mail, state: e.state}, len(some)
 		s.claims[e.token] = mine[k]
+		if some = append(some, record{mailToken + e.token, e.mail}); mine[k].tried {
+			some = append(some, record{stateToken + e.token, e.state})
+		}
 	}
 	s.mu.Unlock()
 	ctx, cancel := withTime(ctx, opTime)
 	defer cancel()
-	errs := make([]error, len(taken))
-	atOnce(len(taken), func(k int) { errs[k] = s.fetch(ctx, tokens[k], mine[k]) })
+	messages, err := s.read(ctx, some)
 	for k, c := range mine {
-		if errs[k] == nil {
-			claims = append(claims, outbox.Claim{Item: c.item, Nonce: c.nonce, Body: s.bodyOf(&c.mail)})
-			continue
+		if err == nil {
+			if c.take(messages[first[k]:]) {
+				claims = append(claims, outbox.Claim{Item: c.item, Nonce: c.nonce, Body: s.bodyOf(&c.mail)})
+				continue
+			}
+			_ = s.refresh(ctx, c.token) // else the next Claim does
 		}
 		s.mu.Lock()
-		s.releaseLocked(tokens[k], c)
+		s.releaseLocked(c.token, c)
 		s.mu.Unlock()
-		if !errors.Is(errs[k], outbox.ErrConflict) {
-			err = ours(errs[k])
-		}
 	}
-	if len(claims) > 0 {
-		err = nil // the rest the next time
-	}
-	return claims, next, err
+	return claims, next, ours(err)
 }
 
-// fetch reads a message that we have claimed; ErrConflict means that it is not Queued any more.
-func (s *Store) fetch(ctx context.Context, token string, c *claim) error {
-	m, err := s.mail(ctx, token)
-	if err == nil {
-		c.mail, c.item = m, m.Item
-		_, c.item, c.state, err = s.state(ctx, token)
-		if errors.Is(err, outbox.ErrNotFound) {
-			c.item, c.state, err = m.Item, 0, nil
+// take takes in the records of the message, the first of these. It reports false if the message is not as the index says.
+func (c *claim) take(messages []*natslog.Message) bool {
+	last := messages[0]
+	if last == nil {
+		return false
+	}
+	var err error
+	if c.mail, err = mailOf(last); err != nil {
+		return false
+	}
+	c.item = c.mail.Item
+	if c.tried {
+		if last = messages[1]; last == nil {
+			return false
 		}
+		_, c.item, err = itemOf(last)
 	}
-	if errors.Is(err, outbox.ErrNotFound) || err == nil && c.item.State != outbox.Queued {
-		return s.refresh(ctx, token)
-	}
-	return err
+	return err == nil && last.Seq == c.state && c.item.State == outbox.Queued
 }
 
 // refresh corrects the index about a message that is not as it says. It returns ErrConflict.
 func (s *Store) refresh(ctx context.Context, token string) error {
-	header, _, seq, err := s.state(ctx, token)
+	header, _, seq, err := s.load(ctx, token)
 	if err != nil && !errors.Is(err, outbox.ErrNotFound) {
 		return err
 	}
-	if errors.Is(err, outbox.ErrNotFound) {
-		if _, err := s.mail(ctx, token); !errors.Is(err, outbox.ErrNotFound) {
-			return errors.Join(err, outbox.ErrConflict)
-		}
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil { // it was forgotten
-		if e := s.index.entries[token]; e != nil {
-			s.index.drop(e)
-		}
-		return outbox.ErrConflict
+	if err == nil {
+		s.index.change(token, seq, header, seq <= s.applied)
+	} else if e := s.index.entries[token]; e != nil { // it was forgotten
+		s.index.drop(e)
 	}
-	s.index.change(token, seq, header, seq <= s.applied)
 	return outbox.ErrConflict
 }
 
@@ -910,7 +947,7 @@ func (s *Store) end(ctx context.Context, token string, end *outbox.End) error {
 			return err
 		}
 		// An intent or an end of ours may have been written, and its answer lost.
-		header, _, seq, err := s.state(ctx, token)
+		header, _, seq, err := s.load(ctx, token)
 		switch {
 		case errors.Is(err, outbox.ErrNotFound) || err == nil && header.Nonce != end.Nonce:
 			return s.refresh(ctx, token)
@@ -927,11 +964,11 @@ func (s *Store) end(ctx context.Context, token string, end *outbox.End) error {
 	s.mu.Lock()
 	s.releaseLocked(token, c)
 	s.mu.Unlock()
-	if end.State == outbox.Accepted || end.State == outbox.Cancelled {
+	if c.mail.Parts != "" && (end.State == outbox.Accepted || end.State == outbox.Cancelled) {
 		s.background(func() {
 			ctx, cancel := context.WithTimeout(s.running, opTime)
 			defer cancel()
-			_ = s.bodyGone(ctx, token, &c.mail) // else Forget does
+			_ = s.log.RemoveAll(ctx, c.mail.Parts) // else Attach does
 		})
 	}
 	return nil

@@ -41,11 +41,11 @@ func (c *connected) Close() error {
 	return c.Store.Close()
 }
 
-func open(nc *nats.Conn, err error, name string, lease time.Duration) (*connected, error) {
+func open(nc *nats.Conn, err error, o natsstore.Options) (*connected, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := natsstore.New(nc, natsstore.Options{Name: name, Lease: lease})
+	s, err := natsstore.New(nc, o)
 	if err != nil {
 		nc.Close()
 		return nil, err
@@ -57,7 +57,7 @@ func TestStore(t *testing.T) {
 	server := start(t, embedded.Config{Dir: t.TempDir()})
 	storetest.Run(t, storetest.Many, func(t *testing.T, dir string) outbox.Store {
 		nc, err := server.Connect()
-		s, err := open(nc, err, fmt.Sprintf("outbox-%x", sha256.Sum256([]byte(dir))), lease)
+		s, err := open(nc, err, natsstore.Options{Name: fmt.Sprintf("outbox-%x", sha256.Sum256([]byte(dir))), Lease: lease})
 		if err != nil {
 			t.Fatal(err)
 		}

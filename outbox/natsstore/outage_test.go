@@ -62,7 +62,7 @@ func TestWhileTheServerIsAwayNothingIsSentAndThenAllIsOnce(t *testing.T) {
 	url := first.URL()
 	config.Listen = strings.TrimPrefix(url, "nats://")
 	nc, err := natsstore.Connect(url)
-	store, err := open(nc, err, "outbox", time.Second)
+	store, err := open(nc, err, natsstore.Options{Lease: time.Second})
 	if err != nil {
 		first.Close()
 		t.Fatal(err)
@@ -112,7 +112,7 @@ func TestWhileTheServerIsAwayNothingIsSentAndThenAllIsOnce(t *testing.T) {
 func TestPausedWorkerSendsNothingTwice(t *testing.T) {
 	const messages = 400
 	relay := newRelay(t)
-	place := start(t, embedded.Config{Dir: t.TempDir(), Listen: "127.0.0.1:0"}).URL() + " outbox"
+	place := place(start(t, embedded.Config{Dir: t.TempDir(), Listen: "127.0.0.1:0"}).URL())
 	store, err := openPlace(place)
 	if err != nil {
 		t.Fatal(err)

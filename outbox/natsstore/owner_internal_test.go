@@ -13,7 +13,7 @@ func TestWorkerThatComesTakesItsShareFromAllAndMovesNothingBetweenThem(t *testin
 	for i := range messages {
 		x := newIndex()
 		token := tokenOf(fmt.Sprint(i))
-		x.mail(token, meta{})
+		x.add(token, 1, meta{})
 		hash := x.entries[token].hash
 		before, after := owner(three, hash), owner(four, hash)
 		if after != "dee" && after != before {

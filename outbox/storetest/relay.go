@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -345,6 +347,43 @@ func outage(t *testing.T, b *bed) {
 	b.must(s.stop())
 	if n := len(b.listed(outbox.Queued)); n != 10 {
 		t.Errorf("%d queued, want 10", n)
+	}
+}
+
+// counting is a store that counts intents.
+type counting struct {
+	outbox.Store
+	intents atomic.Int32
+}
+
+func (c *counting) Begin(ctx context.Context, intents []outbox.Intent) []error {
+	c.intents.Add(int32(len(intents)))
+	return c.Store.Begin(ctx, intents)
+}
+
+func fewAhead(t *testing.T, b *bed) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // no message gets so far that it needs its intent
+	b.must(err)
+	defer silent.Close()
+	client, err := smtprelay.New(smtprelay.Config{Addr: silent.Addr().String(), TLS: smtprelay.TLSNone})
+	b.must(err)
+	defer client.Close()
+	c := &counting{Store: b.store}
+	s := b.serve(newRelay(t), func(cfg *outbox.Config) { cfg.Store, cfg.Client, cfg.Intent, cfg.InHand = c, client, outbox.Early, 40 })
+	for i := range 60 {
+		s.enqueue(message(fmt.Sprint(i)))
+	}
+	for inHand := 0; inHand < 40; time.Sleep(time.Millisecond) {
+		stats, err := s.Stats(t.Context())
+		b.must(err)
+		inHand = stats.InHand
+	}
+	b.must(s.stop())
+	if n := c.intents.Load(); n != 15 {
+		t.Errorf("%d intents were begun, want 15: three eighths of InHand", n)
+	}
+	if n := len(b.listed(outbox.Queued)); n != 60 {
+		t.Errorf("%d queued, want 60", n)
 	}
 }
 

@@ -54,6 +54,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"a graceful stop leaves nothing unknown":                  graceful,
 		"a stop in an outage leaves all queued":                   outage,
 		"an intent that cannot be written keeps the message back": noIntent,
+		"few intents are begun ahead of the connections":          fewAhead,
 	}
 	switch workers {
 	case One:
