@@ -101,7 +101,7 @@ func TestAddressIsAcceptedOrRefusedWithAReason(t *testing.T) {
 		{"an escaped end of a quote", `"a\"@example.org`, "quoted"},
 		{"an empty quote", `""@example.org`, "quoted"},
 		{"a quote alone", `"@example.org`, "quoted"},
-		{"nothing behind @", "ann@", "domain"},
+		{"nothing after @", "ann@", "domain"},
 		{"a space in the domain", "ann@example org", "domain"},
 		{"a bracket in the domain of a quoted local part", `"a"@example.org>`, "angle brackets"},
 		{"an extra dot", "ann@example..org", "domain"},

@@ -414,7 +414,7 @@ func (s *session) command(line []byte) error {
 			return nil
 		}
 		if s.lo != s.hi {
-			s.refuse("554 5.7.0 commands behind STARTTLS")
+			s.refuse("554 5.7.0 commands after STARTTLS")
 			return errDone
 		}
 		s.reply("220 2.0.0 ready")

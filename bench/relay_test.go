@@ -69,7 +69,7 @@ func TestTurnsAreThoseOfThePeer(t *testing.T) {
 		{"mox", runMox, 10, 0, 2, 205, 0, 0, "the same"},
 		{"smtprelay", runSmtprelayData, 10, 0, 2, 104, 1, 0, "the same as raw DATA, but AUTH goes alone on the first connection"},
 		{"smtprelay, one sender", runSmtprelayData, 1, 0, 2, 203, 1, 0, "the same"},
-		{"smtprelay, CHUNKING", runSmtprelay, 10, 4, 2, 30, 2, 1, "SYN, ACK, EHLO, AUTH with the first envelope, since no chunk is sent behind AUTH; the first body with the " +
+		{"smtprelay, CHUNKING", runSmtprelay, 10, 4, 2, 30, 2, 1, "SYN, ACK, EHLO, AUTH with the first envelope, since no chunk is sent right after AUTH; the first body with the " +
 			"second envelope, which waits for its replies; then one for each four of 99. On the first connection AUTH goes alone, then the probe, then the envelope"},
 		{"smtprelay, CHUNKING, one sender", runSmtprelay, 1, 4, 2, 104, 2, 1, "the same, except that nothing follows the first body; then one each"},
 		{"smtprelay, CHUNKING, deep", runSmtprelayDeep, 100, 25, 2, 9, 2, 1, "the same as with four; then one for each 25 of 99"},

@@ -42,8 +42,8 @@ func (c *conn) do(line string) ending {
 
 	switch step {
 	case EHLO:
-		if c.crowded() { // RFC 2920, 3.1: EHLO and the like are the last of their group
-			c.say("554 5.5.0 SMTP protocol error: commands behind " + verb)
+		if c.crowded() { // RFC 2920, 3.1: these commands are the last of their group
+			c.say("554 5.5.0 SMTP protocol error: nothing may follow " + verb + " before its reply")
 			return hangUp
 		}
 		return c.answer(c.meet(Event{Step: EHLO, Line: line}), func() string { return c.greet(verb, line) })
@@ -101,7 +101,7 @@ func redact(line string) string {
 	return line
 }
 
-// path returns the path of a MAIL or RCPT command as it stands between its brackets.
+// path returns the path of a MAIL or RCPT command as written between its brackets.
 func path(arg string) string {
 	_, p, _ := strings.Cut(arg, ":")
 	p = strings.TrimLeft(p, " ")
@@ -160,4 +160,4 @@ func (c *conn) askAbout(line, accepted string) string {
 }
 
 // underWay is the reply to commands that are not allowed between the chunks of a message.
-const underWay = "503 5.5.1 A message is under way"
+const underWay = "503 5.5.1 A message is in progress"

@@ -15,7 +15,7 @@
 //
 // Without a testing.TB, create a relay with [NewServer] or [NewUnstartedServer], take its address from [Server.Config] or
 // [Server.URL], and end it with [Server.Close]. Set fields between [NewUnstartedServer] and [Server.Start], or in the functions
-// that [New] takes. A relay that runs for long can have a Listener of its own, limit how much it remembers (Keep), and report
+// that [New] takes. A long-running relay can have its own Listener, limit how much it remembers (Keep), and report
 // events (OnMessage, OnLine).
 //
 // A relay replies like SendGrid and, like SendGrid's classic allowance, accepts 10 connections and 100 messages on each. It is

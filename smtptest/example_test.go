@@ -37,7 +37,7 @@ func ExampleServer_Fault() {
 	}
 	defer client.Close()
 
-	// The relay takes the message, but the connection is lost before it can say so.
+	// The relay accepts the message, but the connection is lost before its reply.
 	lost := relay.Fault(smtptest.Fault{At: smtptest.Accepted, Drop: true})
 	_, err = client.Send(context.Background(), message)
 

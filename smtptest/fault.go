@@ -72,8 +72,8 @@ func (s Step) String() string {
 // Event is an event on a connection, passed to [Fault].When. It is a snapshot, and its slice must not be changed.
 type Event struct {
 	Step    Step
-	Addr    int      // the address of the relay that the connection was made to, counted from 1; see Server.Addresses
-	Conn    int      // the connection, counted from 1 over all addresses
+	Addr    int      // the address of the relay that the connection was made to, 1-based; see Server.Addresses
+	Conn    int      // the connection, 1-based over all addresses
 	N       int      // 1-based number of this event among the connection's events of this Step
 	Message int      // number of MAIL commands on the connection, including this one
 	Line    string   // the command line, without the credentials of AUTH; "" if there is none
@@ -106,8 +106,8 @@ type Fault struct {
 	// Which event:
 
 	At              Step             // the step; 0 means any but Idle
-	Addr            int              // connections to this address of the relay only, counted from 1
-	Conn            int              // this connection only, counted from 1
+	Addr            int              // connections to this address of the relay only, 1-based
+	Conn            int              // this connection only, 1-based
 	Rcpt            string           // at Rcpt: this recipient; anywhere else: envelopes with this recipient. Case is ignored
 	AfterBytes      int64            // after this many octets of the body
 	AfterMessages   int              // after this many accepted messages on the connection: a limit of the session
@@ -117,7 +117,7 @@ type Fault struct {
 
 	// Which of the events that match the filters above:
 
-	Nth   int // from the Nth on, counted from 1 since the fault was set; 0 means 1
+	Nth   int // from the Nth on, 1-based since the fault was set; 0 means 1
 	Every int // of the events from the Nth on, only every Every-th: with 10 the tenth, the twentieth and so on; 0 means 1
 
 	// Rate lets this many events per second pass and strikes the others, like a relay that throttles. It is a token bucket for

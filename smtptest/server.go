@@ -141,9 +141,9 @@ type Server struct {
 	// InMemory and more than one of Addresses.
 	Listener *net.TCPListener
 
-	// Keep is how many messages, and how many closed connections, are remembered for Messages and Conns, for a relay that runs
-	// for long; 0 means all, negative means none. Stats and Wait count forgotten ones too, but Stats.Duplicates compares only
-	// with messages that are remembered.
+	// Keep is how many messages, and how many closed connections, a long-running relay remembers for Messages and Conns; 0 means
+	// all, negative means none. Stats and Wait count forgotten ones too, but Stats.Duplicates compares only with messages that
+	// are remembered.
 	Keep int
 
 	// OnMessage, if not nil, is called with each message when the relay has accepted it and before it replies, even if none is

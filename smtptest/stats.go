@@ -13,8 +13,8 @@ import (
 // Message is a message that the relay has accepted.
 type Message struct {
 	ID          string   // the queue ID, as in the reply
-	Conn        int      // the connection that sent it, counted from 1
-	Nth         int      // the number of its MAIL command on the connection, counted from 1
+	Conn        int      // the connection that sent it, 1-based
+	Nth         int      // the number of its MAIL command on the connection, 1-based
 	From        string   // the envelope sender, without brackets
 	To          []string // the accepted envelope recipients, in their order
 	MailOptions smtprelay.MailOptions
@@ -58,7 +58,7 @@ type Stats struct {
 
 // ConnStats are the counters of one connection.
 type ConnStats struct {
-	Conn          int            // counted from 1
+	Conn          int            // 1-based
 	Addr          int            // the address that it was made to, 1-based; see Server.Addresses
 	Open          bool           // the relay has not closed it
 	Refused       bool           // for MaxConns

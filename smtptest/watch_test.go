@@ -1,4 +1,4 @@
-// A relay that runs for long: its own listener, limited memory, and callbacks.
+// A long-running relay: its own listener, limited memory, and callbacks.
 package smtptest
 
 import (

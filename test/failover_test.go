@@ -63,7 +63,7 @@ func TestNextRelayIsUsedOnlyIfTheRelayIsAtFault(t *testing.T) {
 		{"421 to the final dot", smtptest.Fault{At: smtptest.FinalDot, Reply: "421 bye", Drop: true}, true, smtprelay.Accepted},
 		{"the sender is refused", smtptest.Fault{At: smtptest.Mail, Reply: "550 not you"}, false, smtprelay.NotAccepted},
 		{"the recipient is refused", smtptest.Fault{At: smtptest.Rcpt, Reply: "550 nobody"}, false, smtprelay.NotAccepted},
-		{"the recipient is refused for now", smtptest.Fault{At: smtptest.Rcpt, Reply: "450 greylisted"}, false, smtprelay.NotAccepted},
+		{"the recipient is refused temporarily", smtptest.Fault{At: smtptest.Rcpt, Reply: "450 greylisted"}, false, smtprelay.NotAccepted},
 		{"the message is refused", smtptest.Fault{At: smtptest.FinalDot, Reply: "554 spam"}, false, smtprelay.NotAccepted},
 		{"unknown: lost after acceptance", smtptest.Fault{At: smtptest.Accepted, Drop: true}, false, smtprelay.Unknown},
 		{"unknown: lost at the final dot", smtptest.Fault{At: smtptest.FinalDot, Drop: true}, false, smtprelay.Unknown},

@@ -75,7 +75,7 @@ func TestBadInputIsToldBeforeAnythingIsWritten(t *testing.T) {
 			edit: func(m *smtprelay.Message) { m.To = nil },
 			op:   smtprelay.OpCheck,
 			says: []string{"To", "recipient"},
-			why:  "a message to nobody is a bug of the caller, not a success",
+			why:  "a message without recipients is a bug of the caller, not a success",
 		},
 		{
 			name: "empty recipient",

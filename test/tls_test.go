@@ -140,7 +140,7 @@ func TestWrongSettingsSendNothingSecretAndNameTheCure(t *testing.T) {
 			isTLS:  true,
 		},
 		{
-			name:   "nobody listens",
+			name:   "a closed port",
 			client: func(c *smtprelay.Config) { c.Addr = closedPort(t); c.Dial = nil },
 			op:     smtprelay.OpDial,
 			says:   []string{"127.0.0.1:", "refused"},

@@ -1,5 +1,5 @@
-// The peer process for nodemailer's pool: told a job in JSON as its only argument, it tells the result on its standard
-// output. It does what peerMain in ../job.go does.
+// The peer process for nodemailer's pool: it reads a job in JSON from its only argument, and writes the result to its standard
+// output, like peerMain in ../job.go.
 import { readFileSync, writeFileSync } from "node:fs";
 import nodemailer from "nodemailer";
 
@@ -17,7 +17,7 @@ function newMessage(size) {
   return Buffer.concat([Buffer.from(header, "latin1"), text]);
 }
 
-// stream yields message n in pieces, so that it is never whole in memory.
+// stream yields message n in pieces, so that it is never in memory as a whole.
 async function* stream(size, n) {
   yield Buffer.from(header.slice(0, numberAt) + String(n).padStart(16, "0") + header.slice(numberAt + 16), "latin1");
   const block = Buffer.from(line.repeat(500), "latin1");
@@ -74,7 +74,7 @@ function counted(last) {
 }
 
 if (job.waiters) {
-  // Messages that wait behind a relay that answers no final dot: what each holds, once all garbage is gone.
+  // Messages that wait for a relay that answers no final dot: the memory of each, after garbage collection.
   const transport = nodemailer.createTransport({
     pool: true, host: job.host, port: job.port, name: "client.example", ignoreTLS: true,
     maxConnections: job.conns, maxMessages: job.rotate, auth: { user: job.username, pass: job.password },

@@ -125,7 +125,7 @@ func TestBodyIsNoCommands(t *testing.T) {
 
 // TestEnvelopeThatStays has a relay answer RSET with 250 but keep the envelope, so that the next message goes to it too.
 func TestEnvelopeThatStays(t *testing.T) {
-	// The first message has a refused recipient, so it goes to nobody, and its other recipient stays. The third leaves its
+	// The first message has a refused recipient, so it is not sent, and its other recipient stays. The third leaves its
 	// sender.
 	ms := []*message{
 		{id: 1, to: []string{recipient("ok", 0, 1), recipient("gone", 1, 1)}, all: true, size: 300, deadline: -1},

@@ -179,7 +179,7 @@ func TestStormJudgeFinds(t *testing.T) {
 		{why: "accepted, not received", told: accepted(), want: "the relay has nothing"},
 		{why: "accepted, received twice", told: accepted(), attempts: []*stormAttempt{taken(), taken()}, want: "has 2 copies"},
 		{why: "accepted and damaged", told: accepted(), attempts: []*stormAttempt{taken()},
-			change: func(_ *stormTold, as []*stormAttempt) { as[0].problem = "truncated" }, want: "what nobody sent: truncated"},
+			change: func(_ *stormTold, as []*stormAttempt) { as[0].problem = "truncated" }, want: "a wrong message: truncated"},
 		{why: "another's queue ID", told: accepted(), attempts: []*stormAttempt{taken()},
 			change: func(told *stormTold, _ []*stormAttempt) { told.receipt.Recipients[0].QueueID = "Q1.2" }, want: "queued as Q1.1"},
 		{why: "another's final reply", told: accepted(), attempts: []*stormAttempt{taken()},

@@ -52,7 +52,7 @@ func (j *stormJudge) judge(told *stormTold) {
 			continue
 		}
 		if a.problem != "" {
-			j.fail(told, "the relay has accepted what nobody sent: %s", a.problem)
+			j.fail(told, "the relay has accepted a wrong message: %s", a.problem)
 		}
 		for _, r := range a.rcpts {
 			if r.accepted {

@@ -949,7 +949,7 @@ func (c *stormConn) body(a *stormAttempt) error {
 		case refusesOverlap:
 			c.behind = n
 		case discardsOverlap:
-			c.log("--", fmt.Sprintf("throws away %q", c.buf))
+			c.log("--", fmt.Sprintf("discards %q", c.buf))
 			if bytes.Contains(c.buf, []byte("QUIT\r\n")) {
 				c.client.leave(false)
 			}

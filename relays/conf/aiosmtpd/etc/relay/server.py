@@ -18,7 +18,7 @@ class Handler:
     async def handle_MAIL(self, server, session, envelope, address, options):
         if address.startswith("refused@"):
             return "550 5.7.1 sender refused"
-        envelope.mail_from = address  # "<>" if it is null, and it must stay so: to aiosmtpd an empty one is none
+        envelope.mail_from = address  # keeps "<>" if it is null: aiosmtpd takes an empty one for no sender
         envelope.mail_options.extend(options)
         return "250 OK"
 

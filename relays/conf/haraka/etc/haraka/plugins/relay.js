@@ -8,7 +8,7 @@ const S = JSON.parse(fs.readFileSync('/etc/relay/settings.json'))
 const ledger = fs.openSync(S.Record, 'a')
 let open = 0
 
-// text is an address as a string: its property in Haraka 3.3, its method before.
+// text is an address as a string: a property in Haraka 3.3, a method before.
 const text = (path) => (typeof path.address === 'function' ? path.address() : path.address)
 
 exports.hook_connect = function (next, connection) {
@@ -40,7 +40,7 @@ exports.hook_rcpt = function (next, connection, params) {
     next(OK)
 }
 
-// An authenticated client's messages are for other hosts, and take the other way.
+// Haraka runs hook_queue_outbound for messages of an authenticated client.
 exports.hook_queue = keep
 exports.hook_queue_outbound = keep
 
