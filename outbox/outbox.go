@@ -89,8 +89,8 @@ const (
 	// AtEnd, the default: when the body is written. A connection stands still until that is durable; at a crash the messages
 	// become Unknown that were between there and the relay's reply, or had one that was not durable yet.
 	AtEnd IntentTime = iota
-	// Early: shortly before its turn on a connection, which costs less time on the way; at a crash more messages become Unknown, about three
-	// eighths of InHand.
+	// Early: shortly before its turn on a connection, which costs less time on the way; at a crash more messages become Unknown: a
+	// quarter of InHand more.
 	Early
 )
 
@@ -127,14 +127,14 @@ type Message struct {
 
 // Outbox sends what is in a store. It is safe for concurrent use.
 type Outbox struct {
-	cfg     Config
-	news    chan struct{} // told of something new; has room for one
-	mu      sync.Mutex    // guards the fields below
-	hands   map[*delivery]struct{}
-	line    []*delivery // of Early: whose intent was not started yet, in the order of their Sends
-	intents int         // started, of deliveries that have not come to their end
-	ends    bool        // Run is to stop
-	ended   Ended
+	cfg   Config
+	news  chan struct{} // told of something new; has room for one
+	mu    sync.Mutex    // guards the fields below
+	hands map[*delivery]struct{}
+	line  []*delivery // of Early: whose intent was not started yet, in the order of their Sends
+	ahead int         // intents that were started, of messages whose end may not leave yet
+	ends  bool        // Run is to stop
+	ended Ended
 }
 
 // New returns an Outbox; Run makes it send. It is an error where Store is missing, where not exactly one of Client and Route is given, and

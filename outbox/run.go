@@ -195,16 +195,16 @@ func (d *delivery) leave() {
 	d.o.mu.Lock()
 	defer d.o.mu.Unlock()
 	delete(d.o.hands, d)
-	if d.started {
-		d.o.intents--
+	if d.started && !d.passed {
+		d.o.ahead--
 	}
 	d.o.startNextLocked()
 }
 
 // startNextLocked starts the intents of the messages that are sent next: of so few that a worker which dies leaves few Unknown. Of four
-// messages in hand one is on a connection; half as many again have their intents before they get there.
+// messages in hand one is on a connection; as many have an intent and wait for their end to leave.
 func (o *Outbox) startNextLocked() {
-	for !o.ends && len(o.line) > 0 && o.intents < max(o.cfg.InHand*3/8, 1) {
+	for !o.ends && len(o.line) > 0 && o.ahead < max(o.cfg.InHand/4, 1) {
 		o.line[0].startLocked()
 		o.line = o.line[1:]
 	}
@@ -216,7 +216,7 @@ func (d *delivery) startLocked() {
 		return
 	}
 	d.started = true
-	d.o.intents++
+	d.o.ahead++
 	go func() { // ends with the store's answer, for which deliver waits
 		defer close(d.begun)
 		d.err = d.o.cfg.Store.Begin(context.Background(), []Intent{{ID: d.claim.ID, Nonce: d.claim.Nonce}})[0]
@@ -241,7 +241,11 @@ func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
 	if d.o.ends && !d.passed {
 		return errStopping
 	}
-	d.passed = true
+	if !d.passed {
+		d.passed = true
+		d.o.ahead--
+		d.o.startNextLocked()
+	}
 	return nil
 }
 

@@ -71,7 +71,7 @@ func openPlace(place string) (outbox.Store, error) {
 }
 
 func TestKilledWorkerLosesNothingAndSendsNothingTwice(t *testing.T) {
-	storetest.Kills(t, storetest.Engine{Open: openPlace, Kills: 5, Most: map[string]int{"at end": 10, "early": 18},
+	storetest.Kills(t, storetest.Engine{Open: openPlace, Kills: 5, Most: map[string]int{"at end": 10, "early": 16},
 		Place: func(t *testing.T) string {
 			return place(start(t, embedded.Config{Dir: t.TempDir(), Listen: "127.0.0.1:0"}).URL())
 		}})

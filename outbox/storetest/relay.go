@@ -379,8 +379,8 @@ func fewAhead(t *testing.T, b *bed) {
 		inHand = stats.InHand
 	}
 	b.must(s.stop())
-	if n := c.intents.Load(); n != 15 {
-		t.Errorf("%d intents were begun, want 15: three eighths of InHand", n)
+	if n := c.intents.Load(); n != 10 {
+		t.Errorf("%d intents were begun, want 10: a quarter of InHand", n)
 	}
 	if n := len(b.listed(outbox.Queued)); n != 60 {
 		t.Errorf("%d queued, want 60", n)
