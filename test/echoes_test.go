@@ -206,45 +206,47 @@ func TestEchoesOfTheCredentialsAreNotShown(t *testing.T) {
 				log.DialDone(ctx, d)
 			}
 			for relay.echoes.Load() < *echoes/4 && !t.Failed() {
-				relay.given.Store(false) // nothing from this Client yet
-				cfg := smtprelay.Config{
-					Addr: "relay.example:25", TLS: smtprelay.TLSNone, AllowInsecureAuth: true, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
-					Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 2},
-				}
-				if auth == nil {
-					cfg.Username, cfg.Password = secretUser, secretKey
-				}
-				client, err := smtprelay.New(cfg)
-				if err != nil {
-					t.Fatal(err)
-				}
-				for range 20 {
-					receipt, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, Body: smtprelay.Bytes([]byte("x\r\n"))})
-					see("QueueID", receipt.QueueID)
-					seeReply("Receipt", receipt.Reply)
-					for _, r := range receipt.Recipients {
-						seeReply("RecipientResult", r.Reply)
-						see("RecipientResult", r.QueueID)
+				synctest.Test(t, func(t *testing.T) {
+					relay.given.Store(false) // nothing from this Client yet
+					cfg := smtprelay.Config{
+						Addr: "relay.example:25", TLS: smtprelay.TLSNone, AllowInsecureAuth: true, LocalName: "client.example", Dial: relaytest.Dial(0, relay.answer), Auth: auth, Trace: &trace,
+						Retry: smtprelay.Retry{MaxAttempts: 1}, Limits: smtprelay.Limits{MaxConns: 2},
 					}
-					if e, ok := errors.AsType[*smtprelay.Error](err); ok {
-						see("Error", e.Error())
-						seeReply("Error.Reply", e.Reply)
-						for _, r := range e.Recipients {
-							seeReply("Error.Recipients", r.Reply)
+					if auth == nil {
+						cfg.Username, cfg.Password = secretUser, secretKey
+					}
+					client, err := smtprelay.New(cfg)
+					if err != nil {
+						t.Fatal(err)
+					}
+					for range 20 {
+						receipt, err := client.Send(t.Context(), smtprelay.Message{From: "a@x.example", To: []string{"b@y.example", "c@y.example"}, Body: smtprelay.Bytes([]byte("x\r\n"))})
+						see("QueueID", receipt.QueueID)
+						seeReply("Receipt", receipt.Reply)
+						for _, r := range receipt.Recipients {
+							seeReply("RecipientResult", r.Reply)
+							see("RecipientResult", r.QueueID)
 						}
-						if strings.ContainsAny(e.Error(), "\r\n\x1b\x00") {
-							t.Errorf("not one line: %q", e.Error())
-						}
-						if e.Op == smtprelay.OpAuth || e.Op == smtprelay.OpWait {
-							break // the credentials are paused
+						if e, ok := errors.AsType[*smtprelay.Error](err); ok {
+							see("Error", e.Error())
+							seeReply("Error.Reply", e.Reply)
+							for _, r := range e.Recipients {
+								seeReply("Error.Recipients", r.Reply)
+							}
+							if strings.ContainsAny(e.Error(), "\r\n\x1b\x00") {
+								t.Errorf("not one line: %q", e.Error())
+							}
+							if e.Op == smtprelay.OpAuth || e.Op == smtprelay.OpWait {
+								break // the credentials are paused
+							}
 						}
 					}
-				}
-				client.Close()
-				for line := range strings.SplitSeq(logged.String(), "\n") {
-					see("LogTrace", line)
-				}
-				logged.reset()
+					client.Close()
+					for line := range strings.SplitSeq(logged.String(), "\n") {
+						see("LogTrace", line)
+					}
+					logged.reset()
+				})
 			}
 		})
 	}
