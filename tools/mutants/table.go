@@ -311,4 +311,10 @@ var mutants = []mutant{
 	{"a pace whose limit was raised stays", "internal/pace/pace.go",
 		"fast > 0 {",
 		"fast > 1e9 {"},
+	{"a read deadline is never renewed", "internal/conn/reading.go",
+		"now.Add(limit), limit/slackShare",
+		"now.Add(limit), limit"},
+	{"a write deadline is never renewed", "internal/conn/progress.go",
+		"early >= c.limit/slackShare",
+		"early >= c.limit"},
 }
