@@ -96,6 +96,22 @@ func TestFirstMessagesAfterIdleTimeFindNoDeadConnection(t *testing.T) {
 	}
 }
 
+// A firewall has forgotten ten idle connections: the message that finds the first one silent does not try the others.
+func TestMessageWaitsForOneOfTheConnectionsThatAFirewallForgot(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		cfg := configOf(relay)
+		cfg.Limits.MaxIdleTime = time.Hour
+		client := newClient(t, cfg)
+		openTen(t, relay, client, 0)
+		time.Sleep(time.Minute)
+		relay.Fault(smtptest.Fault{At: smtptest.Mail, Stall: true, When: usedBefore, Count: -1})
+		if s := sendOne(t.Context(), client, 1000); s.err != nil || s.took > 35*time.Second {
+			t.Errorf("%v after %v, want it accepted within 35 s", s.err, s.took)
+		}
+	})
+}
+
 // The end of an idle connection is not an error for anybody: only a Trace reports it.
 func TestIdleConnectionsEndInSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
