@@ -264,6 +264,23 @@ func TestRelayThatAlwaysDropsIsGivenUp(t *testing.T) {
 	})
 }
 
+// A relay that always replies "too many connections" costs a message no attempts at first, but ends it even without a limit on
+// the time.
+func TestMessageThatAlwaysMeetsTooManyConnectionsIsGivenUp(t *testing.T) {
+	inBothModes(t, func(t *testing.T, near func(*smtptest.Server)) {
+		relay := newRelay(t, near)
+		crowd := relay.Fault(smtptest.Fault{At: smtptest.Mail, Reply: "432 4.3.2 Concurrent connections limit exceeded", Count: -1})
+		cfg := configOf(relay)
+		cfg.Timeouts.Outage = smtprelay.NoLimit
+		ctx, cancel := context.WithTimeout(t.Context(), 24*time.Hour)
+		defer cancel()
+		if s := sendOne(ctx, newClient(t, cfg), 0); s.outcome() != smtprelay.NotAccepted || failure(s.err).Reply.Code != 432 || ctx.Err() != nil {
+			t.Errorf("%v after %v, want the 432", s.err, s.took)
+		}
+		atMost(t, "refusals", crowd.Hits(), 20)
+	})
+}
+
 func TestMessageIsNotSentTwiceWhenOneRecipientIsAnswered421(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got atomic.Int64
