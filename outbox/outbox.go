@@ -67,7 +67,7 @@ type Config struct {
 	// Tenants is how many messages a tenant may have sent in each of its turns; nil means 1 for all. Less than 1 is 1.
 	Tenants func(tenant string) int
 
-	// InHand is how many messages are being sent at once; as many more may be claimed. Their bodies are in memory where they are
+	// InHand is how many messages are being sent at once; as many more are claimed. Their bodies are in memory where they are
 	// small. 0 means 64. Four for each connection are plenty.
 	InHand int
 
@@ -129,6 +129,7 @@ type Message struct {
 type Outbox struct {
 	cfg   Config
 	news  chan struct{} // told of something new; has room for one
+	turns chan struct{} // has one for each message in hand
 	mu    sync.Mutex    // guards the fields below
 	hands map[*delivery]struct{}
 	line  []*delivery // of Early: whose intent was not started yet, in the order of their Sends
@@ -161,7 +162,7 @@ func New(cfg Config) (*Outbox, error) {
 	setDefault(&cfg.Retry.First, time.Minute)
 	setDefault(&cfg.Retry.Most, time.Hour)
 	setDefault(&cfg.Retry.For, 5*24*time.Hour)
-	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), hands: map[*delivery]struct{}{}}, nil
+	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), turns: make(chan struct{}, cfg.InHand), hands: map[*delivery]struct{}{}}, nil
 }
 
 // retry is how i is tried again.

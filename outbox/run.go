@@ -28,37 +28,20 @@ func (o *Outbox) Run(ctx context.Context) error {
 	o.mu.Lock()
 	o.ends = false
 	o.mu.Unlock()
-	free := make(chan struct{}, o.cfg.InHand) // has one for each message in hand
-	var all sync.WaitGroup
-	forgotten := time.Time{}
-	for ctx.Err() == nil {
-		if now := time.Now(); now.Sub(forgotten) > time.Minute {
-			forgotten = now
-			for n, err := 1, error(nil); n > 0 && err == nil; { // else the next time
-				n, err = o.cfg.Store.Forget(ctx, now.Add(-o.cfg.Remember))
+	due := make(chan Claim)
+	var senders sync.WaitGroup
+	for range o.cfg.InHand + o.beside() {
+		senders.Go(func() {
+			for c := range due {
+				o.deliver(ctx, c)
 			}
-		}
-		claims, next, err := o.cfg.Store.Claim(ctx, time.Now(), o.cfg.InHand, o.weight)
-		if err == nil && len(claims) > 0 {
-			for _, c := range claims {
-				select {
-				case free <- struct{}{}:
-				case <-ctx.Done():
-					o.cfg.Store.Release(c.ID)
-					continue
-				}
-				all.Go(func() {
-					defer func() { <-free }()
-					o.deliver(ctx, c)
-				})
-			}
-			continue
-		}
-		o.rest(ctx, next)
+		})
 	}
+	o.claim(ctx, due)
+	close(due)
 	o.stop()
 	ended := make(chan struct{})
-	go func() { all.Wait(); close(ended) }()
+	go func() { senders.Wait(); close(ended) }()
 	drain := time.NewTimer(o.cfg.Drain)
 	defer drain.Stop()
 	select {
@@ -69,6 +52,35 @@ func (o *Outbox) Run(ctx context.Context) error {
 	}
 	return detach()
 }
+
+// claim hands over what is due, until ctx ends.
+func (o *Outbox) claim(ctx context.Context, due chan<- Claim) {
+	forgotten := time.Time{}
+	for ctx.Err() == nil {
+		if now := time.Now(); now.Sub(forgotten) > time.Minute {
+			forgotten = now
+			for n, err := 1, error(nil); n > 0 && err == nil; { // else the next time
+				n, err = o.cfg.Store.Forget(ctx, now.Add(-o.cfg.Remember))
+			}
+		}
+		claims, next, err := o.cfg.Store.Claim(ctx, time.Now(), o.beside(), o.weight)
+		if err != nil || len(claims) == 0 {
+			o.rest(ctx, next)
+			continue
+		}
+		for _, c := range claims {
+			select {
+			case due <- c:
+			case <-ctx.Done():
+				o.cfg.Store.Release(c.ID)
+			}
+		}
+	}
+}
+
+// beside is how many messages beside those in hand wait for their turn, or for the store to take in what became of them. As many are claimed at
+// once: nobody who could send waits for the store.
+func (o *Outbox) beside() int { return max(o.cfg.InHand/2, 1) }
 
 func (o *Outbox) weight(tenant string) int { return max(o.cfg.Tenants(tenant), 1) }
 
@@ -102,7 +114,7 @@ type delivery struct {
 	err   error         // what it has said, once begun is closed
 
 	// Guarded by o.mu.
-	started bool // the intent is being written down
+	started bool // the intent is being written down, or is
 	passed  bool // the end of the message may have left
 }
 
@@ -136,34 +148,42 @@ func (o *Outbox) stopping() bool {
 	return o.ends
 }
 
-// deliver sends a message and writes down what became of it.
+// deliver sends a message, once it is its turn, and writes down what became of it.
 func (o *Outbox) deliver(ctx context.Context, c Claim) {
-	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
-		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
-		o.end(c)
-		return
-	}
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer cancel(nil)
-	d := &delivery{o: o, claim: c, cancel: cancel, begun: make(chan struct{})}
-	if !d.enter() {
+	o.turns <- struct{}{} // has room at the stop too: that ends what is in hand
+	tried := o.send(ctx, &c)
+	<-o.turns
+	if !tried {
 		o.cfg.Store.Release(c.ID)
 		return
 	}
-	defer d.leave()
+	o.end(c)
+}
+
+// send takes a message in hand. It reports false where nothing has become of it.
+func (o *Outbox) send(ctx context.Context, c *Claim) (tried bool) {
+	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
+		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
+		return true
+	}
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	d := &delivery{o: o, claim: *c, cancel: cancel, begun: make(chan struct{})}
+	if !d.enter() {
+		return false
+	}
 	_, err := o.cfg.Route(c.Item).Send(ctx, smtprelay.Message{
 		From: c.From, To: c.To, Body: c.Body, AllOrNothing: c.AllOrNothing, MailOptions: c.MailOptions, RcptOptions: c.RcptOptions,
 		BeforeEnd: d.beforeEnd,
 	})
-	if d.close() {
+	if d.leave() {
 		<-d.begun // else the intent might be written down behind the end
 		if errors.Is(d.err, ErrConflict) {
-			o.cfg.Store.Release(c.ID) // cancelled meanwhile; without an intent nothing has left
-			return
+			return false // cancelled meanwhile; without an intent nothing has left
 		}
 	}
 	c.settle(err, time.Now(), o.cfg.retry)
-	o.end(c)
+	return true
 }
 
 // enter reports false where Run is to stop.
@@ -181,24 +201,19 @@ func (d *delivery) enter() bool {
 	return true
 }
 
-// close keeps the intent from being started, and reports whether it was.
-func (d *delivery) close() (started bool) {
+// leave keeps the intent from being started, and reports whether it was.
+func (d *delivery) leave() (started bool) {
 	d.o.mu.Lock()
 	defer d.o.mu.Unlock()
 	if i := slices.Index(d.o.line, d); i >= 0 {
 		d.o.line = slices.Delete(d.o.line, i, i+1)
 	}
-	return d.started
-}
-
-func (d *delivery) leave() {
-	d.o.mu.Lock()
-	defer d.o.mu.Unlock()
 	delete(d.o.hands, d)
 	if d.started && !d.passed {
 		d.o.ahead--
 	}
 	d.o.startNextLocked()
+	return d.started
 }
 
 // startNextLocked starts the intents of the messages that are sent next: of so few that a worker which dies leaves few Unknown. Of four

@@ -1,3 +1,5 @@
+//go:build unix
+
 // Here belongs what an outbox costs.
 package sqlitestore_test
 

@@ -53,6 +53,9 @@ var _ outbox.Store = (*Store)(nil)
 // A message that is Queued is ready, or waits for its time: messages that wait are not looked at when others are claimed.
 const waiting = -1
 
+// layout is the number of the schema: another schema has another one.
+const layout = 2
+
 const schema = `
 CREATE TABLE IF NOT EXISTS message (
 	seq INTEGER PRIMARY KEY,
@@ -69,7 +72,7 @@ CREATE INDEX IF NOT EXISTS message_ready ON message (tenant, priority DESC, seq)
 CREATE INDEX IF NOT EXISTS message_waiting ON message (due) WHERE state = -1;
 CREATE INDEX IF NOT EXISTS message_state ON message (state, seq);
 CREATE INDEX IF NOT EXISTS message_ended ON message (changed) WHERE state IN (2, 5);
-CREATE TABLE IF NOT EXISTS body (id TEXT PRIMARY KEY, file TEXT NOT NULL, text BLOB);
+CREATE TABLE IF NOT EXISTS body (seq INTEGER PRIMARY KEY, file TEXT NOT NULL, text BLOB); -- that of the message with this seq
 CREATE INDEX IF NOT EXISTS body_file ON body (file) WHERE file <> '';
 `
 
@@ -77,20 +80,20 @@ CREATE INDEX IF NOT EXISTS body_file ON body (file) WHERE file <> '';
 const (
 	insert = `INSERT INTO message (id, state, tenant, priority, due, changed, nonce, item) VALUES (?, ?, ?, ?, ?, ?, '', ?) ON CONFLICT (id) DO NOTHING`
 
-	insertBody = `INSERT INTO body (id, file, text) VALUES (?, ?, ?)`
+	insertBody = `INSERT INTO body (seq, file, text) VALUES (?, ?, ?)`
 
 	begin = `UPDATE message SET state = 1, nonce = ?1, changed = ?2 WHERE id = ?3 AND (state <= 0 OR state = 1 AND nonce = ?1)`
 
-	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6)`
+	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6) RETURNING seq`
 
 	// Without statistics SQLite would take the index of the state, and read all that is queued.
 	nextDue     = `SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1`
 	tenantAfter = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0 AND tenant > ?`
 	firstTenant = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0`
-	ready       = `SELECT seq, id FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
-	whole       = `SELECT ` + columns + `, b.file, b.text FROM message m JOIN body b ON b.id = m.id WHERE m.seq = ?`
+	ready       = `SELECT id, seq FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
+	whole       = `SELECT ` + columns + `, b.file, b.text FROM json_each(?) j JOIN message m ON m.seq = j.value JOIN body b ON b.seq = m.seq ORDER BY j.key`
 
-	endBody = `DELETE FROM body WHERE id = ? RETURNING file`
+	endBody = `DELETE FROM body WHERE seq = ? RETURNING file`
 )
 
 // Open opens the store in dir, which is created if it is not there.
@@ -131,7 +134,7 @@ func (s *Store) open(mode string) (err error) {
 		return err
 	}
 	s.write.SetMaxOpenConns(1)
-	if _, err := s.write.Exec(schema); err != nil {
+	if err := s.transact(lay); err != nil {
 		return errors.Join(err, s.write.Close())
 	}
 	s.often = map[string]*sql.Stmt{}
@@ -151,6 +154,18 @@ func (s *Store) open(mode string) (err error) {
 		}
 	}
 	return nil
+}
+
+// lay makes the tables that are not there.
+func lay(tx *sql.Tx) error {
+	var had, tables int
+	if err := tx.QueryRow(`SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version`).Scan(&had, &tables); err != nil {
+		return err
+	}
+	if tables > 0 && had != layout {
+		return fmt.Errorf("the database has layout %d, and this version knows layout %d: let the version that wrote it send what is in it", had, layout)
+	}
+	return execute(tx, fmt.Sprintf(`%s PRAGMA user_version = %d`, schema, layout))
 }
 
 func (s *Store) bodies() string { return filepath.Join(s.dir, bodies) }
@@ -350,15 +365,22 @@ func (s *Store) put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error
 	if err != nil {
 		return false, err
 	}
-	added, err = affected(tx.Stmt(s.often[insert]), i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
-	if err != nil || !added {
+	r, err := tx.Stmt(s.often[insert]).Exec(i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
+	if err != nil {
 		return false, err
+	}
+	if n, err := r.RowsAffected(); n == 0 || err != nil {
+		return false, err
+	}
+	seq, err := r.LastInsertId()
+	if err != nil {
+		return true, err
 	}
 	file := ""
 	if b.name != "" {
 		file = filepath.Base(b.name)
 	}
-	_, err = tx.Stmt(s.often[insertBody]).Exec(i.ID, file, b.text)
+	_, err = tx.Stmt(s.often[insertBody]).Exec(seq, file, b.text)
 	return true, err
 }
 
@@ -372,7 +394,7 @@ func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
 func (s *Store) Body(ctx context.Context, id string) (io.WriterTo, error) {
 	var file string
 	var text []byte
-	err := s.read.QueryRowContext(ctx, `SELECT file, text FROM body WHERE id = ?`, id).Scan(&file, &text)
+	err := s.read.QueryRowContext(ctx, `SELECT file, text FROM body WHERE seq = (SELECT seq FROM message WHERE id = ?)`, id).Scan(&file, &text)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, outbox.ErrNotFound
 	}
@@ -477,25 +499,26 @@ func (s *Store) Count(ctx context.Context) (c outbox.Counts, err error) {
 func (s *Store) Forget(ctx context.Context, before time.Time) (n int, err error) {
 	var files []string
 	err = s.durably(ctx, func(tx *sql.Tx) error {
-		rows, err := tx.Query(`SELECT m.id, coalesce(b.file, '') FROM message m INDEXED BY message_ended LEFT JOIN body b ON b.id = m.id WHERE m.state IN (2, 5) AND m.changed < ? LIMIT 1000`, before.UnixNano())
+		rows, err := tx.Query(`SELECT m.seq, coalesce(b.file, '') FROM message m INDEXED BY message_ended LEFT JOIN body b ON b.seq = m.seq WHERE m.state IN (2, 5) AND m.changed < ? LIMIT 1000`, before.UnixNano())
 		if err != nil {
 			return err
 		}
 		defer rows.Close()
-		var ids []string
+		var seqs []int64
 		for rows.Next() {
-			var id, file string
-			if err := rows.Scan(&id, &file); err != nil {
+			var seq int64
+			var file string
+			if err := rows.Scan(&seq, &file); err != nil {
 				return err
 			}
-			ids, files = append(ids, id), append(files, file)
+			seqs, files = append(seqs, seq), append(files, file)
 		}
-		for _, id := range ids {
-			if err := errors.Join(execute(tx, `DELETE FROM body WHERE id = ?`, id), execute(tx, `DELETE FROM message WHERE id = ?`, id)); err != nil {
+		for _, seq := range seqs {
+			if err := errors.Join(execute(tx, `DELETE FROM body WHERE seq = ?`, seq), execute(tx, `DELETE FROM message WHERE seq = ?`, seq)); err != nil {
 				return err
 			}
 		}
-		n = len(ids)
+		n = len(seqs)
 		return rows.Err()
 	})
 	if err != nil {
@@ -674,17 +697,23 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 	}
 	s.mu.Unlock()
 	free, err := s.free(ctx, tenant, n, had)
+	if err != nil || len(free) == 0 {
+		return nil, err
+	}
+	list, err := json.Marshal(free)
 	if err != nil {
 		return nil, err
 	}
-	for _, seq := range free {
+	rows, err := s.often[whole].QueryContext(ctx, string(list)) // without those that were cancelled and forgotten meanwhile
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
 		var m row
 		var text []byte
 		var file string
-		err := m.scan(s.often[whole].QueryRowContext(ctx, seq).Scan, &file, &text)
-		if errors.Is(err, sql.ErrNoRows) {
-			continue // cancelled and forgotten meanwhile
-		} else if err != nil {
+		if err := m.scan(rows.Scan, &file, &text); err != nil {
 			return claims, err
 		}
 		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: s.body(file, text)}
@@ -693,7 +722,7 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 		s.mu.Unlock()
 		claims = append(claims, c)
 	}
-	return claims, nil
+	return claims, rows.Err()
 }
 
 // free returns up to n messages of a tenant that are not claimed, where it has so many that are.
@@ -706,7 +735,7 @@ func (s *Store) free(ctx context.Context, tenant string, n, claimed int) (free [
 	for rows.Next() && len(free) < n {
 		var seq int64
 		var id string
-		if err := rows.Scan(&seq, &id); err != nil {
+		if err := rows.Scan(&id, &seq); err != nil {
 			return nil, err
 		}
 		s.mu.Lock()
@@ -762,16 +791,15 @@ func (s *Store) End(ctx context.Context, ends []outbox.End) []error {
 		if err != nil {
 			return nil, err
 		}
-		changed, err := affected(tx.Stmt(s.often[end]), stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), text, i.ID, ends[k].Nonce)
+		var seq int64
+		err = tx.Stmt(s.often[end]).QueryRow(stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), text, i.ID, ends[k].Nonce).Scan(&seq)
 		switch {
-		case err != nil:
-			return nil, err
-		case !changed:
+		case errors.Is(err, sql.ErrNoRows):
 			return outbox.ErrConflict, nil
-		case i.State != outbox.Accepted:
-			return nil, nil
+		case err != nil || i.State != outbox.Accepted:
+			return nil, err
 		}
-		if err := tx.Stmt(s.often[endBody]).QueryRow(i.ID).Scan(&files[k]); !errors.Is(err, sql.ErrNoRows) {
+		if err := tx.Stmt(s.often[endBody]).QueryRow(seq).Scan(&files[k]); !errors.Is(err, sql.ErrNoRows) {
 			return nil, err
 		}
 		return nil, nil

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/smtprelay/smtprelay/outbox"
@@ -39,5 +40,22 @@ func TestOpenExistingOpensWhatIsThereAndCreatesNothing(t *testing.T) {
 		if _, err := s.Count(t.Context()); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+func TestDatabaseOfAnotherLayoutIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.write.Exec(`PRAGMA user_version = 1`); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := Open(dir); err == nil || !strings.Contains(err.Error(), "layout 1") {
+		t.Errorf("%v, %v, want an error that tells the layout", s, err)
 	}
 }

@@ -1,9 +1,12 @@
+//go:build unix
+
 package storetest
 
 import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -20,18 +23,21 @@ import (
 
 // Delivered measures messages a second to a relay at 5 ms, beside the client alone: go test -run '^$' -bench . -benchtime 5000x
 //
-// On Linux it tells besides how long processors have worked for a message: for this process, which is the relay too, and for the servers. Where they
-// are all on one machine, that is what sets the pace.
+// The relay is a process of its own, as it is for everybody. On Linux the benchmark tells besides how long processors have worked for a message: for
+// this process, the relay and the servers. Where they are all on one machine, that is what sets the pace.
 func Delivered(b *testing.B, open func(b *testing.B) outbox.Store, servers ...int) {
-	servers = append(servers, os.Getpid())
+	addr, relay := startRelay(b)
+	servers = append(servers, os.Getpid(), relay)
 	text := smtprelay.Bytes([]byte("Subject: order\r\n\r\n" + strings.Repeat("It is ready, and 4 KB long.\r\n", 140)))
 	for _, chunking := range []bool{false, true} {
 		alone := 0.0 // messages a second by the client
-		relay := smtptest.New(b, func(s *smtptest.Server) {
-			s.NoTLS, s.NoAuth, s.DropBodies, s.Chunking, s.Delay, s.MaxConns, s.MaxMessages = true, true, true, true, 5*time.Millisecond, -1, -1
-		})
 		client := func(b *testing.B) *smtprelay.Client {
-			return relay.Client(b, func(c *smtprelay.Config) { c.Chunking, c.Limits.MaxMessagesPerConn = chunking, smtprelay.NoLimit })
+			c, err := smtprelay.New(smtprelay.Config{Addr: addr, TLS: smtprelay.TLSNone, Chunking: chunking, Limits: smtprelay.Limits{MaxMessagesPerConn: smtprelay.NoLimit}})
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(func() { _ = c.Close() })
+			return c
 		}
 		name := map[bool]string{false: "DATA", true: "CHUNKING"}[chunking]
 		b.Run(name+"/client alone", func(b *testing.B) {
@@ -100,6 +106,42 @@ func Delivered(b *testing.B, open func(b *testing.B) outbox.Store, servers ...in
 			})
 		}
 	}
+}
+
+// startRelay starts the relay, until b ends.
+func startRelay(b *testing.B) (addr string, pid int) {
+	cmd := Process("relay", "none", "")
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = input.Close()
+		_ = cmd.Wait() // its output, if it has failed, was seen
+	})
+	if _, err := fmt.Fscanln(output, &addr); err != nil {
+		b.Fatal(err)
+	}
+	return addr, cmd.Process.Pid
+}
+
+// beRelay is the relay, until its input ends.
+func beRelay() error {
+	relay := smtptest.NewUnstartedServer()
+	relay.NoTLS, relay.NoAuth, relay.DropBodies, relay.Chunking = true, true, true, true
+	relay.Delay, relay.MaxConns, relay.MaxMessages = 5*time.Millisecond, -1, -1
+	relay.Start()
+	defer relay.Close()
+	fmt.Println(relay.Addr())
+	_, err := io.Copy(io.Discard, os.Stdin)
+	return err
 }
 
 // work is how long processors have worked for processes; 0 where nobody tells.

@@ -61,6 +61,9 @@ func Process(how, place, addr string, wrapper ...string) *exec.Cmd {
 const InHand = 40
 
 func child(place, addr, how string, open func(place string) (outbox.Store, error)) error {
+	if how == "relay" {
+		return beRelay()
+	}
 	store, err := open(place)
 	if err != nil {
 		return err
