@@ -148,7 +148,7 @@ type Timeouts struct {
 	TLS        time.Duration // for the TLS handshake. Default 30 s
 	Command    time.Duration // for the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT or RSET. Default 5 min
 	Data       time.Duration // for the reply to DATA. Default 2 min
-	Write      time.Duration // for a write to a relay that reads nothing, or less than 8 bytes a second on average. Default 3 min
+	Write      time.Duration // for a write to a relay that reads nothing, or less than 8 bytes a second on average; up to a sixtieth less. Default 3 min
 	FinalReply time.Duration // for the reply to the end of the message. Default 10 min
 
 	// Unacked is for the relay's kernel to acknowledge what was sent (TCP_USER_TIMEOUT, Linux only). Default 1 min. It notices a path

@@ -157,10 +157,7 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 		raw.SetReadDeadline(time.Now().Add(limit))
 	}
 	tc := tls.Client(raw, d.o.TLS)
-	err := context.Cause(ctx) // SetReadDeadline may have overwritten the deadline set by the end of ctx
-	if err == nil {
-		err = tc.HandshakeContext(context.WithoutCancel(ctx))
-	}
+	err := tc.HandshakeContext(context.WithoutCancel(ctx))
 	switch {
 	case err == nil:
 		state := tc.ConnectionState()
@@ -241,9 +238,7 @@ func (d *dialogue) extensions() *OpenError {
 	for ; lines < maxEHLOLines && len(text) < wire.MaxLongText; lines++ {
 		if c.replies.Buffered() == 0 && !strings.Contains(d.raw, "\n") && !d.offersEnough() {
 			c.raw.SetReadDeadline(time.Now().Add(restOfEHLO))
-			if d.ctx.Err() == nil { // SetReadDeadline would have overwritten the deadline set by the end of ctx
-				c.replies.Await()
-			}
+			c.replies.Await()
 		}
 		if c.replies.Peek()/100 != 2 {
 			break
@@ -325,9 +320,6 @@ func (d *dialogue) read(op Step, limit time.Duration) (wire.Reply, *OpenError) {
 		deadline = d.authBy
 	}
 	c.raw.SetReadDeadline(deadline)
-	if d.ctx.Err() != nil { // SetReadDeadline has overwritten the deadline set by the end of ctx
-		return wire.Reply{}, &OpenError{Step: op, Err: ContextError(d.ctx)}
-	}
 	r, raw, err := c.readReply(op == StepEHLO || op == StepAuth)
 	d.raw = raw
 	switch {

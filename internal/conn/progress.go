@@ -29,6 +29,8 @@ type progressConn struct {
 	mu          sync.Mutex // guards the fields below; held while a deadline is set, so that none replaces that of interrupt or abandon
 	interrupted bool
 	abandoned   bool
+	readBy      time.Time // the read deadline; zero means none
+	wakeAt      time.Time // the read deadline that the network connection knows, at or before readBy; zero means none
 }
 
 // newProgressConn returns nc with writes bounded by limit. The kernel aborts the connection when sent data is not acknowledged for
@@ -63,7 +65,36 @@ func (c *progressConn) Read(p []byte) (int, error) {
 			c.socket.Control(acknowledge)
 		}
 	}
-	return c.Conn.Read(p)
+	for {
+		n, err := c.Conn.Read(p)
+		if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !c.readsOn() {
+			return n, err
+		}
+	}
+}
+
+// SetReadDeadline implements net.Conn. A deadline that is postponed costs next to nothing: the network connection keeps the earlier
+// one, and Read goes on after that. Behind that of abandon it has no effect.
+func (c *progressConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.readBy = t
+	if t.IsZero() || !c.wakeAt.IsZero() && !t.Before(c.wakeAt) {
+		return nil
+	}
+	c.wakeAt = t
+	return c.Conn.SetReadDeadline(t)
+}
+
+// readsOn sets the read deadline again where it was postponed. It returns false if it has passed.
+func (c *progressConn) readsOn() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.abandoned || !c.readBy.IsZero() && !time.Now().Before(c.readBy) {
+		return false
+	}
+	c.wakeAt = c.readBy
+	return c.Conn.SetReadDeadline(c.readBy) == nil
 }
 
 var errInterrupted = errors.New("write interrupted")
@@ -93,8 +124,9 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 	}
 }
 
-// extend sets the write deadline, unless that of an earlier write is early by less than a slackShare of the limit. It returns
-// false if writes were interrupted.
+// extend sets the write deadline, unless that of an earlier write is early by less than a slackShare of the limit. A deadline that
+// passes early cannot be mended here, as that of a read can: a TLS connection from Config.Dial would not write again. extend
+// returns false if writes were interrupted.
 func (c *progressConn) extend(deadline time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -107,6 +139,10 @@ func (c *progressConn) extend(deadline time.Time) bool {
 	}
 	return true
 }
+
+// slackShare is the divisor of Timeouts.Write for how much earlier a write deadline may be: 5 s of 5 minutes. To set it for each
+// write would be a good part of the cost of a message.
+const slackShare = 60
 
 // interrupt makes a write in progress and every later write fail.
 func (c *progressConn) interrupt() {
@@ -121,7 +157,7 @@ func (c *progressConn) abandon() {
 	c.interrupt()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.abandoned = true
+	c.abandoned, c.wakeAt = true, longAgo
 	c.Conn.SetReadDeadline(longAgo)
 }
 

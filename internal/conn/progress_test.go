@@ -86,3 +86,66 @@ func TestFloodIsNotReadToTheEndWhenWeHangUp(t *testing.T) {
 		t.Errorf("%d octets were read, want about %d", f.read, maxDiscard)
 	}
 }
+
+func TestReadDeadlineThatWasPostponedHoldsAsItWasSetLast(t *testing.T) {
+	for _, tt := range []struct {
+		why  string
+		set  []time.Duration // read deadlines, one after the other; 0 means none
+		ends time.Duration   // 0: with the octet that arrives after an hour
+	}{
+		{"later", []time.Duration{5 * time.Minute, 10 * time.Minute}, 10 * time.Minute},
+		{"later, and earlier again", []time.Duration{5 * time.Minute, 10 * time.Minute, 5*time.Minute + time.Second}, 5*time.Minute + time.Second},
+		{"earlier", []time.Duration{10 * time.Minute, 5 * time.Minute}, 5 * time.Minute},
+		{"none any more", []time.Duration{5 * time.Minute, 0}, 0},
+		{"none at first", []time.Duration{0, 5 * time.Minute}, 5 * time.Minute},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ours, theirs := net.Pipe()
+				defer ours.Close()
+				defer theirs.Close()
+				time.AfterFunc(time.Hour, func() { _, _ = theirs.Write([]byte{'2'}) })
+				c := newProgressConn(ours, 0, 0)
+				began := time.Now()
+				for _, d := range tt.set {
+					var at time.Time
+					if d > 0 {
+						at = began.Add(d)
+					}
+					if err := c.SetReadDeadline(at); err != nil {
+						t.Fatal(err)
+					}
+				}
+				_, err := c.Read(make([]byte, 1))
+				if took := time.Since(began); tt.ends == 0 && (err != nil || took != time.Hour) {
+					t.Errorf("%v after %v, want the octet that arrives after an hour", err, took)
+				} else if tt.ends > 0 && (!errors.Is(err, os.ErrDeadlineExceeded) || took != tt.ends) {
+					t.Errorf("%v after %v, want a timeout after %v", err, took, tt.ends)
+				}
+			})
+		})
+	}
+}
+
+func TestReadEndsAtOnceOnAConnectionThatIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		defer ours.Close()
+		defer theirs.Close()
+		c := newProgressConn(ours, 0, 0)
+		_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+		began := time.Now()
+		time.AfterFunc(time.Second, func() {
+			c.abandon()
+			_ = c.SetReadDeadline(time.Now().Add(time.Second))
+		})
+		for range 2 {
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error(err)
+			}
+		}
+		if took := time.Since(began); took != time.Second {
+			t.Errorf("it ended after %v, want 1 s", took)
+		}
+	})
+}

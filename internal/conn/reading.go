@@ -221,14 +221,12 @@ func (c *Conn) traceReply(r wire.Reply) {
 // armLocked sets the read deadline to that of the oldest outstanding exchange.
 func (c *Conn) armLocked() { c.armAtLocked(time.Time{}) }
 
-// armAtLocked is armLocked at the time now, if that is known. To set the deadline for each reply would be a good part of the cost
-// of a message, so one that is early by less than a slackShare of the limit stays.
+// armAtLocked is armLocked at the time now, if that is known.
 func (c *Conn) armAtLocked(now time.Time) {
 	if c.phase == closing {
 		return
 	}
 	var at time.Time
-	var slack time.Duration
 	switch {
 	case c.ending.cause != nil && !c.dueLocked():
 		at = longAgo
@@ -242,20 +240,15 @@ func (c *Conn) armAtLocked(now time.Time) {
 			if now.IsZero() {
 				now = time.Now()
 			}
-			at, slack = now.Add(limit), limit/slackShare
+			at = now.Add(limit)
 		}
 	}
 	if !c.closeBy.IsZero() && (at.IsZero() || c.closeBy.Before(at)) {
-		at, slack = c.closeBy, 0
+		at = c.closeBy
 	}
-	if early := at.Sub(c.deadline); early != 0 && (early < 0 || early >= slack) {
-		c.deadline = at
-		c.raw.SetReadDeadline(at)
-	}
+	c.deadline = at
+	c.raw.SetReadDeadline(at)
 }
-
-// slackShare is the divisor of a limit for how much earlier its deadline may be: 5 s of 5 minutes.
-const slackShare = 60
 
 // dueLocked reports whether a transaction waits for a final reply that a failed connection may still deliver, because the end of
 // its message was sent in full.
