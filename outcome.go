@@ -53,7 +53,7 @@ func judge(m *Message, rcpts []int, r *conn.Result) *Error {
 	switch {
 	case r.Final.Code != 0:
 		return &Error{Op: OpEnd, Reply: publicReply(r.Final), Outcome: NotAccepted}
-	case r.End >= conn.EndDue && !behind421(r):
+	case r.End >= conn.EndDue && !after421(r):
 		err := r.CtxErr
 		if err == nil {
 			err = conn.Explain(r.Lost)
@@ -118,8 +118,8 @@ func shifted(r *conn.Result) bool {
 	return r.OutOfStep && r.Final.Code == 0 && r.End != conn.EndUnwritten
 }
 
-// dubious reports whether the replies to an envelope behind a final dot may belong to other commands. A relay that discards some
-// of the commands behind the dot sends too few replies, until one side ends the connection.
+// dubious reports whether the replies to an envelope after a final dot may belong to other commands. A relay that discards some
+// of the commands after the dot sends too few replies, until one side ends the connection.
 func dubious(r *conn.Result) bool {
 	if !r.Overlapped || r.End != conn.EndUnwritten || r.Lost == nil || r.Rset.Class() != 2 {
 		return false
@@ -136,10 +136,10 @@ func believed(r conn.Result) conn.Result {
 	return r
 }
 
-// behind421 reports whether the relay replied 421 to an earlier transaction, sent no further reply, and closed the connection
+// after421 reports whether the relay replied 421 to an earlier transaction, sent no further reply, and closed the connection
 // with FIN. Replies are in order (RFC 2920, 3.2), so the relay was shutting down before it reached this transaction and has not
 // accepted its message.
-func behind421(r *conn.Result) bool {
+func after421(r *conn.Result) bool {
 	return r.Left421 && r.Auth.Code == 0 && r.Rset.Code == 0 && r.Mail.Code == 0
 }
 

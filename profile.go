@@ -16,7 +16,7 @@ import (
 // profile is what a Client has learned about its relay. Each lesson has one method that records it and one that reads it:
 //
 //	recorded by                          changes                                                  forgotten
-//	OverlapFailed                        nothing is written behind a final dot                    never
+//	OverlapFailed                        nothing is written after a final dot                    never
 //	RsetFailed                           EHLO takes the place of RSET                             never
 //	AuthAnswered                         AUTH may lead a transaction (AuthMayBeFollowed)          never
 //	AuthFollowedFailed                   AUTH is sent alone                                       after an hour
@@ -59,12 +59,12 @@ type profile struct {
 // learntFor is how long a limit is remembered unless the relay confirms it.
 const learntFor = 10 * time.Minute
 
-// OverlapFailed records that the relay has refused or discarded commands behind a final dot. From then on, a transaction begins
+// OverlapFailed records that the relay has refused or discarded commands after a final dot. From then on, a transaction begins
 // after the previous one has its final reply. Disabling overlap by mistake costs one round trip per message; leaving it on costs
 // a timeout each time.
 func (p *profile) OverlapFailed() {
 	if !p.noOverlap.Swap(true) {
-		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not accept commands behind a final dot: each message waits for the reply to the previous one"})
+		p.learned(LearnedInfo{Lesson: LessonNoOverlap, Text: "the relay does not accept commands after a final dot: each message waits for the reply to the previous one"})
 	}
 }
 
@@ -108,7 +108,7 @@ const (
 	authTurnWait = 25 * time.Second // less than Timeouts.Greeting, which limits the reply to the first AUTH
 )
 
-// AuthFollowedFailed records that an AUTH with commands pipelined behind it, or the MAIL behind AUTH, was refused, discarded or
+// AuthFollowedFailed records that an AUTH with commands pipelined after it, or the MAIL after AUTH, was refused, discarded or
 // answered with a challenge. r is the reply, if there was one. From then on, AUTH is sent alone, which costs a round trip per
 // connection.
 func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
@@ -119,7 +119,7 @@ func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	if !now.Before(p.authAloneUntil) {
-		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not accept commands behind AUTH: AUTH is sent alone"})
+		p.learned(LearnedInfo{Lesson: LessonAuthAlone, Reply: publicReply(r), Text: "the relay does not accept commands after AUTH: AUTH is sent alone"})
 	}
 	p.authAloneUntil = now.Add(authAloneFor)
 	return true
@@ -129,7 +129,7 @@ func (p *profile) AuthFollowedFailed(r wire.Reply) (so bool) {
 const authAloneFor = time.Hour
 
 // AuthMayBeFollowed reports whether commands may follow AUTH in one write: the relay has accepted the credentials before, and
-// pipelining behind AUTH has not failed within authAloneFor.
+// pipelining after AUTH has not failed within authAloneFor.
 func (p *profile) AuthMayBeFollowed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -69,7 +69,7 @@ func (c Retry) next(r *conn.Result, e *Error, moved bool) next {
 	case crowded(r, e):
 		return waitForSlot
 	case r.LedByAuth && r.Mail.Class() != 2:
-		return retryNow // the relay does not accept commands behind AUTH; from now on AUTH is sent alone
+		return retryNow // the relay does not accept commands after AUTH; from now on AUTH is sent alone
 	case e.Reply.throttles(e.Op):
 		return waitForPace
 	case late(r, e):
@@ -88,7 +88,7 @@ func (c Retry) nextByReply(r *conn.Result, e *Error, moved bool) next {
 	case e.Reply.Code == 0, !r.Begun, e.Reply.Code == 421 && e.Op != OpAuth:
 		return retryLater // the relay is closing or gone, and has not accepted the message (RFC 5321, 3.8)
 	case e.Op == OpRset, e.Reply.Code < 400 && r.Overlapped:
-		return retryNow // the relay does not know RSET, or has discarded commands behind a final dot; the profile now avoids both
+		return retryNow // the relay does not know RSET, or has discarded commands after a final dot; the profile now avoids both
 	case e.Reply.Code < 400:
 		return retryLater // not a refusal: the relay is out of step
 	case e.Op == OpMail && e.Reply.Code == 503 && r.Seq > 1 && !moved:
@@ -100,7 +100,7 @@ func (c Retry) nextByReply(r *conn.Result, e *Error, moved bool) next {
 }
 
 // crowded reports whether the relay has replied that there are too many connections. Microsoft 365 replies 432 ("Concurrent
-// connections limit exceeded"). A reply to a pipelined AUTH or to the MAIL behind it is recognized by its text, so that it does
+// connections limit exceeded"). A reply to a pipelined AUTH or to the MAIL after it is recognized by its text, so that it does
 // not count as a refusal of the credentials.
 func crowded(r *conn.Result, e *Error) bool {
 	if e.Reply.Code == 432 {

@@ -72,7 +72,7 @@ func ParseURL(rawURL string) (Config, error) {
 		return fail()
 	case strings.Contains(u.Path+u.Fragment+u.RawQuery, "@") || strings.Contains(u.RawFragment, "@"):
 		// Report nothing else: any part of the URL may be a piece of the password.
-		wrong.add("the URL has an @ behind the first / # or ?: one of these is in the password, and is not percent-encoded (%%2F, %%23, %%3F)")
+		wrong.add("the URL has an @ after the first / # or ?: one of these is in the password, and is not percent-encoded (%%2F, %%23, %%3F)")
 		return fail()
 	}
 	if u.Path != "" && u.Path != "/" {
@@ -178,7 +178,7 @@ func (c *Config) use(r preset.Relay) error {
 	needed := r.Username != "" || r.WhoAreYou != "" || r.TokenTwice
 	switch {
 	case needed && c.Password == "":
-		return fmt.Errorf("the URL has no password: want %s://%s:SECRET@, with the secret behind the colon", r.Scheme, map[bool]string{true: "USER"}[r.WhoAreYou != ""])
+		return fmt.Errorf("the URL has no password: want %s://%s:SECRET@, with the secret after the colon", r.Scheme, map[bool]string{true: "USER"}[r.WhoAreYou != ""])
 	case r.WhoAreYou != "" && c.Username == "":
 		return fmt.Errorf("the URL has no user name: want %s before the colon", r.WhoAreYou)
 	case r.TokenTwice && c.Username == "":

@@ -352,7 +352,7 @@ func (s *Slots) waiting(more int) {
 	s.group.Tell(s.roundLocked())
 }
 
-// roundLocked is what we tell: one who has had a place waits anew, behind those who have waited before.
+// roundLocked is what we tell: one who has had a place waits anew, after those who have waited before.
 func (s *Slots) roundLocked() string {
 	if s.waiters == 0 {
 		return ""

@@ -177,7 +177,7 @@ func (o *Outbox) send(ctx context.Context, c *Claim) (tried bool) {
 		BeforeEnd: d.beforeEnd,
 	})
 	if d.leave() {
-		<-d.begun // else the intent might be written down behind the end
+		<-d.begun // else the intent might be written down after the end
 		if errors.Is(d.err, ErrConflict) {
 			return false // cancelled meanwhile; without an intent nothing has left
 		}

@@ -25,7 +25,7 @@
 //	PIPELINING          is used: one or two round trips for a message, not four
 //	a refused recipient nobody gets the message, as before
 //	a refusal           is a *textproto.Error by type assertion, as before; any other failure is a *smtprelay.Error
-//	a lost connection   before the final dot: an error, and the message is not tried again; behind it: an error whose Outcome is
+//	a lost connection   before the final dot: an error, and the message is not tried again; after it: an error whose Outcome is
 //	                    Unknown, in which no *textproto.Error is found
 //	QUIT                that fails after the message was accepted is nobody's error
 //	addresses           are checked: no brackets, no control characters; to must not be empty, nor msg

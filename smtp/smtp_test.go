@@ -253,8 +253,8 @@ func TestRefusalIsWhatNetSMTPMakesOfIt(t *testing.T) {
 
 func TestWhatMayHaveBeenAcceptedIsNoRefusal(t *testing.T) {
 	for why, fault := range map[string]smtptest.Fault{
-		"the connection is lost behind the final dot": {At: smtptest.Accepted, Drop: true},
-		"a reply that means nothing":                  {At: smtptest.FinalDot, Reply: "354 go on"},
+		"the connection is lost after the final dot": {At: smtptest.Accepted, Drop: true},
+		"a reply that means nothing":                 {At: smtptest.FinalDot, Reply: "354 go on"},
 	} {
 		t.Run(why, func(t *testing.T) {
 			relay, _ := newRelay(t)

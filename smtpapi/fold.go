@@ -60,7 +60,7 @@ func appendFolded(b, text []byte) []byte {
 	return append(b, "\r\n"...)
 }
 
-// token returns the length of the JSON token that text begins with, and of the comma or colon behind it.
+// token returns the length of the JSON token that text begins with, and of the comma or colon after it.
 func token(text []byte) int {
 	n := 1
 	switch text[0] {

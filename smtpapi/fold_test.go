@@ -38,7 +38,7 @@ func checkForm(t *testing.T, field []byte) string {
 		if i := bytes.IndexFunc(line, func(r rune) bool { return r < ' ' || r > '~' }); i >= 0 {
 			t.Errorf("%q in a line", line[i])
 		}
-		// Only a string, with the comma or colon behind it, may make a line longer than 78.
+		// Only a string, with the comma or colon after it, may make a line longer than 78.
 		if text := bytes.TrimRight(line, ",:"); len(line) > 78 && !json.Valid(text) {
 			t.Errorf("a line of %d octets that could be folded: %s", len(line), line)
 		}

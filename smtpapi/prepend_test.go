@@ -241,7 +241,7 @@ func TestSubstitutionsForAThousandRecipientsArriveAsTheyWere(t *testing.T) {
 		}
 		field, ok := bytes.CutSuffix(got.Body, []byte(message))
 		if !ok {
-			t.Fatal("the message behind the field is another one")
+			t.Fatal("the message after the field is another one")
 		}
 		wanted, err := json.Marshal(want)
 		if err != nil {

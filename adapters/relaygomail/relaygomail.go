@@ -72,7 +72,7 @@ func withBrackets(addr string) string { return (&netmail.Address{Address: addr})
 
 // SendError is the error of [Send] and [DialAndSend]. It wraps the *smtprelay.Error.
 type SendError struct {
-	Index int // of the message that was not sent, from 0; those before it were sent, those behind it not tried
+	Index int // of the message that was not sent, from 0; those before it were sent, those after it not tried
 	Err   error
 }
 

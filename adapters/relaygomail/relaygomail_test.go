@@ -204,7 +204,7 @@ func TestOutcomeSurvives(t *testing.T) {
 			t.Errorf("got %v, which does not tell which message", err)
 		}
 		if slices.ContainsFunc(relay.Messages(), func(m smtptest.Message) bool { return m.To[0] == "never@example.org" }) {
-			t.Error("the message behind the one that failed was sent")
+			t.Error("the message after the one that failed was sent")
 		}
 	}
 }

@@ -164,7 +164,7 @@ func parseNATS(text string, public bool) (n natsPlace, err error) {
 				return n, err
 			}
 		} else if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" {
-			return n, errors.New("the name and the files are those of the last server, behind all others")
+			return n, errors.New("the name and the files are those of the last server, after all others")
 		}
 		servers = append(servers, (&url.URL{Scheme: u.Scheme, User: u.User, Host: u.Host}).String())
 	}
@@ -206,7 +206,7 @@ func (n natsPlace) open() (*outbox.Outbox, func() error, error) {
 	if err != nil {
 		nc.Close()
 		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			err = fmt.Errorf("the servers have no stream %q: name that of the service (natsstore.Options.Name) behind the address, as in nats://HOST:4222/NAME", n.name)
+			err = fmt.Errorf("the servers have no stream %q: name that of the service (natsstore.Options.Name) after the address, as in nats://HOST:4222/NAME", n.name)
 		}
 		return nil, nil, err
 	}
@@ -237,7 +237,7 @@ type filter struct {
 	limit      int
 }
 
-// read returns the states to be listed, and the ID behind which the list begins in the first of them.
+// read returns the states to be listed, and the ID after which the list begins in the first of them.
 func (f *filter) read() (states []outbox.State, afterID string, err error) {
 	for _, name := range f.states {
 		if !slices.Contains(stateNames(), name) {
@@ -355,7 +355,7 @@ Where there are more than --limit, the last line (on stderr) says how to go on.
 	flags.StringVar(&f.tenant, "tenant", "", "messages of this `tenant` only; \"\" is those of none")
 	flags.StringVar(&f.to, "to", "", "messages for this `address` only, or for a domain: @example.org")
 	flags.IntVar(&f.limit, "limit", 50, "messages on a page; 0 is no limit")
-	flags.StringVar(&f.after, "after", "", "the page behind this `message`, as the page before has said")
+	flags.StringVar(&f.after, "after", "", "the page after this `message`, as the page before has said")
 	flags.BoolVar(&asJSON, "json", false, "one JSON object for each message")
 	_ = cmd.RegisterFlagCompletionFunc("state", cobra.FixedCompletions(stateNames(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd

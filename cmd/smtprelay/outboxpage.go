@@ -87,7 +87,7 @@ can listen. It loads nothing from elsewhere.`,
 				if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 					return err
 				}
-				<-ended // the store is closed behind the requests
+				<-ended // the store is closed after the requests
 				return nil
 			})
 		},

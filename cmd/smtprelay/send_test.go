@@ -379,7 +379,7 @@ func FuzzBccIsNeverSent(f *testing.F) {
 			t.Error(err)
 		}
 		if !strings.HasPrefix(sent.String(), string(m.header)) {
-			t.Errorf("%q is not sent behind its header", text)
+			t.Errorf("%q is not sent after its header", text)
 		}
 	})
 }

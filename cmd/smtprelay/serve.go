@@ -44,7 +44,7 @@ A fault is a step, "=", a reply or what else happens, and perhaps options, separ
     --fault 'dot=delay=5s'    --fault 'connect=stall; connection=2'    --fault 'body=abort; after-bytes=1000'
 
 Steps: ` + strings.Join(devrelay.Steps(), ", ") + `.
-What happens: a reply, drop (FIN), abort (RST), stall, discard (what is pipelined behind), delay=2s.
+What happens: a reply, drop (FIN), abort (RST), stall, discard (what is pipelined after it), delay=2s.
 Options: connection=2, rcpt=ADDRESS, after-messages=5, after-recipients=100, after-bytes=1000, pipelined, nth=3, every=10,
 rate=14 (strikes what is faster), burst=14, count=1 (0: until it is switched off).
 

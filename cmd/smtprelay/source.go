@@ -156,7 +156,7 @@ func eachOfReader(source string, in io.Reader, each func(*mail, error) bool) boo
 	return each(m, oneOf(err, m.err()))
 }
 
-// eachOfMbox reads the messages of an mbox: each begins with a line "From …" behind an empty one, and lines of the text that look
+// eachOfMbox reads the messages of an mbox: each begins with a line "From …" after an empty one, and lines of the text that look
 // like it have a ">" before them (mboxrd).
 func eachOfMbox(source string, r *bufio.Reader, each func(*mail, error) bool) bool {
 	var text []byte

@@ -42,7 +42,7 @@ func (e *challengeError) Error() string        { return e.text }
 func (e *challengeError) Is(target error) bool { return errors.Is(e.err, target) }
 
 // authenticate authenticates the connection. Until the relay has accepted credentials, AuthTurn lets one connection authenticate
-// at a time. After that, if mayLead is set, AUTH PLAIN is left to the first transaction, which pipelines its commands behind
+// at a time. After that, if mayLead is set, AUTH PLAIN is left to the first transaction, which pipelines its commands after
 // AUTH (RFC 4954, 4) and so saves a round trip.
 func (d *dialogue) authenticate(ctx context.Context, mayLead bool) *OpenError {
 	c := d.c

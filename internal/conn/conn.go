@@ -118,7 +118,7 @@ type Status int
 
 const (
 	Free         Status = iota // a transaction may begin
-	Overlappable               // a transaction may begin behind the unanswered final dot of the previous one
+	Overlappable               // a transaction may begin after the unanswered final dot of the previous one
 	Busy                       // no transaction may begin before a final reply arrives
 	Retired                    // no further transaction may begin: send QUIT
 	Lost                       // no further transaction may begin, and QUIT cannot be sent
@@ -206,7 +206,7 @@ func (c *Conn) pipelining() bool {
 	return c.o.Pipelining && c.ext.Has("PIPELINING")
 }
 
-// overlaps reports whether commands may be written behind a final dot.
+// overlaps reports whether commands may be written after a final dot.
 func (c *Conn) overlaps() bool {
 	return c.o.Overlap && c.pipelining() && c.o.Profile.Overlaps()
 }

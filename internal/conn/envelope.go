@@ -11,11 +11,11 @@ import (
 
 // The commands of a transaction that precede the body, and the wait for their replies.
 
-// authSilence limits the wait for the reply to a MAIL that was pipelined behind AUTH, counted from the reply to AUTH. Some relays
+// authSilence limits the wait for the reply to a MAIL that was pipelined after AUTH, counted from the reply to AUTH. Some relays
 // discard what follows AUTH; the message then goes to another connection, on which AUTH is sent alone.
 const authSilence = 2 * time.Second
 
-// ledAuthSilence limits the wait for the reply to an AUTH with commands pipelined behind it. No part of the body was sent, so a
+// ledAuthSilence limits the wait for the reply to an AUTH with commands pipelined after it. No part of the body was sent, so a
 // short limit is safe.
 const ledAuthSilence = 10 * time.Second
 
@@ -132,8 +132,8 @@ func (t *Transaction) ask(x exchange, command string) bool {
 // askLine writes the command in c.line. If commands are not pipelined, it waits for the reply.
 func (t *Transaction) askLine(x exchange) bool {
 	c := t.c
-	x.behind = t.result.Overlapped && (!t.result.Chunked || t.held)
-	if (t.result.AfterIdle && t.asked == 0 || x.behind) && (x.limit == 0 || x.limit > impatient) {
+	x.follows = t.result.Overlapped && (!t.result.Chunked || t.held)
+	if (t.result.AfterIdle && t.asked == 0 || x.follows) && (x.limit == 0 || x.limit > impatient) {
 		x.limit = impatient // the message has not left: it is safe to give up
 	}
 	x.end = c.position() + int64(len(c.line))
@@ -246,12 +246,12 @@ func (t *Transaction) awaitEnvelope() bool {
 const (
 	LongIdle   = 10 * time.Second // after this long without traffic, a firewall may have dropped the connection silently
 	impatient  = 30 * time.Second // limit for the first reply after LongIdle, and for replies to commands that the relay may have discarded
-	stallLimit = 10 * time.Second // how long a message waits behind an unanswered final dot
+	stallLimit = 10 * time.Second // how long a message waits after an unanswered final dot
 )
 
 var errStalled = &GivenUpError{errors.New("the relay does not reply to the previous message")}
 
-// overlapRefused reports whether the transaction must start again because the relay has refused every command behind the final
+// overlapRefused reports whether the transaction must start again because the relay has refused every command after the final
 // dot (503: "pipelined after end of DATA"). A restart is safe: nothing was accepted, replies are in step, and the connection's
 // limit allows another MAIL. If TCP delivered only RSET together with the dot, the relay has accepted the other commands, and
 // the transaction goes on.

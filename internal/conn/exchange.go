@@ -6,15 +6,15 @@ import (
 
 // exchange is a command whose reply is outstanding.
 type exchange struct {
-	op     Step
-	final  bool          // the end of a message: the reply accepts or refuses the message
-	end    int64         // position that must be written before a reply can arrive
-	tx     *Transaction  // receives the reply; nil for QUIT
-	rcpt   int           // index of the recipient, for StepRcpt
-	limit  time.Duration // for the reply, counted from when the exchange is the oldest and end is written; 0 means no limit
-	first  bool          // the first command behind an unanswered final dot
-	behind bool          // behind an unanswered final dot, in a transaction whose message has not left
-	left   bool          // the transaction no longer waits for the reply
+	op      Step
+	final   bool          // the end of a message: the reply accepts or refuses the message
+	end     int64         // position that must be written before a reply can arrive
+	tx      *Transaction  // receives the reply; nil for QUIT
+	rcpt    int           // index of the recipient, for StepRcpt
+	limit   time.Duration // for the reply, counted from when the exchange is the oldest and end is written; 0 means no limit
+	first   bool          // the first command after an unanswered final dot
+	follows bool          // after an unanswered final dot, in a transaction whose message has not left
+	left    bool          // the transaction no longer waits for the reply
 }
 
 // exchanges is the queue of commands whose reply is outstanding. Replies arrive in the order of the commands, so the next reply

@@ -20,7 +20,7 @@ type Options struct {
 	LocalName func(net.Conn) string // the argument of EHLO
 
 	Pipelining  bool // commands may be written before the previous command has its reply
-	Overlap     bool // commands may be written behind an unanswered final dot
+	Overlap     bool // commands may be written after an unanswered final dot
 	Chunking    bool // bodies may be sent in chunks
 	MaxInFlight int  // maximum number of messages without final reply, with chunks
 
@@ -55,7 +55,7 @@ type Timeouts struct {
 	Unacked    time.Duration // the TCP acknowledgement of sent data
 	FinalReply time.Duration // the reply to the final dot
 	Drain      time.Duration // the reply to the final dot, once the message's context has ended
-	Overlap    time.Duration // the first reply to commands behind a final dot, counted from the reply to the dot
+	Overlap    time.Duration // the first reply to commands after a final dot, counted from the reply to the dot
 	Quit       time.Duration // the relay's close: half of it after QUIT, the rest after FIN
 }
 
@@ -76,10 +76,10 @@ func (t Timeouts) untilFIN() time.Duration { return (t.Quit + 1) / 2 } // not 0,
 // block, and take no lock that is held while a Conn is called.
 type Profile interface {
 	Overlaps() bool                                                       // commands may follow a final dot
-	OverlapFailed()                                                       // the relay refused or discarded commands behind a final dot
+	OverlapFailed()                                                       // the relay refused or discarded commands after a final dot
 	AuthTurn(ctx context.Context) (done func(), ok bool)                  // waits for the turn to authenticate; false: waited too long
 	AuthMayBeFollowed() bool                                              // commands may follow AUTH in one write
-	AuthFollowedFailed(r wire.Reply) (so bool)                            // an AUTH with commands behind it, or the MAIL behind AUTH, failed with r; false: for another reason
+	AuthFollowedFailed(r wire.Reply) (so bool)                            // an AUTH with commands after it, or the MAIL after AUTH, failed with r; false: for another reason
 	SessionFull(n int, born time.Time, r wire.Reply)                      // the relay ended a connection opened at born after n transactions, with r
 	SessionGoesOn(n int)                                                  // the relay accepted the nth MAIL of a connection
 	DiscardsAt(addr string) (yes, known bool)                             // whether the relay at addr discards the octets of a chunk that it refuses
@@ -87,7 +87,7 @@ type Profile interface {
 	RefusalOf(mark [sha256.Size]byte) (wire.Reply, bool)                  // the reply to these credentials, if they were refused recently
 	AuthAnswered(mark [sha256.Size]byte, reply wire.Reply, followed bool) // the last reply to AUTH, and whether commands followed AUTH
 	AuthGivenUp()                                                         // an AUTH ended without a verdict on the credentials
-	Overlapped()                                                          // a transaction began behind a final dot
+	Overlapped()                                                          // a transaction began after a final dot
 	EndsSession(op Step, r wire.Reply, seq int, worked bool) bool         // r, a reply to the seqth transaction, is about the connection, so another connection may take the message; worked is Result.Worked
 	ResetsByEHLO() bool                                                   // the relay does not know RSET
 	RsetFailed()                                                          // the relay replied that it does not know RSET

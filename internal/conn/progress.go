@@ -74,7 +74,7 @@ func (c *progressConn) Read(p []byte) (int, error) {
 }
 
 // SetReadDeadline implements net.Conn. A deadline that is postponed costs next to nothing: the network connection keeps the earlier
-// one, and Read goes on after that. Behind that of abandon it has no effect.
+// one, and Read goes on after that. After abandon it has no effect.
 func (c *progressConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

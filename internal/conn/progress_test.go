@@ -12,9 +12,9 @@ import (
 )
 
 // These tests are about what the connection below TLS bounds by itself: how slow a relay may take what is written, and how
-// much of it is thrown away at the end.
+// much of it is discarded at the end.
 
-// slowReader takes n octets of conn at a time, with a pause behind each.
+// slowReader takes n octets of conn at a time, with a pause after each.
 func slowReader(conn net.Conn, n int, pause time.Duration) {
 	buf := make([]byte, n)
 	for {
@@ -38,7 +38,7 @@ func TestSlowRelayIsWrittenToAsLongAsItKeepsTheLeastRate(t *testing.T) {
 		{"just the least rate", leastRate, time.Second, 64, 0},
 		{"half the least rate: it gives back half of the time that it takes", leastRate / 2, time.Second, 64, 2*limit + 2*time.Second},
 		{"one octet a second", 1, time.Second, 64, limit*leastRate/(leastRate-1) + 2*time.Second},
-		{"nothing behind the first octet", 1, time.Hour, 64, limit + 2*time.Second},
+		{"nothing after the first octet", 1, time.Hour, 64, limit + 2*time.Second},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

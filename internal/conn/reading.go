@@ -299,7 +299,7 @@ func (c *Conn) lossLocked(err error) error {
 	if !isOver(err) {
 		return err
 	}
-	if (x.first || x.behind) && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
+	if (x.first || x.follows) && (c.ending.cause == nil || time.Since(c.heard) >= tellingSilence) {
 		// The relay discarded what followed the final dot; see Profile.OverlapFailed.
 		c.o.Profile.OverlapFailed()
 	}

@@ -48,7 +48,7 @@ type Result struct {
 
 	End        End
 	Chunked    bool        // the body was sent in chunks, not with DATA
-	Overlapped bool        // the transaction began behind an unanswered final dot
+	Overlapped bool        // the transaction began after an unanswered final dot
 	BodyBegun  bool        // Body.WriteTo was called
 	BodyErr    error       // why the body could not be completed
 	EndErr     error       // the error of Message.BeforeEnd, because of which the end of the message was not sent

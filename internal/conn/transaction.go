@@ -28,7 +28,7 @@ type Transaction struct {
 	result Result
 
 	signal       chan struct{} // buffered, size 1: a reply has arrived, or stall has run out
-	stall        *time.Timer   // runs while the envelope waits behind an unanswered final dot
+	stall        *time.Timer   // runs while the envelope waits after an unanswered final dot
 	clearing     bool          // RSET must succeed: the relay has another envelope open
 	holdsPrevDot bool          // the previous transaction's final dot is still in the write buffer
 	held         bool          // with chunks: the body waits for the replies to the envelope
@@ -388,7 +388,7 @@ func (t *Transaction) expect(x exchange) bool {
 	return t.c.expect(x)
 }
 
-// end puts the final dot, or the rest of the last chunk, into the buffer, and QUIT behind it if the connection takes no further
+// end puts the final dot, or the rest of the last chunk, into the buffer, and QUIT after it if the connection takes no further
 // transaction.
 func (t *Transaction) end() bool {
 	c := t.c

@@ -125,11 +125,11 @@ func (c *Conn) Quit() {
 	}
 }
 
-// writeQuit puts QUIT into the buffer; behind says whether it follows an unanswered final dot.
-func (c *Conn) writeQuit(behind bool) bool {
+// writeQuit puts QUIT into the buffer; afterDot says whether it follows an unanswered final dot.
+func (c *Conn) writeQuit(afterDot bool) bool {
 	const command = "QUIT\r\n"
 	end := c.position() + int64(len(command))
-	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.untilFIN(), first: behind, end: end}) {
+	if !c.expect(exchange{op: StepQuit, limit: c.o.Timeouts.untilFIN(), first: afterDot, end: end}) {
 		return false
 	}
 	c.mu.Lock()

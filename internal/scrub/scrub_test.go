@@ -44,8 +44,8 @@ func TestSecretIsFoundInEachOfItsForms(t *testing.T) {
 		"base64":                    b64(key),
 		"base64, unpadded":          strings.TrimRight(b64(key), "="),
 		"base64 for URLs":           base64.URLEncoding.EncodeToString([]byte(key)),
-		"base64 behind one octet":   strings.TrimRight(b64("x"+key), "Q=")[2:], // whose last character is of what follows too
-		"base64 behind two octets":  b64("xy" + key)[3:],
+		"base64 after one octet":    strings.TrimRight(b64("x"+key), "Q=")[2:], // whose last character is of what follows too
+		"base64 after two octets":   b64("xy" + key)[3:],
 		"base64 in lower case":      strings.ToLower(b64(key)),
 		"the response":              response,
 		"a part of the response":    response[:40],

@@ -42,7 +42,7 @@ func TestMailIsWrittenWithItsParameters(t *testing.T) {
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			if got := string(AppendMail([]byte("RSET\r\n"), tt.from, &tt.opts)); got != "RSET\r\n"+tt.want+"\r\n" {
-				t.Errorf("got %q, want %q behind RSET", got, tt.want)
+				t.Errorf("got %q, want %q after RSET", got, tt.want)
 			}
 		})
 	}
@@ -85,7 +85,7 @@ func TestRcptIsWrittenWithItsParameters(t *testing.T) {
 		t.Run(tt.why, func(t *testing.T) {
 			got := string(AppendRcpt([]byte("RSET\r\n"), tt.to, &tt.opts, tt.utf8))
 			if got != "RSET\r\n"+tt.want+"\r\n" {
-				t.Errorf("got %q, want %q behind RSET", got, tt.want)
+				t.Errorf("got %q, want %q after RSET", got, tt.want)
 			}
 		})
 	}

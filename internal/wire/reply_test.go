@@ -48,7 +48,7 @@ func TestReplyIsTakenApart(t *testing.T) {
 		{"nor an unfinished one", "250 2.10..\r\n", Reply{Code: 250, Text: "2.10.."}},
 		{"nor one cut short", "250 2.1000\r\n", Reply{Code: 250, Text: "2.1000"}},
 		{"nor one of two parts", "250 2.100\r\n", Reply{Code: 250, Text: "2.100"}},
-		{"nor one with something behind it", "250 2.1.0-b\r\n", Reply{Code: 250, Text: "2.1.0-b"}},
+		{"nor one with something after it", "250 2.1.0-b\r\n", Reply{Code: 250, Text: "2.1.0-b"}},
 
 		{"bytes that are not UTF-8 are replaced, for they end in logs", "250 caf\xe9\r\n", Reply{Code: 250, Text: "caf\uFFFD"}},
 		{"UTF-8 is kept", "250 café\r\n", Reply{Code: 250, Text: "café"}},
@@ -56,7 +56,7 @@ func TestReplyIsTakenApart(t *testing.T) {
 			Reply{Code: 250, Text: "first line\n  second, without a code\nlast"}},
 		{"so is an empty one", "250-a\r\n\r\n250 b\r\n", Reply{Code: 250, Text: "a\n\nb"}},
 		{"so is one that is nearly of a code", "250-a\r\n250b\r\n2500 c\r\n999 d\r\n250 e\r\n", Reply{Code: 250, Text: "a\n250b\n2500 c\n999 d\ne"}},
-		{"an enhanced code stands behind a code", "250-a\r\n2.1.5 b\r\n250 c\r\n", Reply{Code: 250, Text: "a\n2.1.5 b\nc"}},
+		{"an enhanced code stands after a code", "250-a\r\n2.1.5 b\r\n250 c\r\n", Reply{Code: 250, Text: "a\n2.1.5 b\nc"}},
 		{"empty lines before a reply are no reply", "\r\n\n \t\r\n\r\r\n250 ok\r\n", Reply{Code: 250, Text: "ok"}},
 		{"of lines whose codes differ the last one's counts", "220-mx.example\r\n521 5.7.1 blocked\r\n", Reply{521, [3]int{5, 7, 1}, "mx.example\nblocked"}},
 		{"whichever way they differ", "550-a\r\n250 b\r\n", Reply{Code: 250, Text: "a\nb"}},
@@ -81,7 +81,7 @@ func TestReplyIsTakenApart(t *testing.T) {
 					t.Errorf("%q: got class %d, want %d", tt.input, got.Class(), tt.want.Code/100)
 				}
 				if _, err := replies.ReadReply(); err != io.EOF {
-					t.Errorf("behind %q: got %v, want io.EOF", tt.input, err)
+					t.Errorf("after %q: got %v, want io.EOF", tt.input, err)
 				}
 			}
 		})
@@ -94,14 +94,14 @@ func TestWhatIsNoReplyIsMalformed(t *testing.T) {
 		{"four digits", "2500\r\n"},
 		{"a letter among the digits", "2x0 ok\r\n"},
 		{"a letter at their end", "25x ok\r\n"},
-		{"neither space nor dash behind the code", "250ok\r\n"},
-		{"a tab behind the code", "250\tok\r\n"},
+		{"neither space nor dash after the code", "250ok\r\n"},
+		{"a tab after the code", "250\tok\r\n"},
 		{"1yz is not of SMTP", "100 continue\r\n"},
 		{"6yz is not of SMTP", "600 ok\r\n"},
 		{"a sign, which strconv.Atoi would take", "+25 ok\r\n"},
 		{"a space first", " 250 ok\r\n"},
 		{"a line without a code that stands before a reply", "ok\r\n250 ok\r\n"},
-		{"and behind empty lines", "\r\n\r\nok\r\n"},
+		{"and after empty lines", "\r\n\r\nok\r\n"},
 		{"another protocol", "HTTP/1.1 400 Bad Request\r\n"},
 		{"an alert of TLS, which has no line end", "\x15\x03\x01\x00\x02\x02\x46"},
 		{"an alert of TLS with a line end in it", "\x15\x03\x01\x00\x02\x02\n"},
@@ -143,7 +143,7 @@ func TestEndOfInputWithinAReplyIsNoCleanEnd(t *testing.T) {
 		{"between CR and LF", "250 ok\r", io.EOF, io.ErrUnexpectedEOF},
 		{"between the lines of one reply", "250-ok\r\n", io.EOF, io.ErrUnexpectedEOF},
 		{"within the second line", "250-ok\r\n250 ", io.EOF, io.ErrUnexpectedEOF},
-		{"behind an empty line: the relay has closed", "\r\n", io.EOF, io.EOF},
+		{"after an empty line: the relay has closed", "\r\n", io.EOF, io.EOF},
 		{"within an empty line", "\r\n\r", io.EOF, io.ErrUnexpectedEOF},
 		{"within a line without a code", "250-ok\r\n o", io.EOF, io.ErrUnexpectedEOF},
 		{"another error is told as it is", "", cut, cut},
@@ -328,7 +328,7 @@ func TestReplyOutlivesThoseReadAfterIt(t *testing.T) {
 }
 
 func TestBufferedCountsWhatStandsBehindAReply(t *testing.T) {
-	// Behind the reply to STARTTLS it must be 0, else somebody has put words into the relay's mouth (CVE-2011-0411).
+	// After the reply to STARTTLS it must be 0, else somebody has put words into the relay's mouth (CVE-2011-0411).
 	r := NewReplyReader(strings.NewReader("220 Begin TLS negotiation now\r\n250 injected\r\n"))
 	if _, err := r.ReadReply(); err != nil {
 		t.Fatal(err)
@@ -458,7 +458,7 @@ func checkReply(t *testing.T, r Reply, wire string) {
 		}
 	}
 
-	// net/textproto keeps enhanced codes in the text and wants a space or dash behind each code; it goes on after a line
+	// net/textproto keeps enhanced codes in the text and wants a space or dash after each code; it goes on after a line
 	// of another code, which is why it sees only what ReadReply took.
 	code, text, err := textproto.NewReader(bufio.NewReader(strings.NewReader(wire))).ReadResponse(0)
 	if err != nil {

@@ -148,7 +148,7 @@ func beRelay() error {
 func work(processes []int) (d time.Duration) {
 	for _, pid := range processes {
 		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:])) // behind the name, which may have any characters
+		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:])) // after the name, which may have any characters
 		if len(fields) < 13 {
 			continue
 		}

@@ -411,7 +411,7 @@ func TestPageAsksForWhatIsNewAlone(t *testing.T) {
 	b.eval(`document.querySelector("#more").click()`)
 	b.until(`document.querySelectorAll("#mails a").length >= 100`)
 	if got := b.eval(asked); got != `["?limit=50","?after=10000&limit=100","?before=9951&limit=50"]` {
-		t.Errorf("behind one message, and for older ones, the page asks for %s", got)
+		t.Errorf("after one message, and for older ones, the page asks for %s", got)
 	}
 	t.Log(b.eval(`performance.getEntriesByType("resource").filter(e => e.name.includes("/messages?")).map(e => Math.round(e.duration) + " ms")`))
 	b.eval(`document.querySelector("#q").value = "user7777"; document.querySelector("#q").dispatchEvent(new Event("input"))`)

@@ -62,7 +62,7 @@ func Steps() []string {
 	return names
 }
 
-// faultOptions are the words behind the step: a flag, or a value. The text form of a FaultSpec is made and read by this table.
+// faultOptions are the words after the step: a flag, or a value. The text form of a FaultSpec is made and read by this table.
 var faultOptions = []struct {
 	name  string
 	field func(*FaultSpec) any
@@ -85,7 +85,7 @@ var faultOptions = []struct {
 	{"count", func(f *FaultSpec) any { return &f.Count }},
 }
 
-// ParseFault reads a fault such as "rcpt=450 4.2.1 later; rcpt=bob@example.org; count=3": a step, and behind it a reply or
+// ParseFault reads a fault such as "rcpt=450 4.2.1 later; rcpt=bob@example.org; count=3": a step, and after it a reply or
 // options, separated by semicolons.
 func ParseFault(text string) (FaultSpec, error) {
 	at, rest, ok := strings.Cut(text, "=")
@@ -205,7 +205,7 @@ func (f *FaultSpec) checkReply() error {
 			return fmt.Errorf("%q is no reply: want a code of three digits and a text, such as 450 4.2.1 later", line)
 		}
 		if last := i == len(lines)-1; line[:3] != lines[0][:3] || last == (len(line) > 3 && line[3] == '-') {
-			return fmt.Errorf(`the lines of a reply have one code, with "-" behind it in all but the last: %q`, line)
+			return fmt.Errorf(`the lines of a reply have one code, with "-" after it in all but the last: %q`, line)
 		}
 	}
 	return nil

@@ -37,7 +37,7 @@ func TestFaultsThatCannotBeMeantAreRefused(t *testing.T) {
 		"rcpt=45 later":                         "three digits",
 		"rcpt=150 later":                        "three digits",
 		"rcpt=450later":                         "three digits",
-		"rcpt=450-later":                        `"-" behind it in all but the last`,
+		"rcpt=450-later":                        `"-" after it in all but the last`,
 		"rcpt=450 a\r250 b":                     "three digits",
 		"rcpt=450 a\n250 b":                     "one code",
 		"rcpt=450 later; dorp":                  `"dorp" is no reply, and no option`,

@@ -30,7 +30,7 @@ var disarmed = map[string]bool{
 	"template": true, "xmp": true,
 }
 
-// taken stands in the place of what is taken out, so that what was before and behind it does not become a tag together.
+// taken stands in the place of what is taken out, so that what was before and after it does not become a tag together.
 const taken = "<!---->"
 
 // tagInText is what looks like a tag in a text that the tokenizer takes for raw, as in <style>. A browser may see it otherwise,
