@@ -57,6 +57,7 @@ type index struct {
 	tenants []string         // of ready, sorted
 	waiting line             // by due
 	last    string           // the tenant that had its turn last
+	left    int              // of that turn: what no claim had room for
 }
 
 func newIndex() *index {
@@ -193,15 +194,20 @@ func (x *index) advance(now time.Time) {
 func (x *index) take(n int, weight func(tenant string) int, nonce func() string) (taken []*entry) {
 	for len(taken) < n && len(x.tenants) > 0 {
 		i, found := slices.BinarySearch(x.tenants, x.last)
-		if found {
-			i++
+		turn := x.left
+		if !found || turn == 0 {
+			if found {
+				i++
+			}
+			i %= len(x.tenants)
+			turn = max(weight(x.tenants[i]), 1)
 		}
-		tenant := x.tenants[i%len(x.tenants)]
+		tenant := x.tenants[i]
 		want := n - len(taken)
 		if len(x.tenants) > 1 {
-			want = min(want, max(weight(tenant), 1))
+			want = min(want, turn)
 		}
-		x.last = tenant
+		x.last, x.left = tenant, max(turn-want, 0)
 		for l := x.ready[tenant]; want > 0 && l.Len() > 0; want-- {
 			e := l.places[0].entry
 			x.leave(e)

@@ -46,6 +46,7 @@ type Store struct {
 	claiming bool
 	released []string // while claiming: what it reads may be older
 	last     string   // the tenant that had its turn last
+	left     int      // of that turn: what no claim had room for
 }
 
 var _ outbox.Store = (*Store)(nil)
@@ -650,37 +651,41 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 	}
 	// Around the tenants for as long as there is room; who is alone has all of it.
 	s.mu.Lock()
-	tenant := s.last
+	tenant, turn := s.last, s.left
 	s.mu.Unlock()
 	idle := map[string]bool{}
 	for len(claims) < n {
-		var following sql.NullString
-		if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
-			return claims, next, err
-		}
-		if !following.Valid {
-			if err := s.often[firstTenant].QueryRowContext(ctx).Scan(&following); err != nil {
+		alone := false
+		if turn == 0 {
+			var following sql.NullString
+			if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
 				return claims, next, err
 			}
-		}
-		if !following.Valid || idle[following.String] {
-			break
+			if !following.Valid {
+				if err := s.often[firstTenant].QueryRowContext(ctx).Scan(&following); err != nil {
+					return claims, next, err
+				}
+			}
+			if !following.Valid || idle[following.String] {
+				break
+			}
+			alone = following.String == tenant && len(claims) > 0
+			tenant, turn = following.String, max(weight(following.String), 1)
 		}
 		want := n - len(claims)
-		if alone := following.String == tenant && len(claims) > 0; !alone {
-			want = min(want, max(weight(following.String), 1))
+		if !alone {
+			want = min(want, turn)
 		}
-		tenant = following.String
 		more, err := s.claimOf(ctx, tenant, want)
 		claims = append(claims, more...)
 		if err != nil {
 			return claims, next, err
 		}
-		if len(more) == 0 {
-			idle[tenant] = true
+		if turn = max(turn-want, 0); len(more) == 0 {
+			idle[tenant], turn = true, 0
 		}
 		s.mu.Lock()
-		s.last = tenant
+		s.last, s.left = tenant, turn
 		s.mu.Unlock()
 	}
 	return claims, next, nil

@@ -36,6 +36,7 @@ func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outb
 		"what is due later keeps nothing up":                      deferred,
 		"priorities hold within a tenant":                         priorities,
 		"tenants take turns by weight":                            tenants,
+		"a turn may be longer than a claim":                       longTurns,
 		"a change excludes an intent":                             change,
 		"what has ended is forgotten":                             forget,
 		"bodies of any size":                                      bodies,
@@ -394,6 +395,21 @@ func tenants(t *testing.T, b *bed) {
 	}
 	if count["small"] < 7 || count[""] < 7 || count["big"] < 20 {
 		t.Errorf("of 40 claims: %v; want about 24, 8 and 8", count)
+	}
+}
+
+func longTurns(t *testing.T, b *bed) {
+	for i := range 60 {
+		b.put(entry(fmt.Sprintf("big%d", i), func(i *outbox.Item) { i.Tenant = "big" }), entry(fmt.Sprintf("small%d", i), func(i *outbox.Item) { i.Tenant = "small" }))
+	}
+	count := map[string]int{}
+	for range 13 {
+		for _, c := range b.claim(4, func(tenant string) int { return map[string]int{"big": 11}[tenant] + 1 }) {
+			count[c.Tenant]++
+		}
+	}
+	if count["big"] != 48 || count["small"] != 4 {
+		t.Errorf("of 52 claims, four at a time, with turns of 12 and 1: %v; want 48 and 4", count)
 	}
 }
 
