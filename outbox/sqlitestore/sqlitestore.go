@@ -3,7 +3,7 @@
 // What a nil error says is durable is behind an fsync: the database has a write-ahead log and synchronous=FULL, and what
 // many ask for at once is committed together, with one fsync. A body of more than 64 KiB is a file of its own, which is synced, and its
 // folder too, before the message that names it is committed. That holds as far as the disk keeps what it has said it
-// has written.
+// has written. Small bodies of messages that were accepted are removed from the database many at once, or with the message.
 //
 // Several processes may open a folder and enqueue; one of them at a time is the worker. It must be on a disk of this machine: SQLite's
 // locks do not work on network file systems.
@@ -21,6 +21,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -37,16 +38,24 @@ type Store struct {
 	read   *sql.DB
 	often  map[string]*sql.Stmt // prepared, on write or on read
 	orders chan order
+	gone   []int64       // used by commit alone: messages that were accepted, unless their transaction has failed
 	done   chan struct{} // closed when commit has ended
 	closed chan struct{} // closed by Close
 
 	closing  sync.Once
-	mu       sync.Mutex        // guards the fields below
-	claimed  map[string]string // the tenant, by ID
+	mu       sync.Mutex         // guards the fields below
+	claimed  map[string]claimed // by ID
 	claiming bool
 	released []string // while claiming: what it reads may be older
 	last     string   // the tenant that had its turn last
 	left     int      // of that turn: what no claim had room for
+}
+
+// claimed is a message that is claimed.
+type claimed struct {
+	tenant string
+	seq    int64
+	file   string // of its body, if it has one
 }
 
 var _ outbox.Store = (*Store)(nil)
@@ -55,7 +64,7 @@ var _ outbox.Store = (*Store)(nil)
 const waiting = -1
 
 // layout is the number of the schema: another schema has another one.
-const layout = 2
+const layout = 3
 
 const schema = `
 CREATE TABLE IF NOT EXISTS message (
@@ -66,35 +75,41 @@ CREATE TABLE IF NOT EXISTS message (
 	priority INTEGER NOT NULL,
 	due INTEGER NOT NULL,
 	changed INTEGER NOT NULL,
-	nonce TEXT NOT NULL,
 	item BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS intent (seq INTEGER PRIMARY KEY, nonce TEXT NOT NULL, changed INTEGER NOT NULL); -- the message with this seq is Sending; in its row it is Queued
 CREATE INDEX IF NOT EXISTS message_ready ON message (tenant, priority DESC, seq) WHERE state = 0;
 CREATE INDEX IF NOT EXISTS message_waiting ON message (due) WHERE state = -1;
-CREATE INDEX IF NOT EXISTS message_state ON message (state, seq);
+CREATE INDEX IF NOT EXISTS message_state ON message (state, seq) WHERE state <> 2;
 CREATE INDEX IF NOT EXISTS message_ended ON message (changed) WHERE state IN (2, 5);
 CREATE TABLE IF NOT EXISTS body (seq INTEGER PRIMARY KEY, file TEXT NOT NULL, text BLOB); -- that of the message with this seq
 CREATE INDEX IF NOT EXISTS body_file ON body (file) WHERE file <> '';
 `
 
-// The statements of a message's usual way. begin and end are compare-and-set.
+// The statements of a message's usual way. begin and end are compare-and-set. An intent is a row of a small table, and the message's own row is not touched
+// before its end: its page, and those of its indexes, are written once.
 const (
-	insert = `INSERT INTO message (id, state, tenant, priority, due, changed, nonce, item) VALUES (?, ?, ?, ?, ?, ?, '', ?) ON CONFLICT (id) DO NOTHING`
+	insert = `INSERT INTO message (id, state, tenant, priority, due, changed, item) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING`
 
 	insertBody = `INSERT INTO body (seq, file, text) VALUES (?, ?, ?)`
 
-	begin = `UPDATE message SET state = 1, nonce = ?1, changed = ?2 WHERE id = ?3 AND (state <= 0 OR state = 1 AND nonce = ?1)`
+	begin = `INSERT INTO intent (seq, nonce, changed) SELECT seq, ?, ? FROM message WHERE id = ? AND state <= 0
+		ON CONFLICT (seq) DO UPDATE SET changed = excluded.changed WHERE nonce = excluded.nonce`
 
-	end = `UPDATE message SET state = ?1, due = ?2, changed = ?3, nonce = '', item = ?4 WHERE id = ?5 AND (state <= 0 OR state = 1 AND nonce = ?6) RETURNING seq`
+	end = `UPDATE message SET state = ?, due = ?, changed = ?, item = ? WHERE seq = ? AND id = ? AND state <= 0
+		AND NOT EXISTS (SELECT 1 FROM intent i WHERE i.seq = message.seq AND i.nonce <> ?)`
+
+	endIntent = `DELETE FROM intent WHERE seq = ?`
+
+	endBodies = `DELETE FROM body WHERE seq IN (SELECT j.value FROM json_each(?) j JOIN message m ON m.seq = j.value WHERE m.state = 2)`
 
 	// Without statistics SQLite would take the index of the state, and read all that is queued.
 	nextDue     = `SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1`
 	tenantAfter = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0 AND tenant > ?`
 	firstTenant = `SELECT min(tenant) FROM message INDEXED BY message_ready WHERE state = 0`
-	ready       = `SELECT id, seq FROM message WHERE state = 0 AND tenant = ? ORDER BY priority DESC, seq LIMIT ?`
-	whole       = `SELECT ` + columns + `, b.file, b.text FROM json_each(?) j JOIN message m ON m.seq = j.value JOIN body b ON b.seq = m.seq ORDER BY j.key`
 
-	endBody = `DELETE FROM body WHERE seq = ? RETURNING file`
+	ready = `SELECT ` + columns + `, b.file, b.text FROM message m INDEXED BY message_ready LEFT JOIN intent i ON i.seq = m.seq JOIN body b ON b.seq = m.seq
+		WHERE m.state = 0 AND m.tenant = ? AND i.seq IS NULL AND m.seq NOT IN (SELECT value FROM json_each(?)) ORDER BY m.priority DESC, m.seq LIMIT ?`
 )
 
 // Open opens the store in dir, which is created if it is not there.
@@ -120,7 +135,7 @@ const (
 )
 
 func open(dir, mode string) (*Store, error) {
-	s := &Store{dir: dir, orders: make(chan order, together), done: make(chan struct{}), closed: make(chan struct{}), claimed: map[string]string{}}
+	s := &Store{dir: dir, orders: make(chan order, together), done: make(chan struct{}), closed: make(chan struct{}), claimed: map[string]claimed{}}
 	if err := s.open(mode); err != nil {
 		return nil, fmt.Errorf("sqlitestore: %w", err)
 	}
@@ -139,7 +154,7 @@ func (s *Store) open(mode string) (err error) {
 		return errors.Join(err, s.write.Close())
 	}
 	s.often = map[string]*sql.Stmt{}
-	for _, text := range []string{insert, insertBody, begin, end, endBody} {
+	for _, text := range []string{insert, insertBody, begin, end, endIntent, endBodies} {
 		if s.often[text], err = s.write.Prepare(text); err != nil {
 			return errors.Join(err, s.write.Close())
 		}
@@ -149,7 +164,7 @@ func (s *Store) open(mode string) (err error) {
 	}
 	s.read.SetMaxOpenConns(4)
 	s.read.SetMaxIdleConns(4)
-	for _, text := range []string{nextDue, tenantAfter, firstTenant, ready, whole} {
+	for _, text := range []string{nextDue, tenantAfter, firstTenant, ready} {
 		if s.often[text], err = s.read.Prepare(text); err != nil {
 			return errors.Join(err, s.write.Close(), s.read.Close())
 		}
@@ -202,6 +217,7 @@ func (s *Store) commit() {
 		case <-s.closed:
 			return
 		}
+		runtime.Gosched() // whoever is about to ask does so first
 		for more := true; more && len(batch) < together; {
 			select {
 			case o := <-s.orders:
@@ -216,12 +232,29 @@ func (s *Store) commit() {
 					return err
 				}
 			}
-			return nil
+			return s.removeTexts(tx)
 		})
 		for _, o := range batch {
 			o.done <- err
 		}
 	}
+}
+
+// many is how many bodies are removed from the database together. One by one they cost half of the pages that are written.
+const many = 128
+
+// removeTexts removes the bodies of messages that were accepted, once there are many. What is left when the process ends, Forget removes.
+func (s *Store) removeTexts(tx *sql.Tx) error {
+	if len(s.gone) < many {
+		return nil
+	}
+	list, err := json.Marshal(s.gone)
+	if err != nil {
+		return err
+	}
+	s.gone = s.gone[:0]
+	_, err = tx.Stmt(s.often[endBodies]).Exec(string(list))
+	return err
 }
 
 func (s *Store) transact(f func(*sql.Tx) error) error {
@@ -270,9 +303,16 @@ func (s *Store) each(ctx context.Context, n int, do func(tx *sql.Tx, i int) (min
 		return nil
 	})
 	if err != nil {
-		for i := range errs {
-			errs[i] = fmt.Errorf("sqlitestore: %w", err)
-		}
+		return failed(n, err)
+	}
+	return errs
+}
+
+// failed is err for each of n.
+func failed(n int, err error) []error {
+	errs := make([]error, n)
+	for i := range errs {
+		errs[i] = fmt.Errorf("sqlitestore: %w", err)
 	}
 	return errs
 }
@@ -287,38 +327,48 @@ func stateOf(i *outbox.Item, now time.Time) int {
 	return int(i.State)
 }
 
-// save writes i, which is there.
-func save(tx *sql.Tx, i *outbox.Item, nonce string) error {
-	text, err := json.Marshal(i)
+// save writes m, which is there. If it is Sending it keeps its intent, or has one that no delivery knows.
+func (m *row) save(tx *sql.Tx) error {
+	text, err := json.Marshal(m.Item)
 	if err != nil {
 		return err
 	}
-	_, err = tx.Exec(`UPDATE message SET state = ?, due = ?, changed = ?, nonce = ?, item = ? WHERE id = ?`,
-		stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), nonce, text, i.ID)
-	return err
+	state := stateOf(&m.Item, time.Now())
+	if m.State == outbox.Sending {
+		state = int(outbox.Queued)
+		err = execute(tx, `INSERT INTO intent (seq, nonce, changed) VALUES (?, '', ?) ON CONFLICT (seq) DO NOTHING`, m.seq, m.Changed.UnixNano())
+	} else {
+		err = execute(tx, endIntent, m.seq)
+	}
+	return errors.Join(err, execute(tx, `UPDATE message SET state = ?, due = ?, changed = ?, item = ? WHERE seq = ?`,
+		state, m.Due.UnixNano(), m.Changed.UnixNano(), text, m.seq))
 }
 
-// columns are what scan reads. State, Changed and nonce are in the table, and not in the item: an intent changes nothing else.
-const columns = `m.seq, m.item, m.state, m.changed, m.nonce`
+// columns of messages, with their intents, are what scan reads. State and Changed are in the tables, and not in the item: an intent changes nothing else.
+const (
+	columns = `m.seq, m.item, iif(i.seq IS NULL, m.state, 1), coalesce(i.changed, m.changed)`
+	all     = `SELECT ` + columns + ` FROM message m LEFT JOIN intent i ON i.seq = m.seq`
+	byID    = all + ` WHERE m.id = ?`
+	begun   = `SELECT ` + columns + ` FROM intent i CROSS JOIN message m ON m.seq = i.seq`
+)
 
 // row is a message of the table.
 type row struct {
 	outbox.Item
-	seq   int64
-	nonce string
+	seq int64
 }
 
-func (r *row) scan(scan func(...any) error, more ...any) error {
+func (m *row) scan(scan func(...any) error, more ...any) error {
 	var item []byte
 	var changed int64
-	if err := scan(append([]any{&r.seq, &item, &r.State, &changed, &r.nonce}, more...)...); err != nil {
+	if err := scan(append([]any{&m.seq, &item, &m.State, &changed}, more...)...); err != nil {
 		return err
 	}
-	state := max(r.State, outbox.Queued)
-	if err := json.Unmarshal(item, &r.Item); err != nil {
+	state := max(m.State, outbox.Queued)
+	if err := json.Unmarshal(item, &m.Item); err != nil {
 		return err
 	}
-	r.State, r.Changed = state, time.Unix(0, changed)
+	m.State, m.Changed = state, time.Unix(0, changed)
 	return nil
 }
 
@@ -330,16 +380,19 @@ func load(r *sql.Row) (m row, err error) {
 	return m, err
 }
 
-const byID = `SELECT ` + columns + ` FROM message m WHERE m.id = ?`
-
 // Put implements [outbox.Store].
 func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	errs := make([]error, len(entries))
 	bodies := make([]spool, len(entries))
+	texts := make([][]byte, len(entries))
 	var good []int
 	for i, e := range entries {
 		bodies[i].dir = s.bodies()
-		if errs[i] = bodies[i].take(e.Body); errs[i] == nil {
+		texts[i], errs[i] = json.Marshal(e.Item)
+		if errs[i] == nil {
+			errs[i] = bodies[i].take(e.Body)
+		}
+		if errs[i] == nil {
 			good = append(good, i)
 		} else {
 			bodies[i].remove()
@@ -348,7 +401,7 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	added := make([]bool, len(entries))
 	for k, err := range s.each(ctx, len(good), func(tx *sql.Tx, k int) (mine, all error) {
 		i := good[k]
-		added[i], all = s.put(tx, &entries[i].Item, &bodies[i])
+		added[i], all = s.put(tx, &entries[i].Item, texts[i], &bodies[i])
 		return nil, all
 	}) {
 		errs[good[k]] = err
@@ -361,11 +414,7 @@ func (s *Store) Put(ctx context.Context, entries []outbox.Entry) []error {
 	return errs
 }
 
-func (s *Store) put(tx *sql.Tx, i *outbox.Item, b *spool) (added bool, err error) {
-	text, err := json.Marshal(i)
-	if err != nil {
-		return false, err
-	}
+func (s *Store) put(tx *sql.Tx, i *outbox.Item, text []byte, b *spool) (added bool, err error) {
 	r, err := tx.Stmt(s.often[insert]).Exec(i.ID, stateOf(i, time.Now()), i.Tenant, i.Priority, i.Due.UnixNano(), i.Changed.UnixNano(), text)
 	if err != nil {
 		return false, err
@@ -395,7 +444,8 @@ func (s *Store) Get(ctx context.Context, id string) (outbox.Item, error) {
 func (s *Store) Body(ctx context.Context, id string) (io.WriterTo, error) {
 	var file string
 	var text []byte
-	err := s.read.QueryRowContext(ctx, `SELECT file, text FROM body WHERE seq = (SELECT seq FROM message WHERE id = ?)`, id).Scan(&file, &text)
+	// That of a message that was accepted is removed a little later.
+	err := s.read.QueryRowContext(ctx, `SELECT file, text FROM body WHERE seq = (SELECT seq FROM message WHERE id = ? AND state <> 2)`, id).Scan(&file, &text)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, outbox.ErrNotFound
 	}
@@ -416,43 +466,53 @@ func (s *Store) body(file string, text []byte) io.WriterTo {
 // page is how many messages List holds in memory.
 const page = 100
 
+// listed selects the messages in a state. Those that were accepted are in no index: there are many, and they are seldom listed.
+func listed(state outbox.State) string {
+	switch state {
+	case outbox.Queued:
+		return all + ` WHERE m.state <> 2 AND m.state BETWEEN -1 AND 0 AND i.seq IS NULL`
+	case outbox.Sending:
+		return begun + ` WHERE true`
+	case outbox.Accepted:
+		return all + ` WHERE m.state = 2`
+	default:
+		return all + fmt.Sprintf(` WHERE m.state <> 2 AND m.state = %d`, state)
+	}
+}
+
 // List implements [outbox.Store].
 func (s *Store) List(ctx context.Context, state outbox.State) iter.Seq2[outbox.Item, error] {
 	return func(yield func(outbox.Item, error) bool) {
-		least := int(state)
-		if state == outbox.Queued {
-			least = waiting
-		}
 		for after, more := int64(0), true; more; {
-			items, last, err := s.page(ctx, least, int(state), after)
+			got, err := scanAll(s.read.QueryContext(ctx, listed(state)+` AND m.seq > ? ORDER BY m.seq LIMIT ?`, after, page))
 			if err != nil {
 				yield(outbox.Item{}, fmt.Errorf("sqlitestore: %w", err))
 				return
 			}
-			for _, i := range items {
-				if !yield(i, nil) {
+			for _, m := range got {
+				if after = m.seq; !yield(m.Item, nil) {
 					return
 				}
 			}
-			after, more = last, len(items) == page
+			more = len(got) == page
 		}
 	}
 }
 
-func (s *Store) page(ctx context.Context, least, most int, after int64) (items []outbox.Item, last int64, err error) {
-	rows, err := s.read.QueryContext(ctx, `SELECT `+columns+` FROM message m WHERE m.state BETWEEN ? AND ? AND m.seq > ? ORDER BY m.seq LIMIT ?`, least, most, after, page)
+// scanAll reads what a query has returned.
+func scanAll(rows *sql.Rows, err error) (all []row, _ error) {
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var m row
 		if err := m.scan(rows.Scan); err != nil {
-			return nil, 0, err
+			return nil, err
 		}
-		items, last = append(items, m.Item), m.seq
+		all = append(all, m)
 	}
-	return items, last, rows.Err()
+	return all, rows.Err()
 }
 
 // Change implements [outbox.Store].
@@ -467,29 +527,27 @@ func (s *Store) Change(ctx context.Context, id string, f func(*outbox.Item) erro
 		if err := f(&m.Item); err != nil {
 			return err, nil
 		}
-		return nil, save(tx, &m.Item, "")
+		return nil, m.save(tx)
 	})[0]
 }
 
 // Count implements [outbox.Store].
 func (s *Store) Count(ctx context.Context) (c outbox.Counts, err error) {
-	for state, n := range map[int]*int{int(outbox.Queued): &c.Queued, int(outbox.Sending): &c.Sending, int(outbox.Dead): &c.Dead, int(outbox.Unknown): &c.Unknown} {
-		least := state
-		if state == int(outbox.Queued) {
-			least = waiting
-		}
-		if err := s.read.QueryRowContext(ctx, `SELECT count(*) FROM message INDEXED BY message_state WHERE state BETWEEN ? AND ?`, least, state).Scan(n); err != nil {
-			return c, fmt.Errorf("sqlitestore: %w", err)
-		}
-	}
-	// One that waits and is due is made ready by the worker, if there is one.
-	now := time.Now().UnixNano()
+	// A message that waits and is due is made ready by the worker, if there is one.
 	var due sql.NullInt64
-	if err := s.read.QueryRowContext(ctx, `SELECT min(due) FROM (
-		SELECT due FROM (SELECT due FROM message INDEXED BY message_state WHERE state = 0 ORDER BY seq LIMIT 1)
-		UNION ALL SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1) WHERE due <= ?`, now).Scan(&due); err != nil {
-		return c, fmt.Errorf("sqlitestore: %w", err)
+	err = s.read.QueryRowContext(ctx, `SELECT
+		(SELECT count(*) FROM message INDEXED BY message_state WHERE state <> 2 AND state BETWEEN -1 AND 0),
+		(SELECT count(*) FROM intent),
+		(SELECT count(*) FROM message INDEXED BY message_state WHERE state <> 2 AND state = 3),
+		(SELECT count(*) FROM message INDEXED BY message_state WHERE state <> 2 AND state = 4),
+		(SELECT min(due) FROM (
+			SELECT due FROM (SELECT due FROM message INDEXED BY message_state WHERE state <> 2 AND state = 0 AND seq NOT IN (SELECT seq FROM intent) ORDER BY seq LIMIT 1)
+			UNION ALL SELECT min(due) FROM message INDEXED BY message_waiting WHERE state = -1) WHERE due <= ?)`,
+		time.Now().UnixNano()).Scan(&c.Queued, &c.Sending, &c.Dead, &c.Unknown, &due)
+	if err != nil {
+		return outbox.Counts{}, fmt.Errorf("sqlitestore: %w", err)
 	}
+	c.Queued -= c.Sending // whose rows are as before
 	if due.Valid {
 		c.Oldest = time.Unix(0, due.Int64)
 	}
@@ -555,27 +613,18 @@ func (s *Store) Attach(ctx context.Context) (detach func() error, parked int, er
 		return nil, 0, err
 	}
 	err = s.durably(ctx, func(tx *sql.Tx) error {
-		rows, err := tx.Query(`SELECT `+columns+` FROM message m WHERE m.state = ?`, int(outbox.Sending))
+		left, err := scanAll(tx.Query(begun))
 		if err != nil {
 			return err
 		}
-		defer rows.Close()
-		var items []outbox.Item
-		for rows.Next() {
-			var m row
-			if err := m.scan(rows.Scan); err != nil {
-				return err
-			}
-			items = append(items, m.Item)
-		}
-		for _, i := range items {
-			i.State, i.Changed, i.Reason = outbox.Unknown, time.Now(), "the worker died while it was sent"
-			if err := save(tx, &i, ""); err != nil {
+		for _, m := range left {
+			m.State, m.Changed, m.Reason = outbox.Unknown, time.Now(), "the worker died while it was sent"
+			if err := m.save(tx); err != nil {
 				return err
 			}
 		}
-		parked = len(items)
-		return rows.Err()
+		parked = len(left)
+		return nil
 	})
 	if err == nil {
 		err = s.sweep(ctx)
@@ -651,39 +700,36 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 	}
 	// Around the tenants for as long as there is room; who is alone has all of it.
 	s.mu.Lock()
-	tenant, turn := s.last, s.left
+	last, turn := s.last, s.left
 	s.mu.Unlock()
-	idle := map[string]bool{}
-	for len(claims) < n {
-		alone := false
+	idle := map[string]bool{} // who has no message that is not in hand
+	for tenant, passed := last, 0; len(claims) < n && passed <= len(idle); {
+		want := n - len(claims)
 		if turn == 0 {
-			var following sql.NullString
-			if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
+			var found bool
+			if tenant, found, err = s.tenantAfter(ctx, tenant); err != nil || !found {
 				return claims, next, err
 			}
-			if !following.Valid {
-				if err := s.often[firstTenant].QueryRowContext(ctx).Scan(&following); err != nil {
-					return claims, next, err
-				}
+			if passed++; idle[tenant] {
+				continue
 			}
-			if !following.Valid || idle[following.String] {
-				break
+			if turn = max(weight(tenant), 1); tenant == last {
+				turn = want
 			}
-			alone = following.String == tenant && len(claims) > 0
-			tenant, turn = following.String, max(weight(following.String), 1)
 		}
-		want := n - len(claims)
-		if !alone {
-			want = min(want, turn)
-		}
+		want = min(want, turn)
 		more, err := s.claimOf(ctx, tenant, want)
 		claims = append(claims, more...)
 		if err != nil {
 			return claims, next, err
 		}
-		if turn = max(turn-want, 0); len(more) == 0 {
+		if turn -= want; len(more) < want {
 			idle[tenant], turn = true, 0
 		}
+		if len(more) == 0 {
+			continue
+		}
+		last, passed = tenant, 0
 		s.mu.Lock()
 		s.last, s.left = tenant, turn
 		s.mu.Unlock()
@@ -691,25 +737,33 @@ func (s *Store) claim(ctx context.Context, now time.Time, n int, weight func(ten
 	return claims, next, nil
 }
 
+// tenantAfter returns the next tenant in the circle that has a message which is ready. It may be in hand.
+func (s *Store) tenantAfter(ctx context.Context, tenant string) (_ string, found bool, err error) {
+	var following sql.NullString
+	if err := s.often[tenantAfter].QueryRowContext(ctx, tenant).Scan(&following); err != nil {
+		return "", false, err
+	}
+	if !following.Valid {
+		err = s.often[firstTenant].QueryRowContext(ctx).Scan(&following)
+	}
+	return following.String, following.Valid, err
+}
+
 // claimOf claims up to n messages of a tenant.
 func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []outbox.Claim, err error) {
+	had := []int64{}
 	s.mu.Lock()
-	had := 0 // those are skipped
-	for _, t := range s.claimed {
-		if t == tenant {
-			had++
+	for _, c := range s.claimed {
+		if c.tenant == tenant {
+			had = append(had, c.seq)
 		}
 	}
 	s.mu.Unlock()
-	free, err := s.free(ctx, tenant, n, had)
-	if err != nil || len(free) == 0 {
-		return nil, err
-	}
-	list, err := json.Marshal(free)
+	list, err := json.Marshal(had)
 	if err != nil {
 		return nil, err
 	}
-	rows, err := s.often[whole].QueryContext(ctx, string(list)) // without those that were cancelled and forgotten meanwhile
+	rows, err := s.often[ready].QueryContext(ctx, tenant, string(list), n)
 	if err != nil {
 		return nil, err
 	}
@@ -723,34 +777,11 @@ func (s *Store) claimOf(ctx context.Context, tenant string, n int) (claims []out
 		}
 		c := outbox.Claim{Item: m.Item, Nonce: rand.Text(), Body: s.body(file, text)}
 		s.mu.Lock()
-		s.claimed[c.ID] = tenant
+		s.claimed[c.ID] = claimed{tenant, m.seq, file}
 		s.mu.Unlock()
 		claims = append(claims, c)
 	}
 	return claims, rows.Err()
-}
-
-// free returns up to n messages of a tenant that are not claimed, where it has so many that are.
-func (s *Store) free(ctx context.Context, tenant string, n, claimed int) (free []int64, err error) {
-	rows, err := s.often[ready].QueryContext(ctx, tenant, n+claimed)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() && len(free) < n {
-		var seq int64
-		var id string
-		if err := rows.Scan(&id, &seq); err != nil {
-			return nil, err
-		}
-		s.mu.Lock()
-		_, taken := s.claimed[id]
-		s.mu.Unlock()
-		if !taken {
-			free = append(free, seq)
-		}
-	}
-	return free, rows.Err()
 }
 
 // Release implements [outbox.Store].
@@ -787,32 +818,42 @@ func affected(stmt *sql.Stmt, args ...any) (bool, error) {
 	return n > 0, err
 }
 
-// End implements [outbox.Store].
+// End implements [outbox.Store]. A message that is not claimed is a conflict.
 func (s *Store) End(ctx context.Context, ends []outbox.End) []error {
-	files := make([]string, len(ends))
+	texts := make([][]byte, len(ends))
+	for k := range ends {
+		var err error
+		if texts[k], err = json.Marshal(ends[k].Item); err != nil {
+			return failed(len(ends), err)
+		}
+	}
+	had := make([]claimed, len(ends))
+	s.mu.Lock()
+	for k := range ends {
+		had[k] = s.claimed[ends[k].ID]
+	}
+	s.mu.Unlock()
 	errs := s.each(ctx, len(ends), func(tx *sql.Tx, k int) (mine, all error) {
-		i := &ends[k].Item
-		text, err := json.Marshal(i)
+		i, seq := &ends[k].Item, had[k].seq
+		ended, err := affected(tx.Stmt(s.often[end]), stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), texts[k], seq, i.ID, ends[k].Nonce)
 		if err != nil {
 			return nil, err
-		}
-		var seq int64
-		err = tx.Stmt(s.often[end]).QueryRow(stateOf(i, time.Now()), i.Due.UnixNano(), i.Changed.UnixNano(), text, i.ID, ends[k].Nonce).Scan(&seq)
-		switch {
-		case errors.Is(err, sql.ErrNoRows):
+		} else if !ended {
 			return outbox.ErrConflict, nil
-		case err != nil || i.State != outbox.Accepted:
-			return nil, err
 		}
-		if err := tx.Stmt(s.often[endBody]).QueryRow(seq).Scan(&files[k]); !errors.Is(err, sql.ErrNoRows) {
-			return nil, err
+		if i.State == outbox.Accepted {
+			s.gone = append(s.gone, seq)
 		}
-		return nil, nil
+		_, err = affected(tx.Stmt(s.often[endIntent]), seq)
+		return nil, err
 	})
 	for k, err := range errs {
-		if err == nil {
-			s.Release(ends[k].ID)
-			s.removeBodies(files[k : k+1])
+		if err != nil {
+			continue
+		}
+		s.Release(ends[k].ID)
+		if ends[k].State == outbox.Accepted {
+			s.removeBodies([]string{had[k].file})
 		}
 	}
 	return errs

@@ -3,12 +3,15 @@ package sqlitestore
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/smtprelay/smtprelay"
 	"github.com/smtprelay/smtprelay/outbox"
 	"github.com/smtprelay/smtprelay/outbox/storetest"
 )
@@ -57,5 +60,106 @@ func TestDatabaseOfAnotherLayoutIsRefused(t *testing.T) {
 	}
 	if s, err := Open(dir); err == nil || !strings.Contains(err.Error(), "layout 1") {
 		t.Errorf("%v, %v, want an error that tells the layout", s, err)
+	}
+}
+
+// put enqueues messages by these IDs, of a tenant.
+func put(t *testing.T, s *Store, tenant string, ids ...string) {
+	t.Helper()
+	for _, id := range ids {
+		e := outbox.Entry{Item: outbox.Item{ID: id, Tenant: tenant, Due: time.Now()}, Body: smtprelay.Bytes([]byte(id))}
+		if err := s.Put(t.Context(), []outbox.Entry{e})[0]; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func claim(t *testing.T, s *Store, n int) []outbox.Claim {
+	t.Helper()
+	claims, _, err := s.Claim(t.Context(), time.Now(), n, func(string) int { return 1 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return claims
+}
+
+func finish(t *testing.T, s *Store, c outbox.Claim, state outbox.State) error {
+	c.State, c.Changed = state, time.Now()
+	return s.End(t.Context(), []outbox.End{{Nonce: c.Nonce, Item: c.Item}})[0]
+}
+
+func TestBodiesOfAcceptedMessagesAreRemovedManyAtOnce(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for i := range many + 2 {
+		put(t, s, "", fmt.Sprint(i))
+	}
+	left := func(want int) {
+		t.Helper()
+		var n int
+		if err := s.read.QueryRow(`SELECT count(*) FROM body`).Scan(&n); err != nil || n != want {
+			t.Errorf("%d bodies, %v; want %d", n, err, want)
+		}
+	}
+	claims := claim(t, s, many+2)
+	if err := finish(t, s, claims[many+1], outbox.Dead); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range claims[:many+1] {
+		if i == many-1 {
+			left(many + 2)
+		}
+		if err := finish(t, s, c, outbox.Accepted); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left(2)
+	if n, err := s.Forget(t.Context(), time.Now().Add(time.Hour)); err != nil || n != many+1 {
+		t.Errorf("forgot %d, %v; want %d", n, err, many+1)
+	}
+	left(1) // that of the dead one
+}
+
+// SQLite gives the number of a row that was deleted to another one.
+func TestEndOfAForgottenMessageLeavesOthersAlone(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	put(t, s, "", "forgotten")
+	c := claim(t, s, 1)[0]
+	if err := s.Change(t.Context(), c.ID, func(i *outbox.Item) error { i.State = outbox.Cancelled; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Forget(t.Context(), time.Now().Add(time.Hour)); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	put(t, s, "", "another")
+	if err := finish(t, s, c, outbox.Accepted); !errors.Is(err, outbox.ErrConflict) {
+		t.Errorf("the end of the forgotten one: %v, want ErrConflict", err)
+	}
+	if i, err := s.Get(t.Context(), "another"); err != nil || i.State != outbox.Queued {
+		t.Errorf("the other one is %v, %v; want queued", i.State, err)
+	}
+}
+
+func TestTenantInHandKeepsNothingFromTheOthers(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	put(t, s, "b", "in hand")
+	claim(t, s, 1)
+	for i := range 10 {
+		put(t, s, "a", fmt.Sprint("a", i))
+		put(t, s, "c", fmt.Sprint("c", i))
+	}
+	if got := claim(t, s, 20); len(got) != 20 {
+		t.Errorf("claimed %d, want 20", len(got))
 	}
 }
