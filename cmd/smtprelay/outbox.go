@@ -746,9 +746,12 @@ func count(ctx context.Context, box *outbox.Outbox) (counts, error) {
 	return c, err
 }
 
-// oldest is for people how long the first one has been due.
-func (c *counts) oldest() string {
-	return time.Duration(c.Oldest * float64(time.Second)).Truncate(time.Second).String()
+// due says for people how long the oldest message has been due.
+func (c *counts) due() string {
+	if c.Oldest == 0 {
+		return "nothing is due"
+	}
+	return "oldest due for " + time.Duration(c.Oldest*float64(time.Second)).Truncate(time.Second).String()
 }
 
 func newOutboxStats(store *storeFlags) *cobra.Command {
@@ -768,7 +771,7 @@ seconds where all is well.`,
 				if asJSON {
 					return printJSON(cmd.OutOrStdout(), c)
 				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "queued   %d\nsending  %d\nunknown  %d\ndead     %d\noldest   due for %s\n", c.Queued, c.Sending, c.Unknown, c.Dead, c.oldest())
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "queued   %d\nsending  %d\nunknown  %d\ndead     %d\n%s\n", c.Queued, c.Sending, c.Unknown, c.Dead, c.due())
 				return err
 			})
 		},
@@ -803,7 +806,7 @@ func newOutboxWatch(store *storeFlags) *cobra.Command {
 					if err == nil && asJSON {
 						err = printJSON(cmd.OutOrStdout(), c)
 					} else if err == nil {
-						_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s  queued %d  sending %d  unknown %d  dead %d  oldest due for %s\n", c.Time.Local().Format(time.TimeOnly), c.Queued, c.Sending, c.Unknown, c.Dead, c.oldest())
+						_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s  queued %d  sending %d  unknown %d  dead %d  %s\n", c.Time.Local().Format(time.TimeOnly), c.Queued, c.Sending, c.Unknown, c.Dead, c.due())
 					}
 					if err != nil {
 						return err
