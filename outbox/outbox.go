@@ -90,7 +90,7 @@ const (
 	// become Unknown that were between there and the relay's reply, or had one that was not durable yet.
 	AtEnd IntentTime = iota
 	// Early: shortly before its turn on a connection, which costs less time on the way; at a crash more messages become Unknown: a
-	// quarter of InHand more.
+	// quarter of InHand more, or up to half of it where the store takes long for an intent.
 	Early
 )
 
@@ -127,15 +127,18 @@ type Message struct {
 
 // Outbox sends what is in a store. It is safe for concurrent use.
 type Outbox struct {
-	cfg   Config
-	news  chan struct{} // told of something new; has room for one
-	turns chan struct{} // has one for each message in hand
-	mu    sync.Mutex    // guards the fields below
-	hands map[*delivery]struct{}
-	line  []*delivery // of Early: whose intent was not started yet, in the order of their Sends
-	ahead int         // intents that were started, of messages whose end may not leave yet
-	ends  bool        // Run is to stop
-	ended Ended
+	cfg    Config
+	news   chan struct{} // told of something new; has room for one
+	turns  chan struct{} // has one for each message in hand
+	mu     sync.Mutex    // guards the fields below
+	hands  map[*delivery]struct{}
+	line   []*delivery   // of Early: whose intent was not started yet, in the order of their Sends
+	ahead  int           // intents that were started, of messages whose end may not leave yet
+	begins time.Duration // how long the store takes for an intent
+	gap    time.Duration // between two messages whose ends leave
+	left   time.Time     // when the last one's has
+	ends   bool          // Run is to stop
+	ended  Ended
 }
 
 // New returns an Outbox; Run makes it send. It is an error where Store is missing, where not exactly one of Client and Route is given, and
@@ -162,7 +165,7 @@ func New(cfg Config) (*Outbox, error) {
 	setDefault(&cfg.Retry.First, time.Minute)
 	setDefault(&cfg.Retry.Most, time.Hour)
 	setDefault(&cfg.Retry.For, 5*24*time.Hour)
-	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), turns: make(chan struct{}, cfg.InHand), hands: map[*delivery]struct{}{}}, nil
+	return &Outbox{cfg: cfg, news: make(chan struct{}, 1), turns: make(chan struct{}, cfg.InHand), gap: slow, hands: map[*delivery]struct{}{}}, nil
 }
 
 // retry is how i is tried again.

@@ -26,7 +26,7 @@ func (o *Outbox) Run(ctx context.Context) error {
 		return err
 	}
 	o.mu.Lock()
-	o.ends = false
+	o.ends, o.gap = false, slow
 	o.mu.Unlock()
 	due := make(chan Claim)
 	var senders sync.WaitGroup
@@ -117,6 +117,9 @@ type delivery struct {
 	started bool // the intent is being written down, or is
 	passed  bool // the end of the message may have left
 }
+
+// slow is the longest time between two messages that leave which is counted, and what is taken for it at first.
+const slow = 10 * time.Millisecond
 
 // errStopping ends a delivery where Run is to stop.
 var errStopping = errors.New("outbox: stopping")
@@ -216,14 +219,22 @@ func (d *delivery) leave() (started bool) {
 	return d.started
 }
 
-// startNextLocked starts the intents of the messages that are sent next: of so few that a worker which dies leaves few Unknown. Of four
-// messages in hand one is on a connection; as many have an intent and wait for their end to leave.
+// startNextLocked starts the intents of the messages that are sent next: of so few that a worker which dies leaves few Unknown.
 func (o *Outbox) startNextLocked() {
-	for !o.ends && len(o.line) > 0 && o.ahead < max(o.cfg.InHand/4, 1) {
+	for few := o.fewLocked(); !o.ends && len(o.line) > 0 && o.ahead < few; {
 		o.line[0].startLocked()
 		o.line = o.line[1:]
 	}
 }
+
+// fewLocked is how many messages may have an intent and wait for their end to leave. Of four messages in hand one is on a connection: as
+// many, or twice as many as leave while the store writes one intent; half of those in hand at most.
+func (o *Outbox) fewLocked() int {
+	return max(min(max(o.cfg.InHand/4, int(2*o.begins/o.gap)), o.cfg.InHand/2), 1)
+}
+
+// smooth takes is into was, an average of those before.
+func smooth(was, is time.Duration) time.Duration { return was + (is-was)/32 }
 
 // startLocked has the intent written down, once.
 func (d *delivery) startLocked() {
@@ -234,7 +245,11 @@ func (d *delivery) startLocked() {
 	d.o.ahead++
 	go func() { // ends with the store's answer, for which deliver waits
 		defer close(d.begun)
+		began := time.Now()
 		d.err = d.o.cfg.Store.Begin(context.Background(), []Intent{{ID: d.claim.ID, Nonce: d.claim.Nonce}})[0]
+		d.o.mu.Lock()
+		defer d.o.mu.Unlock()
+		d.o.begins = smooth(d.o.begins, time.Since(began))
 	}()
 }
 
@@ -258,6 +273,8 @@ func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
 	}
 	if !d.passed {
 		d.passed = true
+		now := time.Now()
+		d.o.gap, d.o.left = smooth(d.o.gap, min(now.Sub(d.o.left), slow)), now
 		d.o.ahead--
 		d.o.startNextLocked()
 	}
