@@ -36,10 +36,9 @@ type Limits struct {
 	// MaxRecipients is the largest number of recipients in one transaction. A message for more recipients is sent in several
 	// transactions. 0 means 1,000 (RFC 5321, 4.5.3.1.8 requires relays to take at least 100). [NoLimit] means no limit of the Client's.
 	//
-	// When a relay refuses recipients with "too many recipients" (452 or 552), the Client remembers how many it took. For ten minutes
-	// it puts that many into a transaction, and tries a few more now and then. Neither the default of 1,000 nor a remembered
-	// number splits
-	// a message with AllOrNothing or one whose Body can be read only once.
+	// When a relay refuses recipients with "too many recipients" (452 or 552), the Client remembers how many it took. For ten
+	// minutes it puts that many into a transaction, and tries a few more now and then. Neither the default nor a remembered number
+	// splits a message with AllOrNothing or one whose Body can be read only once.
 	MaxRecipients int
 
 	// MaxWaiting is the maximum number of Sends that wait for a connection. Another Send fails at once with [ErrBusy], and its

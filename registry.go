@@ -11,7 +11,7 @@ import (
 )
 
 // Registry is a set of Clients by their Config, for a program that learns only with each message which relay to use: one that sends for
-// many tenants, or reads its settings anew each time. Sends with equal Configs share one Client and its connections.
+// many tenants, or reads its settings again each time. Sends with equal Configs share one Client and its connections.
 //
 // The zero value is ready to use. It is safe for concurrent use and must not be copied after the first use.
 type Registry struct {

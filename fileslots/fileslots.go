@@ -5,15 +5,14 @@
 //	…
 //	client, err := smtprelay.New(smtprelay.Config{Addr: …, Limits: smtprelay.Limits{Slots: slots}})
 //
-// Each place is a lock on a file (flock), which the kernel takes from a process that dies. Nothing is to be cleaned up.
+// Each place is a lock on a file (flock), which the kernel releases when a process dies. Nothing needs to be cleaned up.
 //
-// Places are handed out so that nobody who waits has fewer than others by more than one, and where they do not divide evenly they
-// go round: who has one more than somebody who waits gives one back after a second. A process that comes later has
-// its first place in about a second, plus the time that a connection takes to end. To change its owner costs a place a new
-// connection.
+// Places are handed out so that a process that waits has at most one place fewer than any other. If places do not divide evenly
+// they rotate: a process with one place more than a waiting process gives one back after a second. A process that starts later gets
+// its first place in about a second, plus the time that a connection takes to end. Each change of owner costs a new connection.
 //
 // The directory must be on a file system of this machine on which flock works; all processes must be able to write to it,
-// and give the same number of places. There is one directory for each relay and account. A process that is stopped (SIGSTOP) keeps
+// and pass the same number of places. Use one directory for each relay and account. A process that is stopped (SIGSTOP) keeps
 // its places, and its connections. It works on Linux, macOS and the BSDs.
 package fileslots
 
@@ -43,7 +42,7 @@ const (
 	forget = time.Minute            // when a process that has not looked is forgotten
 )
 
-// Slots is an allowance that is shared by all who have one of the same directory. It is safe for concurrent use, also by several
+// Slots is an allowance that all Slots of the same directory share. It is safe for concurrent use, also by several
 // Clients.
 type Slots struct {
 	dir   string
@@ -60,10 +59,10 @@ type Slots struct {
 
 // New returns the Slots of dir, which is created if it is not there, with n places in all.
 //
-// A process that is killed frees its locks before the relay has seen the ends of its connections: a place that was not given back in
-// order is held back for grace before it is used again. 0 means 2 seconds; negative means not at all.
+// A process that is killed frees its locks before the relay has seen the ends of its connections: a place that was not given back
+// properly is held back for grace before it is used again. 0 means 2 seconds; negative means not at all.
 //
-// It is an error where n is less than 1, and where dir cannot be created, written or locked.
+// It is an error if n is less than 1, or if dir cannot be created, written or locked.
 func New(dir string, n int, grace time.Duration) (*Slots, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("fileslots: %d places: want 1 or more", n)

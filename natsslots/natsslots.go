@@ -12,15 +12,14 @@
 //
 // # How it works
 //
-// Each place is a record in a stream of JetStream, which is taken and given back by compare-and-set. A process has a lease for all
-// of its places together, which it renews every fifth of Options.TTL. A process of which nothing was seen for a TTL, while others have
-// seen their own renewals, is buried, and its places are used again after Options.Grace. It has closed its connections
-// before: one that cannot renew ends them with QUIT from half the TTL on, and cuts them at four fifths of it. No clocks
-// are compared.
+// Each place is a record in a JetStream stream; processes take it and give it back by compare-and-set. A process has one lease for
+// all of its places, which it renews every fifth of Options.TTL. If a process does not renew for a TTL, while others see their own
+// renewals, they declare it dead and use its places again after Options.Grace. By then it has closed its connections: a process
+// that cannot renew ends them with QUIT from half the TTL on, and cuts them at four fifths of it. No clocks are compared.
 //
-// Places are handed out as in fileslots: nobody who waits has fewer than others by more than one, and where they do not divide
-// evenly they go round, one turn a second. A process that comes later has its first place in about a second, plus the time
-// that a connection takes to end.
+// Places are shared as in fileslots: a process that waits has at most one place fewer than any other, and if places do not divide
+// evenly they rotate, one turn a second. A process that starts later gets its first place in about a second, plus the time that a
+// connection takes to end.
 //
 // # What happens when
 //
@@ -28,11 +27,11 @@
 //	a process ends with Close        at once
 //	a process is paused beyond TTL   others use its places; its connections are cut when it goes on: until then the relay has too many
 //	the servers are away             no connection is opened; those that are open end from half the TTL on; Sends wait, up to Timeouts.Outage
-//	the servers come back            places are taken as before, and those of which nobody knows how they ended after Grace
-//	they have forgotten the stream   for a moment the relay may have too many: run three, with files, as New creates it
+//	the servers come back            places are taken as before; those whose end nobody knows, after Grace
+//	they have lost the stream        for a moment the relay may have too many: run three, with files, as New creates it
 //
-// Each renewal is a write, and each change of a place's owner four. Some hundred processes are no load; for thousands give each
-// machine a block of connections of its own, shared within by fileslots.
+// Each renewal takes one write, and each change of a place's owner four. Some hundred processes are no load; for thousands give
+// each machine a block of connections of its own, and share that with fileslots.
 package natsslots
 
 import (
@@ -67,21 +66,21 @@ const (
 	placeHeader = "Place"
 )
 
-// Options are how places are shared. All processes must have the same TTL and Grace.
+// Options are the settings of [Slots]. All processes must have the same TTL and Grace.
 type Options struct {
-	// TTL is after which silence a process has lost its places. It should be twice as long as an election among the servers takes, else
-	// one closes connections. 0 means 15 seconds.
+	// TTL is how long a process may be silent before it loses its places. It should be twice as long as an election among the
+	// servers takes, else an election closes connections. 0 means 15 seconds.
 	TTL time.Duration
 
-	// Grace is how long a place is held back that was not given back in order: until the relay has seen the end of its
-	// connection. 0 means 2 seconds; negative means not at all.
+	// Grace is how long a place that was not given back properly is held back, so that the relay sees the end of its connection
+	// first. 0 means 2 seconds; negative means not at all.
 	Grace time.Duration
 
-	// Replicas is how many servers keep the places: 1, 3 or 5. 0 means 1. It is looked at when the stream is created.
+	// Replicas is how many servers keep the places: 1, 3 or 5. 0 means 1. It applies when the stream is created.
 	Replicas int
 }
 
-// Slots is an allowance that is shared by all who have one of the same name. It is safe for concurrent use, also by several
+// Slots is an allowance that all Slots of the same name share. It is safe for concurrent use, also by several
 // Clients.
 type Slots struct {
 	log   *natslog.Log
@@ -132,14 +131,14 @@ type held struct {
 	released       bool // guarded by Slots.mu
 }
 
-// Connect connects to servers, as in "nats://one:4222,nats://two:4222", in the way that Slots want it: a server that is gone is noticed
-// within seconds, and nothing is kept back to be sent later.
+// Connect connects to servers, as in "nats://one:4222,nats://two:4222", with the settings that Slots need: a lost server is noticed
+// within seconds, and nothing is buffered to be sent later.
 func Connect(url string, more ...nats.Option) (*nats.Conn, error) {
 	return nats.Connect(url, append(natslog.Options(), more...)...)
 }
 
 // New returns the Slots of that name, with n places in all. The name is that of a stream, which is created if it is not there: letters,
-// digits, - and _. There is one for each relay and account. The connection of js is the caller's to close, after Close.
+// digits, - and _. Use one for each relay and account. The caller closes the connection of js, after Close.
 func New(ctx context.Context, js jetstream.JetStream, name string, n int, o Options) (*Slots, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("natsslots: %d places: want 1 or more", n)
@@ -189,7 +188,7 @@ func (s *Slots) join(ctx context.Context) error {
 	}
 }
 
-// Close gives all places back and leaves. The Clients are closed before: what they still have is lost to them.
+// Close gives all places back and leaves the group. Close the Clients first: any connection that they still have loses its place.
 func (s *Slots) Close() error {
 	id := s.group.ID()
 	if id == "" {

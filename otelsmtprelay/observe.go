@@ -11,8 +11,8 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Observe has the meter ask client for its connections and waiting Sends whenever metrics are read. Clients are told apart by
-// smtprelay.name, so that several need a Config.Name each. Unregister ends it; a Client that was shut down has no connections.
+// Observe makes the meter ask client for its connections and waiting Sends whenever metrics are read. smtprelay.name distinguishes
+// Clients, so several need a Config.Name each. Unregister ends it; a Client that was shut down has no connections.
 func Observe(client *smtprelay.Client, opts ...Option) (metric.Registration, error) {
 	m := newOptions(opts).meters.Meter(scope, metric.WithSchemaURL(semconv.SchemaURL))
 	connections, err1 := m.Int64ObservableGauge("smtprelay.connections", metric.WithUnit("{connection}"), metric.WithDescription("Connections open or being opened."))

@@ -76,8 +76,8 @@ func WithMeterProvider(p metric.MeterProvider) Option { return func(o *options) 
 // relay's replies (smtprelay.reply.text), and the whole text of an error as the span's description. Metrics never have them.
 func WithAddresses() Option { return func(o *options) { o.addresses = true } }
 
-// NewTrace returns a Trace for [smtprelay.Config.Trace] that makes spans and metrics. One Trace may serve several Clients. An
-// instrument that the meter refuses is told to OpenTelemetry's error handler, and the rest goes on.
+// NewTrace returns a Trace for [smtprelay.Config.Trace] that makes spans and metrics. One Trace may serve several Clients. If the
+// meter refuses an instrument, OpenTelemetry's error handler gets the error, and the others work.
 func NewTrace(opts ...Option) *smtprelay.Trace {
 	o := newOptions(opts)
 	t := &telemetry{

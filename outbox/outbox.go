@@ -1,5 +1,5 @@
-// Package outbox keeps messages in a store until the relay has them: nothing that was enqueued is lost, and nothing is sent
-// twice, whenever the process dies.
+// Package outbox keeps messages in a store until the relay has them: nothing that was enqueued is lost or sent twice, no matter
+// when the process dies.
 //
 //	store, err := sqlitestore.Open("/var/lib/shop/outbox")
 //	…
@@ -7,30 +7,31 @@
 //	go box.Run(ctx)
 //	err = box.Enqueue(ctx, outbox.Message{ID: "order-1234", From: …, To: …, Body: …}) // nil: it is durable
 //
-// Package sqlitestore keeps the messages in a folder, for one worker; natsstore in NATS JetStream, for several on several machines.
+// Package sqlitestore keeps the messages in a folder, for one worker; natsstore keeps them in NATS JetStream, for several workers
+// on several machines.
 //
 // # When you need it
 //
-// A service that may tell its caller "it did not work, try again" needs none: it calls Send. One that has promised a message
-// (the order is placed, the response is written) and then dies would lose it.
+// A service that can tell its caller "it did not work, try again" needs no outbox: it calls Send. A service that has promised a
+// message (the order is placed, the response is written) and then dies would lose the message.
 //
 // # What is promised
 //
-// The state of a message is durable before what it stands for can happen. Before the end of a message leaves for the relay, the
-// store says [Sending] ([smtprelay.Message].BeforeEnd). A worker that dies leaves some messages so: nobody can tell whether
-// the relay has them. They become [Unknown], are listed, and are sent again only if [Outbox.Resolve] says so. In the mean there are a
-// few for each crash: as many as are between their intent and the relay's reply. A Run whose context ends leaves none,
-// where the relay answers within Drain.
+// The state of a message is durable before what it says can happen. Before the end of a message is sent to the relay, the store has
+// its intent, the state [Sending] ([smtprelay.Message].BeforeEnd). A worker that dies leaves some messages in that state: nobody
+// can tell whether the relay has them. They become [Unknown], are listed, and are sent again only if [Outbox.Resolve] says so. On
+// average a crash leaves a few: those between their intent and the relay's reply. A Run whose context ends leaves none if the relay
+// answers within Config.Drain.
 //
 //	dies at                             then
-//	before Enqueue has returned         the message may be queued; to enqueue the same ID again adds nothing
+//	before Enqueue has returned         the message may be queued; enqueuing the same ID again adds nothing
 //	claimed, and no intent written      it is sent again
 //	between intent and reply            Unknown, though perhaps never sent
 //	reply is in, End not yet durable    Unknown; the relay has it
 //	the relay is lost after the end     Unknown
-//	the disk is full, or the store away Enqueue fails; intents fail, so that nothing is sent
+//	the disk is full, or the store away Enqueue fails; intents fail, so nothing is sent
 //
-// An ID is remembered for Config.Remember after its message has ended. The same ID is a new message after that.
+// An ID is remembered for Config.Remember after its message has ended. After that the same ID means a new message.
 package outbox
 
 import (
@@ -46,29 +47,31 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// Config is what an [Outbox] is made of.
+// Config has the settings of an [Outbox].
 type Config struct {
-	// Store keeps the messages. It is the caller's to close, after Run has returned.
+	// Store keeps the messages. The caller closes it, after Run has returned.
 	Store Store
 
-	// Client sends. Where there are several relays, Route chooses one for each message instead.
+	// Client sends the messages. If there are several relays, set Route instead: it chooses a Client for each message.
 	Client *smtprelay.Client
 	Route  func(Item) *smtprelay.Client
 
-	// Retry says when a message that was not accepted is tried again. RetryFor, if not nil, says so for each message: by the domain of its
-	// recipients, or as it is routed. It is given the message with To as those who are to get it again; fields that it leaves
-	// zero are those of Retry. One message has one schedule: enqueue one for each domain where that matters.
+	// Retry says when a message that was not accepted is sent again. RetryFor, if not nil, decides for each message, for example by
+	// the domain of its recipients or by its route. In its argument, To has only the recipients who get the message again. Fields
+	// that are zero in its result are those of Retry. A message has one schedule: if domains need different ones, enqueue one
+	// message for each.
 	Retry    Retry
 	RetryFor func(Item) Retry
 
-	// Intent says when the store is told that a message is being sent.
+	// Intent says when the store records that a message is being sent.
 	Intent IntentTime
 
-	// Tenants is how many messages a tenant may have sent in each of its turns; nil means 1 for all. Less than 1 is 1.
+	// Tenants returns how many messages of a tenant are sent in each of its turns; nil means 1 for all tenants. A result below 1
+	// counts as 1.
 	Tenants func(tenant string) int
 
-	// InHand is how many messages are being sent at once; as many more are claimed. Their bodies are in memory where they are
-	// small. 0 means 64. Four for each connection are plenty.
+	// InHand is how many messages are being sent at once; as many more are claimed. Small bodies are in memory. 0 means 64. Four
+	// for each connection are plenty.
 	InHand int
 
 	// Remember is how long an ID is known after its message was accepted or cancelled. 0 means 24 hours.
@@ -77,26 +80,26 @@ type Config struct {
 	// Drain is how long Run waits for the relay's replies after its context has ended. 0 means 30 seconds.
 	Drain time.Duration
 
-	// Ended, if not nil, is told of each delivery that has come to an end, once that is durable: one more attempt, or
-	// the last. It is called from several goroutines at once, and what it does holds up the next messages.
+	// Ended, if not nil, is called when the end of a delivery is durable, whether or not the message is sent again. It is called
+	// from several goroutines at once, and delays the next messages until it returns.
 	Ended func(Item)
 }
 
-// IntentTime says when the store is told that a message is being sent.
+// IntentTime says when the store records that a message is being sent.
 type IntentTime int
 
 const (
-	// AtEnd, the default: when the body is written. A connection stands still until that is durable; at a crash the messages
-	// become Unknown that were between there and the relay's reply, or had one that was not durable yet.
+	// AtEnd, the default: when the body has been written. The connection waits until the intent is durable. After a crash, messages
+	// between their intent and the relay's reply are Unknown, and those whose reply was not durable yet.
 	AtEnd IntentTime = iota
-	// Early: shortly before its turn on a connection, which costs less time on the way; at a crash more messages become Unknown: a
-	// quarter of InHand more, or up to half of it where the store takes long for an intent.
+	// Early: shortly before the message's turn on a connection, so that the connection waits less. After a crash more messages are
+	// Unknown: a quarter of InHand more, or up to half of it if the store takes long for an intent.
 	Early
 )
 
-// Retry says when a message that was not accepted, and that smtprelay.ShouldRetry or RetryTo would send again, is tried again:
-// after First, then after twice that and so on up to Most, each less a random part of up to a quarter, until it has been there
-// for For. Then it is [Dead].
+// Retry says when a message that was not accepted is sent again, if smtprelay.ShouldRetry or RetryTo allows it: after First, then
+// after twice that and so on up to Most, each less a random part of up to a quarter, until For has passed since it was first due.
+// Then it is [Dead].
 type Retry struct {
 	First time.Duration // 0 means a minute
 	Most  time.Duration // 0 means an hour
@@ -105,27 +108,27 @@ type Retry struct {
 
 // Message is a mail to be enqueued. The fields that are not explained here are those of [smtprelay.Message].
 type Message struct {
-	// ID tells the message from others: an order's number, for example. To enqueue the same one again adds nothing.
+	// ID identifies the message: an order's number, for example. Enqueuing the same ID again adds nothing.
 	ID string
 
 	From         string
 	To           []string
-	Body         io.WriterTo // is written once, within Enqueue
+	Body         io.WriterTo // written once, during Enqueue
 	AllOrNothing bool
 	MailOptions  *smtprelay.MailOptions
 	RcptOptions  map[string]*smtprelay.RcptOptions
 
-	// Tenant is whose message it is: tenants take turns, however many messages one has.
+	// Tenant says whose message it is: tenants take turns, however many messages each has.
 	Tenant string
-	// Priority: of one tenant's messages that are due, those of the highest are first.
+	// Priority orders the messages of one tenant that are due: the highest goes first.
 	Priority int
 
-	// NotBefore is when it is sent at the earliest; zero means at once. After NotAfter it is not begun any more, and is [Dead]; zero
-	// means never.
+	// NotBefore is the earliest time to send the message; zero means at once. After NotAfter no attempt begins, and the message is
+	// [Dead]; zero means no such limit.
 	NotBefore, NotAfter time.Time
 }
 
-// Outbox sends what is in a store. It is safe for concurrent use.
+// Outbox sends the messages in a store. It is safe for concurrent use.
 type Outbox struct {
 	cfg    Config
 	news   chan struct{} // told of something new; has room for one
@@ -134,15 +137,15 @@ type Outbox struct {
 	hands  map[*delivery]struct{}
 	line   []*delivery   // of Early: whose intent was not started yet, in the order of their Sends
 	ahead  int           // intents that were started, of messages whose end may not leave yet
-	begins time.Duration // how long the store takes for an intent
-	gap    time.Duration // between two messages whose ends leave
-	left   time.Time     // when the last one's has
+	begins time.Duration // average time that the store takes for an intent
+	gap    time.Duration // average time between the ends of two messages
+	left   time.Time     // when the last end left
 	ends   bool          // Run is to stop
 	ended  Ended
 }
 
-// New returns an Outbox; Run makes it send. It is an error where Store is missing, where not exactly one of Client and Route is given, and
-// where a number is negative.
+// New returns an Outbox; Run makes it send. It is an error if Store is missing, if not exactly one of Client and Route is set, or
+// if a number is negative.
 func New(cfg Config) (*Outbox, error) {
 	switch {
 	case cfg.Store == nil:
@@ -186,7 +189,8 @@ func setDefault[T int | time.Duration](v *T, def T) {
 	}
 }
 
-// Enqueue adds a message. Where it returns nil the message is durable; else it may be, and may be enqueued again with the same ID.
+// Enqueue adds a message. If it returns nil, the message is durable. Otherwise it may be durable, and may be enqueued again with
+// the same ID.
 func (o *Outbox) Enqueue(ctx context.Context, m Message) error {
 	e, err := o.entry(m)
 	if err != nil {
@@ -202,7 +206,7 @@ func (o *Outbox) Enqueue(ctx context.Context, m Message) error {
 // enqueueTogether is how many messages of EnqueueAll are made durable together.
 const enqueueTogether = 64
 
-// EnqueueAll adds many messages, some of which are made durable together, and yields the ID of each and whether it is.
+// EnqueueAll adds many messages, several at a time, and yields the ID of each, with a nil error if it is durable.
 func (o *Outbox) EnqueueAll(ctx context.Context, messages iter.Seq[Message]) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		var batch []Entry
@@ -265,13 +269,13 @@ func (o *Outbox) entry(m Message) (Entry, error) {
 	}}, nil
 }
 
-// Status returns how a message stands; [ErrNotFound] if its ID is not known, or not any more.
+// Status returns the state of a message; [ErrNotFound] if its ID is not known, or no longer known.
 func (o *Outbox) Status(ctx context.Context, id string) (Item, error) {
 	return o.cfg.Store.Get(ctx, id)
 }
 
 // Body returns the body of a message, to be written once and soon. [ErrNotFound] means that its ID is not known, or that the body
-// is gone: it is after the message was accepted.
+// is gone, as it is after the message was accepted.
 func (o *Outbox) Body(ctx context.Context, id string) (io.WriterTo, error) {
 	return o.cfg.Store.Body(ctx, id)
 }
@@ -281,20 +285,20 @@ func (o *Outbox) List(ctx context.Context, state State) iter.Seq2[Item, error] {
 	return o.cfg.Store.List(ctx, state)
 }
 
-// Stats is how an outbox stands.
+// Stats has the counts of an outbox.
 type Stats struct {
 	Stored Counts // all processes together
 	InHand int    // messages that this Outbox is sending
 	Ended  Ended  // deliveries of this Outbox since New
 }
 
-// Ended is how many deliveries have ended so.
+// Ended counts deliveries by how they ended.
 type Ended struct {
 	Accepted, Dead, Unknown uint64
 	Deferred                uint64 // Queued again
 }
 
-// Stats asks the store how many messages are in which state. With many messages that takes a while: not for each request.
+// Stats asks the store how many messages are in which state. With many messages that takes a while: do not call it for each request.
 func (o *Outbox) Stats(ctx context.Context) (Stats, error) {
 	stored, err := o.cfg.Store.Count(ctx)
 	o.mu.Lock()
@@ -318,8 +322,7 @@ func (o *Outbox) count(state State) {
 	}
 }
 
-// Cancel keeps a message that is Queued from being sent, and reports whether it could: it is too late once the message is
-// Sending.
+// Cancel cancels a message that is Queued, and reports whether it did: it is too late once the message is Sending.
 func (o *Outbox) Cancel(ctx context.Context, id string) (cancelled bool, err error) {
 	err = o.cfg.Store.Change(ctx, id, func(i *Item) error {
 		if i.State != Queued {
@@ -334,13 +337,13 @@ func (o *Outbox) Cancel(ctx context.Context, id string) (cancelled bool, err err
 	return err == nil, err
 }
 
-// Verdict is what is to be done with a message that is Unknown or Dead.
+// Verdict says what to do with a message that is Unknown or Dead.
 type Verdict int
 
 const (
-	SendAgain  Verdict = iota // to all who have not certainly got it: those who may have it may get it twice
-	TakeAsSent                // it is Accepted
-	Drop                      // it is Cancelled
+	SendAgain  Verdict = iota // to all but those who certainly have it: those who may have it may get it twice
+	TakeAsSent                // the message becomes Accepted
+	Drop                      // the message becomes Cancelled
 )
 
 // Resolve decides about a message that is Unknown or Dead; [ErrConflict] means that it is neither.
@@ -348,8 +351,8 @@ func (o *Outbox) Resolve(ctx context.Context, id string, v Verdict) error {
 	return o.resolve(ctx, id, v, Unknown, Dead)
 }
 
-// Requeue sends a message that is Dead again, to those who have not got it, as Resolve with SendAgain does. [ErrConflict] means that it is not
-// Dead: what is Unknown needs Resolve, since the relay may have it.
+// Requeue sends a Dead message again, to those who have not got it, as Resolve with SendAgain does. [ErrConflict] means that it is not
+// Dead: an Unknown message needs Resolve, since the relay may have it.
 func (o *Outbox) Requeue(ctx context.Context, id string) error {
 	return o.resolve(ctx, id, SendAgain, Dead)
 }

@@ -11,65 +11,65 @@ import (
 )
 
 // Store keeps the messages of an [Outbox]. Package storetest has the tests that one must pass. All methods are safe for
-// concurrent use; what is called by many at once should be made durable together.
+// concurrent use; calls that run at the same time should become durable together.
 type Store interface {
 	// Put adds messages. A nil error means that the message is durable, or that its ID was there already.
 	Put(ctx context.Context, entries []Entry) []error
 
-	// Attach makes the caller a worker of the store, until it calls detach. ErrWorking means that there is one, and that the store
-	// has room for one only. Messages that a worker which died was sending become Unknown: it returns how many did by then.
+	// Attach makes the caller a worker of the store, until it calls detach. ErrWorking means that there is a worker, and that the
+	// store allows only one. Messages that a dead worker was sending become Unknown; parked is how many did so far.
 	Attach(ctx context.Context) (detach func() error, parked int, err error)
 
-	// Claim returns up to n messages that are due at now and that nobody has claimed, and when the next one is due, zero if none is.
-	// Tenants take turns, weight(tenant) messages in each; of a tenant's, those of the highest Priority are first, and of these
-	// the oldest. A claim is not durable: it ends with End or Release, or with the worker.
+	// Claim returns up to n messages that are due at now and that nobody has claimed, and when the next one is due, zero if none
+	// is. Tenants take turns, weight(tenant) messages in each; of a tenant's messages, the highest Priority goes first, then the
+	// oldest. A claim is not durable: it ends with End or Release, or with the worker.
 	Claim(ctx context.Context, now time.Time, n int, weight func(tenant string) int) (claims []Claim, next time.Time, err error)
 
-	// Begin makes a message Sending, durably. It is compare-and-set: [ErrConflict] means that it is not Queued any more; a message that
-	// is Sending with the same Nonce is no conflict.
+	// Begin makes a message Sending, durably. It is compare-and-set: [ErrConflict] means that the message is no longer Queued; a
+	// message that is Sending with the same Nonce is no conflict.
 	Begin(ctx context.Context, intents []Intent) []error
 
-	// End writes down what became of a claimed message, durably, and ends the claim. It is compare-and-set like Begin: the message is
+	// End records the outcome of a claimed message, durably, and ends the claim. It is compare-and-set like Begin: the message is
 	// Queued, or Sending with the same Nonce.
 	End(ctx context.Context, ends []End) []error
 
-	// Release ends claims on messages of which nothing was begun.
+	// Release ends claims on messages whose delivery has not begun.
 	Release(ids ...string)
 
 	// Get returns a message; [ErrNotFound] if there is none.
 	Get(ctx context.Context, id string) (Item, error)
 
-	// Body returns the body of a message. [ErrNotFound] means that there is no such message, or that its body is gone: it is after the
-	// message was accepted.
+	// Body returns the body of a message. [ErrNotFound] means that there is no such message, or that its body is gone, as it is
+	// after the message was accepted.
 	Body(ctx context.Context, id string) (io.WriterTo, error)
 
 	// List yields the messages in a state, oldest first. It holds few of them in memory, and no lock while it yields.
 	List(ctx context.Context, state State) iter.Seq2[Item, error]
 
-	// Count tells how many messages are in each state that is not over, and Oldest.
+	// Count returns the [Counts] of the store.
 	Count(ctx context.Context) (Counts, error)
 
-	// Change calls f with a message and writes down what f has made of it, durably, unless f returns an error, which is returned.
-	// No other change comes in between.
+	// Change calls f with a message and stores what f has changed, durably. If f returns an error, Change stores nothing and
+	// returns that error. No other change of the message happens in between.
 	Change(ctx context.Context, id string, f func(*Item) error) error
 
-	// Forget removes messages that were Accepted or Cancelled before then, some thousand at most, and returns how many.
+	// Forget removes messages that became Accepted or Cancelled before that time, some thousand at most, and returns how many.
 	Forget(ctx context.Context, before time.Time) (int, error)
 
 	Close() error
 }
 
-// Counts is how many messages of a [Store] are in a state, whoever is sending them.
+// Counts has the number of messages of a [Store] in each state, of all processes together.
 type Counts struct {
 	Queued, Sending, Dead, Unknown int
 
-	// Oldest is when that of the Queued messages was due which was enqueued first, of those that are due; zero if none is. It is some
-	// seconds ago where all is well.
+	// Oldest is when, of the Queued messages that are due, the first that was enqueued was due; zero if none is due. It is some
+	// seconds ago if all is well.
 	Oldest time.Time
 }
 
-// Newser is what a [Store] may be besides: News has something when messages may be due that others have enqueued. Without it
-// they are found within a second.
+// Newser is an optional interface of a [Store]: News returns a channel that has a value when messages may be due that others have
+// enqueued. Without it they are found within a second.
 type Newser interface{ News() <-chan struct{} }
 
 // Entry is a message to put into a Store.
@@ -81,36 +81,36 @@ type Entry struct {
 // Claim is a message that a worker has in hand.
 type Claim struct {
 	Item
-	Nonce string      // of this delivery; no other one has the same
+	Nonce string      // of this delivery; no other delivery has the same
 	Body  io.WriterTo // can be written any number of times, until the claim ends
 }
 
 // Intent says that a message may have been sent from now on.
 type Intent struct{ ID, Nonce string }
 
-// End is what became of a delivery.
+// End is the outcome of a delivery.
 type End struct {
 	Nonce string
 	Item
 }
 
 var (
-	// ErrConflict is returned where a message is not in the state that was expected.
+	// ErrConflict is returned if a message is not in the expected state.
 	ErrConflict = errors.New("outbox: the message is in another state")
-	// ErrNotFound is returned where there is no message of the ID.
+	// ErrNotFound is returned if there is no message with the ID.
 	ErrNotFound = errors.New("outbox: no such message")
-	// ErrWorking is returned by Run where the store has a worker already, and can have one only.
+	// ErrWorking is returned by Run if the store already has a worker, and allows only one.
 	ErrWorking = errors.New("outbox: another worker has the store")
 )
 
-// State is where a message is on its way.
+// State is the state of a message.
 type State int
 
 const (
-	Queued    State = iota // it waits for its turn, or for its time; the Attempts tell whether it was tried
-	Sending                // the relay may have it: its end may leave from now on
+	Queued    State = iota // it waits for its turn or its time; Attempts tells whether it was tried
+	Sending                // the relay may have it: its end may be sent from now on
 	Accepted               // all recipients were accepted
-	Dead                   // the relay has refused it, or some of its recipients, for good; or its time has passed
+	Dead                   // the relay has refused it, or some of its recipients, permanently; or its time has passed
 	Unknown                // the relay may have it or not: it is not sent again unless Resolve says so
 	Cancelled              // by Cancel, or Resolve with Drop
 )
@@ -125,13 +125,13 @@ func (s State) String() string {
 	return states[s]
 }
 
-// Item is a message as it stands, without its body.
+// Item is a message with its state, without its body.
 type Item struct {
 	ID           string
 	Tenant       string
 	Priority     int
 	From         string
-	To           []string // who is still to get it
+	To           []string // who have yet to get it
 	AllOrNothing bool
 	MailOptions  *smtprelay.MailOptions
 	RcptOptions  map[string]*smtprelay.RcptOptions
@@ -140,13 +140,13 @@ type Item struct {
 
 	State    State
 	Due      time.Time // Queued: when it is tried next
-	Changed  time.Time // when it came into this state
+	Changed  time.Time // when it entered this state
 	Attempts int       // that came to an end
-	Fates    []Fate    // of the recipients that were tried, as the relay has told it last
+	Fates    []Fate    // of the recipients that were tried, by the relay's last replies
 	Reason   string    // why it was not accepted, in one line, with the relay's words in quotes
 }
 
-// Fate is what became of a message for one recipient.
+// Fate is the outcome of a message for one recipient.
 type Fate struct {
 	To      string
 	Outcome smtprelay.Outcome

@@ -1,10 +1,10 @@
-// Package preset has a [smtprelay.Config] for each of the well-known relays, so that only the credentials are left to say:
+// Package preset has a [smtprelay.Config] for each well-known relay. You add only the credentials:
 //
 //	client, err := smtprelay.New(preset.SendGrid(os.Getenv("SENDGRID_API_KEY")))
 //
-// A preset is the relay's host and port, its convention for the user name, and the limits that it documents; what it
-// does not document is left at the Client's defaults, which learn from the relay's replies. TLS is required, but by
-// Mailpit. The Config is the caller's to change before New: a port of implicit TLS, more connections, a Name.
+// A preset is the relay's host and port, its convention for the user name, and the limits that it documents; what it does not
+// document has the Client's defaults, and the Client learns from the relay's replies. TLS is required, except by Mailpit. You may
+// change the Config before New: a port of implicit TLS, more connections, a Name.
 //
 // [smtprelay.ParseURL] takes the same relays as schemes, with the secret where url.URL.Redacted hides it:
 //
@@ -55,9 +55,9 @@ func SendGrid(key string) smtprelay.Config { return config("sendgrid", "", "", k
 // SendGridEU is smtp.eu.sendgrid.net, for the key of a subuser in the EU. See [SendGrid] for its limits.
 func SendGridEU(key string) smtprelay.Config { return config("sendgrid", "eu", "", key) }
 
-// SES is Amazon SES in a region such as "eu-west-1", with the SMTP user name and password made for SES, which are not the
-// AWS keys. 50 recipients are allowed in one transaction; how many connections, and messages on each, is not published and is
-// learnt from its replies.
+// SES is Amazon SES in a region such as "eu-west-1", with the SMTP user name and password made for SES, which are not the AWS keys.
+// 50 recipients are allowed in one transaction; how many connections, and messages on each, is not published: the Client learns
+// that from replies.
 func SES(region, username, password string) smtprelay.Config {
 	return config("ses", region, username, password)
 }
@@ -90,8 +90,9 @@ func Brevo(login, key string) smtprelay.Config { return config("brevo", "", logi
 // Resend is smtp.resend.com with an API key.
 func Resend(key string) smtprelay.Config { return config("resend", "", "", key) }
 
-// SparkPost is smtp.sparkpostmail.com with an API key. 100 messages on a connection are advised, and one that is idle for a minute
-// is closed. For a subaccount set Username to "SMTP_Injection:X-MSYS-SUBACCOUNT=" and its number. It has no port of implicit TLS.
+// SparkPost is smtp.sparkpostmail.com with an API key. 100 messages on a connection are advised, and an idle connection is closed
+// after a minute. For a subaccount set Username to "SMTP_Injection:X-MSYS-SUBACCOUNT=" and its number. It has no port of implicit
+// TLS.
 func SparkPost(key string) smtprelay.Config { return config("sparkpost", "", "", key) }
 
 // SparkPostEU is smtp.eu.sparkpostmail.com. See [SparkPost].
@@ -115,7 +116,7 @@ func Microsoft365(auth func(context.Context, smtprelay.ServerInfo) (smtprelay.Me
 }
 
 // LAN is a Postfix, an Exim or the like on the local network, at port 25 and without authentication. Postfix allows a client 50
-// connections, and Exim 1,000 messages on each. A relay that has no TLS needs TLS set to smtprelay.TLSNone besides.
+// connections, and Exim 1,000 messages on each. For a relay without TLS also set TLS to smtprelay.TLSNone.
 func LAN(host string) smtprelay.Config {
 	return smtprelay.Config{Addr: net.JoinHostPort(host, "25")}
 }

@@ -3,13 +3,13 @@
 //	metrics := promsmtprelay.New()
 //	prometheus.MustRegister(metrics)
 //
-//	cfg.Trace = metrics.Trace() // what needs to be seen as it happens: durations and errors
+//	cfg.Trace = metrics.Trace() // durations and errors, recorded as they happen
 //	client, err := smtprelay.New(cfg)
-//	metrics.Watch(client)       // what the Client counts itself: it is asked when Prometheus asks
+//	metrics.Watch(client)       // the Client's own counters, read at each scrape
 //
-// A [Metrics] serves any number of Clients, told apart by Config.Name, which is the label "client"; Clients of one name are added
-// up. [smtprelay.MultiTrace] joins the Trace with another one. No label has an address or the words of a relay, and each
-// label has few values.
+// A [Metrics] serves any number of Clients. The label "client" is Config.Name; Clients of one name are added up.
+// [smtprelay.MultiTrace] joins the Trace with another one. No label has an address or the words of a relay, and each label has few
+// values.
 //
 // # Metrics
 //
@@ -21,9 +21,9 @@
 //	smtprelay_connections_limit                  gauge      connections that may be open, as configured or as learnt
 //	smtprelay_waiting_sends                      gauge      Sends that wait for a connection
 //	smtprelay_waits_total                        counter    connections waited for
-//	smtprelay_wait_seconds_total                 counter    how long, all of them together
-//	smtprelay_retries_total                      counter    further tries of messages
-//	smtprelay_overlapped_total                   counter    transactions begun before the one ahead had its final reply
+//	smtprelay_wait_seconds_total                 counter    total time of these waits
+//	smtprelay_retries_total                      counter    retries of messages
+//	smtprelay_overlapped_total                   counter    transactions begun before the previous one had its final reply
 //	smtprelay_dials_total{result}                counter    connections tried: ok, failed
 //	smtprelay_auths_total{result}                counter    AUTH commands: ok, failed
 //	smtprelay_connections_closed_total{reason}   counter    connections closed: full, age, idle, fault
@@ -31,7 +31,7 @@
 // From Trace:
 //
 //	smtprelay_send_duration_seconds{outcome}     histogram  duration of Send
-//	smtprelay_wait_duration_seconds              histogram  how long a try of a message waited for a connection
+//	smtprelay_wait_duration_seconds              histogram  how long an attempt waited for a connection
 //	smtprelay_dial_duration_seconds{result}      histogram  how long it took until a connection was ready or had failed
 //	smtprelay_errors_total{step,code}            counter    failed Sends by step, an [smtprelay.Op], and code of the reply; "" where none
 //	smtprelay_lessons_total{lesson}              counter    what was learnt about the relay, an [smtprelay.Lesson]

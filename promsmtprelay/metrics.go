@@ -98,7 +98,7 @@ func (m *Metrics) Trace() *smtprelay.Trace {
 	return &t
 }
 
-// Watch adds Clients whose Stats are collected. A Client that was shut down goes on to be counted, so that no total ever falls.
+// Watch adds Clients whose Stats are collected. A Client that was shut down is still counted, so that no total ever falls.
 func (m *Metrics) Watch(clients ...*smtprelay.Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

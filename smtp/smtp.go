@@ -4,16 +4,16 @@
 // It is as opportunistic as net/smtp: STARTTLS is used where the relay offers it, and a handshake that fails or a certificate that
 // does not verify is an error; where it is not offered, or an attacker on the way hides it, the mail crosses the network in
 // the clear. Credentials follow the rule of the Auth that is given: [PlainAuth] sends them over TLS or to localhost only,
-// [CRAMMD5Auth] and others as they like. A program that can be changed further uses [smtprelay.Client], which requires TLS,
-// takes a context and tells what became of each recipient.
+// [CRAMMD5Auth] and others decide for themselves. A program that can be changed further uses [smtprelay.Client], which requires TLS,
+// takes a context and reports the outcome for each recipient.
 //
-// SendMail keeps the connections to an address, for the same credentials, in one pool: at most 10 are open at once, each for at most
-// 100 messages, and one that has had nothing to do for 5 seconds is closed. How the pool is found: by the address and by
-// what is in the Auth (a hash of its type, and of its strings, numbers and other plain values), not by its pointer, so that a
-// PlainAuth made anew for each call is the same one. Each connection authenticates with a copy of the Auth, so that
-// one that keeps state is not shared. An Auth that holds a func, an interface, a map, a channel or a lock cannot be compared:
-// it is used as it is, for one connection that serves one call, as with net/smtp. 64 pools are kept, and of more the one
-// used longest ago is closed. Of credentials nothing is kept but that copy.
+// SendMail keeps the connections to an address, for the same credentials, in one pool: at most 10 are open at once, each for at
+// most 100 messages, and a connection that is idle for 5 seconds is closed. The key of a pool is the address and the content of the
+// Auth (a hash of its type, and of its strings, numbers and other plain values), not its pointer: a new PlainAuth for each call
+// finds the same pool. Each connection authenticates with a copy of the Auth, so that the state of an Auth is not shared. An Auth
+// that holds a func, an interface, a map, a channel or a lock cannot be compared: it is used as it is, for one connection that
+// serves one call, as with net/smtp. 64 pools are kept; above that the least recently used one is closed. Nothing is kept of the
+// credentials but that copy.
 //
 // What differs from net/smtp:
 //
@@ -27,7 +27,7 @@
 //	a refusal           is a *textproto.Error by type assertion, as before; any other failure is a *smtprelay.Error
 //	a lost connection   before the final dot: an error, and the message is not tried again; after it: an error whose Outcome is
 //	                    Unknown, in which no *textproto.Error is found
-//	QUIT                that fails after the message was accepted is nobody's error
+//	QUIT                is no error if it fails after the message was accepted
 //	addresses           are checked: no brackets, no control characters; to must not be empty, nor msg
 //	msg                 a bare CR becomes CRLF, as a bare LF does
 //	SMTPUTF8            is asked for where an address is not ASCII, not always
@@ -36,7 +36,7 @@
 //	HELO                where EHLO is not understood and there is an Auth, the call fails; net/smtp went on without authentication
 //	Client, Dial        are net/smtp's own: what is sent through them uses no pool
 //
-// The pools live until the process ends. [Shutdown] closes them before.
+// The pools live until the process ends or [Shutdown] closes them.
 package smtp
 
 import (
@@ -64,7 +64,7 @@ type Auth = netsmtp.Auth
 // ServerInfo is net/smtp's.
 type ServerInfo = netsmtp.ServerInfo
 
-// Client is net/smtp's: one connection, which its caller keeps and which no pool knows of.
+// Client is net/smtp's: one connection, which its caller keeps and no pool uses.
 type Client = netsmtp.Client
 
 // PlainAuth is net/smtp's: it sends the credentials only over TLS or to localhost, and only to host.
@@ -93,12 +93,12 @@ func init() { shared.Store(newPools()) }
 
 func newPools() *smtprelay.Registry { return &smtprelay.Registry{Max: maxPools} }
 
-// SendMail sends msg from from to all of to, or to nobody, through the relay at addr, a "host:port" whose port may be a name such as
-// "smtp". a may be nil: then nothing is authenticated. It is safe for concurrent use; the comment of the package tells what differs from
+// SendMail sends msg from from to all of to, or to nobody, through the relay at addr, a "host:port" whose port may be a name such
+// as "smtp". a may be nil for no authentication. It is safe for concurrent use; the package comment lists the differences from
 // net/smtp.
 //
-// Where the relay has refused the message or the connection, the error is a *textproto.Error. Any other error is a
-// *smtprelay.Error; smtprelay.OutcomeOf and errors.As tell of both what became of the message.
+// If the relay has refused the message or the connection, the error is a *textproto.Error. Any other error is a *smtprelay.Error.
+// smtprelay.OutcomeOf and errors.As find the outcome in both.
 func SendMail(addr string, a Auth, from string, to []string, msg []byte) error {
 	cfg := smtprelay.Config{
 		TLS: smtprelay.TLSOpportunistic, AllowInsecureAuth: true, // a decides
@@ -124,9 +124,9 @@ func SendMail(addr string, a Auth, from string, to []string, msg []byte) error {
 	return asBefore(err)
 }
 
-// Shutdown closes the connections of all pools with QUIT, when the calls of SendMail that have one are done. When ctx ends first
-// the rest is closed at once, and the context's error is returned. Calls that still wait for a connection fail with
-// smtprelay.ErrClosed. A later SendMail begins anew.
+// Shutdown closes the connections of all pools with QUIT, when the calls of SendMail that use them are done. If ctx ends first, it
+// closes the rest at once and returns the context's error. Calls that still wait for a connection fail with smtprelay.ErrClosed. A
+// later SendMail opens new pools.
 func Shutdown(ctx context.Context) error { return shared.Swap(newPools()).Shutdown(ctx) }
 
 // sendAlone sends m over a connection of its own.
@@ -175,8 +175,8 @@ func asBefore(err error) error {
 	return &hidden
 }
 
-// SASL makes a Config.Auth of net/smtp's Auths: newAuth is asked for one for each connection, since many keep state. It may return
-// nil to go on without authentication. An initial response that is empty is none, as net/smtp has it.
+// SASL makes a Config.Auth from net/smtp's Auths: it calls newAuth for each connection, since many Auths keep state. newAuth may
+// return nil to go on without authentication. An empty initial response means none, as in net/smtp.
 //
 //	cfg.Auth = smtp.SASL(func(smtprelay.ServerInfo) (smtp.Auth, error) { return LoginAuth(username, password), nil })
 func SASL(newAuth func(smtprelay.ServerInfo) (Auth, error)) func(context.Context, smtprelay.ServerInfo) (smtprelay.Mechanism, error) {

@@ -1,8 +1,8 @@
 package smtpapi
 
-// Filters changes settings of the account for one message. A nil filter leaves the account's setting as it is. One that is
-// given replaces it: with Enable false it is off, and with Enable true nothing of what the account defines for it
-// is used, so that all of it must stand here (SMTP Filters).
+// Filters changes settings of the account for one message. A nil filter leaves the account's setting as it is. A filter that is set
+// replaces it: with Enable false the filter is off; with Enable true none of the account's settings for it are used, so set all of
+// them here (SMTP Filters).
 type Filters struct {
 	// BypassListManagement sends the message even to recipients who have unsubscribed, bounced or complained. It is for
 	// messages such as password resets.
@@ -23,7 +23,7 @@ type Filters struct {
 	Other map[string]map[string]any
 }
 
-// ClickTrack has links lead through SendGrid, which counts the clicks.
+// ClickTrack makes links lead through SendGrid, which counts the clicks.
 type ClickTrack struct {
 	Enable     bool
 	EnableText bool // in the plain text too
@@ -55,7 +55,7 @@ type GAnalytics struct {
 // OpenTrack puts an image into the HTML that tells when the message is opened.
 type OpenTrack struct {
 	Enable  bool
-	Replace string // what the image takes the place of; empty means that it stands at the end
+	Replace string // what the image replaces; empty means that it is put at the end
 }
 
 // SubscriptionTrack puts a link for unsubscribing into the message. If it is enabled, Replace or one of the texts is needed.
@@ -63,7 +63,7 @@ type SubscriptionTrack struct {
 	Enable  bool
 	HTML    string // "text/html": appended; <% text %> becomes the link
 	Text    string // "text/plain": appended; <% %> becomes the link
-	Replace string // what the link's URL takes the place of, instead of the texts
+	Replace string // what the link's URL replaces; used instead of the texts
 }
 
 // Templates sends the message through a transactional template.

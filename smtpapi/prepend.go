@@ -19,7 +19,7 @@ var errContinued = errors.New("smtpapi: the message begins with white space, whi
 //
 // The result can be written as often as body can. A body that can seek is written from where it stands now, each time, and a
 // *bytes.Buffer is read in place: see smtprelay.Reader. The result is an io.Reader, used up by writing, if and only if body is one
-// that can be read only once. Where body fails before its first byte, or has none, the field is not written either. A nil body gives
+// that can be read only once. If body fails before its first byte, or is empty, the field is not written either. A nil body gives
 // nil.
 func Prepend(h Header, body io.WriterTo) io.WriterTo {
 	if body == nil {

@@ -4,10 +4,10 @@
 //	if err := h.Check(); err != nil { … } // every mistake at once
 //	receipt, err := client.Send(ctx, smtprelay.Message{…, Body: smtpapi.Prepend(h, body)})
 //
-// The field holds one JSON object; [Header] is that object as a struct, where a zero field is left out. [Header.Marshal]
-// returns the field, checked, escaped and folded; [Prepend] puts it in front of a message body.
-// SendGrid reads the field only after it has accepted the message: to a mistake it answers 250, and later sends a bounce to
-// MAIL FROM. Header therefore refuses what SendGrid's documents rule out, and MAIL FROM should be an address that is read.
+// The field holds one JSON object; [Header] is that object as a struct, where a zero field is left out. [Header.Marshal] returns
+// the field, checked, escaped and folded; [Prepend] puts it in front of a message body. SendGrid reads the field only after it has
+// accepted the message: it answers 250 even to a mistake, and later sends a bounce to MAIL FROM. Header therefore refuses what
+// SendGrid's documents rule out, and somebody should read the mail to MAIL FROM.
 //
 // # Recipients
 //
@@ -17,12 +17,12 @@
 //
 // # Lines
 //
-// SendGrid asks for lines of at most 1,000 octets, with the line end, because servers on the way cut longer ones in places
-// where the cut breaks the JSON. The field is folded at 78 octets where JSON allows white space, so that every unfolding
-// yields the same JSON. Strings are never folded: a server may unfold to more, fewer or other white space than there was.
-// A string that fits on no line, 996 octets in escaped form and with its quotes, is an error: such a text belongs
-// into the message or into a template. Servers on the way may also limit a field as a whole (Postfix truncates at
-// 102,400 octets, its header_size_limit); SendGrid's own servers are not known to.
+// SendGrid asks for lines of at most 1,000 octets, with the line end, because servers on the way cut longer lines, which breaks the
+// JSON. The field is folded at 78 octets where JSON allows white space, so that every unfolding yields the same JSON. Strings are
+// never folded: a server may unfold to more, fewer or other white space than there was. A string that fits on no line, 996 octets
+// in escaped form and with its quotes, is an error: such a text belongs in the message or in a template. Servers on the way may
+// also limit a field as a whole (Postfix truncates at 102,400 octets, its header_size_limit); no such limit of SendGrid's own
+// servers is known.
 //
 // # Sources
 //
@@ -39,10 +39,10 @@ import (
 	"time"
 )
 
-// Header is the content of an X-SMTPAPI field. The zero value asks for nothing. It is only read by this package, so that
-// several goroutines may use one Header as long as none changes it.
+// Header is the content of an X-SMTPAPI field. The zero value asks for nothing. This package only reads it, so several goroutines
+// may use one Header as long as none changes it.
 type Header struct {
-	// To holds the recipients in place of those of the envelope: at most 10,000, of which SendGrid advises about 1,000
+	// To holds the recipients in place of those of the envelope: at most 10,000; SendGrid advises about 1,000
 	// (Building an X-SMTPAPI Header).
 	To []string
 
@@ -53,14 +53,14 @@ type Header struct {
 	Sub map[string][]string
 
 	// Section maps a tag to a text for all recipients, which may contain tags of Sub. Each tag must stand in a value of
-	// Sub, and in no other section (Section Tags). SendGrid's page says of sections that they are deprecated and removed.
+	// Sub, and in no other section (Section Tags). SendGrid's page says that sections are deprecated and removed.
 	Section map[string]string
 
 	// Category holds at most 10 categories in US-ASCII, under which SendGrid keeps statistics. It advises about 100
 	// different ones for an account (Categories).
 	Category []string
 
-	// UniqueArgs are handed back with each event of the message: names and values have at most 10,000 bytes in all. SendGrid
+	// UniqueArgs are returned with each event of the message: names and values have at most 10,000 bytes in all. SendGrid
 	// does not treat them as private data (Unique Arguments).
 	UniqueArgs map[string]string
 
@@ -93,7 +93,7 @@ type Header struct {
 // without its CRLF (RFC 5322, 2.1.1). The error is that of [Header.Check].
 func (h Header) Marshal() ([]byte, error) { return h.AppendTo(nil) }
 
-// AppendTo appends what [Header.Marshal] returns to b. It returns b as it was if there is an error.
+// AppendTo appends what [Header.Marshal] returns to b. If there is an error, it returns b unchanged.
 func (h Header) AppendTo(b []byte) ([]byte, error) {
 	if err := h.Check(); err != nil {
 		return b, err

@@ -18,7 +18,7 @@ import (
 )
 
 // MessageOf builds e and returns it with its envelope: the address of Sender or From, and those of To, Cc and Bcc, each once. The
-// Bcc field is in no header. e is built once, so that another try has the same Message-Id.
+// header has no Bcc field. e is built once, so that another attempt has the same Message-Id.
 func MessageOf(e *email.Email) (smtprelay.Message, error) {
 	raw, err := e.Bytes()
 	body := smtprelay.Bytes(raw)
@@ -30,7 +30,7 @@ func MessageOf(e *email.Email) (smtprelay.Message, error) {
 }
 
 // Send sends e through client: to all of its recipients or, if the relay refuses one of them, to nobody, as with e.Send;
-// client.Send of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
+// client.Send with the result of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
 func Send(ctx context.Context, client *smtprelay.Client, e *email.Email) error {
 	m, err := MessageOf(e)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 )
 
 // MessageOf builds the message and returns it with its envelope: the address of From, and those of To, CC and BCC, each once.
-// enmime writes no BCC header. Without one of your own it makes no Message-ID either.
+// enmime writes no BCC header, and no Message-ID unless you set one.
 func MessageOf(b enmime.MailBuilder) (smtprelay.Message, error) {
 	e := &envelope{}
 	e.err = b.Send(e)
@@ -26,7 +26,7 @@ func MessageOf(b enmime.MailBuilder) (smtprelay.Message, error) {
 }
 
 // Send sends the message of b through client: to all of its recipients or, if the relay refuses one of them, to nobody, as
-// with enmime; client.Send of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
+// with enmime; client.Send with the result of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
 func Send(ctx context.Context, client *smtprelay.Client, b enmime.MailBuilder) error {
 	m, err := MessageOf(b)
 	if err != nil {

@@ -31,8 +31,8 @@ import (
 )
 
 // MessageOf returns m with its envelope: the address of its Sender or From header, and those of To, Cc and Bcc, each once. The Bcc
-// header is not written. m is built here, once and in memory: a reader that it attaches is used up by that, and every try
-// sends the same octets.
+// header is not written. m is built here, once and in memory: that uses up the readers that m attaches, and every attempt sends the
+// same octets.
 func MessageOf(m *gomail.Message) (smtprelay.Message, error) {
 	var body bytes.Buffer
 	var e envelope
@@ -83,8 +83,8 @@ func (e *SendError) Error() string {
 func (e *SendError) Unwrap() error { return e.Err }
 
 // Send sends messages through client, one after the other, and stops at the first that is not sent. Each goes to all of its
-// recipients or, if the relay refuses one of them, to nobody, as with gomail; client.Send of [MessageOf] delivers to the
-// others. It is safe for concurrent use, as long as no two calls have a message in common.
+// recipients or, if the relay refuses one of them, to nobody, as with gomail; client.Send with the result of [MessageOf] delivers
+// to the others. It is safe for concurrent use, as long as no two calls have a message in common.
 func Send(ctx context.Context, client *smtprelay.Client, messages ...*gomail.Message) error {
 	return sendEach(messages, func(m smtprelay.Message) error {
 		_, err := client.Send(ctx, m)
@@ -114,7 +114,7 @@ var shared atomic.Pointer[smtprelay.Registry]
 func init() { shared.Store(new(smtprelay.Registry)) }
 
 // DialAndSend sends messages as [Send] does, through the pool for the settings of d: at most 10 connections are open at once to a relay
-// with the same settings, and one that has had nothing to do for 5 seconds is closed. Dialers made anew for each call share a pool.
+// with the same settings, and a connection that is idle for 5 seconds is closed. New Dialers with the same settings share a pool.
 // If no connection is open and the relay cannot be reached, it fails at once, as gomail does.
 //
 // A Dialer with an Auth, or with a TLSConfig that sets more than ServerName, InsecureSkipVerify, MinVersion and MaxVersion, cannot
@@ -123,7 +123,7 @@ func init() { shared.Store(new(smtprelay.Registry)) }
 //
 // What differs from gomail: credentials cross only a TLS connection, or one to localhost (an Auth decides for itself); they are
 // sent as PLAIN or LOGIN, and CRAM-MD5 needs an Auth; where there is a Username and the relay offers no AUTH, the call
-// fails; TLS 1.2 is the least.
+// fails; TLS 1.2 is the minimum.
 func DialAndSend(ctx context.Context, d *gomail.Dialer, messages ...*gomail.Message) error {
 	cfg := config(d)
 	if d.Auth == nil && comparableTLS(d.TLSConfig) {
@@ -148,8 +148,8 @@ func DialAndSend(ctx context.Context, d *gomail.Dialer, messages ...*gomail.Mess
 	return err
 }
 
-// Shutdown closes the connections of all pools of [DialAndSend] with QUIT when the calls that have one are done. When ctx ends
-// first the rest is closed at once, and the context's error is returned. A later DialAndSend begins anew.
+// Shutdown closes the connections of all pools of [DialAndSend] with QUIT when the calls that use them are done. If ctx ends first,
+// it closes the rest at once and returns the context's error. A later DialAndSend opens new pools.
 func Shutdown(ctx context.Context) error { return shared.Swap(new(smtprelay.Registry)).Shutdown(ctx) }
 
 // config has the settings of d.

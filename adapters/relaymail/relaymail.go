@@ -7,9 +7,9 @@
 //
 //	err := relaymail.DialAndSend(ctx, d, m) // was: d.DialAndSend(m)
 //
-// A *mail.SendError hides its Cause from errors.As. The errors of this package have the same text, errors.As finds the
-// *mail.SendError in them, whose Index tells the message, and the *smtprelay.Error: smtprelay.OutcomeOf, ShouldRetry and RetryTo
-// work on them.
+// A *mail.SendError hides its Cause from errors.As. The errors of this package have the same text, and errors.As finds two errors
+// in them: the *mail.SendError, whose Index tells the message, and the *smtprelay.Error. smtprelay.OutcomeOf, ShouldRetry and
+// RetryTo work on them.
 package relaymail
 
 import (
@@ -31,8 +31,8 @@ import (
 )
 
 // MessageOf returns m with its envelope: the address of its Sender or From header, and those of To, Cc and Bcc, each once. The Bcc
-// header is not written. m is built here, once and in memory: a reader that it attaches is used up by that, and every try
-// sends the same octets.
+// header is not written. m is built here, once and in memory: that uses up the readers that m attaches, and every attempt sends the
+// same octets.
 func MessageOf(m *mail.Message) (smtprelay.Message, error) {
 	var body bytes.Buffer
 	var e envelope
@@ -76,8 +76,8 @@ type sendError struct{ *mail.SendError }
 func (e sendError) Unwrap() []error { return []error{e.SendError, e.Cause} }
 
 // Send sends messages through client, one after the other, and stops at the first that is not sent. Each goes to all of its
-// recipients or, if the relay refuses one of them, to nobody, as with mail.v2; client.Send of [MessageOf] delivers to the
-// others. It is safe for concurrent use, as long as no two calls have a message in common.
+// recipients or, if the relay refuses one of them, to nobody, as with mail.v2; client.Send with the result of [MessageOf] delivers
+// to the others. It is safe for concurrent use, as long as no two calls have a message in common.
 func Send(ctx context.Context, client *smtprelay.Client, messages ...*mail.Message) error {
 	return sendEach(messages, func(m smtprelay.Message) error {
 		_, err := client.Send(ctx, m)
@@ -107,17 +107,17 @@ var shared atomic.Pointer[smtprelay.Registry]
 func init() { shared.Store(new(smtprelay.Registry)) }
 
 // DialAndSend sends messages as [Send] does, through the pool for the settings of d: at most 10 connections are open at once to a relay
-// with the same settings, and one that has had nothing to do for 5 seconds is closed. Dialers made anew for each call share a pool.
+// with the same settings, and a connection that is idle for 5 seconds is closed. New Dialers with the same settings share a pool.
 // If no connection is open and the relay cannot be reached, it fails at once, as mail.v2 does.
 //
 // A Dialer with an Auth, or with a TLSConfig that sets more than ServerName, InsecureSkipVerify, MinVersion and MaxVersion, cannot
 // be compared with another: its messages share one connection, which is closed when the call ends. Use [Send] with a Client to
 // pool those.
 //
-// What differs from mail.v2: Timeout bounds the dial alone, and ctx the call; RetryFailure is not looked at, and a message that
+// What differs from mail.v2: Timeout bounds the dial alone, and ctx the call; RetryFailure is ignored, and a message that
 // cannot have been accepted is tried again; credentials cross only a TLS connection, or one to localhost (an Auth decides for itself); they are
 // sent as PLAIN or LOGIN, and CRAM-MD5 needs an Auth; where there is a Username and the relay offers no AUTH, the call
-// fails; TLS 1.2 is the least.
+// fails; TLS 1.2 is the minimum.
 func DialAndSend(ctx context.Context, d *mail.Dialer, messages ...*mail.Message) error {
 	cfg := config(d)
 	if d.Auth == nil && comparableTLS(d.TLSConfig) {
@@ -142,8 +142,8 @@ func DialAndSend(ctx context.Context, d *mail.Dialer, messages ...*mail.Message)
 	return err
 }
 
-// Shutdown closes the connections of all pools of [DialAndSend] with QUIT when the calls that have one are done. When ctx ends
-// first the rest is closed at once, and the context's error is returned. A later DialAndSend begins anew.
+// Shutdown closes the connections of all pools of [DialAndSend] with QUIT when the calls that use them are done. If ctx ends first,
+// it closes the rest at once and returns the context's error. A later DialAndSend opens new pools.
 func Shutdown(ctx context.Context) error { return shared.Swap(new(smtprelay.Registry)).Shutdown(ctx) }
 
 // config has the settings of d.

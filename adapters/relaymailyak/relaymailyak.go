@@ -4,7 +4,7 @@
 //
 //	err := relaymailyak.Send(ctx, client, m) // was: m.Send()
 //
-// The host and the Auth that mailyak.New is given are not used: mailyak.New("", nil) will do.
+// The host and the Auth that you give to mailyak.New are not used: mailyak.New("", nil) will do.
 package relaymailyak
 
 import (
@@ -19,9 +19,9 @@ import (
 	"github.com/smtprelay/smtprelay"
 )
 
-// MessageOf builds m and returns it with its envelope: the address given to From, and those given to To, Cc and Bcc, each once. m tells
-// them to nobody else, so that they are read from the header that it writes. The Bcc fields are taken out of it, and
-// m.WriteBccHeader(false) is called. The readers that m attaches are used up.
+// MessageOf builds m and returns it with its envelope: the address given to From, and those given to To, Cc and Bcc, each once. m
+// has no method that returns them, so MessageOf reads them from the header that m writes. It removes the Bcc fields from it, and
+// calls m.WriteBccHeader(false). The readers that m attaches are used up.
 func MessageOf(m *mailyak.MailYak) (smtprelay.Message, error) {
 	m.WriteBccHeader(true)
 	defer m.WriteBccHeader(false)
@@ -38,7 +38,7 @@ func MessageOf(m *mailyak.MailYak) (smtprelay.Message, error) {
 }
 
 // Send sends m through client: to all of its recipients or, if the relay refuses one of them, to nobody, as with m.Send;
-// client.Send of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
+// client.Send with the result of [MessageOf] delivers to the others. Its error is an *smtprelay.Error.
 func Send(ctx context.Context, client *smtprelay.Client, m *mailyak.MailYak) error {
 	msg, err := MessageOf(m)
 	if err != nil {

@@ -31,7 +31,7 @@ import (
 
 func main() {
 	dir := flag.String("dir", "outbox-data", "folder of the outbox")
-	from := flag.String("from", "shop@example.com", "reverse-path and From of the mails")
+	from := flag.String("from", "shop@example.com", "envelope sender and From of the mails")
 	listen := flag.String("listen", "localhost:8080", "where to serve HTTP")
 	flag.Parse()
 	if err := run(*dir, *from, *listen, os.Getenv("SMTP_URL")); err != nil {

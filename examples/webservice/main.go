@@ -28,7 +28,7 @@ import (
 )
 
 func main() {
-	from := flag.String("from", "shop@example.com", "reverse-path and From of the mails")
+	from := flag.String("from", "shop@example.com", "envelope sender and From of the mails")
 	listen := flag.String("listen", "localhost:8080", "where to serve HTTP")
 	flag.Usage = usage
 	flag.Parse()

@@ -24,21 +24,21 @@ import (
 	"github.com/smtprelay/smtprelay/outbox"
 )
 
-// Options are how a store is kept.
+// Options are the settings of a [Store].
 type Options struct {
-	// Name is that of the stream. Stores of different names have nothing to do with each other. "" means "outbox". It has letters,
-	// digits, - and _.
+	// Name is the name of the stream. Stores with different names are independent. "" means "outbox". It may have letters, digits,
+	// - and _.
 	Name string
 
-	// Replicas is how many servers keep each message: 1, 3 or 5. 0 means 1. It is looked at when the stream is created.
+	// Replicas is how many servers keep each message: 1, 3 or 5. 0 means 1. It applies when the stream is created.
 	Replicas int
 
-	// Existing opens a stream that is there and creates none: New then fails with jetstream.ErrStreamNotFound. It is for programs that
-	// look after the store of a service.
+	// Existing makes New open an existing stream and create none: without one it fails with jetstream.ErrStreamNotFound. It is for
+	// programs that administer the store of a service.
 	Existing bool
 
-	// Lease is after which silence a worker is taken for dead, and what it was sending becomes Unknown. All workers have the same.
-	// It should be longer than an election among the servers takes. 0 means 10 seconds.
+	// Lease is how long a worker may be silent before it is declared dead, and what it was sending becomes Unknown. All workers
+	// must have the same. It should be longer than an election among the servers takes. 0 means 10 seconds.
 	Lease time.Duration
 }
 
@@ -107,13 +107,13 @@ const (
 	together   = 64               // requests under way at once
 )
 
-// Connect connects to servers, as in "nats://one:4222,nats://two:4222", in the way that a store wants it: a server that is gone is noticed
-// within seconds, and nothing is kept back to be sent later. A server that is not there yet is no error.
+// Connect connects to servers, as in "nats://one:4222,nats://two:4222", with the settings that a store needs: a lost server is
+// noticed within seconds, and nothing is buffered to be sent later. A server that cannot be reached yet is no error.
 func Connect(url string, more ...nats.Option) (*nats.Conn, error) {
 	return nats.Connect(url, append(natslog.Options(), more...)...)
 }
 
-// New opens the store, and creates it if it is not there. nc is the caller's to close, after the store.
+// New opens the store, and creates it if there is none. The caller closes nc, after the store.
 func New(nc *nats.Conn, o Options) (*Store, error) {
 	if o.Name == "" {
 		o.Name = "outbox"

@@ -21,10 +21,11 @@ import (
 
 // In this file: what an outbox costs.
 
-// Delivered measures messages a second to a relay at 5 ms, beside the client alone: go test -run '^$' -bench . -benchtime 5000x
+// Delivered measures messages a second to a relay at 5 ms, and compares with the client alone. Run it with go test -run '^$' -bench
+// . -benchtime 5000x.
 //
-// The relay is a process of its own, as it is for everybody. On Linux the benchmark tells besides how long processors have worked for a message: for
-// this process, the relay and the servers. Where they are all on one machine, that is what sets the pace.
+// The relay is a process of its own, as in production. On Linux the benchmark also reports the processor time for a message, of
+// this process, the relay and the servers. If they are all on one machine, that sets the pace.
 func Delivered(b *testing.B, open func(b *testing.B) outbox.Store, servers ...int) {
 	addr, relay := startRelay(b)
 	servers = append(servers, os.Getpid(), relay)

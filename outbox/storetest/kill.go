@@ -34,7 +34,7 @@ type Engine struct {
 	Most  map[string]int // how many messages may be unknown for each kill, on average: with intents "at end" and "early"
 }
 
-// Child reports whether the process is one of these tests, and then has done what it is for. TestMain calls it first.
+// Child reports whether one of these tests started the process; if so, Child has done the process's work. TestMain calls it first.
 func Child(open func(place string) (outbox.Store, error)) bool {
 	place := os.Getenv("OUTBOX_PLACE")
 	if place == "" {
@@ -47,8 +47,8 @@ func Child(open func(place string) (outbox.Store, error)) bool {
 	return true
 }
 
-// Process is a Child: how is "at end", "early" or "none" for a worker that writes intents so, until its input ends; or "enqueue" for one that
-// enqueues ten messages, and says so after each.
+// Process returns the command that runs a Child. With how "at end", "early" or "none" it is a worker that writes intents in this
+// way until its input ends; with "enqueue" it enqueues ten messages, and reports each.
 func Process(how, place, addr string, wrapper ...string) *exec.Cmd {
 	args := append(slices.Clone(wrapper), os.Args[0])
 	cmd := exec.Command(args[0], args[1:]...)
@@ -57,7 +57,7 @@ func Process(how, place, addr string, wrapper ...string) *exec.Cmd {
 	return cmd
 }
 
-// InHand is how many messages such a worker sends at once.
+// InHand is how many messages a worker of [Kills] sends at once.
 const InHand = 40
 
 func child(place, addr, how string, open func(place string) (outbox.Store, error)) error {
@@ -115,7 +115,7 @@ func numbered(i int) outbox.Message {
 		Body: smtprelay.Bytes(fmt.Appendf(nil, "Subject: %d\r\n\r\n%s", i, strings.Repeat("It is ready.\r\n", 100)))}
 }
 
-// Kills tests that a worker which is killed at any moment loses nothing and sends nothing twice; what was under way is listed.
+// Kills tests that a worker which is killed at any moment loses nothing and sends nothing twice; messages in progress are listed.
 func Kills(t *testing.T, e Engine) {
 	if *kills > 0 {
 		e.Kills = *kills

@@ -1,6 +1,5 @@
-// Package storetest has the tests that an [outbox.Store] must pass: what it is asked for by itself, what an Outbox on it does with a
-// relay, and what becomes of messages whose worker is killed. The flag -kills says how often that is; make kills does it a thousand
-// times.
+// Package storetest has the tests that an [outbox.Store] must pass: tests of the store by itself, of an Outbox on it with a relay,
+// and of workers that are killed. The flag -kills sets how often; make kills does it a thousand times.
 package storetest
 
 import (
@@ -20,11 +19,11 @@ import (
 type Workers int
 
 const (
-	One  Workers = iota // a second one is told ErrWorking
+	One  Workers = iota // a second one gets ErrWorking
 	Many                // they share the messages
 )
 
-// Run runs all tests. open opens the store of a directory, again where it was open before; the test closes it.
+// Run runs all tests. open opens the store in a directory, possibly one that was open before; the test closes it.
 func Run(t *testing.T, workers Workers, open func(t *testing.T, dir string) outbox.Store) {
 	tests := map[string]func(*testing.T, *bed){
 		"the same ID again adds nothing":                          sameID,

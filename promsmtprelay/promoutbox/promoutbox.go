@@ -1,9 +1,9 @@
-// Package promoutbox tells Prometheus how an outbox stands:
+// Package promoutbox gives Prometheus the metrics of an outbox:
 //
 //	prometheus.MustRegister(promoutbox.New(box))
 //
-// smtprelay_outbox_messages{state} and smtprelay_outbox_oldest_seconds are those of the store: each process that shares it tells
-// the same, so take the max and not the sum. smtprelay_outbox_in_hand and smtprelay_outbox_ended_total{state} are those of the process.
+// smtprelay_outbox_messages{state} and smtprelay_outbox_oldest_seconds describe the store: each process that shares it reports the
+// same, so take the max and not the sum. smtprelay_outbox_in_hand and smtprelay_outbox_ended_total{state} describe the process.
 //
 // Alerts to begin with:
 //
@@ -36,7 +36,7 @@ type Collector struct {
 	messages, oldest, inHand, ended, up *prometheus.Desc
 }
 
-// New returns a Collector. Several in one registry need labels that differ: prometheus.WrapRegistererWith.
+// New returns a Collector. Several in one registry need different labels: see prometheus.WrapRegistererWith.
 func New(source Source) *Collector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc("smtprelay_outbox_"+name, help, labels, nil)
@@ -58,7 +58,7 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements [prometheus.Collector]. Where the store does not answer, what is of the store is left out.
+// Collect implements [prometheus.Collector]. If the store does not answer, the metrics of the store are left out.
 func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()

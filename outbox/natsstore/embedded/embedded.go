@@ -1,5 +1,5 @@
-// Package embedded runs a NATS server within the program: for tests, and for a machine that wants a store of its own without
-// a server beside it. It syncs each message to the disk before it says that it has it, which NATS does not by default.
+// Package embedded runs a NATS server within the program: for tests, and for a machine that needs a store of its own without a
+// separate server. It syncs each message to the disk before it acknowledges it, which NATS does not by default.
 package embedded
 
 import (
@@ -16,23 +16,23 @@ import (
 	"github.com/smtprelay/smtprelay/internal/natslog"
 )
 
-// Config is what a server is made of.
+// Config has the settings of a server.
 type Config struct {
-	// Dir is where the messages are, for this server alone.
+	// Dir is the folder of the messages, for this server alone.
 	Dir string
 
 	// Listen is the address for clients in other processes, such as "127.0.0.1:4222"; port 0 takes any. "" means none: only Connect
 	// reaches the server.
 	Listen string
 
-	// For a cluster of three or five: its name, the name of this server, which it keeps, the address for the other servers, and
-	// those of all servers. Listen must be set too.
+	// For a cluster of three or five: its name, the name of this server, which must stay the same, the address for the other
+	// servers, and the addresses of all servers. Listen must be set too.
 	Cluster, Name string
 	ListenCluster string
 	Routes        []string
 
-	// Token, if not "", is what clients must give, and servers of the cluster too. Without it everybody who can reach an address
-	// can read, write and delete mail. For TLS run nats-server.
+	// Token, if not "", is required from clients, and from the other servers of the cluster. Without it everybody who can reach an
+	// address can read, write and delete mail. For TLS run nats-server.
 	Token string
 }
 
@@ -42,7 +42,7 @@ type Server struct{ server *server.Server }
 // startTime is how long a server may take to be ready; one of a cluster does not wait for the others.
 const startTime = time.Minute
 
-// Start starts a server; a cluster works once most of its servers are there.
+// Start starts a server; a cluster works once most of its servers run.
 func Start(c Config) (*Server, error) {
 	o := &server.Options{JetStream: true, StoreDir: c.Dir, SyncAlways: true, ServerName: c.Name, DontListen: c.Listen == "", NoSigs: true, NoLog: true,
 		Authorization: c.Token}
@@ -115,10 +115,10 @@ func (s *Server) Connect(more ...nats.Option) (*nats.Conn, error) {
 	return nats.Connect("", append(append(natslog.Options(), nats.InProcessServer(s.server)), more...)...)
 }
 
-// URL is that for clients in other processes.
+// URL returns the URL for clients in other processes.
 func (s *Server) URL() string { return s.server.ClientURL() }
 
-// Close stops the server, and returns when it has.
+// Close stops the server, and returns when it has stopped.
 func (s *Server) Close() {
 	s.server.Shutdown()
 	s.server.WaitForShutdown()
