@@ -162,8 +162,8 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 
 // send takes a message in hand. It reports false where nothing has become of it.
 func (o *Outbox) send(ctx context.Context, c *Claim) (tried bool) {
-	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
-		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
+	if now := time.Now(); !c.NotAfter.IsZero() && now.After(c.NotAfter) {
+		c.State, c.Changed, c.Reason = Dead, now, "its time had passed (NotAfter)"
 		return true
 	}
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
