@@ -165,8 +165,8 @@ func (o *Outbox) deliver(ctx context.Context, c Claim) {
 
 // send takes a message in hand. It reports false where nothing has become of it.
 func (o *Outbox) send(ctx context.Context, c *Claim) (tried bool) {
-	if !c.NotAfter.IsZero() && time.Now().After(c.NotAfter) {
-		c.State, c.Reason = Dead, "its time had passed (NotAfter)"
+	if now := time.Now(); !c.NotAfter.IsZero() && now.After(c.NotAfter) {
+		c.State, c.Changed, c.Reason = Dead, now, "its time had passed (NotAfter)"
 		return true
 	}
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -284,6 +284,10 @@ func (d *delivery) beforeEnd(ctx context.Context, _ []string) error {
 // storePause is how long a message waits that could not be sent for a reason of ours.
 const storePause = time.Second
 
+// storePatience is how long the store is asked to take what became of a message, at least, once Run is to stop. It is a time and no number: a
+// store may take a minute to say that it is busy.
+const storePatience = 5 * time.Second
+
 // settle takes in what a Send has returned.
 func (c *Claim) settle(err error, now time.Time, schedule func(Item) Retry) {
 	c.Changed = now
@@ -366,16 +370,15 @@ func (r Retry) wait(attempts int) time.Duration {
 // end writes down what became of c. A store that does not take it is asked again: until it does, the message is Sending. Where
 // Run is to stop, it is left so after a while, and is Unknown from the next Run on.
 func (o *Outbox) end(c Claim) {
-	for wait, tries := 10*time.Millisecond, 0; ; wait = min(2*wait, storePause) {
+	for wait, began := 10*time.Millisecond, time.Now(); ; wait = min(2*wait, storePause) {
 		err := o.cfg.Store.End(context.Background(), []End{{Nonce: c.Nonce, Item: c.Item}})[0]
 		if err == nil {
 			break
 		}
-		if errors.Is(err, ErrConflict) || o.stopping() && tries > 10 {
+		if errors.Is(err, ErrConflict) || o.stopping() && time.Since(began) > storePatience {
 			o.cfg.Store.Release(c.ID)
 			return
 		}
-		tries++
 		time.Sleep(wait)
 	}
 	o.count(c.State)

@@ -152,10 +152,11 @@ func (d *dialogue) startTLS(ctx context.Context) *OpenError {
 	// pool is not free before the relay has closed it too.
 	d.progress(StepTLS)
 	raw := d.c.raw
-	limit := d.patience(d.o.Timeouts.TLS)
+	limit, deadline := d.patience(d.o.Timeouts.TLS), time.Time{}
 	if limit > 0 {
-		raw.SetReadDeadline(time.Now().Add(limit))
+		deadline = time.Now().Add(limit)
 	}
+	raw.SetReadDeadline(deadline) // without a limit too: that of the reply to STARTTLS is over
 	tc := tls.Client(raw, d.o.TLS)
 	err := tc.HandshakeContext(context.WithoutCancel(ctx))
 	switch {

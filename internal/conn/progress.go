@@ -37,6 +37,7 @@ type progressConn struct {
 // unacked. For both, 0 means no limit.
 func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
 	c := &progressConn{Conn: nc, limit: limit}
+	nc.SetReadDeadline(time.Time{}) // whoever has dialed may have left one
 	if sc, ok := nc.(syscall.Conn); ok && acknowledges {
 		if raw, err := sc.SyscallConn(); err == nil {
 			c.socket = raw
@@ -67,7 +68,7 @@ func (c *progressConn) Read(p []byte) (int, error) {
 	}
 	for {
 		n, err := c.Conn.Read(p)
-		if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !c.readsOn() {
+		if n > 0 || !isOver(err) || !c.readsOn() {
 			return n, err
 		}
 	}
@@ -86,11 +87,14 @@ func (c *progressConn) SetReadDeadline(t time.Time) error {
 	return c.Conn.SetReadDeadline(t)
 }
 
-// readsOn sets the read deadline again where it was postponed. It returns false if it has passed.
+// readsOn sets the read deadline again where it was postponed, after a timeout. It returns false if the deadline has passed, and for
+// a timeout that is not ours, which a connection from Config.Dial may have: to read again could return it at once, for ever.
 func (c *progressConn) readsOn() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.abandoned || !c.readBy.IsZero() && !time.Now().Before(c.readBy) {
+	now := time.Now()
+	ours := !c.wakeAt.IsZero() && !now.Before(c.wakeAt)
+	if c.abandoned || !ours || !c.readBy.IsZero() && !now.Before(c.readBy) {
 		return false
 	}
 	c.wakeAt = c.readBy

@@ -149,3 +149,53 @@ func TestReadEndsAtOnceOnAConnectionThatIsGivenUp(t *testing.T) {
 		}
 	})
 }
+
+// tunnel is a connection through something else, whose timeouts are errors of its own. limit is how long one of its own making
+// takes; 0 means that it makes none.
+type tunnel struct {
+	net.Conn
+	limit time.Duration
+}
+
+type tunnelTimeout struct{}
+
+func (tunnelTimeout) Error() string { return "the tunnel timed out" }
+func (tunnelTimeout) Timeout() bool { return true }
+
+func (c *tunnel) Read(p []byte) (int, error) {
+	if c.limit > 0 {
+		time.Sleep(c.limit)
+		return 0, tunnelTimeout{}
+	}
+	n, err := c.Conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = tunnelTimeout{}
+	}
+	return n, err
+}
+
+func TestReadDeadlineHoldsWhateverErrorAConnectionHasForTimeouts(t *testing.T) {
+	for _, tt := range []struct {
+		why         string
+		limit, ends time.Duration
+	}{
+		{"a deadline that was postponed", 0, 10 * time.Minute},
+		{"a timeout before any deadline", time.Second, time.Second},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ours, theirs := net.Pipe()
+				defer ours.Close()
+				defer theirs.Close()
+				c := newProgressConn(&tunnel{ours, tt.limit}, 0, 0)
+				began := time.Now()
+				_ = c.SetReadDeadline(began.Add(5 * time.Minute))
+				_ = c.SetReadDeadline(began.Add(10 * time.Minute))
+				_, err := c.Read(make([]byte, 1))
+				if took := time.Since(began); !errors.Is(err, tunnelTimeout{}) || took != tt.ends {
+					t.Errorf("%v after %v, want the tunnel's timeout after %v", err, took, tt.ends)
+				}
+			})
+		})
+	}
+}

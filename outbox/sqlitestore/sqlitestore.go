@@ -466,17 +466,21 @@ func (s *Store) body(file string, text []byte) io.WriterTo {
 // page is how many messages List holds in memory.
 const page = 100
 
-// listed selects the messages in a state. Those that were accepted are in no index: there are many, and they are seldom listed.
+// listed selects the messages in a state of which the seq is more than the first argument, in its order, as many as the second one says. Those that were
+// accepted are in no index: there are many, and they are seldom listed. Of those that are ready and those that wait each are in order in
+// their index; both together would be sorted for each page.
 func listed(state outbox.State) string {
+	const after, first = ` AND m.seq > ?1`, ` ORDER BY 1 LIMIT ?2`
 	switch state {
 	case outbox.Queued:
-		return all + ` WHERE m.state <> 2 AND m.state BETWEEN -1 AND 0 AND i.seq IS NULL`
+		const ready, waits = all + ` WHERE m.state <> 2 AND m.state = 0 AND i.seq IS NULL`, all + ` WHERE m.state <> 2 AND m.state = -1 AND i.seq IS NULL`
+		return ready + after + ` UNION ALL ` + waits + after + first
 	case outbox.Sending:
-		return begun + ` WHERE true`
+		return begun + ` WHERE true` + after + first
 	case outbox.Accepted:
-		return all + ` WHERE m.state = 2`
+		return all + ` WHERE m.state = 2` + after + first
 	default:
-		return all + fmt.Sprintf(` WHERE m.state <> 2 AND m.state = %d`, state)
+		return all + fmt.Sprintf(` WHERE m.state <> 2 AND m.state = %d`, state) + after + first
 	}
 }
 
@@ -484,7 +488,7 @@ func listed(state outbox.State) string {
 func (s *Store) List(ctx context.Context, state outbox.State) iter.Seq2[outbox.Item, error] {
 	return func(yield func(outbox.Item, error) bool) {
 		for after, more := int64(0), true; more; {
-			got, err := scanAll(s.read.QueryContext(ctx, listed(state)+` AND m.seq > ? ORDER BY m.seq LIMIT ?`, after, page))
+			got, err := scanAll(s.read.QueryContext(ctx, listed(state), after, page))
 			if err != nil {
 				yield(outbox.Item{}, fmt.Errorf("sqlitestore: %w", err))
 				return

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -144,6 +145,51 @@ func TestEndOfAForgottenMessageLeavesOthersAlone(t *testing.T) {
 	}
 	if i, err := s.Get(t.Context(), "another"); err != nil || i.State != outbox.Queued {
 		t.Errorf("the other one is %v, %v; want queued", i.State, err)
+	}
+}
+
+// To sort all that are queued for each page takes minutes where they are many.
+func TestQueuedMessagesAreListedInOrderAndNotSorted(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	var want, got []string
+	for i := range 2*page + 50 {
+		id := fmt.Sprint(i)
+		e := outbox.Entry{Item: outbox.Item{ID: id, Due: time.Now()}, Body: smtprelay.Bytes(nil)}
+		if i%3 == 0 || i > 2*page {
+			e.Due = e.Due.Add(time.Hour)
+		}
+		if err := s.Put(t.Context(), []outbox.Entry{e})[0]; err != nil {
+			t.Fatal(err)
+		}
+		want = append(want, id)
+	}
+	for i, err := range s.List(t.Context(), outbox.Queued) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, i.ID)
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("listed %v, want %v", got, want)
+	}
+	rows, err := s.read.Query(`EXPLAIN QUERY PLAN `+listed(outbox.Queued), 0, page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id, parent, unused int
+		var step string
+		if err := rows.Scan(&id, &parent, &unused, &step); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(step, "TEMP B-TREE") || strings.HasPrefix(step, "SCAN") {
+			t.Errorf("the plan has the step %q", step)
+		}
 	}
 }
 

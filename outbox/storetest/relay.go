@@ -217,7 +217,9 @@ func times(t *testing.T, b *bed) {
 	}
 	b.want("soon", outbox.Accepted)
 	b.want("never", outbox.Queued)
-	b.want("late", outbox.Dead)
+	if i := b.want("late", outbox.Dead); !i.Changed.After(i.Created) {
+		t.Errorf("it is dead since %v, and was enqueued at %v", i.Changed, i.Created)
+	}
 	b.must(s.stop())
 	b.reopen() // schedules hold across a restart
 	again := b.serve(s.relay)
