@@ -15,14 +15,16 @@ import (
 // poll is how often Run looks for messages that other processes have enqueued, if the store tells nothing of them.
 const poll = time.Second
 
-// Run sends what is due, until ctx ends. Then it waits for the relay's replies to what it has sent, and returns nil where each
-// message is in a state that holds. It returns an error where the store has a worker already, or cannot be used from the start;
-// a store that fails later is asked again.
+// Run sends the messages that are due, until ctx ends. Then it waits for the relay's replies to what it has sent, for Drain at most, and
+// returns nil. It returns an error if the store has a worker already, or cannot be used from the start; if the store fails later, Run
+// tries again.
 //
-// Messages that a worker which died was sending are Unknown from the start of Run on.
+// When Run starts, messages that a dead worker was sending become Unknown.
 func (o *Outbox) Run(ctx context.Context) error {
 	detach, _, err := o.cfg.Store.Attach(ctx)
-	if err != nil {
+	if err != nil && ctx.Err() != nil {
+		return nil // nothing was begun
+	} else if err != nil {
 		return err
 	}
 	o.mu.Lock()

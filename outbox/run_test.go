@@ -38,6 +38,39 @@ func (s *busy) End(context.Context, []outbox.End) []error {
 	return []error{errors.New("the database is locked")}
 }
 
+// slow is a store that needs a minute to start.
+type slow struct{ outbox.Store }
+
+func (slow) Attach(ctx context.Context) (func() error, int, error) {
+	select {
+	case <-ctx.Done():
+		return nil, 0, ctx.Err()
+	case <-time.After(time.Minute):
+		return nil, 0, errors.New("no such folder")
+	}
+}
+
+func TestRunThatIsStoppedWhileTheStoreStartsReturnsNoError(t *testing.T) {
+	for name, tt := range map[string]struct {
+		stop   time.Duration
+		failed bool
+	}{"stopped": {time.Second, false}, "failed": {time.Hour, true}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				box, err := outbox.New(outbox.Config{Store: slow{}, Route: func(outbox.Item) *smtprelay.Client { return nil }})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), tt.stop)
+				defer cancel()
+				if err := box.Run(ctx); (err != nil) != tt.failed {
+					t.Errorf("%v; an error: want %t", err, tt.failed)
+				}
+			})
+		})
+	}
+}
+
 func TestRunDoesNotWaitAgainAndAgainForAStoreThatIsSlowToFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &busy{}

@@ -37,7 +37,6 @@ type progressConn struct {
 // unacked. For both, 0 means no limit.
 func newProgressConn(nc net.Conn, limit, unacked time.Duration) *progressConn {
 	c := &progressConn{Conn: nc, limit: limit}
-	nc.SetReadDeadline(time.Time{}) // whoever has dialed may have left one
 	if sc, ok := nc.(syscall.Conn); ok && acknowledges {
 		if raw, err := sc.SyscallConn(); err == nil {
 			c.socket = raw

@@ -1,12 +1,12 @@
 // Package sqlitestore keeps the messages of an outbox in a folder: an SQLite database, and large bodies beside it.
 //
-// What a nil error says is durable is behind an fsync: the database has a write-ahead log and synchronous=FULL, and what
-// many ask for at once is committed together, with one fsync. A body of more than 64 KiB is a file of its own, which is synced, and its
-// folder too, before the message that names it is committed. That holds as far as the disk keeps what it has said it
-// has written. Small bodies of messages that were accepted are removed from the database many at once, or with the message.
+// A method that returns nil has written to the disk: the database has a write-ahead log and synchronous=FULL, and one fsync commits the
+// requests that came together. A body of more than 64 KiB is a file of its own, which is synced, and its folder too, before the message
+// that names it is committed. That holds as far as the disk keeps what it has confirmed. The small bodies of accepted messages are removed
+// from the database many at once, or with the message.
 //
-// Several processes may open a folder and enqueue; one of them at a time is the worker. It must be on a disk of this machine: SQLite's
-// locks do not work on network file systems.
+// Several processes may open a folder and enqueue; one of them at a time is the worker. The folder must be on a disk of this machine:
+// SQLite's locks do not work on network file systems.
 package sqlitestore
 
 import (
