@@ -155,7 +155,7 @@ func (o *Outbox) stopping() bool {
 
 // deliver sends a message, once it is its turn, and writes down what became of it.
 func (o *Outbox) deliver(ctx context.Context, c Claim) {
-	o.turns <- struct{}{} // has room at the stop too: that ends what is in hand
+	o.turns <- struct{}{} // the stop ends the messages in hand, so nobody waits here for long
 	tried := o.send(ctx, &c)
 	<-o.turns
 	if !tried {

@@ -86,14 +86,14 @@ func (c *progressConn) SetReadDeadline(t time.Time) error {
 	return c.Conn.SetReadDeadline(t)
 }
 
-// readsOn sets the read deadline again where it was postponed, after a timeout. It returns false if the deadline has passed, and for
-// a timeout that is not ours, which a connection from Config.Dial may have: to read again could return it at once, for ever.
+// readsOn is called after a timeout. It sets the read deadline and returns true if the deadline was postponed. A connection from
+// Config.Dial may have timeouts of its own, which come before any deadline and end the read, and deadlines that are a little early.
 func (c *progressConn) readsOn() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now := time.Now()
-	ours := !c.wakeAt.IsZero() && !now.Before(c.wakeAt)
-	if c.abandoned || !ours || !c.readBy.IsZero() && !now.Before(c.readBy) {
+	own := c.wakeAt.IsZero() || time.Until(c.wakeAt) > time.Second
+	postponed := c.readBy.IsZero() || c.readBy.After(c.wakeAt)
+	if c.abandoned || own || !postponed {
 		return false
 	}
 	c.wakeAt = c.readBy

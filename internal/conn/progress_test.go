@@ -181,6 +181,7 @@ func TestReadDeadlineHoldsWhateverErrorAConnectionHasForTimeouts(t *testing.T) {
 	}{
 		{"a deadline that was postponed", 0, 10 * time.Minute},
 		{"a timeout before any deadline", time.Second, time.Second},
+		{"a deadline that comes a little early", 5*time.Minute - time.Millisecond, 10*time.Minute - 2*time.Millisecond},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
